@@ -1,0 +1,22 @@
+"""Prune and distil PyTorch models into block-sparse students that really run faster.
+
+blocks     BlockPattern, BlockSparse: which blocks of a weight exist, and their values
+ops        linear, conv2d, feature_stats: what each op means on any device
+backends   which kernel runs an op here, and why
+nn         SparseLinear, SparseConv2d: drop-in layers
+convert    sparsify, densify: swap a model's layers in place
+distill    SAD, AT and KD losses, FeatureTap
+pruning    scores, schedules, Pruner
+methods    SP-SAD, LTH-SAD, SS-SAD
+freeze     the inference network: folded, fused, each layer as fast as this machine can run it
+energy     EnergyMeter: joules with the name of the counter they come from
+train      the main job: distil, prune, freeze, measure (``sparsekd run``)
+"""
+
+from . import backends, nn, ops
+from .blocks import BlockPattern, BlockSparse
+from .convert import densify, sparsify
+
+__version__ = "0.1.0"
+
+__all__ = ["BlockPattern", "BlockSparse", "__version__", "backends", "densify", "nn", "ops", "sparsify"]

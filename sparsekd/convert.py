@@ -1,0 +1,78 @@
+"""Swap the layers of a model, in place, by module name: dense to block-sparse and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from .blocks import BlockPattern, check_density
+from .nn import SPARSE_TYPES, BlockSparseLayer, SparseConv2d, SparseLinear
+
+
+def sparsify(
+    model: nn.Module,
+    pattern: BlockPattern | None = None,
+    density: float = 1.0,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> nn.Module:
+    """Replace ``nn.Linear`` and ``nn.Conv2d`` layers by block-sparse ones, in place.
+
+    Args:
+        model: changed in place and returned. A model that *is* one layer cannot be changed in place: use ``from_dense``.
+        pattern: block shape; default ``BlockPattern.for_device`` of each layer.
+        density: share of each layer's blocks to keep (largest L2 norm), in (0, 1].
+        include, exclude: shell-style patterns on module names (``"stage1.*"``); a layer is converted if a pattern of
+            ``include`` names it (default all) and none of ``exclude`` does.
+
+    A grouped convolution whose groups are lower than a block (depthwise ones) stays dense unless ``include`` asks for it.
+    """
+    check_density("sparsekd.sparsify", density)
+    if isinstance(model, (nn.Linear, nn.Conv2d)):
+        kind = "SparseLinear" if isinstance(model, nn.Linear) else "SparseConv2d"
+        raise ValueError(f"sparsekd.sparsify: a bare layer cannot be replaced in place; use {kind}.from_dense(layer)")
+    for name, layer in list(named_layers(model, (nn.Linear, nn.Conv2d), include, exclude)):
+        if include is None and not _fits(layer, pattern):
+            continue
+        kind = SparseLinear if isinstance(layer, nn.Linear) else SparseConv2d
+        model.set_submodule(name, kind.from_dense(layer, pattern, density=density))
+    return model
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Replace every block-sparse layer by the torch layer with the same weight, in place."""
+    for name, layer in list(named_layers(model, SPARSE_TYPES)):
+        model.set_submodule(name, layer.to_dense())
+    return model
+
+
+def named_layers(
+    model: nn.Module,
+    types: tuple[type, ...],
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of the layers of these exact types that ``include`` names and ``exclude`` does not."""
+    layers = {name: module for name, module in model.named_modules() if type(module) in types}
+    for wanted in include or ():
+        if not any(fnmatchcase(name, wanted) for name in layers):
+            raise ValueError(
+                f"sparsekd: include pattern {wanted!r} names no {' or '.join(t.__name__ for t in types)} layer; "
+                f"the model has {', '.join(layers) or 'none'}"
+            )
+    for name, layer in layers.items():
+        included = include is None or any(fnmatchcase(name, wanted) for wanted in include)
+        if included and not any(fnmatchcase(name, unwanted) for unwanted in exclude or ()):
+            yield name, layer
+
+
+def _fits(layer: nn.Module, pattern: BlockPattern | None) -> bool:
+    if not isinstance(layer, nn.Conv2d) or layer.groups == 1:
+        return True
+    bh = (pattern or BlockPattern.for_device(layer.weight.device, layer.weight.dtype)).bh
+    return (layer.out_channels // layer.groups) % bh == 0
+
+
+__all__ = ["BlockSparseLayer", "densify", "named_layers", "sparsify"]

@@ -1,0 +1,7 @@
+"""One file per op: what it means on any device (schema, checks, fake, reference, autograd). Kernels are in backends/."""
+
+from .attention import feature_stats
+from .conv2d import conv2d
+from .linear import linear
+
+__all__ = ["conv2d", "feature_stats", "linear"]

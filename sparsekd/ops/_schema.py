@@ -1,0 +1,66 @@
+"""What the ops share: defining one from its parts, and the checks on a block-sparse weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def define(name: str, schema: str, reference: Callable, fake: Callable) -> None:
+    """Define ``sparsekd::name``; ``reference`` runs on every device that has no kernel of its own."""
+    torch.library.define(f"sparsekd::{name}", schema)
+    torch.library.register_kernel(f"sparsekd::{name}", "default", reference)
+    torch.library.register_fake(f"sparsekd::{name}", fake)
+
+
+def autocast(x: Tensor, *operands: Tensor | None) -> tuple:
+    """All in the autocast dtype if autocast is on for the device of ``x``, as torch's own conv and linear do."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, *operands
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(None if operand is None else operand.to(dtype) for operand in (x, *operands))
+
+
+def check_weight(op: str, values: Tensor, row_ptr: Tensor, col_idx: Tensor, rows: int) -> None:
+    """Types and shapes of the three tensors against ``rows`` dense output rows. Contents are trusted (no device sync)."""
+    if values.dim() != 3:
+        raise ValueError(f"sparsekd.{op}: values must be [nnzb, bh, bw], got shape {tuple(values.shape)}")
+    for index_name, index in (("row_ptr", row_ptr), ("col_idx", col_idx)):
+        if index.dtype != torch.int32:
+            raise TypeError(f"sparsekd.{op}: {index_name} must be int32, got {index.dtype}; use .to(torch.int32)")
+        if index.device != values.device:
+            raise ValueError(
+                f"sparsekd.{op}: {index_name} must be on {values.device} like values, got {index.device}; "
+                "move the whole module with .to(device)"
+            )
+    row_blocks = -(-rows // values.shape[1])
+    if row_ptr.shape != (row_blocks + 1,):
+        raise ValueError(
+            f"sparsekd.{op}: {rows} output rows in blocks of {values.shape[1]} need row_ptr of shape "
+            f"({row_blocks + 1},), got {tuple(row_ptr.shape)}"
+        )
+    if col_idx.dim() != 1 or col_idx.shape[0] != values.shape[0]:
+        raise ValueError(
+            f"sparsekd.{op}: col_idx must have one entry for each of the {values.shape[0]} blocks, "
+            f"got shape {tuple(col_idx.shape)}"
+        )
+
+
+def check_operands(op: str, x: Tensor, values: Tensor, bias: Tensor | None, rows: int) -> None:
+    """Dtype and device agree; bias is ``[rows]``."""
+    for operand_name, operand in (("values", values), ("bias", bias)):
+        if operand is None:
+            continue
+        if operand.dtype != x.dtype:
+            raise TypeError(
+                f"sparsekd.{op}: input and {operand_name} must have one dtype, got {x.dtype} and {operand.dtype}; "
+                f"convert the module with .to({x.dtype})"
+            )
+        if operand.device != x.device:
+            raise ValueError(
+                f"sparsekd.{op}: input and {operand_name} must be on one device, got {x.device} and {operand.device}"
+            )
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"sparsekd.{op}: bias must have shape ({rows},), got {tuple(bias.shape)}")

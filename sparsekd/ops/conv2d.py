@@ -1,0 +1,240 @@
+"""Block-sparse 2-D convolution: the weight is stored as kept blocks (layout: sparsekd/blocks.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..blocks import BlockPattern, BlockSparse, gather_blocks
+from ._schema import autocast, check_operands, check_weight, define
+
+Pair = Sequence[int]
+
+
+def conv2d(
+    x: Tensor,
+    values: Tensor,
+    row_ptr: Tensor,
+    col_idx: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_channels: int,
+    kernel_size: Pair,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """Convolve ``x`` with a block-sparse weight.
+
+    Equivalent to::
+
+        weight = BlockSparse(values, row_ptr, col_idx, (K, C // groups, R, S), pattern).to_dense()
+        F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+    Args:
+        x: ``[N, C, H, W]``, contiguous or channels_last (others are copied).
+        values, row_ptr, col_idx: the weight, ``[nnzb, bh, bw]``, ``[ceil(K / bh) + 1]``, ``[nnzb]``.
+        bias: ``[K]`` or None.
+        out_channels: K. With ``groups > 1``, ``K / groups`` must be a multiple of bh.
+        kernel_size: (R, S).
+        stride, padding, dilation: in pixels, (height, width).
+
+    Returns:
+        ``[N, K, P, Q]`` in the dtype and memory format of ``x``.
+    """
+    x, values, bias = autocast(x, values, bias)
+    args = (out_channels, kernel_size, stride, padding, dilation, groups)
+    _check(x, values, row_ptr, col_idx, bias, *args)
+    return torch.ops.sparsekd.conv2d(x, values, row_ptr, col_idx, bias, *args)
+
+
+def conv2d_reference(
+    x: Tensor,
+    values: Tensor,
+    row_ptr: Tensor,
+    col_idx: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Tensor:
+    shape = (out_channels, x.shape[1] // groups, *kernel_size)
+    weight = _weight(values, row_ptr, col_idx, shape).to_dense()
+    out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return out.contiguous(memory_format=memory_format(x))
+
+
+def conv2d_grad_input_reference(
+    grad: Tensor,
+    values: Tensor,
+    row_ptr: Tensor,
+    col_idx: Tensor,
+    input_shape: Sequence[int],
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Tensor:
+    shape = (grad.shape[1], input_shape[1] // groups, *kernel_size)
+    weight = _weight(values, row_ptr, col_idx, shape).to_dense()
+    dx = torch.nn.grad.conv2d_input(list(input_shape), weight, grad, stride, padding, dilation, groups)
+    return dx.contiguous(memory_format=memory_format(grad))
+
+
+def conv2d_grad_values_reference(
+    grad: Tensor,
+    x: Tensor,
+    row_ptr: Tensor,
+    col_idx: Tensor,
+    bh: int,
+    bw: int,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Tensor:
+    shape = (grad.shape[1], x.shape[1] // groups, *kernel_size)
+    kept = _weight(grad.new_empty(col_idx.shape[0], bh, bw), row_ptr, col_idx, shape).mask()
+    dense = torch.nn.grad.conv2d_weight(x, list(shape), grad, stride, padding, dilation, groups)
+    return gather_blocks(dense, BlockPattern(bh, bw), kept)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last if ``x`` is laid out so and not also contiguous, otherwise contiguous."""
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def output_size(x_size: Pair, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> tuple[int, int]:
+    """(P, Q) of a convolution over (H, W)."""
+    height, width = (
+        (size + 2 * pad - dil * (taps - 1) - 1) // step + 1
+        for size, taps, step, pad, dil in zip(x_size, kernel_size, stride, padding, dilation, strict=True)
+    )
+    return height, width
+
+
+def _weight(values: Tensor, row_ptr: Tensor, col_idx: Tensor, shape: tuple[int, ...]) -> BlockSparse:
+    return BlockSparse(values, row_ptr, col_idx, shape, BlockPattern(values.shape[1], values.shape[2]))
+
+
+def _check(
+    x: Tensor,
+    values: Tensor,
+    row_ptr: Tensor,
+    col_idx: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"sparsekd.conv2d: input must be [N, C, H, W], got shape {tuple(x.shape)}; x.unsqueeze(0)?")
+    if x.shape[1] % groups or out_channels % groups:
+        raise ValueError(
+            f"sparsekd.conv2d: input channels {x.shape[1]} and output channels {out_channels} must be multiples of "
+            f"groups = {groups}"
+        )
+    check_weight("conv2d", values, row_ptr, col_idx, out_channels)
+    if groups > 1 and (out_channels // groups) % values.shape[1]:
+        raise ValueError(
+            f"sparsekd.conv2d: with groups = {groups} the {out_channels // groups} outputs of a group must be a multiple "
+            f"of the block height {values.shape[1]}; use a lower block or leave this layer dense"
+        )
+    check_operands("conv2d", x, values, bias, out_channels)
+    for name, pair in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
+        if len(pair) != 2 or min(pair) < 1:
+            raise ValueError(f"sparsekd.conv2d: {name} must be two positive ints, got {tuple(pair)}")
+    if len(padding) != 2 or min(padding) < 0:
+        raise ValueError(f"sparsekd.conv2d: padding must be two ints >= 0, got {tuple(padding)}")
+    size = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    if min(size) < 1:
+        raise ValueError(
+            f"sparsekd.conv2d: a {tuple(kernel_size)} kernel with dilation {tuple(dilation)} and padding {tuple(padding)} "
+            f"does not fit an image of {tuple(x.shape[2:])} pixels; pad the image or use a smaller kernel"
+        )
+
+
+def _fake(
+    x: Tensor,
+    values: Tensor,
+    row_ptr: Tensor,
+    col_idx: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Tensor:
+    _check(x, values, row_ptr, col_idx, bias, out_channels, kernel_size, stride, padding, dilation, groups)
+    size = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    out = x.new_empty(x.shape[0], out_channels, *size)
+    return out.contiguous(memory_format=memory_format(x))
+
+
+def _fake_grad_input(
+    grad: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, input_shape: Sequence[int], *_geometry: object
+) -> Tensor:
+    return grad.new_empty(list(input_shape)).contiguous(memory_format=memory_format(grad))
+
+
+def _fake_grad_values(
+    grad: Tensor, x: Tensor, row_ptr: Tensor, col_idx: Tensor, bh: int, bw: int, *_geometry: object
+) -> Tensor:
+    return x.new_empty(col_idx.shape[0], bh, bw)
+
+
+def _save(ctx, inputs: tuple, output: Tensor) -> None:
+    x, values, row_ptr, col_idx, bias, _, *ctx.geometry = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, values, row_ptr, col_idx)
+
+
+def _backward(ctx, grad: Tensor) -> tuple:
+    x, values, row_ptr, col_idx = ctx.saved_tensors
+    need_x, need_values, *_ = ctx.needs_input_grad
+    # Autograd may hand in a grad of another layout; both gradients run best in the layout of the forward pass.
+    grad = grad.contiguous(memory_format=memory_format(x))
+    ops, weight = torch.ops.sparsekd, (row_ptr, col_idx)
+    grad_x = ops.conv2d_grad_input(grad, values, *weight, x.shape, *ctx.geometry) if need_x else None
+    grad_values = ops.conv2d_grad_values(grad, x, *weight, *values.shape[1:], *ctx.geometry) if need_values else None
+    grad_bias = grad.sum((0, 2, 3)) if ctx.has_bias and ctx.needs_input_grad[4] else None
+    return grad_x, grad_values, None, None, grad_bias, *(None,) * 6
+
+
+_GEOMETRY = "SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
+define(
+    "conv2d",
+    "(Tensor x, Tensor values, Tensor row_ptr, Tensor col_idx, Tensor? bias, SymInt out_channels, "
+    f"{_GEOMETRY}) -> Tensor",
+    conv2d_reference,
+    _fake,
+)
+define(
+    "conv2d_grad_input",
+    f"(Tensor grad, Tensor values, Tensor row_ptr, Tensor col_idx, SymInt[] input_shape, {_GEOMETRY}) -> Tensor",
+    conv2d_grad_input_reference,
+    _fake_grad_input,
+)
+define(
+    "conv2d_grad_values",
+    f"(Tensor grad, Tensor x, Tensor row_ptr, Tensor col_idx, SymInt bh, SymInt bw, {_GEOMETRY}) -> Tensor",
+    conv2d_grad_values_reference,
+    _fake_grad_values,
+)
+torch.library.register_autograd("sparsekd::conv2d", _backward, setup_context=_save)

@@ -1,0 +1,1 @@
+"""Tests mirror the package: one file per module, ``cases.py`` shared with benchmarks."""

@@ -1,0 +1,153 @@
+"""conv2d: forward and both gradients against float64 torch, every case, both memory formats; registration; bad input."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparsekd import BlockPattern, BlockSparse, ops
+
+from .cases import CONVS, Conv, random_weight
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def operands(case: Conv, dtype=torch.float32, memory_format=torch.contiguous_format):
+    """(x, blocks, bias) of the case, seeded."""
+    blocks, _ = random_weight(case, dtype)
+    x = torch.randn(case.n, case.c, *case.image, dtype=dtype).contiguous(memory_format=memory_format)
+    return x, blocks, torch.randn(case.k, dtype=dtype)
+
+
+def run(case: Conv, x, blocks: BlockSparse, values, bias):
+    geometry = {"out_channels": case.k, "kernel_size": case.kernel, **case.geometry}
+    return ops.conv2d(x, values, blocks.row_ptr, blocks.col_idx, bias, **geometry)
+
+
+def assert_gradients_agree(case: Conv, x, blocks: BlockSparse, bias, grad=None):
+    """Output and gradients of x, values and bias against float64 torch on the dense weight."""
+    x, bias = x.detach().requires_grad_(), bias.detach().requires_grad_()
+    values = blocks.values.clone().requires_grad_()
+    y = run(case, x, blocks, values, bias)
+    x64, b64 = (t.detach().double().contiguous().requires_grad_() for t in (x, bias))
+    w64 = blocks.to_dense().double().requires_grad_()
+    y64 = F.conv2d(x64, w64, b64, **case.geometry)
+    grad = torch.randn_like(y64) if grad is None else grad
+    y.backward(grad.to(y.dtype))
+    y64.backward(grad)
+    want_values = BlockSparse.from_dense(w64.grad, case.pattern, mask=blocks.mask()).values
+    close = {"rtol": 1e-5, "atol": 1e-4} if x.dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-10}
+    torch.testing.assert_close(y.double(), y64, **close)
+    torch.testing.assert_close(x.grad.double(), x64.grad, **close)
+    torch.testing.assert_close(values.grad.double(), want_values, **close)
+    torch.testing.assert_close(bias.grad.double(), b64.grad, **close)
+    return y
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("case", CONVS, ids=lambda case: case.id)
+def test_forward_and_gradients(case, memory_format):
+    x, blocks, bias = operands(case, memory_format=FORMATS[memory_format])
+    y = assert_gradients_agree(case, x, blocks, bias)
+    assert y.is_contiguous(memory_format=FORMATS[memory_format]) or 0 in y.shape
+
+
+@pytest.mark.parametrize("case", CONVS, ids=lambda case: case.id)
+def test_float64_runs_on_the_reference(case):
+    x, blocks, bias = operands(case, torch.float64)
+    assert_gradients_agree(case, x, blocks, bias)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("case", [CONVS[0], CONVS[4], CONVS[8]], ids=lambda case: case.id)
+def test_any_number_of_threads(case, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_gradients_agree(case, *operands(case))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_inputs_and_gradients_need_not_be_contiguous():
+    case = Conv("plain")
+    x, blocks, bias = operands(case)
+    strided = torch.randn(case.n, case.c, *reversed(case.image)).transpose(2, 3)[:, :, ::1]
+    assert_gradients_agree(case, strided, blocks, bias)
+    expanded = torch.ones(1, 1, 1, 1, dtype=torch.float64).expand(case.n, case.k, *case.image)
+    assert_gradients_agree(case, x, blocks, bias, grad=expanded)
+
+
+def test_two_runs_are_bit_equal():
+    case = Conv("larger", n=4, c=32, k=64, image=(16, 16))
+    x, blocks, bias = operands(case)
+    results = []
+    for _ in range(2):
+        values = blocks.values.clone().requires_grad_()
+        y = run(case, x.requires_grad_(), blocks, values, bias)
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), (x, values))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_are_as_exact_as_torch(dtype):
+    case = Conv("half", c=32)
+    x, blocks, bias = (t if isinstance(t, BlockSparse) else t.to(dtype) for t in operands(case))
+    exact = F.conv2d(x.double(), blocks.to_dense().to(dtype).double(), bias.double(), **case.geometry)
+    torch_error = (F.conv2d(x, blocks.to_dense().to(dtype), bias, **case.geometry).double() - exact).abs().max()
+    error = (run(case, x, blocks, blocks.values.to(dtype), bias).double() - exact).abs().max()
+    assert error <= 2 * torch_error + 1e-6
+
+
+@pytest.mark.parametrize("case", [CONVS[0], CONVS[4], CONVS[20], CONVS[23]], ids=lambda case: case.id)
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_opcheck(case, memory_format):
+    x, blocks, bias = operands(case, memory_format=FORMATS[memory_format])
+    arguments = (x.requires_grad_(), blocks.values.requires_grad_(), blocks.row_ptr, blocks.col_idx, bias)
+    geometry = (case.k, case.kernel, case.stride, case.padding, case.dilation, case.groups)
+    torch.library.opcheck(torch.ops.sparsekd.conv2d.default, (*arguments, *geometry))
+
+
+def test_gradcheck():
+    case = Conv("tiny", n=1, c=3, k=5, image=(4, 3), pattern=BlockPattern(2, 2), density=0.5)
+    x, blocks, bias = operands(case, torch.float64)
+    inputs = (x.requires_grad_(), blocks.values.requires_grad_(), bias.requires_grad_())
+    # Padding of ragged blocks takes no part in the product: move only what lies inside the weight.
+    inside = BlockSparse.from_dense(torch.ones(case.weight_shape), case.pattern, mask=blocks.mask()).values.double()
+    assert torch.autograd.gradcheck(lambda x, v, b: run(case, x, blocks, v * inside, b), inputs)
+
+
+def good():
+    case = Conv("plain")
+    x, blocks, bias = operands(case)
+    return {
+        "x": x,
+        "values": blocks.values,
+        "row_ptr": blocks.row_ptr,
+        "col_idx": blocks.col_idx,
+        "bias": bias,
+        "out_channels": case.k,
+        "kernel_size": case.kernel,
+        **case.geometry,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"x": torch.zeros(16, 8, 8)}, ValueError, r"input must be \[N, C, H, W\]"),
+        ({"x": torch.zeros(2, 16, 8, 8).double()}, TypeError, "one dtype"),
+        ({"bias": torch.zeros(31)}, ValueError, r"bias must have shape \(32,\), got \(31,\)"),
+        ({"row_ptr": torch.zeros(3, dtype=torch.int64)}, TypeError, "row_ptr must be int32"),
+        ({"row_ptr": torch.zeros(5, dtype=torch.int32)}, ValueError, r"need row_ptr of shape \(3,\), got \(5,\)"),
+        ({"col_idx": torch.zeros(1, dtype=torch.int32)}, ValueError, "one entry for each"),
+        ({"values": torch.zeros(3, 16)}, ValueError, r"values must be \[nnzb, bh, bw\]"),
+        ({"stride": (0, 1)}, ValueError, "stride must be two positive ints"),
+        ({"padding": (-1, 1)}, ValueError, "padding must be two ints >= 0"),
+        ({"groups": 3}, ValueError, "multiples of groups = 3"),
+        ({"groups": 4}, ValueError, "multiple of the block height 16"),
+        ({"kernel_size": (11, 11)}, ValueError, "does not fit an image"),
+    ],
+)
+def test_bad_input(change, error, says):
+    with pytest.raises(error, match=says):
+        ops.conv2d(**{**good(), **change})

@@ -1,0 +1,77 @@
+"""sparsify and densify: in place, by module name."""
+
+import pytest
+import torch
+from torch import nn
+
+import sparsekd
+from sparsekd import BlockPattern
+from sparsekd.nn import SparseConv2d, SparseLinear
+
+
+def model() -> nn.Sequential:
+    net = nn.Sequential()
+    net.stem = nn.Conv2d(3, 16, 3, padding=1)
+    net.body = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU())
+    net.depthwise = nn.Conv2d(32, 32, 3, groups=32)
+    net.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net.head = nn.Linear(32, 10)
+    return net
+
+
+def kinds(net: nn.Module) -> dict[str, type]:
+    return {name: type(net.get_submodule(name)) for name in ("stem", "body.0", "depthwise", "head")}
+
+
+def test_sparsify_changes_the_model_in_place():
+    net = model()
+    assert sparsekd.sparsify(net, density=0.5) is net
+    assert kinds(net) == {
+        "stem": SparseConv2d,
+        "body.0": SparseConv2d,
+        "depthwise": nn.Conv2d,
+        "head": SparseLinear,
+    }
+    assert net.body[0].density == pytest.approx(0.5, abs=0.01)
+
+
+def test_include_and_exclude_name_modules():
+    net = sparsekd.sparsify(model(), include=["body.*", "head"], exclude=["head"])
+    assert [name for name, kind in kinds(net).items() if kind is SparseConv2d] == ["body.0"]
+
+
+def test_densify_is_the_inverse():
+    net = model().eval()
+    x = torch.randn(2, 3, 8, 8)
+    before = net(x)
+    names = [name for name, _ in net.named_parameters()]
+    sparsekd.densify(sparsekd.sparsify(net, BlockPattern(8, 2)))
+    assert [name for name, _ in net.named_parameters()] == names
+    assert torch.equal(net(x), before)
+
+
+def test_training_and_frozen_flags_survive():
+    net = model().eval()
+    net.head.weight.requires_grad_(False)
+    sparsekd.sparsify(net)
+    assert not net.head.training
+    assert not net.head.values.requires_grad
+    assert net.head.bias.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"density": 0.0}, r"density must lie in \(0, 1\]"),
+        ({"include": ["boddy.*"]}, "names no Linear or Conv2d layer; the model has stem, body.0"),
+        ({"include": ["depthwise"]}, "multiple of the block height"),
+    ],
+)
+def test_bad_input(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        sparsekd.sparsify(model(), **arguments)
+
+
+def test_a_bare_layer_is_refused():
+    with pytest.raises(ValueError, match=r"use SparseLinear.from_dense"):
+        sparsekd.sparsify(nn.Linear(4, 4))
