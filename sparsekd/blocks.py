@@ -90,7 +90,7 @@ class BlockSparse:
     def from_dense(
         cls, weight: Tensor, pattern: BlockPattern, *, density: float | None = None, mask: Tensor | None = None
     ) -> BlockSparse:
-        """Keep some blocks of ``weight``: those of ``mask``, or the share ``density`` of largest L2 norm (default: all).
+        """Keep some blocks of ``weight``: those of ``mask``, or the share ``density`` of largest L2 norm (default all).
 
         Args:
             weight: ``[out, in]`` or ``[K, C/groups, R, S]``, finite.

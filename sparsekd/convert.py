@@ -21,13 +21,13 @@ def sparsify(
     """Replace ``nn.Linear`` and ``nn.Conv2d`` layers by block-sparse ones, in place.
 
     Args:
-        model: changed in place and returned. A model that *is* one layer cannot be changed in place: use ``from_dense``.
+        model: changed in place and returned. A bare layer cannot be replaced in place: use ``from_dense``.
         pattern: block shape; default ``BlockPattern.for_device`` of each layer.
         density: share of each layer's blocks to keep (largest L2 norm), in (0, 1].
         include, exclude: shell-style patterns on module names (``"stage1.*"``); a layer is converted if a pattern of
             ``include`` names it (default all) and none of ``exclude`` does.
 
-    A grouped convolution whose groups are lower than a block (depthwise ones) stays dense unless ``include`` asks for it.
+    A grouped convolution whose groups are lower than a block (depthwise ones) stays dense unless ``include`` names it.
     """
     check_density("sparsekd.sparsify", density)
     if isinstance(model, (nn.Linear, nn.Conv2d)):

@@ -3,7 +3,7 @@
     conv = sparsekd.nn.SparseConv2d.from_dense(conv, density=0.3)   # keeps the 30 % of blocks of largest norm
     y = conv(x)                                                     # trains and infers like nn.Conv2d
 
-State: ``values [nnzb, bh, bw]`` (Parameter), ``row_ptr``, ``col_idx`` (int32 buffers), ``bias``. See sparsekd/blocks.py.
+State: ``values [nnzb, bh, bw]`` (Parameter), ``row_ptr``, ``col_idx`` (int32 buffers), ``bias``; see blocks.py.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class BlockSparseLayer(nn.Module):
         density: float | None = None,
         mask: Tensor | None = None,
     ) -> Layer:
-        """Convert a dense layer, keeping the blocks of ``mask`` or the share ``density`` of largest L2 norm (default all).
+        """Convert a dense layer, keeping the blocks of ``mask`` or the share ``density`` of largest norm (default all).
 
         Args:
             dense: an ``nn.Conv2d`` (``nn.Linear`` for SparseLinear); left untouched.
@@ -225,8 +225,8 @@ class SparseConv2d(BlockSparseLayer):
         self._take(dense, pattern, density, mask)
         if self.groups > 1 and (self.out_channels // self.groups) % self.pattern.bh:
             raise ValueError(
-                f"SparseConv2d: with groups = {self.groups} the {self.out_channels // self.groups} outputs of a group must "
-                f"be a multiple of the block height, got pattern {self.pattern}; use a lower block or stay dense"
+                f"SparseConv2d: with groups = {self.groups} the {self.out_channels // self.groups} outputs of a group "
+                f"must be a multiple of the block height, got pattern {self.pattern}; use a lower block or stay dense"
             )
 
     def forward(self, x: Tensor) -> Tensor:

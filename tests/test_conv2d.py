@@ -1,4 +1,4 @@
-"""conv2d: forward and both gradients against float64 torch, every case, both memory formats; registration; bad input."""
+"""conv2d: forward and both gradients against float64 torch, every case, both layouts; registration; bad input."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""One file per op: what it means on any device (schema, checks, fake, reference, autograd). Kernels are in backends/."""
+"""One file per op: what it means on any device (schema, checks, fake, reference, autograd). Kernels: backends/."""
 
 from .attention import feature_stats
 from .conv2d import conv2d

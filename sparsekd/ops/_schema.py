@@ -24,7 +24,7 @@ def autocast(x: Tensor, *operands: Tensor | None) -> tuple:
 
 
 def check_weight(op: str, values: Tensor, row_ptr: Tensor, col_idx: Tensor, rows: int) -> None:
-    """Types and shapes of the three tensors against ``rows`` dense output rows. Contents are trusted (no device sync)."""
+    """Types and shapes of the three tensors against ``rows`` dense output rows. Contents are left to the kernels."""
     if values.dim() != 3:
         raise ValueError(f"sparsekd.{op}: values must be [nnzb, bh, bw], got shape {tuple(values.shape)}")
     for index_name, index in (("row_ptr", row_ptr), ("col_idx", col_idx)):

@@ -151,8 +151,8 @@ def _check(
     check_weight("conv2d", values, row_ptr, col_idx, out_channels)
     if groups > 1 and (out_channels // groups) % values.shape[1]:
         raise ValueError(
-            f"sparsekd.conv2d: with groups = {groups} the {out_channels // groups} outputs of a group must be a multiple "
-            f"of the block height {values.shape[1]}; use a lower block or leave this layer dense"
+            f"sparsekd.conv2d: with groups = {groups} the {out_channels // groups} outputs of a group must be a "
+            f"multiple of the block height {values.shape[1]}; use a lower block or leave this layer dense"
         )
     check_operands("conv2d", x, values, bias, out_channels)
     for name, pair in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
@@ -163,8 +163,8 @@ def _check(
     size = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
     if min(size) < 1:
         raise ValueError(
-            f"sparsekd.conv2d: a {tuple(kernel_size)} kernel with dilation {tuple(dilation)} and padding {tuple(padding)} "
-            f"does not fit an image of {tuple(x.shape[2:])} pixels; pad the image or use a smaller kernel"
+            f"sparsekd.conv2d: a {tuple(kernel_size)} kernel with dilation {tuple(dilation)} and padding "
+            f"{tuple(padding)} does not fit an image of {tuple(x.shape[2:])} pixels; pad the image?"
         )
 
 
