@@ -11,14 +11,17 @@ def _seeded():
 
 @pytest.fixture(autouse=True)
 def _outputs_start_as_nan(monkeypatch):
-    """Fill what the library allocates with ``new_empty`` with NaN."""
-    allocate = torch.Tensor.new_empty
+    """Fill what the library allocates with ``new_empty`` and ``torch.empty`` with NaN."""
+    for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty")):
+        monkeypatch.setattr(owner, name, _nan_filled(getattr(owner, name)))
 
-    def nan_filled(self, *args, **kwargs):
-        tensor = allocate(self, *args, **kwargs)
+
+def _nan_filled(allocate):
+    def nan_filled(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
         return tensor.fill_(float("nan")) if tensor.is_floating_point() and not _is_traced(tensor) else tensor
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", nan_filled)
+    return nan_filled
 
 
 def _is_traced(tensor: torch.Tensor) -> bool:

@@ -1,0 +1,57 @@
+"""Build sdist and wheel, look inside, and use the wheel from a folder where the repository is not to be seen.
+
+Run in an environment that has the dependencies and ``build``; the installed package is replaced by the wheel.
+"""
+
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOKE = """
+import torch, sparsekd, sparsekd.kernels
+from importlib.util import find_spec
+assert find_spec("kernels") is None, "the wheel installs a top-level 'kernels'"
+conv = torch.nn.Conv2d(8, 32, 3, padding=1)
+sparse = sparsekd.nn.SparseConv2d.from_dense(conv, density=0.5)
+x = torch.randn(2, 8, 9, 9)
+torch.testing.assert_close(sparse(x), sparse.to_dense()(x))
+assert "sparsekd._C" in sparsekd.backends.describe()["conv2d"]["cpu"], sparsekd.backends.describe()
+print(sparsekd.__file__)
+"""
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-m", "build", "--outdir", folder, str(ROOT)], check=True)
+        wheel, sdist = next(Path(folder).glob("*.whl")), next(Path(folder).glob("*.tar.gz"))
+        check_wheel(zipfile.ZipFile(wheel).namelist())
+        with tarfile.open(sdist) as archive:
+            check_sdist(archive.getnames())
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall"]
+        subprocess.run([*pip, str(wheel)], check=True)
+        subprocess.run([sys.executable, "-c", SMOKE], check=True, cwd=folder)
+        subprocess.run(["sparsekd", "doctor"], check=True, cwd=folder)
+    print("wheel check passed")
+
+
+def check_wheel(names: list[str]) -> None:
+    top_level = {name.split("/")[0] for name in names}
+    unexpected = {name for name in top_level if name != "sparsekd" and ".dist-info" not in name}
+    assert not unexpected, f"the wheel installs {unexpected} beside sparsekd"
+    for part in ("sparsekd/nn.py", "sparsekd/kernels/__init__.py", "sparsekd/py.typed"):
+        assert part in names, f"the wheel lacks {part}"
+    assert any(name.startswith("sparsekd/_C.") and name.endswith(".so") for name in names), "the wheel lacks _C"
+    assert any(name.startswith("sparsekd/data/movietweetings/") and "LICENSE" in name for name in names)
+
+
+def check_sdist(names: list[str]) -> None:
+    inside = {name.partition("/")[2] for name in names}
+    for part in ("csrc/CMakeLists.txt", "kernels/__init__.py", "tests/cases.py", "README.md", "LICENSE"):
+        assert part in inside, f"the sdist lacks {part}"
+
+
+main()

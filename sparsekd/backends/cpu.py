@@ -1,0 +1,175 @@
+"""CPU kernels: hands pointers and sizes to ``sparsekd._C``. Operands were checked in ``sparsekd/ops``.
+
+The compiled kernels take float32. Other dtypes, and machines without the compiled module, run the pure-torch reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch  # before _C: its OpenMP run time is the one the kernels then share
+from torch import Tensor
+
+from ..ops.conv2d import (
+    conv2d_grad_input_reference,
+    conv2d_grad_values_reference,
+    conv2d_reference,
+    memory_format,
+)
+from ..ops.linear import linear_grad_input_reference, linear_grad_values_reference, linear_reference
+
+native: Any
+try:
+    from .. import _C as native
+
+    missing = ""
+except ImportError as error:
+    native, missing = None, f"sparsekd._C is not importable ({error}); pip install sparsekd builds it"
+
+
+def describe(op: str) -> str:
+    """What runs ``op`` on the CPU, and why."""
+    if native is None:
+        return f"pure-torch reference: {missing}"
+    return f"sparsekd._C {native.isa()} for float32; pure-torch reference for other dtypes"
+
+
+def register() -> None:
+    """Make the compiled kernels what ``torch.ops.sparsekd.*`` runs on CPU tensors."""
+    if native is None:
+        return
+    for op in (linear, linear_grad_input, linear_grad_values, conv2d, conv2d_grad_input, conv2d_grad_values):
+        torch.library.register_kernel(f"sparsekd::{op.__name__}", "cpu", op)
+
+
+def linear(
+    x: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    if x.dtype != torch.float32:
+        return linear_reference(x, values, row_ptr, col_idx, bias, out_features)
+    x, values, row_ptr, col_idx = (t.contiguous() for t in (x, values, row_ptr, col_idx))
+    bias = None if bias is None else bias.contiguous()
+    y = x.new_empty(*x.shape[:-1], out_features)
+    weight = (values.data_ptr(), row_ptr.data_ptr(), col_idx.data_ptr(), *values.shape)
+    native.linear_f32(
+        x.data_ptr(), _rows(x), x.shape[-1], *weight, 0 if bias is None else bias.data_ptr(), 0,
+        y.data_ptr(), out_features, 0, torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def linear_grad_input(grad: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, in_features: int) -> Tensor:
+    if grad.dtype != torch.float32:
+        return linear_grad_input_reference(grad, values, row_ptr, col_idx, in_features)
+    grad, values, row_ptr, col_idx = (t.contiguous() for t in (grad, values, row_ptr, col_idx))
+    dx = grad.new_empty(*grad.shape[:-1], in_features)
+    weight = (values.data_ptr(), row_ptr.data_ptr(), col_idx.data_ptr(), *values.shape)
+    native.linear_grad_input_f32(
+        grad.data_ptr(), _rows(grad), grad.shape[-1], *weight, dx.data_ptr(), in_features, torch.get_num_threads()
+    )
+    return dx
+
+
+def linear_grad_values(grad: Tensor, x: Tensor, row_ptr: Tensor, col_idx: Tensor, bh: int, bw: int) -> Tensor:
+    if grad.dtype != torch.float32:
+        return linear_grad_values_reference(grad, x, row_ptr, col_idx, bh, bw)
+    grad, x, row_ptr, col_idx = (t.contiguous() for t in (grad, x, row_ptr, col_idx))
+    dvalues = x.new_empty(col_idx.shape[0], bh, bw)
+    native.linear_grad_values_f32(
+        x.data_ptr(), grad.data_ptr(), _rows(x), x.shape[-1], grad.shape[-1],
+        row_ptr.data_ptr(), col_idx.data_ptr(), col_idx.shape[0], bh, bw, dvalues.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return dvalues
+
+
+def conv2d(
+    x: Tensor,
+    values: Tensor,
+    row_ptr: Tensor,
+    col_idx: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    *geometry: Any,
+) -> Tensor:
+    if x.dtype != torch.float32:
+        return conv2d_reference(x, values, row_ptr, col_idx, bias, out_channels, *geometry)
+    layout = memory_format(x)
+    x = x.contiguous(memory_format=layout)
+    values, row_ptr, col_idx = (t.contiguous() for t in (values, row_ptr, col_idx))
+    bias = None if bias is None else bias.contiguous()
+    shape = _shape(x.shape, out_channels, values.shape[1:], *geometry)
+    y = _empty(x, (x.shape[0], out_channels, shape.p, shape.q), layout)
+    last = layout == torch.channels_last
+    native.conv2d_f32(
+        shape, x.data_ptr(), last, values.data_ptr(), row_ptr.data_ptr(), col_idx.data_ptr(), values.shape[0],
+        0 if bias is None else bias.data_ptr(), 0, y.data_ptr(), last, 0, torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def conv2d_grad_input(
+    grad: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, input_shape: Sequence[int], *geometry: Any
+) -> Tensor:
+    if grad.dtype != torch.float32:
+        return conv2d_grad_input_reference(grad, values, row_ptr, col_idx, input_shape, *geometry)
+    layout = memory_format(grad)
+    grad = grad.contiguous(memory_format=layout)
+    values, row_ptr, col_idx = (t.contiguous() for t in (values, row_ptr, col_idx))
+    shape = _shape(input_shape, grad.shape[1], values.shape[1:], *geometry)
+    dx = _empty(grad, tuple(input_shape), layout)
+    last = layout == torch.channels_last
+    native.conv2d_grad_input_f32(
+        shape, grad.data_ptr(), last, values.data_ptr(), row_ptr.data_ptr(), col_idx.data_ptr(), values.shape[0],
+        dx.data_ptr(), last, torch.get_num_threads(),
+    )  # fmt: skip
+    return dx
+
+
+def conv2d_grad_values(
+    grad: Tensor, x: Tensor, row_ptr: Tensor, col_idx: Tensor, bh: int, bw: int, *geometry: Any
+) -> Tensor:
+    if grad.dtype != torch.float32:
+        return conv2d_grad_values_reference(grad, x, row_ptr, col_idx, bh, bw, *geometry)
+    x_layout, grad_layout = memory_format(x), memory_format(grad)
+    x, grad = x.contiguous(memory_format=x_layout), grad.contiguous(memory_format=grad_layout)
+    row_ptr, col_idx = row_ptr.contiguous(), col_idx.contiguous()
+    shape = _shape(x.shape, grad.shape[1], (bh, bw), *geometry)
+    dvalues = x.new_empty(col_idx.shape[0], bh, bw)
+    native.conv2d_grad_values_f32(
+        shape, x.data_ptr(), x_layout == torch.channels_last, grad.data_ptr(), grad_layout == torch.channels_last,
+        row_ptr.data_ptr(), col_idx.data_ptr(), col_idx.shape[0], dvalues.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return dvalues
+
+
+def _shape(
+    input_shape: Sequence[int],
+    out_channels: int,
+    block: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Any:
+    return _cached_shape(*input_shape, out_channels, *kernel_size, *stride, *padding, *dilation, groups, *block)
+
+
+@lru_cache(maxsize=4096)
+def _cached_shape(*sizes: int) -> Any:
+    """The geometry object of the kernels; building one costs more than a small layer."""
+    return native.Conv2dShape(*sizes)
+
+
+def _empty(like: Tensor, shape: tuple[int, ...], layout: torch.memory_format) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def _rows(x: Tensor) -> int:
+    """Product of the leading sizes, also where the last one is 0."""
+    rows = 1
+    for size in x.shape[:-1]:
+        rows *= size
+    return rows

@@ -1,0 +1,71 @@
+"""The package where parts of it are missing, and whose threads the kernels use."""
+
+import subprocess
+import sys
+
+import pytest
+
+from sparsekd import backends
+
+BLOCK = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name in {names!r}:
+            raise ImportError(f"{{name}} is blocked for this test")
+sys.meta_path.insert(0, Blocker())
+"""
+
+USE = """
+import torch, sparsekd
+layer = sparsekd.nn.SparseConv2d(8, 32, 3, density=0.3)
+x = torch.randn(2, 8, 6, 6)
+torch.testing.assert_close(layer(x), layer.to_dense()(x), rtol=1e-5, atol=1e-5)
+layer(x).sum().backward()
+assert layer.values.grad is not None
+"""
+
+
+def python(code: str, **environment: str) -> str:
+    """Standard output of a fresh interpreter."""
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_without_the_compiled_module_everything_runs_on_the_reference():
+    said = python(BLOCK.format(names=["sparsekd._C"]) + USE + "print(sparsekd.backends.describe()['conv2d']['cpu'])\n")
+    assert "pure-torch reference" in said
+    assert "sparsekd._C is blocked for this test" in said
+
+
+def test_without_triton_the_package_imports():
+    python(BLOCK.format(names=["triton"]) + USE)
+
+
+needs_native = pytest.mark.skipif(backends.cpu.native is None, reason=backends.cpu.missing)
+
+
+@needs_native
+def test_the_kernels_share_the_thread_pool_of_torch():
+    """Two OpenMP run times in one process stall each other for milliseconds."""
+    said = python(
+        USE + "maps = {line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line or 'omp5' in line}\n"
+        "print(len(maps), *maps)\n"
+    )
+    assert said.split()[0] == "1", f"more than one OpenMP run time is loaded: {said}"
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [1, 2])
+def test_torch_set_num_threads_governs_the_kernels(threads):
+    said = python(f"import torch; torch.set_num_threads({threads})\n" + USE + "print(sparsekd._C.openmp())\n")
+    assert f"{threads} thread" in said, said
+
+
+def test_kernels_ship_inside_the_package():
+    assert python("import sparsekd.kernels; print(sparsekd.kernels.__name__)").strip() == "sparsekd.kernels"
