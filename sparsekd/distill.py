@@ -1,0 +1,524 @@
+"""Knowledge distillation: SAD (AFD) feature matching, attention transfer, logit KD, and the taps that feed them.
+
+    distiller = Distiller(teacher, student, teacher.tap_names, student.tap_names, example_inputs=inputs, beta=200.0)
+    optimizer = torch.optim.SGD([*student.parameters(), *distiller.parameters()], lr=0.05)
+    losses = distiller.loss(inputs, target)  # inputs is a tuple
+    losses.total.backward()
+
+Names in this file: B batch, T teacher layers, S student layers, q the width of queries and keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .ops.attention import feature_stats, match_maps, normalize_map
+
+__all__ = [
+    "SAD",
+    "Distiller",
+    "FeatureTap",
+    "Losses",
+    "attention_transfer_loss",
+    "kd_loss",
+    "kd_regression_loss",
+]
+
+
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
+    """Knowledge distillation on class logits (Hinton et al., arXiv 1503.02531): T^2 * KL(teacher || student) / B.
+
+    student_logits, teacher_logits: [B, classes]. Returns a scalar, summed over classes and averaged over the batch,
+    in float32 for half types. The teacher gets no gradient.
+    """
+    _check_same_shape("kd_loss", student_logits, teacher_logits)
+    if student_logits.dim() != 2:
+        raise ValueError(
+            f"sparsekd.kd_loss: logits must be [B, classes], got {tuple(student_logits.shape)}; reshape them"
+        )
+    if not temperature > 0:
+        raise ValueError(f"sparsekd.kd_loss: temperature must be positive, got {temperature}; 4 is usual")
+    student = F.log_softmax(_at_least_float32(student_logits) / temperature, dim=1)
+    teacher = F.log_softmax(_at_least_float32(teacher_logits.detach()) / temperature, dim=1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def kd_regression_loss(student_output: Tensor, teacher_output: Tensor) -> Tensor:
+    """Mean squared error to the teacher's output, a scalar: what logit KD becomes for a regression.
+
+    Both outputs have the same shape, usually [B]. The teacher gets no gradient.
+    """
+    _check_same_shape("kd_regression_loss", student_output, teacher_output)
+    return F.mse_loss(_at_least_float32(student_output), _at_least_float32(teacher_output.detach()))
+
+
+def attention_transfer_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
+    """Attention transfer (Zagoruyko & Komodakis, arXiv 1612.03928): one student layer beside one teacher layer.
+
+    Features: equally long lists of [B, C, H, W]; the channels of a pair may differ, B, H and W may not. Returns
+
+        sum_g mean_{b,hw} (a(student_g) - a(teacher_g))^2,   a(F) = mean_C F^2 as a vector, L2-normalised
+
+    The usual weight with this mean is 1000. The teacher gets no gradient.
+    """
+    if len(student_features) != len(teacher_features) or not student_features:
+        raise ValueError(
+            "sparsekd.attention_transfer_loss: expected equally many student and teacher features (at least one), "
+            f"got {len(student_features)} and {len(teacher_features)}; tap one teacher layer for each student layer"
+        )
+    losses = []
+    for index, (student, teacher) in enumerate(zip(student_features, teacher_features, strict=True)):
+        if student.shape[:1] != teacher.shape[:1] or student.shape[2:] != teacher.shape[2:]:
+            raise ValueError(
+                f"sparsekd.attention_transfer_loss: pair {index} must agree in B, H and W, got student "
+                f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}; tap layers of the same size, "
+                "or use SAD, which pools"
+            )
+        student_map = normalize_map(feature_stats(student)[1])
+        teacher_map = normalize_map(feature_stats(teacher.detach())[1])
+        losses.append(F.mse_loss(student_map, teacher_map))
+    return torch.stack(losses).sum()
+
+
+def _check_same_shape(function: str, student: Tensor, teacher: Tensor) -> None:
+    # torch would broadcast [B] against [B, 1] to [B, B] and train on nonsense.
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"sparsekd.{function}: student and teacher must have the same shape, "
+            f"got {tuple(student.shape)} and {tuple(teacher.shape)}; squeeze or reshape one of them"
+        )
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+class SAD(nn.Module):
+    """Show, Attend and Distill: attention-based feature distillation (AFD, Ji et al., AAAI 2021, arXiv 2102.02973).
+
+    Every teacher layer t asks with a query, every student layer s answers with a key, and a softmax over the student
+    layers says how much of the pair's distance counts (`match_maps` has the distance):
+
+        Q[b,t]  = BN(Linear(mean_hw teacher_t))                     one Linear and BN a teacher layer
+        K[b,s]  = relu(BN(Linear(mean_hw student_s)))               one Linear and BN a student layer
+        K'[b,s] = BN(Linear(K[b,s])) as [T, q]                      one Linear and BN shared by all student layers
+        attention[b,t,s] = softmax_s((<K'[b,s,t], Q[b,t]> + <P_teacher[t], P_student[s]>) / sqrt(q))
+
+    Use features after their ReLU. The module's parameters train with the student's; the teacher gets no gradient. It
+    computes in float32 (float64 after `.double()`) whatever the type of the features, also under autocast. Training
+    needs a batch of 2 or more.
+
+    >>> sad = SAD(teacher_channels=[32, 64], student_channels=[16, 32])
+    >>> teacher = [torch.rand(4, 32, 8, 8), torch.rand(4, 64, 4, 4)]
+    >>> student = [torch.rand(4, 16, 8, 8), torch.rand(4, 32, 4, 4)]
+    >>> sad(teacher, student).shape
+    torch.Size([])
+    """
+
+    def __init__(self, teacher_channels: Sequence[int], student_channels: Sequence[int], dim: int = 128) -> None:
+        super().__init__()
+        self.teacher_channels = _checked_channels("teacher_channels", teacher_channels)
+        self.student_channels = _checked_channels("student_channels", student_channels)
+        if dim < 1:
+            raise ValueError(f"sparsekd.SAD: dim must be at least 1, got {dim}; the paper uses 128")
+        self.dim = dim
+        layers = len(self.teacher_channels)
+        self.queries = nn.ModuleList(_linear_norm(channels, dim) for channels in self.teacher_channels)
+        self.keys = nn.ModuleList(_linear_norm(channels, dim) for channels in self.student_channels)
+        self.bilinear = _linear_norm(dim, dim * layers)
+        self.teacher_position = nn.Parameter(nn.init.xavier_normal_(torch.empty(layers, dim)))
+        self.student_position = nn.Parameter(nn.init.xavier_normal_(torch.empty(len(self.student_channels), dim)))
+
+    @classmethod
+    def from_features(
+        cls, teacher_features: Sequence[Tensor], student_features: Sequence[Tensor], dim: int = 128
+    ) -> SAD:
+        """A SAD for features like these ([B, C, H, W] each), on the student's device; only their channels matter."""
+        for side, features in (("teacher", teacher_features), ("student", student_features)):
+            for index, feature in enumerate(features):
+                if feature.dim() != 4:
+                    raise ValueError(_not_4d(side, index, feature))
+        sad = cls([f.shape[1] for f in teacher_features], [f.shape[1] for f in student_features], dim)
+        return sad.to(student_features[0].device)
+
+    def forward(self, teacher_features: Sequence[Tensor], student_features: Sequence[Tensor]) -> Tensor:
+        """The loss, a scalar, of T teacher features [B, C_t, H_t, W_t] and S student features [B, C_s, H_s, W_s]."""
+        self._check(teacher_features, student_features)
+        # Differences of unit vectors do not survive bfloat16, and full precision costs little beside the networks.
+        with torch.autocast(student_features[0].device.type, enabled=False):
+            teacher = [feature_stats(feature.detach()) for feature in teacher_features]
+            student = [feature_stats(feature) for feature in student_features]
+            attention = self.attention([means for means, _ in teacher], [means for means, _ in student])
+            teacher_maps = [_as_map(s, f) for (_, s), f in zip(teacher, teacher_features, strict=True)]
+            student_maps = [_as_map(s, f) for (_, s), f in zip(student, student_features, strict=True)]
+            dtype = attention.dtype
+            return match_maps(attention, [m.to(dtype) for m in teacher_maps], [m.to(dtype) for m in student_maps])
+
+    def attention(self, teacher_means: Sequence[Tensor], student_means: Sequence[Tensor]) -> Tensor:
+        """How much each teacher layer t listens to each student layer s: [B, T, S], each row over s sums to 1.
+
+        teacher_means: T tensors [B, C_t]; student_means: S tensors [B, C_s], both the means over pixels.
+        """
+        dtype = self.teacher_position.dtype
+        query = [layer(means.to(dtype)) for layer, means in zip(self.queries, teacher_means, strict=True)]
+        key = [F.relu(layer(means.to(dtype))) for layer, means in zip(self.keys, student_means, strict=True)]
+        stacked_query = torch.stack(query, 1)  # [B, T, q]
+        stacked_key = torch.stack(key, 1).flatten(0, 1)  # [B*S, q]
+        bilinear = self.bilinear(stacked_key).view(-1, len(key), len(query), self.dim)  # [B, S, T, q]
+        position = self.teacher_position @ self.student_position.T  # [T, S]
+        logits = torch.einsum("bstq,btq->bts", bilinear, stacked_query) + position
+        return torch.softmax(logits / math.sqrt(self.dim), dim=2)
+
+    def extra_repr(self) -> str:
+        return f"teacher_channels={self.teacher_channels}, student_channels={self.student_channels}, dim={self.dim}"
+
+    def _check(self, teacher_features: Sequence[Tensor], student_features: Sequence[Tensor]) -> None:
+        if self.teacher_position.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"sparsekd.SAD: its parameters must be float32 or float64, got {self.teacher_position.dtype}; "
+                "call .float() on it (the features may be of half type)"
+            )
+        _check_features("teacher", teacher_features, self.teacher_channels)
+        _check_features("student", student_features, self.student_channels)
+        batches = {feature.shape[0] for feature in (*teacher_features, *student_features)}
+        if len(batches) > 1:
+            raise ValueError(
+                f"sparsekd.SAD: all features must have the same batch size, got {sorted(batches)}; "
+                "feed both networks the same batch"
+            )
+        if self.training and student_features[0].shape[0] < 2:
+            raise ValueError(
+                f"sparsekd.SAD: training needs a batch of at least 2 (batch norm), got {student_features[0].shape[0]}; "
+                "drop the last partial batch (DataLoader(drop_last=True)) or call .eval()"
+            )
+
+
+def _linear_norm(in_features: int, out_features: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_features, out_features), nn.BatchNorm1d(out_features))
+
+
+def _as_map(energy: Tensor, features: Tensor) -> Tensor:
+    return energy.unflatten(1, features.shape[2:])
+
+
+def _checked_channels(name: str, channels: Sequence[int]) -> tuple[int, ...]:
+    channels = tuple(channels)
+    if not channels or min(channels) < 1:
+        raise ValueError(
+            f"sparsekd.SAD: {name} must be one positive channel count for each tapped layer, got {list(channels)}; "
+            "SAD.from_features reads them off example features"
+        )
+    return channels
+
+
+def _check_features(side: str, features: Sequence[Tensor], channels: tuple[int, ...]) -> None:
+    if len(features) != len(channels):
+        raise ValueError(
+            f"sparsekd.SAD: expected {len(channels)} {side} features, got {len(features)}; "
+            "pass them as (teacher_features, student_features), one for each tapped layer"
+        )
+    for index, (feature, expected) in enumerate(zip(features, channels, strict=True)):
+        if feature.dim() != 4:
+            raise ValueError(_not_4d(side, index, feature))
+        if feature.shape[1] != expected:
+            raise ValueError(
+                f"sparsekd.SAD: {side} feature {index} must have {expected} channels, got {feature.shape[1]} in "
+                f"{tuple(feature.shape)}; keep the order of layers, or build a new SAD.from_features"
+            )
+
+
+def _not_4d(side: str, index: int, feature: Tensor) -> str:
+    return (
+        f"sparsekd.SAD: {side} feature {index} must be [B, C, H, W], got {tuple(feature.shape)}; "
+        "tap a convolutional layer, or add unit dimensions for H and W"
+    )
+
+
+class FeatureTap(nn.Module):
+    """Calls a model and also returns the outputs of some of its sub-modules, in the order of `names`.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten())
+    >>> tap = FeatureTap(model, ["1"])
+    >>> output, features = tap(torch.rand(2, 3, 8, 8))
+    >>> features[0].shape
+    torch.Size([2, 8, 6, 6])
+
+    `torch.compile(tap, fullgraph=True)` works; compile the tap, not the model inside it.
+
+    The model keeps its parameters, buffers and state_dict names; it carries one forward hook for each name, idle unless
+    the tap itself is running, until `remove()` or until the tap is deleted (a deepcopy made meanwhile keeps idle copies
+    of them). No feature is kept after a call. Layers may be replaced later (`sparsify`): an eager call looks the names
+    up again, a compiled one raises and asks for `attach()`.
+
+    Raises ValueError for a name the model does not have (with the closest that it has) and RuntimeError when a tapped
+    module did not run in a call, ran more than once, or had its output overwritten by a later in-place operation.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        if isinstance(names, str):
+            raise TypeError(f"sparsekd.FeatureTap: names must be a list of module names, got a string; use [{names!r}]")
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"sparsekd.FeatureTap: expected one or more different names, got {list(names)}")
+        if hasattr(model, "_orig_mod"):
+            raise TypeError(
+                "sparsekd.FeatureTap: got the result of torch.compile, whose inner modules run no hooks; "
+                "tap the original model, then compile the tap: torch.compile(FeatureTap(model, names))"
+            )
+        self.model = model
+        self.names = tuple(names)
+        self._recorders = [_Recorder(name) for name in self.names]
+        self._tapped: list[nn.Module] = []
+        self._handles: list[RemovableHandle] = []
+        self.attach()
+        weakref.finalize(self, _remove_hooks, self._handles)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
+        self._refresh()
+        for recorder in self._recorders:
+            recorder.outputs = []
+        try:
+            output = self.model(*args, **kwargs)
+            return output, [recorder.result() for recorder in self._recorders]
+        finally:
+            for recorder in self._recorders:
+                recorder.outputs = None
+
+    def attach(self) -> None:
+        """Looks the names up in the model as it now is and hooks those modules.
+
+        Needed before a compiled call if layers were replaced since; the constructor and eager calls do it themselves.
+        """
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        for name in self.names:
+            if name not in modules:
+                raise ValueError(_unknown_name(name, list(modules)))
+        self.remove()
+        self._tapped.extend(modules[name] for name in self.names)
+        for recorder, module in zip(self._recorders, self._tapped, strict=True):
+            self._handles.append(module.register_forward_hook(recorder))
+
+    def remove(self) -> None:
+        """Takes the hooks off the model; the next eager call or `attach()` puts them back."""
+        _remove_hooks(self._handles)
+        self._tapped.clear()
+
+    def extra_repr(self) -> str:
+        return f"names={list(self.names)}"
+
+    def _refresh(self) -> None:
+        if self._is_current():
+            return
+        if torch.compiler.is_compiling():  # hooks cannot be registered inside a graph
+            raise RuntimeError(
+                "sparsekd.FeatureTap: tapped modules were replaced since the tap was made; "
+                "call tap.attach() before the compiled call"
+            )
+        self.attach()
+
+    def _is_current(self) -> bool:
+        return len(self._tapped) == len(self.names) and all(
+            _find(self.model, name) is module for name, module in zip(self.names, self._tapped, strict=True)
+        )
+
+
+class _Recorder:
+    """The forward hook of one tapped module. `outputs` is a list while the tap runs and None otherwise."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.outputs: list[tuple[Any, int]] | None = None
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.outputs is not None:
+            self.outputs.append((output, _version(output)))
+
+    def result(self) -> Tensor:
+        outputs = self.outputs or []
+        if len(outputs) != 1:
+            raise RuntimeError(
+                f"sparsekd.FeatureTap: module {self.name!r} must run once in a forward pass, got {len(outputs)} runs; "
+                "tap a module on the path taken, and give every use of a shared module (one nn.ReLU for all) its own"
+            )
+        output, version = outputs[0]
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"sparsekd.FeatureTap: module {self.name!r} must return a tensor, got {type(output).__name__}; "
+                "tap a sub-module of it"
+            )
+        if _version(output) != version:
+            raise RuntimeError(
+                f"sparsekd.FeatureTap: the output of {self.name!r} was changed in place by a later operation; "
+                "tap that one, or make it out of place (nn.ReLU(inplace=False), x = x + y)"
+            )
+        return output
+
+
+def _remove_hooks(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+def _version(output: Any) -> int:
+    """Counts in-place changes; 0 where torch does not count them (inference mode, compiled graphs)."""
+    if torch.compiler.is_compiling() or not isinstance(output, Tensor) or output.is_inference():
+        return 0
+    return output._version
+
+
+def _find(model: nn.Module, name: str) -> nn.Module | None:
+    module: Any = model
+    for part in name.split(".") if name else []:
+        module = getattr(module, part, None)
+    return module
+
+
+def _unknown_name(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"close matches: {', '.join(close)}" if close else f"it has: {', '.join(n for n in known if n)}"
+    return f"sparsekd.FeatureTap: the model has no module named {name!r}; {hint}"
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Scalar terms of one training step; only `total` carries a graph, a term that was skipped is 0.
+
+    total = task + alpha * kd + beta * sad. `task`, `kd` and `sad` are unweighted.
+    """
+
+    total: Tensor
+    task: Tensor
+    kd: Tensor
+    sad: Tensor
+
+
+class Distiller(nn.Module):
+    """The training loss of a student: task + alpha * KD + beta * SAD (papers: arXiv 2102.02973 and 2401.10484).
+
+    teacher, student: modules called with the same inputs. Each returns one tensor: of the target's shape, usually [B],
+    for `task="regression"` (mean squared error, also to the teacher); [B, classes] for `task="classification"`
+    (cross-entropy, KD at `temperature`).
+    teacher_taps, student_taps: names of the modules whose outputs SAD compares (see `FeatureTap`), used if beta > 0.
+    example_inputs: a tuple of inputs, needed if beta > 0: both networks run once, in eval mode, to learn the channels.
+
+    The teacher is put into eval mode and runs without gradients in every call, and not at all if alpha and beta are 0.
+    Both networks stay the caller's: `parameters()`, `state_dict()`, `.to()` and `.train()` of this module concern the
+    SAD meta-network alone (`.sad`). Give its parameters to the optimizer beside the student's. The weights `alpha` and
+    `beta` may be changed between calls; a term of weight 0 costs nothing.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        teacher_taps: Sequence[str],
+        student_taps: Sequence[str],
+        *,
+        example_inputs: Sequence[Any] | None = None,
+        task: Literal["regression", "classification"] = "regression",
+        alpha: float = 0.9,
+        beta: float = 200.0,
+        temperature: float = 4.0,
+        dim: int = 128,
+    ) -> None:
+        super().__init__()
+        if task not in ("regression", "classification"):
+            raise ValueError(f"sparsekd.Distiller: task must be 'regression' or 'classification', got {task!r}")
+        for name, value in (("alpha", alpha), ("beta", beta)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"sparsekd.Distiller: {name} must be finite and >= 0, got {value}; 0 leaves it out")
+        if not temperature > 0:
+            raise ValueError(f"sparsekd.Distiller: temperature must be positive, got {temperature}; 4 is usual")
+        self.task, self.alpha, self.beta, self.temperature = task, alpha, beta, temperature
+        # In tuples, so that torch registers neither network as a part of this module.
+        self._networks = (teacher, student)
+        self._taps: tuple[FeatureTap, FeatureTap] | None = None
+        self.sad: SAD | None = None
+        if beta > 0:
+            if not isinstance(example_inputs, (tuple, list)):
+                raise TypeError(
+                    "sparsekd.Distiller: beta > 0 needs example_inputs, a tuple of inputs for both networks, "
+                    f"got {type(example_inputs).__name__}; pass one small batch, e.g. (x[:2],)"
+                )
+            self._taps = (FeatureTap(teacher, teacher_taps), FeatureTap(student, student_taps))
+            teacher_features, student_features = (_example_features(tap, example_inputs) for tap in self._taps)
+            self.sad = SAD.from_features(teacher_features, student_features, dim)
+
+    @property
+    def teacher(self) -> nn.Module:
+        return self._networks[0]
+
+    @property
+    def student(self) -> nn.Module:
+        return self._networks[1]
+
+    def loss(self, inputs: Sequence[Any], target: Tensor) -> Losses:
+        """The loss of one batch: `inputs` for the networks, `target` for `cross_entropy` or `mse_loss`.
+
+        Raises ValueError for a regression output that has not the target's shape, and what `FeatureTap` and `SAD` do.
+        """
+        if not isinstance(inputs, (tuple, list)):
+            raise TypeError(f"sparsekd.Distiller.loss: inputs must be a tuple, got {type(inputs).__name__}; pass (x,)")
+        student_output, student_features = self._run(1, inputs)
+        task = self._task_loss(student_output, target)
+        kd, sad = task.new_zeros(()), task.new_zeros(())
+        if self.alpha or self.beta:
+            self.teacher.eval()  # each time: whoever holds the teacher may have called .train() on it
+            with torch.no_grad():
+                teacher_output, teacher_features = self._run(0, inputs)
+            if self.alpha:
+                kd = self._kd_loss(student_output, teacher_output)
+            if self.beta and self.sad is not None:
+                sad = self.sad(teacher_features, student_features)
+        total = task + self.alpha * kd + self.beta * sad
+        return Losses(total, task.detach(), kd.detach(), sad.detach())
+
+    def extra_repr(self) -> str:
+        return f"task={self.task!r}, alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}"
+
+    def _run(self, which: int, inputs: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
+        """Output and tapped features of the teacher (0) or the student (1); no features where SAD needs none."""
+        if not self.beta:
+            return self._networks[which](*inputs), []
+        if self._taps is None:
+            raise ValueError("sparsekd.Distiller: made with beta=0, so without SAD, got beta > 0 later; make a new one")
+        return self._taps[which](*inputs)
+
+    def _task_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        output = _at_least_float32(output)
+        if self.task == "classification":
+            return F.cross_entropy(output, target)
+        if output.shape != target.shape:
+            raise ValueError(
+                "sparsekd.Distiller.loss: regression needs an output of the target's shape, "
+                f"got output {tuple(output.shape)} and target {tuple(target.shape)}; squeeze or reshape one of them"
+            )
+        return F.mse_loss(output, target.to(output.dtype))
+
+    def _kd_loss(self, student_output: Tensor, teacher_output: Tensor) -> Tensor:
+        if self.task == "classification":
+            return kd_loss(student_output, teacher_output, self.temperature)
+        return kd_regression_loss(student_output, teacher_output)
+
+
+def _example_features(tap: FeatureTap, inputs: Sequence[Any]) -> list[Tensor]:
+    """Features of one forward pass that leaves no trace: no batch-norm update, every module's mode as it was."""
+    training = [module for module in tap.model.modules() if module.training]
+    tap.model.eval()
+    try:
+        with torch.no_grad():
+            return tap(*inputs)[1]
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,676 @@
+"""Distillation losses against hand-written formulas, FeatureTap under change and under torch.compile, Distiller."""
+
+import copy
+import doctest
+import gc
+import math
+import shutil
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from sparsekd import BlockPattern, distill, sparsify
+from sparsekd.distill import (
+    SAD,
+    Distiller,
+    FeatureTap,
+    attention_transfer_loss,
+    kd_loss,
+    kd_regression_loss,
+)
+
+BACKEND = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
+HALF = [torch.float16, torch.bfloat16]
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def features(channels_and_sizes, batch=3, dtype=torch.float64):
+    return [torch.randn(batch, *shape, dtype=dtype).relu().requires_grad_() for shape in channels_and_sizes]
+
+
+TEACHER = [(4, 4, 4), (5, 4, 4), (6, 2, 3)]
+STUDENT = [(2, 4, 4), (3, 3, 2)]
+
+
+# SAD: the formulas of the paper, one image and one pair of layers at a time
+
+
+def loop_batch_norm(rows, norm):
+    """[N][q] rows of scalars, normalised over N with the biased variance."""
+    count, out = len(rows), []
+    for j in range(len(rows[0])):
+        column = [row[j] for row in rows]
+        mean = sum(column) / count
+        variance = sum((x - mean) ** 2 for x in column) / count
+        out.append([(x - mean) / (variance + norm.eps).sqrt() * norm.weight[j] + norm.bias[j] for x in column])
+    return [[column[n] for column in out] for n in range(count)]
+
+
+def loop_linear(rows, linear):
+    out_features, in_features = linear.weight.shape
+    return [
+        [sum(linear.weight[o, i] * row[i] for i in range(in_features)) + linear.bias[o] for o in range(out_features)]
+        for row in rows
+    ]
+
+
+def loop_attention(sad, teacher, student):
+    batch, layers_t, layers_s, q = teacher[0].shape[0], len(teacher), len(student), sad.dim
+    mean = [[[f[b, c].mean() for c in range(f.shape[1])] for b in range(batch)] for f in teacher]
+    query = [loop_batch_norm(loop_linear(mean[t], layer[0]), layer[1]) for t, layer in enumerate(sad.queries)]
+    mean = [[[f[b, c].mean() for c in range(f.shape[1])] for b in range(batch)] for f in student]
+    key = [loop_batch_norm(loop_linear(mean[s], layer[0]), layer[1]) for s, layer in enumerate(sad.keys)]
+    rows = [[x.clamp_min(0) for x in key[s][b]] for b in range(batch) for s in range(layers_s)]
+    bilinear = loop_batch_norm(loop_linear(rows, sad.bilinear[0]), sad.bilinear[1])
+    attention = {}
+    for b in range(batch):
+        for t in range(layers_t):
+            logits = []
+            for s in range(layers_s):
+                slice_t = bilinear[b * layers_s + s][t * q : (t + 1) * q]
+                content = sum(k * x for k, x in zip(slice_t, query[t][b], strict=True))
+                position = sum(sad.teacher_position[t] * sad.student_position[s])
+                logits.append(((content + position) / math.sqrt(q)).exp())
+            for s in range(layers_s):
+                attention[b, t, s] = logits[s] / sum(logits)
+    return attention
+
+
+def loop_sad(sad, teacher, student):
+    teacher = [f.detach() for f in teacher]
+    attention = loop_attention(sad, teacher, student)
+    batch, loss = teacher[0].shape[0], 0.0
+    for t, feature_t in enumerate(teacher):
+        for s, feature_s in enumerate(student):
+            for b in range(batch):
+                value_t = (feature_t[b] ** 2).mean(0)
+                value_s = nn.functional.adaptive_avg_pool2d((feature_s[b] ** 2).mean(0)[None], value_t.shape)[0]
+                value_t = value_t / (value_t**2).sum().sqrt()
+                value_s = value_s / (value_s**2).sum().sqrt()
+                loss = loss + attention[b, t, s] * ((value_s - value_t) ** 2).mean() / batch
+    return loss
+
+
+def randomized_sad(teacher_shapes, student_shapes, dim):
+    """A float64 SAD whose batch-norm weights are not the trivial 1 and 0."""
+    sad = SAD([s[0] for s in teacher_shapes], [s[0] for s in student_shapes], dim).double()
+    with torch.no_grad():
+        for parameter in sad.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    return sad
+
+
+def test_sad_equals_the_formulas_with_every_gradient():
+    sad = randomized_sad(TEACHER, STUDENT, dim=4)
+    teacher, student = features(TEACHER), features(STUDENT)
+    got, want = sad(teacher, student), loop_sad(sad, teacher, student)
+    torch.testing.assert_close(got, want)
+    inputs = [*student, *sad.parameters()]
+    assert len(inputs) == 2 + (3 + 2 + 1) * 4 + 2
+    grads = torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs)
+    torch.testing.assert_close(*grads)
+    # A Linear bias before a batch norm cancels, and so does what the bilinear adds to every student layer alike: the
+    # softmax does not see it. Everything else must really be reached.
+    names = ["student.0", "student.1", *dict(sad.named_parameters())]
+    reached = {name for name, grad in zip(names, grads[0], strict=True) if grad.abs().max() > 1e-9}
+    assert reached == {name for name in names if not name.endswith(".0.bias")} - {"bilinear.1.bias"}
+
+
+def test_sad_attention_equals_the_formulas_and_sums_to_one():
+    sad = randomized_sad(TEACHER, STUDENT, dim=4)
+    teacher, student = features(TEACHER), features(STUDENT)
+    got = sad.attention([f.mean((2, 3)) for f in teacher], [f.mean((2, 3)) for f in student])
+    want = loop_attention(sad, teacher, student)
+    assert got.shape == (3, 3, 2)
+    torch.testing.assert_close(got.sum(2), torch.ones(3, 3, dtype=torch.float64))
+    for index, value in want.items():
+        torch.testing.assert_close(got[index], value)
+
+
+def test_sad_has_the_published_number_of_parameters():
+    """WRN-40-2 to WRN-16-2 with q = 128: 543,488 by the layer shapes of the paper's code."""
+    sad = SAD([32] * 6 + [64] * 6 + [128] * 6, [32] * 2 + [64] * 2 + [128] * 2)
+    assert sum(p.numel() for p in sad.parameters()) == 543_488
+
+
+def test_sad_gives_the_teacher_no_gradient():
+    teacher, student = features(TEACHER), features(STUDENT)
+    randomized_sad(TEACHER, STUDENT, 4)(teacher, student).backward()
+    assert all(f.grad is None for f in teacher)
+    assert all(f.grad.abs().sum() > 0 for f in student)
+
+
+def test_sad_from_features():
+    teacher, student = features(TEACHER), features(STUDENT)
+    sad = SAD.from_features(teacher, student, dim=8)
+    assert (sad.teacher_channels, sad.student_channels, sad.dim) == ((4, 5, 6), (2, 3), 8)
+    assert sad(teacher, student).shape == ()
+
+
+@pytest.mark.parametrize("zero", ["teacher", "student", "both"])
+def test_sad_of_zero_features_is_finite(zero):
+    teacher, student = features(TEACHER, dtype=torch.float32), features(STUDENT, dtype=torch.float32)
+    for side, tensors in (("teacher", teacher), ("student", student)):
+        if zero in (side, "both"):
+            for tensor in tensors:
+                tensor.data.zero_()
+    sad = SAD([4, 5, 6], [2, 3], 8)
+    loss = sad(teacher, student)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(t.grad.isfinite().all() for t in [*student, *sad.parameters()])
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_sad_of_half_features_equals_float32_on_the_same_numbers(dtype, autocast):
+    sad = SAD([4, 5, 6], [2, 3], 8)
+    teacher = [f.detach().to(dtype) for f in features(TEACHER)]
+    student = [f.detach().to(dtype).requires_grad_() for f in features(STUDENT)]
+    exact = [f.detach().float().requires_grad_() for f in student]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = sad(teacher, student)
+    want = sad([f.float() for f in teacher], exact)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, want)
+    grads = torch.autograd.grad(loss, student)
+    assert all(grad.dtype == dtype for grad in grads)
+    torch.testing.assert_close(grads, tuple(g.to(dtype) for g in torch.autograd.grad(want, exact)))
+
+
+def test_sad_of_channels_last_features():
+    sad = SAD([4, 5, 6], [2, 3], 8)
+    teacher, student = features(TEACHER, dtype=torch.float32), features(STUDENT, dtype=torch.float32)
+    last = [f.detach().to(memory_format=torch.channels_last).requires_grad_() for f in student]
+    got, want = sad([f.to(memory_format=torch.channels_last) for f in teacher], last), sad(teacher, student)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, last), torch.autograd.grad(want, student))
+
+
+def test_sad_compiles_in_one_graph(fresh_compiler):
+    sad = SAD([4, 6], [2], 8)
+    compiled = torch.compile(copy.deepcopy(sad), fullgraph=True, backend=BACKEND)
+    teacher, student = features(TEACHER[::2], dtype=torch.float32), features(STUDENT[:1], dtype=torch.float32)
+    results = []
+    for module in (sad, compiled):
+        loss = module(teacher, student)
+        results.append((loss, torch.autograd.grad(loss, [*student, *module.parameters()])))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(sad.state_dict(), compiled._orig_mod.state_dict())  # running statistics
+
+
+def test_sad_batch_of_one():
+    sad = SAD([4, 5, 6], [2, 3], 8).double()
+    teacher, student = features(TEACHER, batch=1), features(STUDENT, batch=1)
+    with pytest.raises(ValueError, match=r"batch of at least 2 \(batch norm\), got 1; drop the last"):
+        sad(teacher, student)
+    assert sad.eval()(teacher, student).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "message"),
+    [
+        (TEACHER[:2], STUDENT, "expected 3 teacher features, got 2"),
+        (TEACHER, [*STUDENT, STUDENT[0]], "expected 2 student features, got 3"),
+        (STUDENT, TEACHER, "expected 3 teacher features, got 2"),
+        ([*TEACHER[:2], (7, 2, 3)], STUDENT, r"teacher feature 2 must have 6 channels, got 7 in \(3, 7, 2, 3\)"),
+        (TEACHER, [(3, 4, 4), (2, 3, 2)], "student feature 0 must have 2 channels, got 3"),
+        (TEACHER, [(2, 4, 4), (3,)], r"student feature 1 must be \[B, C, H, W\], got \(3, 3\)"),
+    ],
+)
+def test_sad_refuses_other_features(teacher, student, message):
+    with pytest.raises(ValueError, match=message):
+        SAD([4, 5, 6], [2, 3], 8).double()(features(teacher), features(student))
+
+
+def test_sad_refuses_different_batches():
+    with pytest.raises(ValueError, match=r"same batch size, got \[3, 4\]"):
+        SAD([4, 5, 6], [2, 3], 8).double()(features(TEACHER), features(STUDENT, batch=4))
+
+
+def test_sad_refuses_bad_arguments():
+    with pytest.raises(ValueError, match="teacher_channels must be one positive channel count"):
+        SAD([], [3])
+    with pytest.raises(ValueError, match=r"student_channels .* got \[3, 0\]"):
+        SAD([3], [3, 0])
+    with pytest.raises(ValueError, match="dim must be at least 1, got 0"):
+        SAD([3], [3], dim=0)
+    with pytest.raises(TypeError, match=r"must be float32 or float64, got torch.bfloat16; call .float"):
+        SAD([4, 5, 6], [2, 3], 8).bfloat16()(features(TEACHER), features(STUDENT))
+    with pytest.raises(ValueError, match=r"teacher feature 0 must be \[B, C, H, W\]"):
+        SAD.from_features([torch.zeros(2, 3)], features(STUDENT))
+
+
+# Losses on outputs and on single layers
+
+
+def test_kd_loss_equals_the_formula():
+    student = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    temperature, want = 2.5, 0.0
+    for b in range(3):
+        p = [math.exp(x / temperature) for x in teacher[b].tolist()]
+        q = [(x / temperature).exp() for x in student[b]]
+        want = want + sum(x / sum(p) * (math.log(x / sum(p)) - (y / sum(q)).log()) for x, y in zip(p, q, strict=True))
+    want = want * temperature**2 / 3
+    got = kd_loss(student, teacher, temperature)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, student), torch.autograd.grad(want, student))
+    kd_loss(student, teacher).backward()
+    assert teacher.grad is None
+    torch.testing.assert_close(kd_loss(student, teacher), kd_loss(student, teacher, 4.0))
+
+
+def test_kd_loss_of_a_certain_teacher_is_finite():
+    student = torch.zeros(2, 3, requires_grad=True)
+    loss = kd_loss(student, torch.tensor([[0.0, 9999.0, 0.0]] * 2), temperature=1)
+    loss.backward()
+    torch.testing.assert_close(loss, torch.tensor(math.log(3)))
+    assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_output_losses_of_half_types_are_float32(dtype):
+    student, teacher = torch.randn(3, 4).to(dtype), torch.randn(3, 4).to(dtype)
+    for loss in (kd_loss, kd_regression_loss):
+        assert loss(student, teacher).dtype == torch.float32
+        torch.testing.assert_close(loss(student, teacher), loss(student.float(), teacher.float()))
+
+
+def test_kd_regression_loss():
+    student = torch.tensor([1.0, 2.0], requires_grad=True)
+    teacher = torch.tensor([3.0, 5.0], requires_grad=True)
+    loss = kd_regression_loss(student, teacher)
+    loss.backward()
+    assert loss.item() == 6.5
+    assert student.grad.tolist() == [-2.0, -3.0]
+    assert teacher.grad is None
+
+
+def test_output_losses_refuse_what_would_broadcast():
+    with pytest.raises(ValueError, match=r"kd_regression_loss: .* same shape, got \(3,\) and \(3, 1\)"):
+        kd_regression_loss(torch.zeros(3), torch.zeros(3, 1))
+    with pytest.raises(ValueError, match=r"kd_loss: .* same shape, got \(3, 4\) and \(3, 1\)"):
+        kd_loss(torch.zeros(3, 4), torch.zeros(3, 1))
+    with pytest.raises(ValueError, match=r"\[B, classes\], got \(3,\)"):
+        kd_loss(torch.zeros(3), torch.zeros(3))
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        kd_loss(torch.zeros(3, 4), torch.zeros(3, 4), 0)
+
+
+def test_attention_transfer_equals_the_formula():
+    student, teacher = features([(2, 4, 4), (3, 2, 3)]), features([(5, 4, 4), (3, 2, 3)])
+    want = 0.0
+    for f, g in zip(student, teacher, strict=True):
+        for b in range(3):
+            a, c = (f[b] ** 2).sum(0).flatten(), (g[b].detach() ** 2).sum(0).flatten()
+            want = want + ((a / (a**2).sum().sqrt() - c / (c**2).sum().sqrt()) ** 2).sum() / (3 * a.numel())
+    got = attention_transfer_loss(student, teacher)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, student), torch.autograd.grad(want, student))
+    attention_transfer_loss(student, teacher).backward()
+    assert all(f.grad is None for f in teacher)
+
+
+def test_attention_transfer_refuses_other_features():
+    with pytest.raises(ValueError, match="got 2 and 3; tap one teacher layer"):
+        attention_transfer_loss(features(STUDENT), features(TEACHER))
+    with pytest.raises(ValueError, match=r"pair 0 must agree in B, H and W, got student \(3, 2, 4, 4\) and teacher"):
+        attention_transfer_loss(features(STUDENT[:1]), features(TEACHER[2:]))
+
+
+# FeatureTap
+
+
+def network(channels=4, inputs=3):
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(inputs, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(channels, 2 * channels, 3, 2, 1), nn.BatchNorm2d(2 * channels), nn.ReLU()),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(0),
+        nn.Unflatten(0, (-1, 2 * channels)),
+        nn.Linear(2 * channels, 5),
+    )
+
+
+def hooks(model):
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+def test_tap_returns_the_output_and_the_features_in_the_order_of_names():
+    model, x = network().eval(), torch.randn(2, 3, 8, 8)
+    output, (second, first) = FeatureTap(model, ["1.2", "0.2"])(x)
+    assert torch.equal(output, model(x))
+    assert torch.equal(first, model[0](x))
+    assert torch.equal(second, model[1](model[0](x)))
+
+
+def test_tap_passes_keyword_arguments():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu = nn.ReLU()
+
+        def forward(self, x, *, by):
+            return self.relu(x) * by
+
+    output, (feature,) = FeatureTap(Scale(), ["relu"])(torch.tensor([-1.0, 2.0]), by=3)
+    assert output.tolist() == [0, 6] and feature.tolist() == [0, 2]
+
+
+def test_tap_changes_neither_the_model_nor_its_names():
+    model = network()
+    before, modules = list(model.state_dict()), [type(m) for m in model.modules()]
+    tap = FeatureTap(model, ["0.2", "1.2"])
+    assert list(model.state_dict()) == before and [type(m) for m in model.modules()] == modules
+    assert {id(p) for p in tap.parameters()} == {id(p) for p in model.parameters()}
+    assert hooks(model) == 2
+    tap.remove()
+    assert hooks(model) == 0
+    assert len(tap(torch.randn(2, 3, 8, 8))[1]) == 2  # hooks itself in again
+    del tap
+    gc.collect()
+    assert hooks(model) == 0
+
+
+def test_tap_keeps_no_features():
+    model, x = network(), torch.randn(2, 3, 8, 8)
+    tap = FeatureTap(model, ["0.2", "1.2"])
+    output, taken = tap(x)
+    alive = [weakref.ref(t) for t in taken]
+    del output, taken
+    model(x)  # an ordinary call of the model records nothing
+    gc.collect()
+    assert all(ref() is None for ref in alive)
+    assert all(recorder.outputs is None for recorder in tap._recorders)
+
+
+def test_tap_recovers_from_an_error_in_the_model():
+    tap = FeatureTap(network(), ["0.2"])
+    with pytest.raises(RuntimeError, match="expected input"):
+        tap(torch.randn(2, 7, 8, 8))
+    assert len(tap(torch.randn(2, 3, 8, 8))[1]) == 1
+
+
+@pytest.mark.parametrize("replace", ["by hand", "sparsify"])
+def test_tap_follows_layers_replaced_later(replace):
+    model, x = network(16).eval(), torch.randn(2, 3, 8, 8)
+    tap = FeatureTap(model, ["0.0", "1.2"])
+    before, _ = tap(x)
+    if replace == "by hand":
+        new = nn.Conv2d(3, 16, 3, padding=1)
+        new.load_state_dict(model[0][0].state_dict())
+        model[0][0] = new
+    else:
+        sparsify(model, BlockPattern(16, 1))
+    output, (first, second) = tap(x)
+    torch.testing.assert_close(output, before)
+    assert torch.equal(first, model[0][0](x))
+    assert torch.equal(second, model[:2](x))
+    assert hooks(model) == 2
+
+
+def test_tap_says_when_a_layer_has_gone():
+    model = network()
+    tap = FeatureTap(model, ["1.2"])
+    model[1] = nn.Conv2d(4, 8, 1)
+    with pytest.raises(ValueError, match=r"no module named '1.2'; close matches"):
+        tap(torch.randn(2, 3, 8, 8))
+
+
+def test_two_taps_on_one_model():
+    model, x = network().eval(), torch.randn(2, 3, 8, 8)
+    one, two = FeatureTap(model, ["0.2"]), FeatureTap(model, ["0.2", "1.2"])
+    assert torch.equal(one(x)[1][0], two(x)[1][0])
+    del one
+    gc.collect()
+    assert hooks(model) == 2
+
+
+def test_copied_tap_is_independent():
+    tap = FeatureTap(network().eval(), ["0.2"])
+    other = copy.deepcopy(tap)
+    with torch.no_grad():
+        other.model[0][0].weight.zero_()
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(other(x)[1][0], other.model[0](x))
+    assert torch.equal(tap(x)[1][0], tap.model[0](x))
+
+
+def test_tap_refuses_unknown_names():
+    model = nn.Sequential()
+    model.add_module("layer1", nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+    with pytest.raises(ValueError, match=r"no module named 'layer1.2'; close matches: layer1"):
+        FeatureTap(model, ["layer1.2"])
+    with pytest.raises(ValueError, match=r"no module named 'zzz'; it has: layer1, layer1.0, layer1.1"):
+        FeatureTap(model, ["zzz"])
+    with pytest.raises(TypeError, match=r"got a string; use \['layer1'\]"):
+        FeatureTap(model, "layer1")
+    for names in ([], ["layer1", "layer1"]):
+        with pytest.raises(ValueError, match="one or more different names"):
+            FeatureTap(model, names)
+    with pytest.raises(TypeError, match="compile the tap"):
+        FeatureTap(torch.compile(model), ["layer1"])
+
+
+class Awkward(nn.Module):
+    """A shared ReLU, a layer that never runs, a layer that returns a pair, one whose output is overwritten."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.relu = nn.ReLU()
+        self.unused = nn.ReLU()
+        self.pair = nn.MaxPool2d(1, return_indices=True)
+        self.relu_ = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x, _ = self.pair(self.relu(self.relu(x)))
+        return self.relu_(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("relu", RuntimeError, "'relu' must run once in a forward pass, got 2 runs"),
+        ("unused", RuntimeError, "'unused' must run once in a forward pass, got 0 runs"),
+        ("pair", TypeError, "'pair' must return a tensor, got tuple"),
+        ("conv", RuntimeError, "output of 'conv' was changed in place"),
+    ],
+)
+def test_tap_refuses_what_it_cannot_record(name, error, message):
+    with pytest.raises(error, match=message):
+        FeatureTap(Awkward(), [name])(torch.randn(2, 3, 4, 4))
+
+
+def test_tap_in_inference_mode():
+    with torch.inference_mode():
+        output, (feature,) = FeatureTap(network().eval(), ["1.2"])(torch.randn(2, 3, 8, 8))
+    assert output.shape == (2, 5) and feature.shape == (2, 8, 4, 4)
+
+
+def test_tap_compiles_in_one_graph_and_trains(fresh_compiler):
+    eager, x = FeatureTap(network(), ["1.2", "0.2"]), torch.randn(4, 3, 8, 8)
+    tap = FeatureTap(copy.deepcopy(eager.model), eager.names)
+    compiled = torch.compile(tap, fullgraph=True, backend=BACKEND)
+    results = []
+    for call, module in ((eager, eager), (compiled, tap)):
+        for _ in range(2):  # the second call reuses the graph
+            module.zero_grad()
+            output, taken = call(x)
+            (output.square().sum() + sum(f.square().mean() for f in taken)).backward()
+        results.append((output, taken, [p.grad for p in module.parameters()], list(module.model.buffers())))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert all(recorder.outputs is None for recorder in tap._recorders)
+
+
+def test_compiled_tap_refuses_replaced_layers_until_attached(fresh_compiler):
+    model, x = network().eval(), torch.randn(2, 3, 8, 8)
+    tap = FeatureTap(model, ["0.2", "1.2"])
+    compiled = torch.compile(tap, fullgraph=True, backend="aot_eager")
+    compiled(x)
+    model[1][2] = nn.Sigmoid()
+    with pytest.raises(Exception, match=r"call tap.attach\(\)"):
+        compiled(x)
+    tap.attach()
+    torch.testing.assert_close(compiled(x)[1][1], model[:2](x))
+
+
+# Distiller
+
+
+TAPS = ["0.2", "1.2"]
+
+
+def distiller(teacher=None, student=None, **options):
+    options = {"task": "classification", "example_inputs": (torch.randn(2, 3, 8, 8),), "dim": 8, **options}
+    return Distiller(teacher or network(6), student or network(4), TAPS, TAPS, **options)
+
+
+def batch():
+    return (torch.randn(4, 3, 8, 8),), torch.tensor([0, 4, 1, 1])
+
+
+def test_distiller_classification_is_the_sum_of_its_terms():
+    d = distiller(alpha=0.7, beta=30.0, temperature=3.0)
+    inputs, target = batch()
+    losses = d.loss(inputs, target)
+
+    logits, student = FeatureTap(d.student, TAPS)(*inputs)
+    with torch.no_grad():
+        teacher_logits, teacher = FeatureTap(d.teacher, TAPS)(*inputs)
+    torch.testing.assert_close(losses.task, nn.functional.cross_entropy(logits, target))
+    torch.testing.assert_close(losses.kd, kd_loss(logits, teacher_logits, 3.0))
+    torch.testing.assert_close(losses.sad, d.sad(teacher, student))
+    torch.testing.assert_close(losses.total, losses.task + 0.7 * losses.kd + 30.0 * losses.sad)
+    assert losses.total.requires_grad
+    assert not any(t.requires_grad for t in (losses.task, losses.kd, losses.sad))
+
+
+def test_distiller_regression():
+    def regressor(channels):
+        return nn.Sequential(network(channels), nn.Linear(5, 1), nn.Flatten(0))
+
+    taps = ["0.0.2", "0.1.2"]
+    inputs, target = (torch.randn(4, 3, 8, 8),), torch.rand(4)
+    d = Distiller(regressor(6), regressor(4), taps, taps, example_inputs=inputs, alpha=0.5, beta=2.0)
+    losses = d.loss(inputs, target)
+    output = d.student(*inputs)
+    torch.testing.assert_close(losses.task, (output - target).square().mean())
+    torch.testing.assert_close(losses.kd, (output - d.teacher(*inputs)).square().mean())
+    torch.testing.assert_close(losses.total, losses.task + 0.5 * losses.kd + 2.0 * losses.sad)
+    with pytest.raises(ValueError, match=r"got output \(4,\) and target \(4, 1\)"):
+        d.loss(inputs, target[:, None])
+
+
+def test_distiller_trains_student_and_sad_but_not_the_teacher():
+    d = distiller(alpha=0.9, beta=10.0)
+    teacher_before = copy.deepcopy(d.teacher.state_dict())
+    student_before = copy.deepcopy(d.student.state_dict())
+    sad_before = copy.deepcopy(d.state_dict())
+    optimizer = torch.optim.SGD([*d.student.parameters(), *d.parameters()], lr=0.1)
+    d.train()
+    d.teacher.train()  # whoever does this: the loss puts the teacher back
+    inputs, target = batch()
+    d.loss(inputs, target).total.backward()
+    optimizer.step()
+    assert not any(m.training for m in d.teacher.modules())
+    assert all(p.grad is None for p in d.teacher.parameters())
+    torch.testing.assert_close(d.teacher.state_dict(), teacher_before, rtol=0, atol=0)
+    assert not torch.equal(d.student.state_dict()["0.0.weight"], student_before["0.0.weight"])
+    assert not torch.equal(d.state_dict()["sad.teacher_position"], sad_before["sad.teacher_position"])
+
+
+def test_distiller_owns_the_sad_alone():
+    d = distiller()
+    assert {id(p) for p in d.parameters()} == {id(p) for p in d.sad.parameters()}
+    assert set(d.state_dict()) == {f"sad.{key}" for key in d.sad.state_dict()}
+    d.student.train()
+    d.eval()
+    assert d.student.training and not d.sad.training
+    other = distiller()
+    other.load_state_dict(d.state_dict())
+    torch.testing.assert_close(other.state_dict(), d.state_dict())
+
+
+def test_distiller_leaves_no_trace_when_made():
+    student = network(4)
+    student[1].eval()
+    modes, before = [m.training for m in student.modules()], copy.deepcopy(student.state_dict())
+    distiller(student=student)
+    assert [m.training for m in student.modules()] == modes
+    torch.testing.assert_close(student.state_dict(), before, rtol=0, atol=0)
+
+
+class MustNotRun(nn.Module):
+    def forward(self, x):
+        raise AssertionError("this network was not to run")
+
+
+def test_distiller_skips_terms_of_weight_zero():
+    inputs, target = batch()
+    plain = Distiller(MustNotRun(), network(4), [], [], task="classification", alpha=0, beta=0)
+    losses = plain.loss(inputs, target)
+    assert losses.total.item() == losses.task.item() and losses.kd.item() == losses.sad.item() == 0
+    assert not list(plain.parameters()) and not plain.state_dict()
+    losses.total.backward()
+
+    kd_only = distiller(beta=0, alpha=1.0)
+    losses = kd_only.loss(inputs, target)
+    assert losses.kd > 0 and losses.sad == 0 and hooks(kd_only.student) == hooks(kd_only.teacher) == 0
+
+    sad_only = distiller(alpha=0, beta=1.0)
+    losses = sad_only.loss(inputs, target)
+    assert losses.sad > 0 and losses.kd == 0
+    sad_only.beta = 0
+    sad_only._networks = (MustNotRun(), sad_only.student)
+    assert sad_only.loss(inputs, target).sad == 0
+
+
+def test_distiller_follows_a_sparsified_student():
+    d = distiller(student=network(16))
+    sparsify(d.student, BlockPattern(16, 1), density=0.5)
+    inputs, target = batch()
+    losses = d.loss(inputs, target)
+    losses.total.backward()
+    assert losses.sad > 0
+    assert all(p.grad is not None for p in d.student.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"task": "ranking"}, ValueError, "'regression' or 'classification', got 'ranking'"),
+        ({"alpha": -1.0}, ValueError, "alpha must be finite and >= 0, got -1.0"),
+        ({"beta": math.nan}, ValueError, "beta must be finite and >= 0, got nan"),
+        ({"temperature": 0}, ValueError, "temperature must be positive, got 0"),
+        ({"example_inputs": None}, TypeError, "beta > 0 needs example_inputs"),
+        ({"example_inputs": torch.zeros(2, 3, 8, 8)}, TypeError, "got Tensor; pass one small batch"),
+    ],
+)
+def test_distiller_refuses_bad_arguments(options, error, message):
+    with pytest.raises(error, match=message):
+        distiller(**options)
+
+
+def test_docstring_examples_run():
+    assert doctest.testmod(distill).attempted > 0
+    assert doctest.testmod(distill).failed == 0
+
+
+def test_distiller_refuses_bad_calls():
+    inputs, target = batch()
+    d = distiller(beta=0)
+    with pytest.raises(TypeError, match=r"inputs must be a tuple, got Tensor; pass \(x,\)"):
+        d.loss(inputs[0], target)
+    d.beta = 1.0
+    with pytest.raises(ValueError, match="made with beta=0"):
+        d.loss(inputs, target)
