@@ -78,7 +78,7 @@ def linear_grad_values(grad: Tensor, x: Tensor, row_ptr: Tensor, col_idx: Tensor
     grad, x, row_ptr, col_idx = (t.contiguous() for t in (grad, x, row_ptr, col_idx))
     dvalues = x.new_empty(col_idx.shape[0], bh, bw)
     native.linear_grad_values_f32(
-        x.data_ptr(), grad.data_ptr(), _rows(x), x.shape[-1], grad.shape[-1],
+        x.data_ptr(), _rows(x), x.shape[-1], grad.data_ptr(), grad.shape[-1],
         row_ptr.data_ptr(), col_idx.data_ptr(), col_idx.shape[0], bh, bw, dvalues.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return dvalues
@@ -157,10 +157,13 @@ def _shape(
     return _cached_shape(*input_shape, out_channels, *kernel_size, *stride, *padding, *dilation, groups, *block)
 
 
+_SHAPE_NAMES = ["n", "c", "h", "w", "k", "r", "s", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w", "groups", "bh", "bw"]
+
+
 @lru_cache(maxsize=4096)
 def _cached_shape(*sizes: int) -> Any:
     """The geometry object of the kernels; building one costs more than a small layer."""
-    return native.Conv2dShape(*sizes)
+    return native.Conv2dShape(**dict(zip(_SHAPE_NAMES, sizes, strict=True)))
 
 
 def _empty(like: Tensor, shape: tuple[int, ...], layout: torch.memory_format) -> Tensor:
