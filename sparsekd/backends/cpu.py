@@ -157,7 +157,24 @@ def _shape(
     return _cached_shape(*input_shape, out_channels, *kernel_size, *stride, *padding, *dilation, groups, *block)
 
 
-_SHAPE_NAMES = ["n", "c", "h", "w", "k", "r", "s", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w", "groups", "bh", "bw"]
+_SHAPE_NAMES = [
+    "n",
+    "c",
+    "h",
+    "w",
+    "k",
+    "r",
+    "s",
+    "stride_h",
+    "stride_w",
+    "pad_h",
+    "pad_w",
+    "dil_h",
+    "dil_w",
+    "groups",
+    "bh",
+    "bw",
+]
 
 
 @lru_cache(maxsize=4096)
