@@ -1,0 +1,182 @@
+"""What this machine offers sparsekd, and for everything that is missing the reason and the way out.
+
+Nothing here may fail: a part that cannot even be asked is reported with what it raised.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .energy import Machine, available_sources
+
+Import = Callable[[str], ModuleType]
+
+
+def collect(import_module: Import = importlib.import_module, machine: Machine | None = None) -> dict[str, Any]:
+    """The facts as plain dicts, lists, strings and numbers, ready for json.
+
+    Keys: python, cpu, threads, torch, triton, gpu, energy, dispatch. A part that is missing has a "reason". Takes a few
+    seconds where there are energy counters, whose update period is measured. Tests hand in `import_module` and
+    `machine`.
+    """
+    # torch first: its OpenMP run time is then the one the compiled kernels share.
+    torch, torch_reason = _imported(import_module, "torch", "`pip install torch`")
+    native, native_reason = _imported(import_module, "sparsekd._C", "`pip install sparsekd` builds it")
+    return {
+        "python": {"version": platform.python_version(), "platform": platform.platform()},
+        "cpu": _cpu(native, native_reason),
+        "threads": _threads(torch, torch_reason, native),
+        "torch": _version(torch, torch_reason),
+        "triton": _version(*_imported(import_module, "triton", "`pip install triton` (Linux)")),
+        "gpu": _gpu(torch, torch_reason),
+        "energy": _energy(machine),
+        "dispatch": _dispatch(import_module),
+    }
+
+
+def report(facts: dict[str, Any] | None = None) -> str:
+    """The facts of `collect()` as text: one line per part, an indented line per reason."""
+    facts = collect() if facts is None else facts
+    cpu, threads, gpu = facts["cpu"], facts["threads"], facts["gpu"]
+    isas = f"{cpu['isa']} chosen of {', '.join(cpu['isas'])}" if cpu["isa"] else "pure-torch reference"
+    forced = f" (SPARSEKD_CPU_ISA={cpu['forced']})" if cpu["forced"] else ""
+    rows = [
+        ("python", f"{facts['python']['version']} on {facts['python']['platform']}", None),
+        ("cpu", f"{cpu['name']}, {cpu['cores']} cores", None),
+        ("cpu kernels", isas + forced, cpu["reason"]),
+        ("threads", f"{threads['torch'] or 'unknown'}, OpenMP: {threads['openmp'] or 'unknown'}", threads["reason"]),
+        ("torch", facts["torch"]["version"] or "missing", facts["torch"]["reason"]),
+        ("triton", facts["triton"]["version"] or "missing", facts["triton"]["reason"]),
+        ("gpu", "; ".join(gpu["devices"]) or "none", gpu["reason"]),
+    ]
+    for status in facts["energy"]["sources"]:
+        tick = f", updated every {1e3 * status['tick']:.3g} ms" if status["tick"] else ""
+        seen = f"readable: {', '.join(status['devices'])}{tick}" if status["readable"] else "not readable"
+        rows.append((f"energy {status['source']}", seen, status["reason"]))
+    if facts["energy"]["reason"]:
+        rows.append(("energy", "unknown", facts["energy"]["reason"]))
+    dispatch = facts["dispatch"]
+    for op, chosen in dispatch["ops"].items():
+        rows.append((f"op {op}", "; ".join(f"{device}: {kernel}" for device, kernel in chosen.items()), None))
+    if dispatch["reason"]:
+        rows.append(("ops", "unknown", dispatch["reason"]))
+    width = max(len(name) for name, _, _ in rows)
+    lines = []
+    for name, value, reason in rows:
+        lines.append(f"{name:<{width}}  {value}")
+        if reason:
+            lines.append(f"{'':<{width}}    {reason}")
+    return "\n".join(lines)
+
+
+def _attempt(question: Callable[[], Any]) -> tuple[Any, str | None]:
+    """(answer, None), or (None, what was raised): a broken part has to be reported, whatever it raises."""
+    try:
+        return question(), None
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _imported(import_module: Import, name: str, fix: str) -> tuple[Any, str | None]:
+    module, reason = _attempt(lambda: import_module(name))
+    return module, f"import {name} failed with {reason}; {fix}" if reason else None
+
+
+def _joined(*reasons: str | None) -> str | None:
+    return "; ".join(dict.fromkeys(reason for reason in reasons if reason)) or None
+
+
+def _energy(machine: Machine | None) -> dict[str, Any]:
+    found, reason = _attempt(lambda: available_sources(machine))
+    # a list for the tuple of devices, the way json gives it back
+    sources = [vars(status) | {"devices": list(status.devices)} for status in found or []]
+    return {"sources": sources, "reason": reason}
+
+
+def _version(module: Any, reason: str | None) -> dict[str, Any]:
+    version, failed = (None, None) if module is None else _attempt(lambda: str(module.__version__))
+    return {"version": version, "reason": _joined(reason, failed)}
+
+
+def _cpu(native: Any, reason: str | None) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "name": _cpu_name(native),
+        "cores": os.cpu_count(),
+        "isas": [],
+        "isa": None,
+        "forced": os.environ.get("SPARSEKD_CPU_ISA"),
+        "reason": None,
+    }
+    if native is None:
+        facts["reason"] = f"every op runs on its pure-torch reference: {reason}"
+        return facts
+    isas, isas_failed = _attempt(lambda: [str(isa) for isa in native.isas()])
+    facts["isas"] = isas or []
+    facts["isa"], isa_failed = _attempt(lambda: str(native.isa()))
+    facts["reason"] = _joined(isas_failed, isa_failed)
+    return facts
+
+
+def _cpu_name(native: Any) -> str:
+    name, _ = _attempt(lambda: str(native.cpu_name()).strip())
+    if not name:
+        info, _ = _attempt(lambda: Path("/proc/cpuinfo").read_text())
+        named = (line.partition(":")[2].strip() for line in (info or "").splitlines() if line.startswith("model name"))
+        name = next(named, "")
+    return name or platform.processor() or platform.machine()
+
+
+def _threads(torch: Any, torch_reason: str | None, native: Any) -> dict[str, Any]:
+    """Threads of torch, and whose OpenMP they are: torch's own, which the kernels share, unless two are loaded."""
+    count, count_failed = (None, torch_reason) if torch is None else _attempt(lambda: int(torch.get_num_threads()))
+    openmp, openmp_failed = (None, None) if native is None else _attempt(lambda: str(native.openmp()))
+    libraries = _openmp_libraries()
+    several = None
+    if len(libraries) > 1:
+        several = (
+            "several OpenMP run times are loaded, which can stall each other: import torch first, and see which "
+            "package brings its own"
+        )
+    others = [library for library in libraries if library not in (openmp or "")]
+    return {
+        "torch": count,
+        "openmp": ", ".join(filter(None, [openmp, *others])) or None,
+        "libraries": libraries,
+        "reason": _joined(count_failed, openmp_failed, several),
+    }
+
+
+def _openmp_libraries(maps: Path = Path("/proc/self/maps")) -> list[str]:
+    """Paths of the OpenMP run times mapped into this process; empty where the system does not say (not Linux)."""
+    text, _ = _attempt(maps.read_text)
+    paths = {line.split(maxsplit=5)[-1] for line in (text or "").splitlines() if "/" in line}
+    return sorted(path for path in paths if Path(path).name.startswith(("libgomp", "libomp", "libiomp")))
+
+
+def _gpu(torch: Any, torch_reason: str | None) -> dict[str, Any]:
+    if torch is None:
+        return {"devices": [], "reason": torch_reason}
+    if not getattr(torch.version, "cuda", None) and not getattr(torch.version, "hip", None):
+        return {"devices": [], "reason": f"torch {torch.__version__} is built without CUDA; see https://pytorch.org"}
+    available, failed = _attempt(torch.cuda.is_available)
+    if not available:
+        why = failed or "torch sees no GPU: `nvidia-smi` should list one, and CUDA_VISIBLE_DEVICES should not hide it"
+        return {"devices": [], "reason": why}
+    devices, failed = _attempt(lambda: [_gpu_line(torch, i) for i in range(torch.cuda.device_count())])
+    return {"devices": devices or [], "reason": failed}
+
+
+def _gpu_line(torch: Any, index: int) -> str:
+    found = torch.cuda.get_device_properties(index)
+    return f"cuda:{index} {found.name}, compute {found.major}.{found.minor}, {found.total_memory / 2**30:.0f} GiB"
+
+
+def _dispatch(import_module: Import) -> dict[str, Any]:
+    described, reason = _attempt(lambda: import_module("sparsekd.backends").describe())
+    return {"ops": described or {}, "reason": reason and f"sparsekd.backends.describe() failed with {reason}"}
