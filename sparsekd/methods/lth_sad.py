@@ -1,0 +1,18 @@
+"""LTH-SAD: lottery-ticket rewinding inside SAD distillation (arXiv 2401.10484)."""
+
+from __future__ import annotations
+
+from ..pruning import LinearSchedule
+from .base import Method, Stage
+
+
+class LTHSAD(Method):
+    """The smallest units of the whole student go, and the survivors start again from their values of epoch 0.
+
+    The paper does not restart the learning rate with them; ``round(epoch)`` lets a loop do either.
+    """
+
+    name = "lth-sad"
+
+    def _plan(self, schedule: LinearSchedule, epochs: int) -> list[Stage]:
+        return [Stage("distil", epochs, schedule, rewinds=True)]
