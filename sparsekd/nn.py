@@ -111,8 +111,7 @@ class BlockSparseLayer(nn.Module):
         kept_before[1:] = keep.cumsum(0)
         self.row_ptr = kept_before[self.row_ptr.long()]
         self.col_idx = self.col_idx[keep]
-        self.values.data = self.values.data[keep]
-        self.values.grad = None
+        _replace_data(self.values, self.values.data[keep])
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         """A state may hold other blocks, and another number of them, than this layer holds now."""
@@ -123,8 +122,7 @@ class BlockSparseLayer(nn.Module):
             except (TypeError, ValueError) as error:
                 errors.append(f"{prefix[:-1]}: {error}")
                 return
-            self.values.data = self.values.data.new_empty(tensors[0].shape)
-            self.values.grad = None
+            _replace_data(self.values, self.values.data.new_empty(tensors[0].shape))
             self.col_idx = self.col_idx.new_empty(tensors[2].shape)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
@@ -268,6 +266,17 @@ class SparseConv2d(BlockSparseLayer):
 
 
 SPARSE_TYPES = (SparseLinear, SparseConv2d)
+
+
+def _replace_data(parameter: nn.Parameter, data: Tensor) -> None:
+    """Give a parameter data of another shape; it stays the same object and loses its gradient.
+
+    Autograd's gradient accumulator remembers the old shape for as long as some graph is alive (the loss of the last
+    batch is enough), and the next backward would raise. It is renewed only when the dtype changes: change it between.
+    """
+    parameter.grad = None
+    parameter.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float16 else torch.float16)
+    parameter.data = data
 
 
 def _split_padding(dense: nn.Conv2d) -> tuple[tuple[int, int], list[int] | None]:

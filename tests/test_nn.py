@@ -100,6 +100,7 @@ def test_keep_drops_blocks_in_place():
     parameter, before = layer.values, layer.values.detach().clone()
     keep = torch.rand(layer.col_idx.shape[0]) < 0.3
     layer(torch.randn(1, 8, 5, 5)).sum().backward()
+    loss = layer(torch.randn(1, 8, 5, 5)).sum()  # a graph that stays alive over the change of shape
     layer.keep_(keep)
     assert layer.values is parameter
     assert parameter.grad is None
@@ -107,6 +108,7 @@ def test_keep_drops_blocks_in_place():
     layer.blocks.validate()
     layer(torch.randn(1, 8, 5, 5)).sum().backward()
     assert parameter.grad.shape == parameter.shape
+    assert loss.requires_grad
     with pytest.raises(ValueError, match="one bool for each"):
         layer.keep_(keep)
 

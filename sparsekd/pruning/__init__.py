@@ -1,0 +1,28 @@
+"""Prune a model while it trains: scores, the choice of what goes, and the surgery on layers, optimizers and batch norm.
+
+    pruner = Pruner(student, scope="global", example_inputs=(x,))   # converts the layers of `student` in place
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
+    pruner.attach(optimizer)
+    ...                                                             # after every optimizer.step(): pruner.after_step()
+    pruner.prune_to(0.5)                                            # half of the original weights are gone
+    pruner.rewind()                                                 # lottery ticket: survivors back to where they began
+
+A *unit* is what stays or goes as a whole: a block, an output filter or a single weight. Counts are weights of the
+pruned convolutions and linear layers (no biases, no batch norm), shares are of their ORIGINAL count.
+"""
+
+from .pruner import Pruner
+from .schedule import LinearSchedule
+from .scores import choose_units, lamp_scores, layer_ranks, magnitude_scores, random_scores
+from .surgery import drop_blocks
+
+__all__ = [
+    "LinearSchedule",
+    "Pruner",
+    "choose_units",
+    "drop_blocks",
+    "lamp_scores",
+    "layer_ranks",
+    "magnitude_scores",
+    "random_scores",
+]

@@ -1,0 +1,54 @@
+"""When how much is removed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LinearSchedule:
+    """Every ``every`` epochs, remove another ``rate`` of the ORIGINAL weights, from ``start`` until ``final`` is gone.
+
+    Linear in the original count because that is the only reading under which the paper reaches its 60 % (arXiv
+    2401.10484, Table 2). All shares lie in (0, 1), ``start`` may be 0.
+
+    >>> LinearSchedule(rate=0.05, every=75, final=0.6).removed_after(epoch=160)
+    0.1
+    """
+
+    rate: float
+    every: int
+    final: float
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, share in (("rate", self.rate), ("final", self.final)):
+            if not 0.0 < share < 1.0:
+                raise ValueError(f"LinearSchedule: {name} must lie in (0, 1), got {share}; 0.05 is 5 % of the weights")
+        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
+            raise ValueError(f"LinearSchedule: every must be a positive number of epochs, got {self.every!r}")
+        if not 0.0 <= self.start < self.final:
+            raise ValueError(
+                f"LinearSchedule: start must lie in [0, final), got start {self.start} and final {self.final}"
+            )
+
+    @property
+    def prunes(self) -> int:
+        """How many prunes it takes to reach ``final``."""
+        return math.ceil(round((self.final - self.start) / self.rate, 6))
+
+    def removed_after(self, epoch: int) -> float:
+        """Share of the original weights that is to be gone after epoch ``epoch`` (counted from 1)."""
+        done = epoch // self.every
+        return self.final if done >= self.prunes else self.start + self.rate * done
+
+    def check_reaches(self, epochs: int) -> None:
+        """Raise ValueError unless ``final`` is reached before the last of ``epochs`` epochs, which does not prune."""
+        last_prune = self.prunes * self.every
+        if last_prune >= epochs:
+            raise ValueError(
+                f"LinearSchedule: {self.prunes} prunes every {self.every} epochs reach {self.final} after epoch "
+                f"{last_prune}, and at least one epoch must follow, got {epochs} epochs; "
+                f"train {last_prune + 1} epochs, prune more at a time or more often, or lower final"
+            )

@@ -1,0 +1,94 @@
+"""How much a unit matters, and which units go. Choosing is separate from scoring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..nn import BlockSparseLayer
+
+
+def magnitude_scores(layer: BlockSparseLayer) -> Tensor:
+    """``[nnzb]`` float64 on the CPU: root mean square of the weights in each kept block.
+
+    The L2 norm over the square root of the block's real size: blocks of different sizes (the ragged last ones, other
+    layers' patterns) are judged by how large their weights are, not by how many they have. For equal blocks it ranks as
+    the L2 norm does, for single weights as their magnitude.
+    """
+    return (energies(layer) / layer.blocks.block_sizes().cpu()).sqrt()
+
+
+def random_scores(count: int, generator: torch.Generator | None = None) -> Tensor:
+    """``[count]`` float64, uniform in [0, 1): the control that shows what choosing by magnitude is worth."""
+    return torch.rand(count, dtype=torch.float64, generator=generator)
+
+
+def lamp_scores(magnitudes: Tensor, sizes: Tensor) -> Tensor:
+    """``[units]``: magnitude^2 over the energy of the layer once all weaker units are gone.
+
+    LAMP (Lee et al., Layer-adaptive Sparsity for the Magnitude-based Pruning, ICLR 2021, equation 5), a unit's weights
+    taken as equal. It ranks the units of a layer as their magnitude does, but does not change when the layer is scaled.
+    Magnitudes alone, compared over layers, first of all compare fan-in: the blocks of one layer differ little as long
+    as it is hardly trained, and the layer of the widest inputs can go almost whole.
+    """
+    strongest_first = magnitudes.argsort(descending=True, stable=True)
+    squares = magnitudes[strongest_first].square()
+    energy_left = (squares * sizes[strongest_first]).cumsum(0)
+    scores = torch.empty_like(magnitudes)
+    scores[strongest_first] = squares / energy_left.clamp(min=torch.finfo(magnitudes.dtype).tiny)
+    return scores
+
+
+def layer_ranks(scores: Tensor, sizes: Tensor, num_weights: int) -> Tensor:
+    """``[units]`` in (0, 1): the share of the layer's original weights that is gone once this unit is half removed.
+
+    Choosing by rank instead of score removes the same share, to one unit, from every layer.
+    """
+    order = _weakest_first(scores)
+    ranks = torch.empty(len(scores), dtype=torch.float64)
+    gone_before = num_weights - int(sizes.sum())
+    ranks[order] = (gone_before + sizes[order].cumsum(0) - sizes[order] / 2).double() / num_weights
+    return ranks
+
+
+def choose_units(scores: Sequence[Tensor], sizes: Sequence[Tensor], remove: float) -> list[Tensor]:
+    """Which units of each layer to keep (bool ``[units]``) so that the weights removed come nearest to ``remove``.
+
+    The lowest scores go first, over all layers; among equals the later one. The best unit of every layer stays, however
+    low its score: then the other layers give more, so that the total still holds, exact to one unit.
+
+    Args:
+        scores, sizes: for each layer ``[units]``, on the CPU: what a unit is worth, and the weights in it.
+        remove: weights to remove.
+
+    Raises:
+        ValueError: for a score that is not finite, and if ``remove`` would empty a layer.
+    """
+    every_score, every_size = torch.cat(list(scores)), torch.cat(list(sizes))
+    layer_starts = torch.tensor([0, *(len(layer) for layer in scores)]).cumsum(0).tolist()
+    order = _weakest_first(every_score)
+    stays = torch.zeros(len(every_score), dtype=torch.bool)
+    stays[[start + int(layer.argmax()) for start, layer in zip(layer_starts, scores, strict=False)]] = True
+    candidates = order[~stays[order]]
+    removed = torch.cat([torch.zeros(1, dtype=torch.int64), every_size[candidates].cumsum(0)])
+    if remove - int(removed[-1]) >= int(every_size.max()):
+        raise ValueError(
+            f"sparsekd.choose_units: at most {int(removed[-1])} of {int(every_size.sum())} weights can go, one unit of "
+            f"each layer stays; got {remove:.0f} to remove; remove less, or use smaller blocks"
+        )
+    count = int((removed.double() - remove).abs().argmin())
+    keep = torch.ones(len(every_score), dtype=torch.bool)
+    keep[candidates[:count]] = False
+    return list(keep.split([len(layer) for layer in scores]))
+
+
+def _weakest_first(scores: Tensor) -> Tensor:
+    if not torch.isfinite(scores).all():
+        raise ValueError("sparsekd.pruning: expected finite scores, got NaN or infinity; look for diverged weights")
+    return scores.argsort(descending=True, stable=True).flip(0)
+
+
+def energies(layer: BlockSparseLayer) -> Tensor:
+    return layer.values.detach().cpu().double().square().sum((1, 2))
