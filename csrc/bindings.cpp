@@ -1,0 +1,229 @@
+// Python sees pointers as integers; sizes, types and memory formats were checked by the caller (sparsekd/ops).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <vector>
+
+#include "conv2d.h"
+#include "dispatch.h"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+
+namespace {
+
+using sparsekd::Blocks;
+using sparsekd::Conv2dGeometry;
+using sparsekd::Conv2dShape;
+using sparsekd::PackedConv2d;
+using Address = std::uintptr_t;
+
+template <class T>
+const T* in(Address address) {
+  return reinterpret_cast<const T*>(address);
+}
+
+float* out(Address address) { return reinterpret_cast<float*>(address); }
+
+Blocks blocks(Address row_ptr, Address col_idx, int64_t nnzb) {
+  return {in<int32_t>(row_ptr), in<int32_t>(col_idx), nnzb};
+}
+
+bool is_relu(int activation) {
+  if (activation == 0 || activation == 1) return activation == 1;
+  throw py::value_error("sparsekd._C: activation must be 0 (none) or 1 (relu), got " + std::to_string(activation));
+}
+
+int64_t output_size(const char* axis, int64_t in, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
+  const int64_t span = dilation * (taps - 1) + 1;
+  if (taps < 1 || stride < 1 || pad < 0 || dilation < 1 || in + 2 * pad < span)
+    throw py::value_error(std::string("sparsekd._C.Conv2dShape: the kernel does not fit the ") + axis +
+                          ": expected input + 2 * padding >= dilation * (kernel - 1) + 1, got input " +
+                          std::to_string(in) + ", padding " + std::to_string(pad) + ", kernel " + std::to_string(taps) +
+                          ", dilation " + std::to_string(dilation) + ", stride " + std::to_string(stride));
+  return (in + 2 * pad - span) / stride + 1;
+}
+
+Conv2dShape make_shape(int64_t n, int64_t c, int64_t h, int64_t w, int64_t k, int64_t r, int64_t s, int64_t stride_h,
+                       int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w, int64_t groups,
+                       int64_t bh, int64_t bw) {
+  if (groups < 1 || c % groups || k % groups || bh < 1 || bw < 1 || (groups > 1 && (k / groups) % bh))
+    throw py::value_error(
+        "sparsekd._C.Conv2dShape: channels must divide into the groups and a group's output channels "
+        "into blocks, got c " +
+        std::to_string(c) + ", k " + std::to_string(k) + ", groups " + std::to_string(groups) + ", block " +
+        std::to_string(bh) + "x" + std::to_string(bw));
+  return {{n, c, h, w, k, output_size("height", h, r, stride_h, pad_h, dil_h),
+           output_size("width", w, s, stride_w, pad_w, dil_w), r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w,
+           groups},
+          bh,
+          bw};
+}
+
+// Multiply-adds on `threads` threads for about `seconds`, in 1e9 operations a second.
+double peak_gflops(int threads, double seconds) {
+  using Clock = std::chrono::steady_clock;
+  struct Work {
+    double seconds;
+    std::vector<double> operations;
+  } work{seconds, std::vector<double>(static_cast<size_t>(threads))};
+  const auto start = Clock::now();
+  sparsekd::parallel_for(
+      threads, threads,
+      [](void* context, int64_t item) {
+        Work& work = *static_cast<Work*>(context);
+        alignas(64) float sink[32];
+        for (float& value : sink) value = 0.5f;
+        const auto begin = Clock::now();
+        double operations = 0;
+        while (std::chrono::duration<double>(Clock::now() - begin).count() < work.seconds)
+          operations += sparsekd::kernels().fma_burst(20000, sink);
+        work.operations[static_cast<size_t>(item)] = operations;
+      },
+      &work);
+  double total = 0;
+  for (const double operations : work.operations) total += operations;
+  return total / std::chrono::duration<double>(Clock::now() - start).count() * 1e-9;
+}
+
+void bind_machine(py::module_& m) {
+  m.def("isas", &sparsekd::available_isas, "Instruction sets this CPU runs, best first.");
+  m.def("isa", [] { return std::string(sparsekd::kernels().isa); }, "The instruction set in use.");
+  m.def("use_isa", &sparsekd::use_isa, "name"_a, "Uses another instruction set from now on.");
+  m.def("openmp", &sparsekd::openmp_name, "The OpenMP library in use and its thread limit.");
+  m.def("cpu_name", &sparsekd::cpu_name);
+  m.def("peak_gflops", &peak_gflops, "threads"_a, "seconds"_a = 0.05, py::call_guard<py::gil_scoped_release>(),
+        "Measured fp32 multiply-add peak of the instruction set in use.");
+}
+
+void bind_conv2d(py::module_& m) {
+  py::class_<Conv2dShape>(m, "Conv2dShape")
+      .def(py::init(&make_shape), py::kw_only(), "n"_a, "c"_a, "h"_a, "w"_a, "k"_a, "r"_a, "s"_a, "stride_h"_a = 1,
+           "stride_w"_a = 1, "pad_h"_a = 0, "pad_w"_a = 0, "dil_h"_a = 1, "dil_w"_a = 1, "groups"_a = 1, "bh"_a = 16,
+           "bw"_a = 1)
+      .def_property_readonly("n", [](const Conv2dShape& s) { return s.geometry.n; })
+      .def_property_readonly("p", [](const Conv2dShape& s) { return s.geometry.p; })
+      .def_property_readonly("q", [](const Conv2dShape& s) { return s.geometry.q; });
+
+  m.def(
+      "conv2d_f32",
+      [](const Conv2dShape& shape, Address x, bool x_channels_last, Address values, Address row_ptr, Address col_idx,
+         int64_t nnzb, Address bias, Address residual, Address y, bool y_channels_last, int activation, int threads) {
+        const bool relu = is_relu(activation);
+        py::gil_scoped_release release;
+        sparsekd::conv2d(shape, {in<float>(x), x_channels_last}, in<float>(values), blocks(row_ptr, col_idx, nnzb),
+                         {in<float>(bias), in<float>(residual), relu}, {out(y), y_channels_last}, threads);
+      },
+      "shape"_a, "x"_a, "x_channels_last"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "bias"_a, "residual"_a,
+      "y"_a, "y_channels_last"_a, "activation"_a, "threads"_a);
+  m.def(
+      "conv2d_grad_input_f32",
+      [](const Conv2dShape& shape, Address dy, bool dy_channels_last, Address values, Address row_ptr, Address col_idx,
+         int64_t nnzb, Address dx, bool dx_channels_last, int threads) {
+        py::gil_scoped_release release;
+        sparsekd::conv2d_grad_input(shape, {in<float>(dy), dy_channels_last}, in<float>(values),
+                                    blocks(row_ptr, col_idx, nnzb), {out(dx), dx_channels_last}, threads);
+      },
+      "shape"_a, "dy"_a, "dy_channels_last"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "dx"_a,
+      "dx_channels_last"_a, "threads"_a);
+  m.def(
+      "conv2d_grad_values_f32",
+      [](const Conv2dShape& shape, Address x, bool x_channels_last, Address dy, bool dy_channels_last, Address row_ptr,
+         Address col_idx, int64_t nnzb, Address dvalues, int threads) {
+        py::gil_scoped_release release;
+        sparsekd::conv2d_grad_values(shape, {in<float>(x), x_channels_last}, {in<float>(dy), dy_channels_last},
+                                     blocks(row_ptr, col_idx, nnzb), out(dvalues), threads);
+      },
+      "shape"_a, "x"_a, "x_channels_last"_a, "dy"_a, "dy_channels_last"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a,
+      "dvalues"_a, "threads"_a);
+
+  py::class_<PackedConv2d>(m, "PackedConv2d")
+      .def(py::init([](const Conv2dShape& shape, Address values, Address row_ptr, Address col_idx, int64_t nnzb,
+                       Address bias, int activation) {
+             return std::make_unique<PackedConv2d>(shape, in<float>(values), blocks(row_ptr, col_idx, nnzb),
+                                                   in<float>(bias), is_relu(activation));
+           }),
+           "shape"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "bias"_a = 0, "activation"_a = 0)
+      .def(
+          "run",
+          [](const PackedConv2d& self, Address x, bool x_channels_last, Address residual, Address y,
+             bool y_channels_last, int threads, int64_t n) {
+            Conv2dGeometry geometry = self.shape().geometry;
+            if (n >= 0) geometry.n = n;
+            py::gil_scoped_release release;
+            self.run(geometry, {in<float>(x), x_channels_last}, in<float>(residual), {out(y), y_channels_last},
+                     threads);
+          },
+          "x"_a, "x_channels_last"_a, "residual"_a, "y"_a, "y_channels_last"_a, "threads"_a, "n"_a = -1);
+}
+
+// A linear layer's tensors are channels_last: a sample's features lie together.
+void bind_linear(py::module_& m) {
+  m.def(
+      "linear_f32",
+      [](Address x, int64_t batch, int64_t in_features, Address values, Address row_ptr, Address col_idx, int64_t nnzb,
+         int64_t bh, int64_t bw, Address bias, Address residual, Address y, int64_t out_features, int activation,
+         int threads) {
+        const bool relu = is_relu(activation);
+        py::gil_scoped_release release;
+        sparsekd::conv2d(sparsekd::linear_shape(batch, in_features, out_features, bh, bw), {in<float>(x), true},
+                         in<float>(values), blocks(row_ptr, col_idx, nnzb),
+                         {in<float>(bias), in<float>(residual), relu}, {out(y), true}, threads);
+      },
+      "x"_a, "batch"_a, "in_features"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "bh"_a, "bw"_a, "bias"_a,
+      "residual"_a, "y"_a, "out_features"_a, "activation"_a, "threads"_a);
+  m.def(
+      "linear_grad_input_f32",
+      [](Address dy, int64_t batch, int64_t out_features, Address values, Address row_ptr, Address col_idx,
+         int64_t nnzb, int64_t bh, int64_t bw, Address dx, int64_t in_features, int threads) {
+        py::gil_scoped_release release;
+        sparsekd::conv2d_grad_input(sparsekd::linear_shape(batch, in_features, out_features, bh, bw),
+                                    {in<float>(dy), true}, in<float>(values), blocks(row_ptr, col_idx, nnzb),
+                                    {out(dx), true}, threads);
+      },
+      "dy"_a, "batch"_a, "out_features"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "bh"_a, "bw"_a, "dx"_a,
+      "in_features"_a, "threads"_a);
+  m.def(
+      "linear_grad_values_f32",
+      [](Address x, int64_t batch, int64_t in_features, Address dy, int64_t out_features, Address row_ptr,
+         Address col_idx, int64_t nnzb, int64_t bh, int64_t bw, Address dvalues, int threads) {
+        py::gil_scoped_release release;
+        sparsekd::conv2d_grad_values(sparsekd::linear_shape(batch, in_features, out_features, bh, bw),
+                                     {in<float>(x), true}, {in<float>(dy), true}, blocks(row_ptr, col_idx, nnzb),
+                                     out(dvalues), threads);
+      },
+      "x"_a, "batch"_a, "in_features"_a, "dy"_a, "out_features"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "bh"_a, "bw"_a,
+      "dvalues"_a, "threads"_a);
+
+  struct PackedLinear : PackedConv2d {
+    using PackedConv2d::PackedConv2d;
+  };
+  py::class_<PackedLinear>(m, "PackedLinear")
+      .def(py::init([](int64_t in_features, int64_t out_features, int64_t bh, int64_t bw, Address values,
+                       Address row_ptr, Address col_idx, int64_t nnzb, Address bias, int activation) {
+             return std::make_unique<PackedLinear>(sparsekd::linear_shape(1, in_features, out_features, bh, bw),
+                                                   in<float>(values), blocks(row_ptr, col_idx, nnzb), in<float>(bias),
+                                                   is_relu(activation));
+           }),
+           "in_features"_a, "out_features"_a, "bh"_a, "bw"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a,
+           "bias"_a = 0, "activation"_a = 0)
+      .def(
+          "run",
+          [](const PackedLinear& self, Address x, int64_t batch, Address residual, Address y, int threads) {
+            Conv2dGeometry geometry = self.shape().geometry;
+            geometry.w = geometry.q = batch;
+            py::gil_scoped_release release;
+            self.run(geometry, {in<float>(x), true}, in<float>(residual), {out(y), true}, threads);
+          },
+          "x"_a, "batch"_a, "residual"_a, "y"_a, "threads"_a);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Block-sparse CPU kernels. Pointers are integers and nothing is checked here: call sparsekd.ops instead.";
+  bind_machine(m);
+  bind_conv2d(m);
+  bind_linear(m);
+}

@@ -1,0 +1,99 @@
+// The contract between the baseline code (bindings, weight packing, dispatch) and the kernels of each instruction set:
+// plain structs, raw pointers, function pointers. Nothing here may define an inline function, because this header is
+// compiled with different -m flags and the linker is free to keep any one copy.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace sparsekd {
+
+// Output rows handled at once: one AVX-512 register, two AVX2 registers, four 128-bit registers.
+constexpr int kStripRows = 16;
+
+// Up to 16 output rows that share one list of input columns. A column is one (tap, channel) pair of the weight,
+// numbered (r * S + s) * Cg + channel with the channel counted inside the group.
+struct Strip {
+  int64_t weights;      // offset in floats of [count][16] weights, `Strips::weight_stride` apart
+  int32_t first;        // first column in Strips::columns
+  int32_t count;        // number of columns
+  int32_t lanes;        // rows really there, 0..16; the weights of the others are zero
+  int32_t group;        // convolution group of these rows
+  int32_t row;          // output row of lane 0
+  const int32_t* rows;  // output row of every lane, or null when they are row, row + 1, ...
+};
+
+struct Strips {
+  const Strip* strip;
+  int32_t count;
+  int64_t weight_stride;   // floats from one column's 16 weights to the next column's
+  int64_t num_weights;     // floats that weight offsets index into
+  const int32_t* columns;  // [num_columns]
+  int64_t num_columns;
+};
+
+// A convolution [n, c, h, w] -> [n, k, p, q]. A linear layer is the 1 x 1 case with its batch as w.
+struct Conv2dGeometry {
+  int64_t n, c, h, w, k, p, q;
+  int64_t r, s, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
+};
+
+struct Conv2dForward {
+  Conv2dGeometry geometry;
+  Strips strips;
+  const float* weights;
+  const float* x;
+  bool x_channels_last;
+  const float* bias;      // [k] or null
+  const float* residual;  // same format as y, or null
+  float* y;
+  bool y_channels_last;
+  bool relu;
+  int threads;
+};
+
+struct Conv2dGradInput {
+  Conv2dGeometry geometry;
+  Strips strips;
+  const float* weights;
+  const float* dy;
+  bool dy_channels_last;
+  float* dx;
+  bool dx_channels_last;
+  int threads;
+};
+
+struct Conv2dGradValues {
+  Conv2dGeometry geometry;
+  Strips strips;
+  const float* x;
+  bool x_channels_last;
+  const float* dy;
+  bool dy_channels_last;
+  float* dweights;  // [num_weights], every strip's [count][16] is overwritten
+  int threads;
+};
+
+struct KernelTable {
+  const char* isa;
+  void (*conv2d_f32)(const Conv2dForward&);
+  void (*conv2d_grad_input_f32)(const Conv2dGradInput&);
+  void (*conv2d_grad_values_f32)(const Conv2dGradValues&);
+  // Fused multiply-adds from registers, `rounds` times a fixed amount; returns the floating point operations done.
+  double (*fma_burst)(int64_t rounds, float* sink);
+};
+
+extern const KernelTable kScalarKernels;
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512Kernels;
+
+// Memory of the calling thread, 64-byte aligned, kept and grown from call to call. Slots do not overlap.
+enum ScratchSlot { kScratchCall, kScratchInput, kScratchOutput, kScratchSum, kScratchSlots };
+void* scratch(ScratchSlot slot, size_t bytes);
+
+// Runs body(context, item) for items 0..items-1 on up to `threads` OpenMP threads; with one thread it is a plain
+// loop that never enters the OpenMP run time. Items are handed out as workers come free.
+using ParallelBody = void (*)(void* context, int64_t item);
+void parallel_for(int threads, int64_t items, ParallelBody body, void* context);
+
+}  // namespace sparsekd

@@ -1,0 +1,7 @@
+#include "conv2d_impl.h"
+#include "simd/vec_avx512.h"
+
+namespace sparsekd {
+extern const KernelTable kAvx512Kernels = {Vec16::kIsa, conv2d_forward, conv2d_grad_input, conv2d_grad_values,
+                                           fma_burst};
+}

@@ -1,0 +1,7 @@
+#include "conv2d_impl.h"
+#include "simd/vec_scalar.h"
+
+namespace sparsekd {
+extern const KernelTable kScalarKernels = {Vec16::kIsa, conv2d_forward, conv2d_grad_input, conv2d_grad_values,
+                                           fma_burst};
+}

@@ -1,0 +1,343 @@
+// How an input image lies in scratch memory while a convolution runs, and the copies into and out of that layout.
+//
+// 1. Stride and dilation are taken out of the inner loops by splitting each axis into phases: the input coordinate that
+//    output o reads through tap t is (o * stride + t * dilation) - pad = (o + shift) * stride + residue - pad, with
+//    shift and residue the quotient and remainder of t * dilation by stride. Every residue in use is one phase, and
+//    inside a phase the outputs of a row read consecutive floats whatever the stride.
+// 2. Order: [channel][row phase][column phase][image][row][column]. The pitches are the same for all bands of a call,
+// so
+//    a (tap, channel) column of the weight is one constant offset (`fill_offsets`).
+// 3. Padding is stored as zeros, shared between neighbours: a row's right padding is the next row's left padding, an
+//    image's lower padding the next image's upper one.
+#pragma once
+
+#include "kernel_table.h"
+
+namespace {
+
+using sparsekd::Conv2dGeometry;
+using sparsekd::Strip;
+using sparsekd::Strips;
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+struct Range {
+  int64_t begin, end;
+};
+
+// Item `index` of `count` items when `total` things are dealt out as evenly as possible, in order.
+inline Range share(int64_t total, int64_t count, int64_t index) {
+  return {total * index / count, total * (index + 1) / count};
+}
+
+struct Axis {
+  int64_t stride, dilation, pad, taps, in, out;
+  int64_t reach;     // largest shift
+  int64_t phases;    // residues in use
+  int32_t* slot;     // [stride] phase of a residue, -1 when no tap has it
+  int32_t* residue;  // [phases]
+
+  int64_t shift_of(int64_t tap) const { return tap * dilation / stride; }
+  int64_t phase_of(int64_t tap) const { return slot[tap * dilation % stride]; }
+
+  // Positions of `phase`, counted from `start`, that hold input rather than padding, out of the length + reach
+  // positions which `length` outputs from `start` on can read.
+  Range valid(int64_t phase, int64_t start, int64_t length) const {
+    const int64_t offset = pad - residue[phase];
+    const int64_t begin = max64(0, (offset > 0 ? ceil_div(offset, stride) : 0) - start);
+    const int64_t last = in + offset;
+    const int64_t end = min64(length + reach, (last > 0 ? ceil_div(last, stride) : 0) - start);
+    return begin < end ? Range{begin, end} : Range{length + reach, length + reach};
+  }
+
+  // Distance between rows (or images) that lets them share their padding.
+  int64_t shared_pitch() const {
+    int64_t pitch = out;
+    for (int64_t phase = 0; phase < phases; ++phase) {
+      const Range range = valid(phase, 0, out);
+      if (range.begin == range.end) continue;
+      pitch = max64(pitch, max64(range.end, out + reach - range.begin));
+    }
+    return pitch;
+  }
+};
+
+inline Axis make_axis(int64_t stride, int64_t dilation, int64_t pad, int64_t taps, int64_t in, int64_t out,
+                      int32_t* memory) {
+  Axis axis{stride, dilation, pad, taps, in, out, (taps - 1) * dilation / stride, 0, memory, memory + stride};
+  for (int64_t i = 0; i < stride; ++i) axis.slot[i] = -1;
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    int32_t& slot = axis.slot[tap * dilation % stride];
+    if (slot >= 0) continue;
+    slot = static_cast<int32_t>(axis.phases);
+    axis.residue[axis.phases++] = static_cast<int32_t>(tap * dilation % stride);
+  }
+  return axis;
+}
+
+// Part of a batch that is packed and worked on at once. Several images only when they are whole.
+struct Band {
+  int64_t image, images, y, rows, x, cols;
+};
+
+struct Layout {
+  Axis h, w;
+  int64_t channels;
+  int64_t pitch;       // floats from one row to the next
+  int64_t image_rows;  // rows from one image to the next
+  int64_t plane;       // floats of one phase of one channel
+  int64_t channel;     // floats of one channel
+
+  int64_t size() const { return channels * channel; }
+  int64_t row(int64_t image, int64_t y) const { return (image * image_rows + y) * pitch; }
+};
+
+// A layout for bands of up to images x rows x cols outputs.
+inline Layout make_layout(const Conv2dGeometry& g, int64_t images, int64_t rows, int64_t cols, int32_t* memory) {
+  Layout l{};
+  l.h = make_axis(g.stride_h, g.dilation_h, g.pad_h, g.r, g.h, g.p, memory);
+  l.w = make_axis(g.stride_w, g.dilation_w, g.pad_w, g.s, g.w, g.q, memory + 2 * g.stride_h);
+  l.channels = g.c;
+  l.pitch = cols == g.q ? l.w.shared_pitch() : cols + l.w.reach;
+  l.image_rows = rows == g.p ? l.h.shared_pitch() : rows;
+  // 16 more floats: vectors of output pixels may run past the last one.
+  l.plane = round_up((images * l.image_rows + l.h.reach) * l.pitch + l.w.reach + 16, 16);
+  // An odd number of cache lines, so that the channels of one pixel spread over all cache sets.
+  l.channel = (l.h.phases * l.w.phases * l.plane / 16 | 1) * 16;
+  return l;
+}
+
+inline int64_t layout_memory(const Conv2dGeometry& g) { return 2 * (g.stride_h + g.stride_w); }
+
+// offsets[i]: where column i of `strips` starts in the packed input. `table` is [taps * channels of a group].
+inline void fill_offsets(const Layout& l, int64_t groups, const Strips& strips, int32_t* table, int32_t* offsets) {
+  const int64_t group_channels = l.channels / groups;
+  int32_t* entry = table;
+  for (int64_t r = 0; r < l.h.taps; ++r)
+    for (int64_t s = 0; s < l.w.taps; ++s) {
+      const int64_t tap =
+          (l.h.phase_of(r) * l.w.phases + l.w.phase_of(s)) * l.plane + l.h.shift_of(r) * l.pitch + l.w.shift_of(s);
+      for (int64_t c = 0; c < group_channels; ++c) *entry++ = static_cast<int32_t>(tap + c * l.channel);
+    }
+  for (int32_t i = 0; i < strips.count; ++i) {
+    const Strip& strip = strips.strip[i];
+    // Strips of one tall block share their columns.
+    if (i > 0 && strip.first == strips.strip[i - 1].first && strip.count == strips.strip[i - 1].count) continue;
+    const int32_t base = static_cast<int32_t>(strip.group * group_channels * l.channel);
+    const int32_t* column = strips.columns + strip.first;
+    for (int32_t j = 0; j < strip.count; ++j) offsets[strip.first + j] = table[column[j]] + base;
+  }
+}
+
+inline void zero_floats(float* p, int64_t n) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) Vec16::zero().store(p + i);
+  if (i < n) Vec16::zero().store_first(p + i, static_cast<int>(n - i));
+}
+
+// Copies n floats that lie `stride` apart.
+inline void copy_floats(float* p, const float* source, int64_t stride, int64_t n) {
+  if (stride == 1) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) Vec16::load(source + i).store(p + i);
+    if (i < n) Vec16::load_first(source + i, static_cast<int>(n - i)).store_first(p + i, static_cast<int>(n - i));
+    return;
+  }
+  for (int64_t i = 0; i < n; i += 16) {
+    const int have = static_cast<int>(min64(16, n - i));
+    Vec16::load_strided(source + i * stride, stride, have).store_first(p + i, have);
+  }
+}
+
+// Reads `rows` <= 16 vectors of `cols` <= 16 floats and writes `cols` vectors of `rows` floats.
+inline void transpose_tile(const float* source, int64_t source_stride, int rows, int cols, float* target,
+                           int64_t target_stride) {
+  if (rows <= 8) {
+    Vec16 v[8];
+    for (int i = 0; i < 8; ++i) v[i] = i < rows ? Vec16::load_first(source + i * source_stride, cols) : Vec16::zero();
+    return Vec16::store_transposed8(v, target, target_stride, cols, rows);
+  }
+  Vec16 v[16];
+  if (rows == 16 && cols == 16) {
+    for (int i = 0; i < 16; ++i) v[i] = Vec16::load(source + i * source_stride);
+    Vec16::transpose(v);
+    for (int i = 0; i < 16; ++i) v[i].store(target + i * target_stride);
+    return;
+  }
+  for (int i = 0; i < 16; ++i) v[i] = i < rows ? Vec16::load_first(source + i * source_stride, cols) : Vec16::zero();
+  Vec16::transpose(v);
+  for (int i = 0; i < 16; ++i)
+    if (i < cols) v[i].store_first(target + i * target_stride, rows);
+}
+
+// The same for any numbers of rows and columns.
+inline void transpose_floats(const float* source, int64_t source_stride, int64_t rows, int64_t cols, float* target,
+                             int64_t target_stride) {
+  for (int64_t j = 0; j < cols; j += 16)
+    for (int64_t i = 0; i < rows; i += 16)
+      transpose_tile(source + i * source_stride + j, source_stride, static_cast<int>(min64(16, rows - i)),
+                     static_cast<int>(min64(16, cols - j)), target + j * target_stride + i, target_stride);
+}
+
+// Where a band's input lies: positions of one column phase that hold input, and the input column of the first.
+struct Columns {
+  Range valid;
+  int64_t first;
+
+  int64_t count() const { return valid.end - valid.begin; }
+};
+
+inline Columns input_columns(const Layout& l, const Band& band, int64_t phase) {
+  const Range valid = l.w.valid(phase, band.x, band.cols);
+  return {valid, (band.x + valid.begin) * l.w.stride + l.w.residue[phase] - l.w.pad};
+}
+
+// The packed rows of one image in one row phase: `count` of them, of which `valid` hold input, from row `y` on,
+// `y_step` apart; the others are padding.
+struct Rows {
+  Range valid;
+  int64_t count, y, y_step;
+};
+
+inline Rows input_rows(const Layout& l, const Band& band, int64_t image, int64_t phase) {
+  const Range valid = l.h.valid(phase, band.y, band.rows);
+  const int64_t count = l.image_rows + (image + 1 == band.images ? l.h.reach : 0);
+  return {{min64(valid.begin, count), min64(valid.end, count)},
+          count,
+          (band.y + valid.begin) * l.h.stride + l.h.residue[phase] - l.h.pad,
+          l.h.stride};
+}
+
+inline void pack_plane(const float* x, const Conv2dGeometry& g, const Layout& l, const Rows& rows,
+                       const Columns& columns, float* plane) {
+  const int64_t count = columns.count();
+  for (int64_t i = 0; i < rows.valid.begin; ++i) zero_floats(plane + i * l.pitch, count);
+  const float* source = x + rows.y * g.w + columns.first;
+  for (int64_t i = rows.valid.begin; i < rows.valid.end; ++i, source += rows.y_step * g.w)
+    copy_floats(plane + i * l.pitch, source, l.w.stride, count);
+  for (int64_t i = rows.valid.end; i < rows.count; ++i) zero_floats(plane + i * l.pitch, count);
+}
+
+inline void pack_pixels(const float* x, const Conv2dGeometry& g, const Layout& l, const Rows& rows,
+                        const Columns& columns, float* planes) {
+  const int64_t count = columns.count();
+  for (int64_t i = 0; i < rows.count; ++i) {
+    float* target = planes + i * l.pitch;
+    if (i < rows.valid.begin || i >= rows.valid.end) {
+      for (int64_t c = 0; c < g.c; ++c) zero_floats(target + c * l.channel, count);
+      continue;
+    }
+    const int64_t y = rows.y + (i - rows.valid.begin) * rows.y_step;
+    transpose_floats(x + (y * g.w + columns.first) * g.c, l.w.stride * g.c, count, g.c, target, l.channel);
+  }
+}
+
+// Packs the input that the outputs of `band` read. `fresh` says that the memory may hold anything; else it was packed
+// for an earlier band of this call, and columns that are padding in both stay zero.
+inline void pack_input(const float* x, bool channels_last, const Conv2dGeometry& g, const Layout& l, const Band& band,
+                       bool fresh, float* packed) {
+  const bool padded = l.w.reach > 0 || l.w.pad > 0 || l.h.reach > 0 || l.h.pad > 0;
+  const bool moved = band.cols < g.q && padded;
+  if ((fresh && padded) || moved) zero_floats(packed, l.size());
+  for (int64_t image = 0; image < band.images; ++image) {
+    const float* source = x + (band.image + image) * g.c * g.h * g.w;
+    for (int64_t a = 0; a < l.h.phases; ++a)
+      for (int64_t b = 0; b < l.w.phases; ++b) {
+        const Rows rows = input_rows(l, band, image, a);
+        const Columns columns = input_columns(l, band, b);
+        if (columns.count() == 0) continue;
+        float* plane = packed + (a * l.w.phases + b) * l.plane + l.row(image, 0) + columns.valid.begin;
+        if (channels_last) {
+          pack_pixels(source, g, l, rows, columns, plane);
+          continue;
+        }
+        for (int64_t c = 0; c < g.c; ++c)
+          pack_plane(source + c * g.h * g.w, g, l, rows, columns, plane + c * l.channel);
+      }
+  }
+}
+
+// The reverse of pack_input for gradients: writes every input row whose position in its phase, (y + pad) / stride, lies
+// in `rows`. Input that no output reads becomes zero.
+inline void unpack_input(const float* packed, const Conv2dGeometry& g, const Layout& l, const Band& band, Range rows,
+                         bool channels_last, float* x) {
+  int64_t covered = 0;
+  for (int64_t b = 0; b < l.w.phases; ++b) covered += input_columns(l, band, b).count();
+  const bool whole = band.cols == g.q;  // a band of some columns is a 1 x 1 convolution and owns just those
+  const int64_t width = whole ? g.w : band.cols;
+  const int64_t x0 = whole ? 0 : band.x;
+  const int64_t y_begin = max64(0, rows.begin * g.stride_h - g.pad_h);
+  const int64_t y_end = min64(g.h, rows.end * g.stride_h - g.pad_h);
+  for (int64_t image = 0; image < band.images; ++image)
+    for (int64_t y = y_begin; y < y_end; ++y) {
+      const int64_t a = l.h.slot[(y + g.pad_h) % g.stride_h];
+      const int64_t row = (y + g.pad_h) / g.stride_h - band.y;
+      const bool empty = a < 0 || row >= band.rows + l.h.reach;
+      const int64_t n = band.image + image;
+      if (empty || covered < width) {
+        if (channels_last)
+          zero_floats(x + ((n * g.h + y) * g.w + x0) * g.c, width * g.c);
+        else
+          for (int64_t c = 0; c < g.c; ++c) zero_floats(x + ((n * g.c + c) * g.h + y) * g.w + x0, width);
+      }
+      if (empty) continue;
+      for (int64_t b = 0; b < l.w.phases; ++b) {
+        const Columns columns = input_columns(l, band, b);
+        const float* source = packed + (a * l.w.phases + b) * l.plane + l.row(image, row) + columns.valid.begin;
+        if (channels_last) {
+          transpose_floats(source, l.channel, g.c, columns.count(), x + ((n * g.h + y) * g.w + columns.first) * g.c,
+                           l.w.stride * g.c);
+          continue;
+        }
+        for (int64_t c = 0; c < g.c; ++c) {
+          float* target = x + ((n * g.c + c) * g.h + y) * g.w + columns.first;
+          if (l.w.stride == 1)
+            copy_floats(target, source + c * l.channel, 1, columns.count());
+          else
+            for (int64_t j = 0; j < columns.count(); ++j) target[j * l.w.stride] = source[c * l.channel + j];
+        }
+      }
+    }
+}
+
+inline bool is_pointwise(const Conv2dGeometry& g) {
+  return g.r == 1 && g.s == 1 && g.stride_h == 1 && g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0;
+}
+
+// A 1 x 1 convolution has no neighbours: rows join into one, and images too when all tensors are channels_last.
+inline Conv2dGeometry flatten_pointwise(Conv2dGeometry g, bool join_images) {
+  if (!is_pointwise(g)) return g;
+  g.dilation_h = g.dilation_w = 1;
+  g.w = g.q = g.h * g.w * (join_images ? g.n : 1);
+  g.h = g.p = 1;
+  if (join_images) g.n = 1;
+  return g;
+}
+
+// parallel_for with a closure.
+template <class Body>
+inline void parallel(int threads, int64_t items, const Body& body) {
+  sparsekd::parallel_for(
+      threads, items, [](void* context, int64_t item) { (*static_cast<const Body*>(context))(item); },
+      const_cast<Body*>(&body));
+}
+
+// The same, but every worker keeps going until no item is left: body(item, first) learns which item is its first.
+template <class Body>
+inline void parallel_workers(int threads, int64_t items, const Body& body) {
+  int64_t next = 0;
+  parallel(threads, min64(threads, items), [&](int64_t) {
+    bool first = true;
+    for (;;) {
+      const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (item >= items) return;
+      body(item, first);
+      first = false;
+    }
+  });
+}
+
+}  // namespace

@@ -1,0 +1,111 @@
+// Vec16 on AVX2 with FMA: two registers.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+alignas(64) constexpr int32_t kLaneMask[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+                                               0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0};
+
+struct Vec16 {
+  __m256 v[2];
+
+  static constexpr const char* kIsa = "avx2";
+  static constexpr int kTilePixels = 6;  // twelve of the sixteen registers accumulate
+  static constexpr int kInputEntries = 2;
+  static constexpr int kInputVectors = 3;
+  static constexpr int kValueEntries = 4;
+  static constexpr int kValuePixels = 2;
+
+  static __m256i first(int n, int half) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kLaneMask + 16 - n + 8 * half));
+  }
+
+  static Vec16 zero() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
+  static Vec16 broadcast(const float* p) {
+    const __m256 x = _mm256_broadcast_ss(p);
+    return {{x, x}};
+  }
+  static Vec16 load(const float* p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
+  // Loads n <= 16 floats, the other lanes are zero; touches no memory beyond them.
+  static Vec16 load_first(const float* p, int n) {
+    if (n == 16) return load(p);
+    return {{_mm256_maskload_ps(p, first(n, 0)), _mm256_maskload_ps(p + 8, first(n, 1))}};
+  }
+  static Vec16 load_strided(const float* p, int64_t stride, int n) {
+    alignas(64) float lane[16] = {};
+    for (int i = 0; i < n; ++i) lane[i] = p[i * stride];
+    return load(lane);
+  }
+  void store(float* p) const {
+    _mm256_storeu_ps(p, v[0]);
+    _mm256_storeu_ps(p + 8, v[1]);
+  }
+  void store_first(float* p, int n) const {
+    if (n == 16) return store(p);
+    _mm256_maskstore_ps(p, first(n, 0), v[0]);
+    _mm256_maskstore_ps(p + 8, first(n, 1), v[1]);
+  }
+
+  static Vec16 fma(Vec16 a, Vec16 b, Vec16 c) {
+    return {{_mm256_fmadd_ps(a.v[0], b.v[0], c.v[0]), _mm256_fmadd_ps(a.v[1], b.v[1], c.v[1])}};
+  }
+  static Vec16 add(Vec16 a, Vec16 b) { return {{_mm256_add_ps(a.v[0], b.v[0]), _mm256_add_ps(a.v[1], b.v[1])}}; }
+  // max(x, 0), and NaN stays NaN as in torch.relu: the second operand is returned when either is NaN.
+  static Vec16 relu(Vec16 a) {
+    const __m256 zero = _mm256_setzero_ps();
+    return {{_mm256_max_ps(zero, a.v[0]), _mm256_max_ps(zero, a.v[1])}};
+  }
+
+  // In place: lane j of row i becomes lane i of row j. Four 8 x 8 transposes, the off-diagonal ones swapped.
+  static void transpose(Vec16 (&r)[16]) {
+    __m256 q[2][2][8];
+    for (int i = 0; i < 2; ++i)
+      for (int j = 0; j < 2; ++j) {
+        for (int k = 0; k < 8; ++k) q[i][j][k] = r[8 * i + k].v[j];
+        transpose8(q[i][j]);
+      }
+    for (int i = 0; i < 2; ++i)
+      for (int j = 0; j < 2; ++j)
+        for (int k = 0; k < 8; ++k) r[8 * j + k].v[i] = q[i][j][k];
+  }
+
+  // Writes lane j of r[0..7] as `rows` <= 8 floats to target + j * stride, for the first `cols` lanes.
+  static void store_transposed8(const Vec16 (&r)[8], float* target, int64_t stride, int cols, int rows) {
+    const __m256i mask = first(rows, 0);
+    for (int half = 0; half < 2; ++half) {
+      __m256 q[8];
+      for (int k = 0; k < 8; ++k) q[k] = r[k].v[half];
+      transpose8(q);
+      for (int k = 0; k < 8; ++k)
+        if (8 * half + k < cols) {
+          float* at = target + (8 * half + k) * stride;
+          rows == 8 ? _mm256_storeu_ps(at, q[k]) : _mm256_maskstore_ps(at, mask, q[k]);
+        }
+    }
+  }
+
+ private:
+  static void transpose8(__m256 (&r)[8]) {
+    __m256 t[8], u[8];
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+      u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+      u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+      u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int j = 0; j < 4; ++j) {
+      r[j] = _mm256_permute2f128_ps(u[j], u[4 + j], 0x20);
+      r[4 + j] = _mm256_permute2f128_ps(u[j], u[4 + j], 0x31);
+    }
+  }
+};
+
+}  // namespace

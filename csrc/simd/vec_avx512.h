@@ -1,0 +1,102 @@
+// Vec16 on AVX-512: one register.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+struct Vec16 {
+  __m512 v;
+
+  static constexpr const char* kIsa = "avx512";
+  static constexpr int kTilePixels = 28;   // forward: accumulators; one weight register and two spare remain
+  static constexpr int kInputEntries = 4;  // gradient of the input: columns x vectors of pixels
+  static constexpr int kInputVectors = 6;
+  static constexpr int kValueEntries = 16;  // gradient of the values: columns x pixels
+  static constexpr int kValuePixels = 8;
+
+  static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+  static Vec16 zero() { return {_mm512_setzero_ps()}; }
+  static Vec16 broadcast(const float* p) { return {_mm512_set1_ps(*p)}; }
+  static Vec16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  // Loads n <= 16 floats, the other lanes are zero; touches no memory beyond them.
+  static Vec16 load_first(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+  static Vec16 load_strided(const float* p, int64_t stride, int n) {
+    if (stride == 2) {
+      // 2n - 1 floats: the element after the last one may lie outside the tensor.
+      const int span = 2 * n - 1;
+      const __m512 low = _mm512_maskz_loadu_ps(first(span < 16 ? (span > 0 ? span : 0) : 16), p);
+      const __m512 high = _mm512_maskz_loadu_ps(first(span > 16 ? span - 16 : 0), p + 16);
+      const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+      return {_mm512_permutex2var_ps(low, even, high)};
+    }
+    alignas(64) float lane[16] = {};
+    for (int i = 0; i < n; ++i) lane[i] = p[i * stride];
+    return {_mm512_load_ps(lane)};
+  }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store_first(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+
+  static Vec16 fma(Vec16 a, Vec16 b, Vec16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  static Vec16 add(Vec16 a, Vec16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+  // max(x, 0), and NaN stays NaN as in torch.relu: the second operand is returned when either is NaN.
+  static Vec16 relu(Vec16 a) { return {_mm512_max_ps(_mm512_setzero_ps(), a.v)}; }
+
+  // In place: lane j of row i becomes lane i of row j.
+  static void transpose(Vec16 (&r)[16]) {
+    __m512 t[16];
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_ps(r[i].v, r[i + 1].v);
+      t[i + 1] = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
+    }
+    __m512 u[16];
+    for (int i = 0; i < 16; i += 4) {
+      u[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[i + 2])));
+      u[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[i + 2])));
+      u[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i + 1]), _mm512_castps_pd(t[i + 3])));
+      u[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i + 1]), _mm512_castps_pd(t[i + 3])));
+    }
+    // u[4 * g + j]: column j + 4 * (128-bit lane) of rows 4g..4g+3.
+    for (int j = 0; j < 4; ++j) {
+      const __m512 a = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88);
+      const __m512 b = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd);
+      const __m512 c = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88);
+      const __m512 d = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
+      r[j].v = _mm512_shuffle_f32x4(a, c, 0x88);
+      r[8 + j].v = _mm512_shuffle_f32x4(a, c, 0xdd);
+      r[4 + j].v = _mm512_shuffle_f32x4(b, d, 0x88);
+      r[12 + j].v = _mm512_shuffle_f32x4(b, d, 0xdd);
+    }
+  }
+  // Writes lane j of r[0..7] as `rows` <= 8 floats to target + j * stride, for the first `cols` lanes.
+  static void store_transposed8(const Vec16 (&r)[8], float* target, int64_t stride, int cols, int rows) {
+    __m512 t[8];
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm512_unpacklo_ps(r[i].v, r[i + 1].v);
+      t[i + 1] = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
+    }
+    __m512d u[8];
+    for (int i = 0; i < 8; i += 4) {
+      u[i] = _mm512_unpacklo_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[i + 2]));
+      u[i + 1] = _mm512_unpackhi_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[i + 2]));
+      u[i + 2] = _mm512_unpacklo_pd(_mm512_castps_pd(t[i + 1]), _mm512_castps_pd(t[i + 3]));
+      u[i + 3] = _mm512_unpackhi_pd(_mm512_castps_pd(t[i + 1]), _mm512_castps_pd(t[i + 3]));
+    }
+    // u[j] and u[4 + j]: column j + 4 * (128-bit lane) of rows 0..3 and 4..7.
+    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+                  high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    const __mmask8 mask = static_cast<__mmask8>((1u << rows) - 1u);
+    for (int j = 0; j < 4; ++j) {
+      const __m512d a = _mm512_permutex2var_pd(u[j], low, u[4 + j]), b = _mm512_permutex2var_pd(u[j], high, u[4 + j]);
+      const __m256d column[4] = {_mm512_castpd512_pd256(a), _mm512_extractf64x4_pd(a, 1), _mm512_castpd512_pd256(b),
+                                 _mm512_extractf64x4_pd(b, 1)};
+      for (int i = 0; i < 4; ++i)
+        if (j + 4 * i < cols) _mm256_mask_storeu_ps(target + (j + 4 * i) * stride, mask, _mm256_castpd_ps(column[i]));
+    }
+  }
+};
+
+}  // namespace

@@ -1,0 +1,78 @@
+// Vec16 in portable C++ (GCC and Clang vector extensions): four 128-bit vectors with the baseline flags of the target,
+// so SSE2 on x86-64. Runs on any CPU and is the oracle of the other instruction sets.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+typedef float f32x4 __attribute__((vector_size(16)));
+
+struct Vec16 {
+  f32x4 v[4];
+
+  static constexpr const char* kIsa = "scalar";
+  static constexpr int kTilePixels = 2;
+  static constexpr int kInputEntries = 2;
+  static constexpr int kInputVectors = 1;
+  static constexpr int kValueEntries = 2;
+  static constexpr int kValuePixels = 1;
+
+  static Vec16 zero() { return {}; }
+  static Vec16 broadcast(const float* p) {
+    const f32x4 x = {*p, *p, *p, *p};
+    return {{x, x, x, x}};
+  }
+  static Vec16 load(const float* p) {
+    Vec16 a;
+    memcpy(a.v, p, sizeof a.v);
+    return a;
+  }
+  // Loads n <= 16 floats, the other lanes are zero; touches no memory beyond them.
+  static Vec16 load_first(const float* p, int n) {
+    Vec16 a = zero();
+    memcpy(a.v, p, sizeof(float) * static_cast<unsigned>(n));
+    return a;
+  }
+  static Vec16 load_strided(const float* p, int64_t stride, int n) {
+    float lane[16] = {};
+    for (int i = 0; i < n; ++i) lane[i] = p[i * stride];
+    return load(lane);
+  }
+  void store(float* p) const { memcpy(p, v, sizeof v); }
+  void store_first(float* p, int n) const { memcpy(p, v, sizeof(float) * static_cast<unsigned>(n)); }
+
+  static Vec16 fma(Vec16 a, Vec16 b, Vec16 c) {
+    for (int i = 0; i < 4; ++i) c.v[i] += a.v[i] * b.v[i];
+    return c;
+  }
+  static Vec16 add(Vec16 a, Vec16 b) {
+    for (int i = 0; i < 4; ++i) a.v[i] += b.v[i];
+    return a;
+  }
+  // max(x, 0), and NaN stays NaN as in torch.relu.
+  static Vec16 relu(Vec16 a) {
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < 4; ++j) a.v[i][j] = a.v[i][j] < 0.0f ? 0.0f : a.v[i][j];
+    return a;
+  }
+
+  // In place: lane j of row i becomes lane i of row j.
+  static void transpose(Vec16 (&r)[16]) {
+    float in[16][16], out[16][16];
+    for (int i = 0; i < 16; ++i) r[i].store(in[i]);
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < 16; ++j) out[j][i] = in[i][j];
+    for (int i = 0; i < 16; ++i) r[i] = load(out[i]);
+  }
+  // Writes lane j of r[0..7] as `rows` <= 8 floats to target + j * stride, for the first `cols` lanes.
+  static void store_transposed8(const Vec16 (&r)[8], float* target, int64_t stride, int cols, int rows) {
+    float in[8][16];
+    for (int i = 0; i < 8; ++i) r[i].store(in[i]);
+    for (int j = 0; j < cols; ++j)
+      for (int i = 0; i < rows; ++i) target[j * stride + i] = in[i][j];
+  }
+};
+
+}  // namespace

@@ -1,0 +1,119 @@
+#include "strips.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace sparsekd {
+
+void StripSet::build(const BlockWeight& weight) {
+  strips_.clear();
+  columns_.clear();
+  rows_.clear();
+  in_place_ = weight.bh % kStripRows == 0 && weight.bw == 1;
+  in_place_ ? build_in_place(weight) : build_packed(weight);
+  view_.strip = strips_.data();
+  view_.count = static_cast<int32_t>(strips_.size());
+}
+
+void StripSet::build_in_place(const BlockWeight& w) {
+  const int64_t block_rows = (w.rows + w.bh - 1) / w.bh;
+  for (int64_t i = 0; i < block_rows; ++i)
+    for (int64_t row = i * w.bh; row < (i + 1) * w.bh; row += kStripRows)
+      strips_.push_back({w.row_ptr[i] * w.bh + row - i * w.bh, w.row_ptr[i], w.row_ptr[i + 1] - w.row_ptr[i],
+                         static_cast<int32_t>(std::clamp<int64_t>(w.rows - row, 0, kStripRows)),
+                         static_cast<int32_t>(i * w.bh / (w.rows / w.groups)), static_cast<int32_t>(row), nullptr});
+  view_ = {nullptr, 0, w.bh, w.nnzb * w.bh, w.col_idx, w.nnzb};
+}
+
+void StripSet::build_packed(const BlockWeight& w) {
+  const int64_t group_rows = w.rows / w.groups;
+  slot_.assign(static_cast<size_t>(w.taps * w.columns), -1);
+  std::vector<int32_t> empty;
+  for (int64_t group = 0; group < w.groups; ++group) {
+    for (int64_t row = group * group_rows; row < (group + 1) * group_rows; ++row) {
+      const int64_t i = row / w.bh;
+      if (w.row_ptr[i] == w.row_ptr[i + 1]) {
+        empty.push_back(static_cast<int32_t>(row));
+        continue;
+      }
+      open_.push_back(static_cast<int32_t>(row));
+      if (open_.size() == kStripRows) close_strip(w, static_cast<int32_t>(group));
+    }
+    close_strip(w, static_cast<int32_t>(group));
+  }
+  // Rows without blocks still get their bias.
+  for (const int32_t row : empty) {
+    open_.push_back(row);
+    if (open_.size() == kStripRows) close_strip(w, 0);
+  }
+  close_strip(w, 0);
+  for (size_t s = 0; s < strips_.size(); ++s) {
+    const int32_t* rows = rows_.data() + s * kStripRows;
+    bool contiguous = true;
+    for (int32_t lane = 1; lane < strips_[s].lanes; ++lane) contiguous &= rows[lane] == rows[0] + lane;
+    strips_[s].rows = contiguous ? nullptr : rows;
+  }
+  const int64_t count = static_cast<int64_t>(columns_.size());
+  view_ = {nullptr, 0, kStripRows, count * kStripRows, columns_.data(), count};
+}
+
+void StripSet::close_strip(const BlockWeight& w, int32_t group) {
+  if (open_.empty()) return;
+  const int64_t column_blocks = (w.columns + w.bw - 1) / w.bw;
+  const size_t first = columns_.size();
+  int64_t previous = -1;
+  for (const int32_t row : open_) {
+    const int64_t i = row / w.bh;
+    if (i == previous) continue;
+    previous = i;
+    for (int32_t block = w.row_ptr[i]; block < w.row_ptr[i + 1]; ++block) {
+      const int64_t tap = w.col_idx[block] / column_blocks, c = w.col_idx[block] % column_blocks * w.bw;
+      for (int64_t j = c; j < std::min(c + w.bw, w.columns); ++j) {
+        const int32_t column = static_cast<int32_t>(tap * w.columns + j);
+        if (slot_[column] >= 0) continue;
+        slot_[column] = 0;
+        columns_.push_back(column);
+      }
+    }
+  }
+  for (size_t j = first; j < columns_.size(); ++j) slot_[columns_[j]] = -1;
+  std::sort(columns_.begin() + static_cast<std::ptrdiff_t>(first), columns_.end());
+  strips_.push_back({static_cast<int64_t>(first) * kStripRows, static_cast<int32_t>(first),
+                     static_cast<int32_t>(columns_.size() - first), static_cast<int32_t>(open_.size()), group, open_[0],
+                     nullptr});
+  open_.resize(kStripRows, -1);
+  rows_.insert(rows_.end(), open_.begin(), open_.end());
+  open_.clear();
+}
+
+// Calls body(index into values, index into strip weights) for every weight that exists.
+template <class Visit>
+void StripSet::visit(const BlockWeight& w, const Visit& body) {
+  const int64_t column_blocks = (w.columns + w.bw - 1) / w.bw;
+  for (size_t s = 0; s < strips_.size(); ++s) {
+    const Strip& strip = strips_[s];
+    const int32_t* columns = columns_.data() + strip.first;
+    for (int32_t j = 0; j < strip.count; ++j) slot_[columns[j]] = j;
+    for (int32_t lane = 0; lane < strip.lanes; ++lane) {
+      const int64_t row = rows_[s * kStripRows + lane], i = row / w.bh;
+      for (int32_t block = w.row_ptr[i]; block < w.row_ptr[i + 1]; ++block) {
+        const int64_t tap = w.col_idx[block] / column_blocks, c = w.col_idx[block] % column_blocks * w.bw;
+        const int64_t value = (block * w.bh + row % w.bh) * w.bw;
+        for (int64_t j = c; j < std::min(c + w.bw, w.columns); ++j)
+          body(value + j - c, strip.weights + slot_[tap * w.columns + j] * kStripRows + lane);
+      }
+    }
+  }
+}
+
+void StripSet::pack(const BlockWeight& weight, const float* values, float* packed) {
+  std::memset(packed, 0, sizeof(float) * static_cast<size_t>(view_.num_weights));
+  visit(weight, [&](int64_t value, int64_t strip_weight) { packed[strip_weight] = values[value]; });
+}
+
+void StripSet::unpack(const BlockWeight& weight, const float* packed, float* values) {
+  std::memset(values, 0, sizeof(float) * static_cast<size_t>(weight.nnzb * weight.bh * weight.bw));
+  visit(weight, [&](int64_t value, int64_t strip_weight) { values[value] = packed[strip_weight]; });
+}
+
+}  // namespace sparsekd

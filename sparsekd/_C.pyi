@@ -1,0 +1,152 @@
+"""Types of the compiled CPU kernels (csrc/bindings.cpp). Addresses are `tensor.data_ptr()`; 0 means "none" for bias and residual."""
+
+def isas() -> list[str]: ...
+def isa() -> str: ...
+def use_isa(name: str) -> None: ...
+def openmp() -> str: ...
+def cpu_name() -> str: ...
+def peak_gflops(threads: int, seconds: float = 0.05) -> float: ...
+
+class Conv2dShape:
+    def __init__(
+        self,
+        *,
+        n: int,
+        c: int,
+        h: int,
+        w: int,
+        k: int,
+        r: int,
+        s: int,
+        stride_h: int = 1,
+        stride_w: int = 1,
+        pad_h: int = 0,
+        pad_w: int = 0,
+        dil_h: int = 1,
+        dil_w: int = 1,
+        groups: int = 1,
+        bh: int = 16,
+        bw: int = 1,
+    ) -> None: ...
+    @property
+    def n(self) -> int: ...
+    @property
+    def p(self) -> int: ...
+    @property
+    def q(self) -> int: ...
+
+class PackedConv2d:
+    def __init__(
+        self,
+        shape: Conv2dShape,
+        values: int,
+        row_ptr: int,
+        col_idx: int,
+        nnzb: int,
+        bias: int = 0,
+        activation: int = 0,
+    ) -> None: ...
+    def run(
+        self, x: int, x_channels_last: bool, residual: int, y: int, y_channels_last: bool, threads: int, n: int = -1
+    ) -> None: ...
+
+class PackedLinear:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bh: int,
+        bw: int,
+        values: int,
+        row_ptr: int,
+        col_idx: int,
+        nnzb: int,
+        bias: int = 0,
+        activation: int = 0,
+    ) -> None: ...
+    def run(self, x: int, batch: int, residual: int, y: int, threads: int) -> None: ...
+
+def conv2d_f32(
+    shape: Conv2dShape,
+    x: int,
+    x_channels_last: bool,
+    values: int,
+    row_ptr: int,
+    col_idx: int,
+    nnzb: int,
+    bias: int,
+    residual: int,
+    y: int,
+    y_channels_last: bool,
+    activation: int,
+    threads: int,
+) -> None: ...
+def conv2d_grad_input_f32(
+    shape: Conv2dShape,
+    dy: int,
+    dy_channels_last: bool,
+    values: int,
+    row_ptr: int,
+    col_idx: int,
+    nnzb: int,
+    dx: int,
+    dx_channels_last: bool,
+    threads: int,
+) -> None: ...
+def conv2d_grad_values_f32(
+    shape: Conv2dShape,
+    x: int,
+    x_channels_last: bool,
+    dy: int,
+    dy_channels_last: bool,
+    row_ptr: int,
+    col_idx: int,
+    nnzb: int,
+    dvalues: int,
+    threads: int,
+) -> None: ...
+def linear_f32(
+    x: int,
+    batch: int,
+    in_features: int,
+    values: int,
+    row_ptr: int,
+    col_idx: int,
+    nnzb: int,
+    bh: int,
+    bw: int,
+    bias: int,
+    residual: int,
+    y: int,
+    out_features: int,
+    activation: int,
+    threads: int,
+) -> None: ...
+def linear_grad_input_f32(
+    dy: int,
+    batch: int,
+    out_features: int,
+    values: int,
+    row_ptr: int,
+    col_idx: int,
+    nnzb: int,
+    bh: int,
+    bw: int,
+    dx: int,
+    in_features: int,
+    threads: int,
+) -> None: ...
+def linear_grad_values_f32(
+    x: int,
+    batch: int,
+    in_features: int,
+    dy: int,
+    out_features: int,
+    row_ptr: int,
+    col_idx: int,
+    nnzb: int,
+    bh: int,
+    bw: int,
+    dvalues: int,
+    threads: int,
+) -> None: ...

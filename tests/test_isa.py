@@ -1,0 +1,237 @@
+"""Every instruction set of this CPU gives the right answer, the forced one runs, none leaks out of its file."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
+from sparsekd import _C
+
+KNOWN_ISAS = ("avx512", "avx2", "scalar")
+
+
+@pytest.fixture
+def isa_restored():
+    before = _C.isa()
+    yield
+    _C.use_isa(before)
+
+
+class Blocks:
+    """A random block-sparse weight [k, cg, r, s] in storage form, with the dense weight it stands for."""
+
+    def __init__(self, k, cg, r, s, bh, bw, density, seed, dead_rows=False):
+        generator = torch.Generator().manual_seed(seed)
+        self.bh, self.bw = bh, bw
+        block_rows, block_cols = -(-k // bh), -(-cg // bw)
+        mask = torch.rand(block_rows, r * s * block_cols, generator=generator) < density
+        if dead_rows:
+            mask[::2] = False
+        index = mask.nonzero()
+        self.nnzb = len(index)
+        self.row_ptr = torch.cat([torch.zeros(1), mask.sum(1).cumsum(0)]).int()
+        self.col_idx = index[:, 1].int().contiguous()
+        self.row = (index[:, 0] * bh)[:, None, None] + torch.arange(bh)[None, :, None].expand(-1, bh, bw)
+        self.tap = (index[:, 1] // block_cols)[:, None, None].expand(-1, bh, bw)
+        channel = (index[:, 1] % block_cols * bw)[:, None, None] + torch.arange(bw)[None, None, :]
+        self.channel = channel.expand(-1, bh, bw)
+        self.inside = (self.row < k) & (self.channel < cg)
+        self.values = torch.randn(self.nnzb, bh, bw, generator=generator) * self.inside
+        flat = torch.zeros(k, r * s, cg)
+        at = (self.row[self.inside], self.tap[self.inside], self.channel[self.inside])
+        flat[at] = self.values[self.inside]
+        self.dense = flat.permute(0, 2, 1).reshape(k, cg, r, s)
+
+    def gather(self, dense_gradient):
+        """The gradient of the stored values, zero in the padding of ragged blocks."""
+        k, cg, r, s = dense_gradient.shape
+        flat = dense_gradient.reshape(k, cg, r * s).permute(0, 2, 1)
+        out = torch.zeros(self.values.shape, dtype=flat.dtype)
+        out[self.inside] = flat[self.row[self.inside], self.tap[self.inside], self.channel[self.inside]]
+        return out
+
+    @property
+    def pointers(self):
+        return self.values.data_ptr(), self.row_ptr.data_ptr(), self.col_idx.data_ptr(), self.nnzb
+
+
+def unwritten(*shape, channels_last=False):
+    """NaN everywhere, so that an element the kernel forgets is seen."""
+    out = torch.full(shape, float("nan"))
+    return out.contiguous(memory_format=torch.channels_last) if channels_last else out
+
+
+# n, c, h, w, k, kernel, stride, padding, dilation, groups, block, density, dead rows
+CONVOLUTIONS = {
+    "3x3": (2, 20, 9, 30, 40, (3, 3), (1, 1), (1, 1), (1, 1), 1, (16, 1), 0.3, False),
+    "tall-blocks-ragged": (1, 7, 8, 8, 40, (3, 3), (1, 1), (1, 1), (1, 1), 1, (32, 1), 0.5, False),
+    "strided": (3, 16, 13, 17, 32, (3, 3), (2, 2), (1, 1), (1, 1), 1, (16, 1), 0.3, True),
+    "mixed-strides": (2, 5, 11, 14, 16, (2, 4), (3, 2), (0, 3), (2, 1), 1, (16, 1), 0.6, False),
+    "pointwise": (2, 33, 7, 7, 48, (1, 1), (1, 1), (0, 0), (1, 1), 1, (16, 1), 0.3, False),
+    "pointwise-strided": (2, 130, 8, 8, 16, (1, 1), (2, 2), (0, 0), (1, 1), 1, (16, 1), 0.3, False),
+    "groups": (2, 12, 6, 6, 48, (3, 3), (1, 1), (1, 1), (1, 1), 3, (16, 1), 0.5, False),
+    "small-blocks": (2, 10, 6, 6, 21, (3, 3), (1, 1), (1, 1), (1, 1), 1, (4, 4), 0.4, True),
+    "filters": (2, 6, 6, 6, 20, (3, 3), (1, 1), (1, 1), (1, 1), 1, (1, 6), 1.0, True),
+    "kernel-larger-than-image": (1, 8, 2, 3, 16, (5, 5), (1, 1), (2, 2), (1, 1), 1, (16, 1), 0.5, False),
+    "no-blocks": (1, 8, 5, 5, 16, (3, 3), (1, 1), (1, 1), (1, 1), 1, (16, 1), 0.0, False),
+    "batch-0": (0, 8, 5, 5, 16, (3, 3), (1, 1), (1, 1), (1, 1), 1, (16, 1), 0.5, False),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+@pytest.mark.parametrize("isa", KNOWN_ISAS)
+def test_conv2d_equals_fp64(isa, case, channels_last, threads, isa_restored):
+    if isa not in _C.isas():
+        pytest.skip(f"this CPU has no {isa}")
+    n, c, h, w, k, (r, s), stride, padding, dilation, groups, (bh, bw), density, dead_rows = CONVOLUTIONS[case]
+    blocks = Blocks(k, c // groups, r, s, bh, bw, density, seed=1, dead_rows=dead_rows)
+    shape = _C.Conv2dShape(
+        n=n, c=c, h=h, w=w, k=k, r=r, s=s, stride_h=stride[0], stride_w=stride[1], pad_h=padding[0], pad_w=padding[1],
+        dil_h=dilation[0], dil_w=dilation[1], groups=groups, bh=bh, bw=bw,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(2)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(n, c, h, w, generator=generator).contiguous(memory_format=memory_format)
+    dy = torch.randn(n, k, shape.p, shape.q, generator=generator).contiguous(memory_format=memory_format)
+    bias = torch.randn(k, generator=generator)
+    residual = torch.randn(dy.shape, generator=generator).contiguous(memory_format=memory_format)
+
+    x64, weight64 = x.double().requires_grad_(), blocks.dense.double().requires_grad_()
+    y64 = F.conv2d(x64, weight64, None, stride, padding, dilation, groups)
+    dx64, dweight64 = torch.autograd.grad(y64, (x64, weight64), dy.double())
+    want = (y64.detach() + bias[None, :, None, None] + residual).relu()
+
+    _C.use_isa(isa)
+    y = unwritten(*dy.shape, channels_last=channels_last)
+    _C.conv2d_f32(shape, x.data_ptr(), channels_last, *blocks.pointers, bias.data_ptr(), residual.data_ptr(),
+                  y.data_ptr(), channels_last, 1, threads)  # fmt: skip
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=3e-5)
+
+    frozen = _C.PackedConv2d(shape, *blocks.pointers, bias.data_ptr(), 1)
+    y = unwritten(*dy.shape, channels_last=channels_last)
+    frozen.run(x.data_ptr(), channels_last, residual.data_ptr(), y.data_ptr(), channels_last, threads)
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=3e-5)
+
+    dx = unwritten(*x.shape, channels_last=channels_last)
+    _C.conv2d_grad_input_f32(shape, dy.data_ptr(), channels_last, *blocks.pointers, dx.data_ptr(), channels_last,
+                             threads)  # fmt: skip
+    torch.testing.assert_close(dx.double(), dx64, rtol=1e-5, atol=3e-5)
+
+    dvalues = unwritten(*blocks.values.shape)
+    _C.conv2d_grad_values_f32(shape, x.data_ptr(), channels_last, dy.data_ptr(), channels_last, *blocks.pointers[1:],
+                              dvalues.data_ptr(), threads)  # fmt: skip
+    torch.testing.assert_close(dvalues.double(), blocks.gather(dweight64), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3, 7, 40])
+@pytest.mark.parametrize("block", [(16, 1), (8, 3)], ids=["16x1", "8x3"])
+@pytest.mark.parametrize("isa", KNOWN_ISAS)
+def test_linear_equals_fp64(isa, block, batch, isa_restored):
+    if isa not in _C.isas():
+        pytest.skip(f"this CPU has no {isa}")
+    in_features, out_features, threads = 70, 52, 2
+    blocks = Blocks(out_features, in_features, 1, 1, *block, density=0.4, seed=3)
+    weight64 = blocks.dense.double().reshape(out_features, in_features)
+    generator = torch.Generator().manual_seed(4)
+    x, dy = torch.randn(batch, in_features, generator=generator), torch.randn(batch, out_features, generator=generator)
+    bias = torch.randn(out_features, generator=generator)
+
+    _C.use_isa(isa)
+    y = unwritten(batch, out_features)
+    _C.linear_f32(x.data_ptr(), batch, in_features, *blocks.pointers, *block, bias.data_ptr(), 0, y.data_ptr(),
+                  out_features, 0, threads)  # fmt: skip
+    torch.testing.assert_close(y.double(), x.double() @ weight64.T + bias, rtol=1e-5, atol=3e-5)
+
+    frozen = _C.PackedLinear(in_features, out_features, *block, *blocks.pointers, bias.data_ptr(), 0)
+    y = unwritten(batch, out_features)
+    frozen.run(x.data_ptr(), batch, 0, y.data_ptr(), threads)
+    torch.testing.assert_close(y.double(), x.double() @ weight64.T + bias, rtol=1e-5, atol=3e-5)
+
+    dx = unwritten(batch, in_features)
+    _C.linear_grad_input_f32(dy.data_ptr(), batch, out_features, *blocks.pointers, *block, dx.data_ptr(), in_features,
+                             threads)  # fmt: skip
+    torch.testing.assert_close(dx.double(), dy.double() @ weight64, rtol=1e-5, atol=3e-5)
+
+    dvalues = unwritten(*blocks.values.shape)
+    _C.linear_grad_values_f32(x.data_ptr(), batch, in_features, dy.data_ptr(), out_features, *blocks.pointers[1:],
+                              *block, dvalues.data_ptr(), threads)  # fmt: skip
+    want = blocks.gather((dy.double().T @ x.double()).reshape(out_features, in_features, 1, 1))
+    torch.testing.assert_close(dvalues.double(), want, rtol=1e-5, atol=3e-5)
+
+
+def test_gradient_of_the_values_is_the_same_every_time():
+    blocks = Blocks(32, 16, 3, 3, 16, 1, 0.5, seed=5)
+    shape = _C.Conv2dShape(n=9, c=16, h=12, w=12, k=32, r=3, s=3, pad_h=1, pad_w=1)
+    x, dy = torch.randn(9, 16, 12, 12), torch.randn(9, 32, 12, 12)
+    runs = []
+    for _ in range(5):
+        dvalues = unwritten(*blocks.values.shape)
+        _C.conv2d_grad_values_f32(shape, x.data_ptr(), False, dy.data_ptr(), False, *blocks.pointers[1:],
+                                  dvalues.data_ptr(), 2)  # fmt: skip
+        runs.append(dvalues)
+    assert all(torch.equal(runs[0], run) for run in runs[1:])
+
+
+def run_with_isa(name):
+    code = "import torch; from sparsekd import _C; print(_C.isa())"
+    environment = {**os.environ, "SPARSEKD_CPU_ISA": name}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("isa", KNOWN_ISAS)
+def test_environment_forces_an_isa_or_is_refused(isa):
+    result = run_with_isa(isa)
+    if isa in _C.isas():
+        assert result.stdout.strip() == isa
+    else:
+        assert "RuntimeError" in result.stderr and all(name in result.stderr for name in _C.isas())
+
+
+def test_unknown_isa_is_refused_with_the_list(isa_restored):
+    result = run_with_isa("mmx")
+    assert result.returncode != 0
+    assert "SPARSEKD_CPU_ISA" in result.stderr and "'mmx'" in result.stderr
+    assert all(name in result.stderr for name in _C.isas())
+    with pytest.raises(RuntimeError, match="scalar"):
+        _C.use_isa("mmx")
+
+
+def object_files():
+    """The object files of the last build in this checkout, by source name."""
+    root = pathlib.Path(__file__).resolve().parent.parent
+    return {path.name.removesuffix(".o"): path for path in root.glob("build/*/CMakeFiles/_C.dir/*.cpp.o")}
+
+
+def tool_output(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
+@pytest.mark.skipif("kernels_avx512.cpp" not in object_files(), reason="no x86-64 build tree in this checkout")
+def test_wide_registers_stay_in_their_own_kernels():
+    """Code outside the kernels of an instruction set runs before the CPU is asked, so it must not need one."""
+    allowed = {"kernels_avx512.cpp": {"y", "z"}, "kernels_avx2.cpp": {"y"}}
+    for name, path in object_files().items():
+        used = set(re.findall(r"%([yz])mm", tool_output("objdump", "-d", "--no-show-raw-insn", str(path))))
+        assert used <= allowed.get(name, set()), f"{name} uses {used}"
+        assert name not in allowed or used == allowed[name]
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+@pytest.mark.skipif("kernels_avx512.cpp" not in object_files(), reason="no x86-64 build tree in this checkout")
+def test_kernels_share_no_inline_function():
+    """A weak function of a wide object file could be the copy that the linker keeps for everybody."""
+    for name, path in object_files().items():
+        if not name.startswith("kernels_"):
+            continue
+        symbols = [line.split()[-2:] for line in tool_output("nm", "-C", str(path)).splitlines()]
+        assert [symbol for kind, symbol in symbols if kind in "WVuw"] == [], name
