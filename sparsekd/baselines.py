@@ -1,0 +1,141 @@
+"""Predictors that a network has to beat: constant, user+item biases, running biases, ridge, gradient boosting.
+
+All are deterministic, fitted on train; their one setting is chosen by the squared error on val.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from sparsekd.data.task import Split, Task
+
+BIAS_SHRINKS = (2.0, 5.0, 10.0, 20.0, 40.0)
+RIDGE_ALPHAS = (1e-1, 1e0, 1e1, 1e2, 1e3, 1e4)
+BOOSTING_LEAVES = (6, 16)
+BOOSTING_TREES = 150
+
+
+@dataclass(frozen=True)
+class Score:
+    """Errors of predictions clipped to the target range: mean absolute and mean squared; `setting` in words."""
+
+    name: str
+    mae: float
+    mse: float
+    setting: str = ""
+
+
+def score(name: str, task: Task, part: Split, prediction: np.ndarray, setting: str = "") -> Score:
+    """MAE and MSE of `prediction` [N] on a part of the task."""
+    error = np.clip(prediction.astype(np.float64), *task.target_range) - part.target.double().numpy()
+    return Score(name, float(np.abs(error).mean()), float((error**2).mean()), setting)
+
+
+def run(task: Task) -> list[Score]:
+    """Every baseline that fits the task, on its test part."""
+    scores = [constant(task)]
+    if task.kind == "ratings":
+        scores += [biases(task), running_biases(task)]
+    return [*scores, ridge(task), boosting(task)]
+
+
+def constant(task: Task) -> Score:
+    """The train mean."""
+    return score("constant", task, task.test, np.full(len(task.test), task.mean))
+
+
+def biases(task: Task) -> Score:
+    """mean + item bias + user bias, shrunk, fitted on train alone: what was learned before val began."""
+    best = min(
+        (_squared_error(task.val, task, _bias_predict(task, task.val, shrink)), shrink) for shrink in BIAS_SHRINKS
+    )
+    return score("user+item biases", task, task.test, _bias_predict(task, task.test, best[1]), f"shrink {best[1]:g}")
+
+
+def running_biases(task: Task) -> Score:
+    """The same, kept up to date by every rating that came earlier: the network's own starting point."""
+    _ratings_only(task, "running_biases")
+    return score("running biases", task, task.test, task.test.inputs[4].numpy())
+
+
+def ridge(task: Task) -> Score:
+    """Ridge regression on the feature table."""
+    linear_model, _ = _sklearn()
+    models = [linear_model.Ridge(alpha=alpha, random_state=0) for alpha in RIDGE_ALPHAS]
+    return _best("ridge", task, {f"alpha {m.alpha:g}": m for m in models})
+
+
+def boosting(task: Task) -> Score:
+    """Histogram gradient boosting on the feature table; the number of trees is chosen on val as well."""
+    _, ensemble = _sklearn()
+    best: tuple[float, str, np.ndarray] | None = None
+    for leaves in BOOSTING_LEAVES:
+        model = ensemble.HistGradientBoostingRegressor(
+            learning_rate=0.1, max_iter=BOOSTING_TREES, max_leaf_nodes=leaves, early_stopping=False, random_state=0
+        )
+        with _one_thread():
+            model.fit(task.train.features, task.train.target.numpy(), sample_weight=task.train.weight)
+            errors = [_squared_error(task.val, task, p) for p in model.staged_predict(task.val.features)]
+            trees = int(np.argmin(errors))
+            if best is None or errors[trees] < best[0]:
+                staged = islice(model.staged_predict(task.test.features), trees, None)
+                best = errors[trees], f"{trees + 1} trees of {leaves} leaves", next(staged)
+    assert best is not None
+    return score("gradient boosting", task, task.test, best[2], best[1])
+
+
+def _best(name: str, task: Task, models: dict[str, Any]) -> Score:
+    fitted = {
+        k: m.fit(task.train.features, task.train.target.numpy(), sample_weight=task.train.weight)
+        for k, m in models.items()
+    }
+    setting = min(fitted, key=lambda k: _squared_error(task.val, task, fitted[k].predict(task.val.features)))
+    return score(name, task, task.test, fitted[setting].predict(task.test.features), setting)
+
+
+def _squared_error(part: Split, task: Task, prediction: np.ndarray) -> float:
+    return score("", task, part, prediction).mse
+
+
+def _bias_predict(task: Task, part: Split, shrink: float, rounds: int = 10) -> np.ndarray:
+    """Alternate shrunk means of residuals, items then users (Koren, Bell & Volinsky 2009, equation 1)."""
+    _ratings_only(task, "biases")
+    users, items, target = task.train.users, task.train.items, task.train.target.double().numpy()
+    assert users is not None and items is not None and part.users is not None and part.items is not None
+    by_user, by_item = np.zeros(task.sizes["users"]), np.zeros(task.sizes["items"])
+    mean = target.mean()
+    for _ in range(rounds):
+        by_item = _shrunk_means(items, target - mean - by_user[users], len(by_item), shrink)
+        by_user = _shrunk_means(users, target - mean - by_item[items], len(by_user), shrink)
+    return mean + by_user[part.users] + by_item[part.items]
+
+
+def _shrunk_means(keys: np.ndarray, values: np.ndarray, size: int, shrink: float) -> np.ndarray:
+    return np.bincount(keys, values, size) / (np.bincount(keys, minlength=size) + shrink)
+
+
+def _ratings_only(task: Task, what: str) -> None:
+    if task.kind != "ratings":
+        raise ValueError(f"sparsekd.baselines.{what}: needs a task with users and items, got {task.name!r}")
+
+
+def _sklearn() -> tuple[Any, Any]:
+    try:
+        from sklearn import ensemble, linear_model
+    except ImportError as error:
+        raise RuntimeError(
+            "sparsekd.baselines needs scikit-learn for ridge and boosting; pip install 'sparsekd[run]'"
+        ) from error
+    return linear_model, ensemble
+
+
+def _one_thread() -> AbstractContextManager[Any]:
+    """Boosting alternates short parallel loops: on a busy machine, waiting threads make it many times slower."""
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
+
+    return threadpool_limits(1, user_api="openmp")

@@ -1,0 +1,31 @@
+"""Readers of real rating data. `load(name)` gives a `Task`: tensors, splits and provenance; nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from sparsekd.data import movielens, movies, movietweetings, sources
+from sparsekd.data.task import Recipe, Split, Task
+
+__all__ = ["NAMES", "Recipe", "Split", "Task", "load"]
+
+_READERS = {"movietweetings": movietweetings.load, "movielens": movielens.load, "movies": movies.load}
+NAMES = tuple(_READERS)
+
+
+def load(name: str, data_dir: str | os.PathLike[str] | None = None, **options: Any) -> Task:
+    """Read a task: "movietweetings" (ships with sparsekd), "movielens", or "movies" (`group=` picks its features).
+
+    data_dir  folder with the files, or with the set's own folder (ml-latest-small/, imdb5000/ and tmdb5000/); default
+              $SPARSEKD_DATA_<NAME>, then $SPARSEKD_DATA, then the embedded copy where there is one.
+
+    Raises ValueError (unknown name or option, bad contents) or FileNotFoundError.
+
+    >>> task = load("movietweetings")
+    >>> task.train.target.shape
+    torch.Size([80000])
+    """
+    if name not in _READERS:
+        raise ValueError(f"sparsekd.data.load: name must be one of {', '.join(NAMES)}, got {name!r}")
+    return _READERS[name](sources.root_of(name, data_dir, embedded=name == "movietweetings"), **options)

@@ -1,0 +1,167 @@
+"""One CNN for every task: interaction maps, a small residual network on them, one rating out.
+
+Maps: two sides are projected to C vectors of length S each; their outer products are C maps of S x S, in which a
+convolution sees every pair of dimensions (ConvNCF: He et al., Outer Product-based Neural Collaborative Filtering,
+IJCAI 2018, equation 2). Rating tasks put the user on one side and the item on the other; tasks with one feature vector
+project it to both. The first-order part (running biases, a linear term) goes straight to the output, so that the CNN
+starts from the bias predictor and learns what it misses.
+
+`model(*inputs) -> [B]`, in units of the target. `model.tap_names` are the modules whose outputs are the post-ReLU
+feature maps to distil, shallow to deep. No data-dependent control flow, so torch.fx and torch.compile take it whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparsekd.data.task import Recipe, Task
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a network: C maps of S x S, channels of the stages at S/2 and at S/4, blocks in each."""
+
+    maps: int = 8
+    side: int = 16
+    widths: tuple[int, int] = (32, 64)
+    blocks: tuple[int, int] = (1, 1)
+    id_dim: int = 4
+
+
+# Ids are small and dropped often: measured on both rating sets, larger tables only learn single ratings by heart.
+ID_DROPOUT = 0.8
+STUDENT = Shape()
+TEACHER = Shape(widths=(48, 128))
+
+
+class BasicBlock(nn.Module):
+    """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)): [B, C, H, W] -> [B, K, H/stride, W/stride] (He et al. 2016)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.relu2 = nn.ReLU()
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
+        return self.relu2(y + self.shortcut(x))
+
+
+class MapCNN(nn.Module):
+    """Residual network on interaction maps: left [B, C*S], right [B, C*S] -> [B]."""
+
+    def __init__(self, shape: Shape, dropout: float):
+        super().__init__()
+        self.shape = shape
+        self.stem = nn.Sequential(
+            nn.Conv2d(shape.maps, shape.widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(shape.widths[0]), nn.ReLU()
+        )
+        blocks, channels = [], shape.widths[0]
+        for stage, (width, count) in enumerate(zip(shape.widths, shape.blocks, strict=True)):
+            for place in range(count):
+                blocks.append(BasicBlock(channels, width, stride=2 if stage and not place else 1))
+                channels = width
+        self.blocks = nn.Sequential(*blocks)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(channels, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def tap_names(self) -> tuple[str, ...]:
+        return ("stem.2", *(f"blocks.{i}.relu2" for i in range(len(self.blocks))))
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        size = (self.shape.maps, self.shape.side)
+        maps = left.unflatten(1, size).unsqueeze(3) * right.unflatten(1, size).unsqueeze(2)  # [B, C, S, S]
+        pooled = self.pool(self.blocks(self.stem(maps))).flatten(1)
+        return self.head(self.dropout(pooled)).squeeze(1)
+
+
+class RatingCNN(nn.Module):
+    """Rating of an item: (user [B], item [B], user_features [B, Fu], item_features [B, Fi], prior [B]) -> [B]."""
+
+    def __init__(self, sizes: dict[str, int], shape: Shape, dropout: float = 0.0):
+        super().__init__()
+        width = shape.maps * shape.side
+        self.user_id = nn.Embedding(sizes["users"], shape.id_dim)
+        self.item_id = nn.Embedding(sizes["items"], shape.id_dim)
+        self.id_dropout = nn.Dropout(ID_DROPOUT)
+        self.user_side = nn.Linear(shape.id_dim + sizes["user_features"], width)
+        self.item_side = nn.Linear(shape.id_dim + sizes["item_features"], width)
+        self.linear = _zeroed(nn.Linear(sizes["user_features"] + sizes["item_features"], 1))
+        self.cnn = MapCNN(shape, dropout)
+        for table in (self.user_id, self.item_id):
+            nn.init.normal_(table.weight, std=0.01)
+
+    @property
+    def tap_names(self) -> tuple[str, ...]:
+        return tuple(f"cnn.{name}" for name in self.cnn.tap_names)
+
+    def forward(
+        self, user: Tensor, item: Tensor, user_features: Tensor, item_features: Tensor, prior: Tensor
+    ) -> Tensor:
+        left = self.user_side(torch.cat([self.id_dropout(self.user_id(user)), user_features], 1))
+        right = self.item_side(torch.cat([self.id_dropout(self.item_id(item)), item_features], 1))
+        first_order = prior + self.linear(torch.cat([user_features, item_features], 1)).squeeze(1)
+        return first_order + self.cnn(left, right)
+
+
+class FeatureCNN(nn.Module):
+    """Target from one feature vector: features [B, F] -> [B]. `mean` is where the prediction starts."""
+
+    def __init__(
+        self, sizes: dict[str, int], shape: Shape, mean: float, dropout: float = 0.0, input_dropout: float = 0.0
+    ):
+        super().__init__()
+        width = shape.maps * shape.side
+        self.input_dropout = nn.Dropout(input_dropout)
+        self.left_side = nn.Linear(sizes["features"], width)
+        self.right_side = nn.Linear(sizes["features"], width)
+        self.linear = _zeroed(nn.Linear(sizes["features"], 1))
+        nn.init.constant_(self.linear.bias, mean)
+        self.cnn = MapCNN(shape, dropout)
+
+    @property
+    def tap_names(self) -> tuple[str, ...]:
+        return tuple(f"cnn.{name}" for name in self.cnn.tap_names)
+
+    def forward(self, features: Tensor) -> Tensor:
+        seen = self.input_dropout(features)
+        return self.linear(features).squeeze(1) + self.cnn(self.left_side(seen), self.right_side(seen))
+
+
+def teacher(task: Task) -> RatingCNN | FeatureCNN:
+    """The wide network of a task, freshly initialised (torch's global generator)."""
+    return build(task, TEACHER, task.teacher_recipe)
+
+
+def student(task: Task) -> RatingCNN | FeatureCNN:
+    """The thin network of a task, freshly initialised (torch's global generator)."""
+    return build(task, STUDENT, task.student_recipe)
+
+
+def build(task: Task, shape: Shape, recipe: Recipe) -> RatingCNN | FeatureCNN:
+    """A network of any `Shape` that fits the inputs of `task`, with the dropout of `recipe`."""
+    if task.kind == "ratings":
+        return RatingCNN(task.sizes, shape, recipe.dropout)
+    return FeatureCNN(task.sizes, shape, task.mean, recipe.dropout, recipe.input_dropout)
+
+
+def _zeroed(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
