@@ -16,7 +16,36 @@ train      the main job: distil, prune, freeze, measure (``sparsekd run``)
 from . import backends, nn, ops
 from .blocks import BlockPattern, BlockSparse
 from .convert import densify, sparsify
+from .distill import SAD, Distiller, FeatureTap, attention_transfer_loss, kd_loss, kd_regression_loss
+from .energy import EnergyMeter
+from .freeze import FrozenModel, freeze, load_frozen
+from .methods import LTHSAD, SPSAD, SSSAD
+from .pruning import LinearSchedule, Pruner
 
 __version__ = "0.1.0"
 
-__all__ = ["BlockPattern", "BlockSparse", "__version__", "backends", "densify", "nn", "ops", "sparsify"]
+__all__ = [
+    "LTHSAD",
+    "SAD",
+    "SPSAD",
+    "SSSAD",
+    "BlockPattern",
+    "BlockSparse",
+    "Distiller",
+    "EnergyMeter",
+    "FeatureTap",
+    "FrozenModel",
+    "LinearSchedule",
+    "Pruner",
+    "__version__",
+    "attention_transfer_loss",
+    "backends",
+    "densify",
+    "freeze",
+    "kd_loss",
+    "kd_regression_loss",
+    "load_frozen",
+    "nn",
+    "ops",
+    "sparsify",
+]

@@ -41,7 +41,8 @@ def register() -> None:
     if native is None:
         return
     for op in (linear, linear_grad_input, linear_grad_values, conv2d, conv2d_grad_input, conv2d_grad_values):
-        torch.library.register_kernel(f"sparsekd::{op.__name__}", "cpu", op)
+        # Not register_kernel: its wrapper imports torch._dynamo at the first call, seconds most processes can save.
+        torch.library.impl(f"sparsekd::{op.__name__}", "cpu", op)
 
 
 def linear(

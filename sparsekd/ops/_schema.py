@@ -11,7 +11,7 @@ from torch import Tensor
 def define(name: str, schema: str, reference: Callable, fake: Callable) -> None:
     """Define ``sparsekd::name``; ``reference`` runs on every device that has no kernel of its own."""
     torch.library.define(f"sparsekd::{name}", schema)
-    torch.library.register_kernel(f"sparsekd::{name}", "default", reference)
+    torch.library.impl(f"sparsekd::{name}", "default", reference)
     torch.library.register_fake(f"sparsekd::{name}", fake)
 
 

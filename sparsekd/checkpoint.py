@@ -1,0 +1,221 @@
+"""Models and training states on disk: safetensors with a JSON header, no pickle, never half-written.
+
+    checkpoint.save(student, "student.safetensors", task="movielens")
+    checkpoint.load(models.student(task), "student.safetensors")  # dense layers become sparse where the file's are
+
+A model file holds the tensors of `state_dict()`, so a sparse layer is its kept blocks: `<name>.values [nnzb, bh, bw]`,
+`<name>.row_ptr` and `<name>.col_idx`. The header says which layers are sparse and what the model looks like when dense.
+A state file holds any tree of dicts, lists, tuples, numbers, strings and tensors (optimizer, method, history).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from .blocks import BlockPattern, BlockSparse
+from .nn import BlockSparseLayer, SparseConv2d, SparseLinear
+
+__all__ = ["load", "load_state", "metadata", "save", "save_state", "write_atomically"]
+
+VERSION = 1
+_MODEL, _STATE = "sparsekd-model", "sparsekd-state"
+_KEY = "sparsekd"  # our one entry in the safetensors header, a JSON text
+
+Path_ = str | os.PathLike[str]
+
+
+def save(model: nn.Module, path: Path_, **json_metadata: Any) -> None:
+    """Write the parameters and buffers of a model, dense or sparse, to one safetensors file.
+
+    `json_metadata` is anything `json.dumps` takes; `metadata(path)` gives it back. The file replaces an old one only
+    when it is complete.  Raises TypeError for metadata that is not JSON and OSError (disk full, no permission).
+    """
+    sparse = {
+        name: {"pattern": [layer.pattern.bh, layer.pattern.bw], "shape": list(layer.weight_shape)}
+        for name, layer in model.named_modules()
+        if isinstance(layer, BlockSparseLayer)
+    }
+    header = {"format": _MODEL, "model": fingerprint(model), "sparse": sparse, "metadata": json_metadata}
+    _write(path, model.state_dict(), header)
+
+
+def load(model: nn.Module, path: Path_) -> nn.Module:
+    """Give `model` the tensors of a file that `save` wrote; layers that are sparse in the file become sparse, in place.
+
+    `model`: same architecture, dense or sparse (with any blocks). Returned; left untouched where something is wrong.
+    Raises FileNotFoundError, and ValueError for a damaged file or the file of another model (naming the first
+    difference).
+    """
+    tensors, header = _read(path, _MODEL)
+    _check_same_model(path, fingerprint(model), header["model"])
+    sparse = {name: (BlockPattern(*entry["pattern"]), entry["shape"]) for name, entry in header["sparse"].items()}
+    for name, (pattern, shape) in sparse.items():
+        parts = [tensors[f"{name}.{part}"] for part in ("values", "row_ptr", "col_idx")]
+        BlockSparse(parts[0], parts[1], parts[2], tuple(shape), pattern).validate()
+    for name, layer in list(model.named_modules()):
+        wanted = sparse[name][0] if name in sparse else None
+        if isinstance(layer, (SparseLinear, SparseConv2d)) and layer.pattern != wanted:
+            layer = layer.to_dense()
+            model.set_submodule(name, layer)
+        if wanted is not None and not isinstance(layer, BlockSparseLayer):
+            kind = SparseLinear if isinstance(layer, nn.Linear) else SparseConv2d
+            model.set_submodule(name, kind.from_dense(layer, wanted))
+    model.load_state_dict(tensors)
+    return model
+
+
+def metadata(path: Path_) -> dict[str, Any]:
+    """What was given to `save` beside the model."""
+    return _read(path, _MODEL)[1]["metadata"]
+
+
+def fingerprint(model: nn.Module) -> dict[str, list[int]]:
+    """Name -> shape of every tensor of the state dict of the model when dense."""
+    shapes: dict[str, list[int]] = {}
+    sparse = {name: m for name, m in model.named_modules() if isinstance(m, BlockSparseLayer)}
+    for name, tensor in model.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        if owner not in sparse or leaf == "bias":
+            shapes[name] = list(tensor.shape)
+        elif leaf == "values":
+            shapes[f"{owner}.weight"] = list(sparse[owner].weight_shape)
+    return shapes
+
+
+def save_state(state: Any, path: Path_) -> None:
+    """Write a tree of dicts, lists, tuples, None, bools, numbers, strings and tensors to one file.
+
+    Raises TypeError for any other leaf, OSError as `save`.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = _packed(state, tensors)
+    _write(path, tensors, {"format": _STATE, "tree": tree})
+
+
+def load_state(path: Path_) -> Any:
+    """The tree that `save_state` wrote, equal to the bit.  Raises FileNotFoundError, ValueError for a damaged file."""
+    tensors, header = _read(path, _STATE)
+    return _unpacked(header["tree"], tensors)
+
+
+def write_atomically(path: Path_, data: bytes) -> None:
+    """Write `data` beside `path` and rename it into place: after an OSError, or a kill, the old file is still there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner may read
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _write(path: Path_, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    # Copies: safetensors refuses tensors that share memory, as tied weights do.
+    plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    header = {**header, "version": VERSION, "sha256": _digest(plain)}
+    write_atomically(path, to_bytes(plain, {_KEY: json.dumps(header)}))
+
+
+def _read(path: Path_, expected: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a file, checked."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"sparsekd.checkpoint: {path} does not exist; give the path of a saved file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_KEY, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"sparsekd.checkpoint: {path} is corrupt or cut short ({error}); fetch or save it again"
+        ) from error
+    found = header.get("format") if isinstance(header, dict) else None
+    if found != expected:
+        raise ValueError(
+            f"sparsekd.checkpoint: expected a {expected} file, got {found or 'a safetensors file of another program'} "
+            f"in {path}; models are read by load, training states by load_state"
+        )
+    if header["version"] > VERSION:
+        raise ValueError(
+            f"sparsekd.checkpoint: {path} has format version {header['version']}, this sparsekd reads up to {VERSION}; "
+            "upgrade sparsekd"
+        )
+    if _digest(tensors) != header["sha256"]:
+        raise ValueError(f"sparsekd.checkpoint: {path} is corrupt (its checksum differs); fetch or save it again")
+    return tensors, header
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _check_same_model(path: Path_, ours: dict[str, list[int]], theirs: dict[str, list[int]]) -> None:
+    for name in [*theirs, *ours]:
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(
+                f"sparsekd.checkpoint.load: {path} belongs to another model: {name} is {_shape(theirs.get(name))} "
+                f"in the file and {_shape(ours.get(name))} in the model; build the model that was saved"
+            )
+
+
+def _shape(shape: list[int] | None) -> str:
+    return "missing" if shape is None else str(shape)
+
+
+def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The tree as JSON; tensors go to `tensors`, and what JSON would change is wrapped in a one-key dict."""
+    if isinstance(value, Tensor):
+        name = f"{len(tensors)}"
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[_packed(k, tensors), _packed(v, tensors)] for k, v in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [_packed(v, tensors) for v in value]}
+    if isinstance(value, list):
+        return [_packed(v, tensors) for v in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(
+        f"sparsekd.checkpoint.save_state: expected tensors, numbers, strings and containers of them, got "
+        f"{type(value).__name__}; turn it into one of these"
+    )
+
+
+def _unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpacked(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "tuple":
+        return tuple(_unpacked(v, tensors) for v in content)
+    return {_unpacked(k, tensors): _unpacked(v, tensors) for k, v in content}

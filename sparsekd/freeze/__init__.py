@@ -1,0 +1,289 @@
+"""The inference network: folded, fused, and each layer as fast as this machine can run it.
+
+    frozen = sparsekd.freeze(student, x)      # a copy; the student stays as it is
+    print(frozen.plan)                        # per layer: dense us, sparse us, which one was kept, why
+    y = frozen(x)                             # any batch size, images of the example's size
+    frozen.save("student.frozen")
+    frozen = sparsekd.load_frozen("student.frozen", build_student())
+
+1. torch.fx traces the model. Every convolution and linear layer, with the BatchNorm, residual add and ReLU behind it,
+   becomes a `Site`, and that one call: ``act(conv(x) + bias + residual)``.
+2. BatchNorm is folded into weight and bias, exactly.
+3. Each block-sparse layer is timed dense (torch) and sparse (``sparsekd._C``) at its input shape. Sparse is kept only
+   where it is faster by more than the noise. Everything else stays with torch.
+4. The whole network is timed contiguous and channels_last, the faster is kept, and its outputs are compared with those
+   of the model.
+
+A file holds tensors and JSON, no code and no pickle: the structure comes from a model that the reader builds, as with a
+state dict, and the file says which of its nodes to fuse. So no file can make `load_frozen` run anything.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .. import checkpoint
+from ..backends import cpu
+from ..blocks import BlockPattern, BlockSparse
+from ..nn import SPARSE_TYPES
+from .layer import FORMATS, FrozenLayer
+from .measure import Options, choose_all, geometry_of, time_networks, why_dense
+from .network import FrozenModel, assemble, check_no_nan, check_outputs, deviation, runner
+from .plan import Geometry, LayerPlan, Plan
+from .sites import LAYERS, Site, clone, find_eager_sites, find_sites, trace
+
+__all__ = ["FrozenModel", "Geometry", "LayerPlan", "Plan", "freeze", "load_frozen"]
+
+
+def freeze(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    threads: int | None = None,
+    min_gain: float = 1.0,
+    memory_format: str | None = None,
+    tolerance: float | None = None,
+    layer_ms: float = 60.0,
+) -> FrozenModel:
+    """A copy of ``model`` for inference on this CPU: BatchNorm folded, bias, residual add and ReLU fused, and every
+    block-sparse layer run sparse where, and only where, that measured faster than torch's dense layer.
+
+    Args:
+        model: any module on the CPU, with or without block-sparse layers; left as it is. One that torch.fx cannot trace
+            keeps its own forward, its layers are chosen one by one without fusion, and the plan says so.
+        example_inputs: the tensor, or the tensors, of one call. The batch size should be the one to be served: that is
+            what is timed. Later calls may have any batch size, the other dimensions stay.
+        threads: threads to measure with, and that our kernels then use. Default: those torch uses now; later calls
+            follow ``torch.set_num_threads``.
+        min_gain: keep a layer sparse if it is more than this many times as fast as dense, in three of four samples.
+            0 keeps all sparse, ``math.inf`` none.
+        memory_format: "contiguous" or "channels_last"; default: whichever makes the whole network faster.
+        tolerance: largest difference from the outputs of ``model``, relative to the largest output; default by dtype.
+        layer_ms: milliseconds to measure one layer for, in each memory format.
+
+    Raises:
+        TypeError, ValueError: inputs that are no CPU tensors, a model elsewhere, NaN or infinite weights.
+        RuntimeError: the frozen outputs differ from the model's.
+    """
+    inputs = _as_inputs(example_inputs)
+    if memory_format not in (None, *FORMATS):
+        raise ValueError(f"sparsekd.freeze: memory_format must be one of {list(FORMATS)}, got {memory_format!r}")
+    _check_parameters(model)
+    model = _prepare(model)
+    with torch.no_grad(), _torch_threads(threads):
+        expected = model(*clone(inputs))
+        check_no_nan(expected)
+        traced, note = _trace_that_agrees(model, inputs, expected, tolerance)
+        sites = find_eager_sites(model, inputs) if traced is None else find_sites(traced, inputs)
+        source: nn.Module = model if traced is None else traced
+        choices = choose_all(source, sites, memory_format, Options(threads, min_gain, layer_ms / 1e3))
+        networks = {layout: assemble(source, sites, layers) for layout, (layers, _) in choices.items()}
+        network_us = time_networks({"unfrozen": model, **{name: runner(one) for name, one in networks.items()}}, inputs)
+        fastest = min(networks, key=lambda layout: network_us[layout])
+        plan = Plan(
+            layers=choices[fastest][1],
+            memory_format=fastest,
+            threads=torch.get_num_threads(),
+            isa=isa(),
+            network_us=network_us,
+            notes=_notes(model, sites, note),
+        )
+        frozen = FrozenModel(networks[fastest], plan, _record(model, traced, sites, inputs))
+        check_outputs(frozen, traced, expected, inputs, tolerance)
+    return frozen
+
+
+def load_frozen(path: str | os.PathLike[str], model: nn.Module, *, threads: int | None = None) -> FrozenModel:
+    """The frozen network that ``FrozenModel.save`` wrote.
+
+    Args:
+        path: the file.
+        model: a freshly built model of the same architecture, its layers dense or block-sparse, its weights irrelevant;
+            left as it is. It gives the structure, the file gives tensors and choices.
+        threads: as for `freeze`.
+
+    What was chosen stays chosen: freeze again on another machine. Without the compiled module every layer runs dense.
+
+    Raises FileNotFoundError, and ValueError for a damaged file or the file of another model.
+    """
+    state = checkpoint.load_state(path)
+    if not isinstance(state, dict) or state.get("kind") != _KIND:
+        raise ValueError(f"sparsekd.load_frozen: {path} holds no frozen network; FrozenModel.save writes one")
+    model = _prepare(model)
+    _check_same(path, "tensor", state["model"], checkpoint.fingerprint(model))
+    traced, note = trace(model, len(state["inputs"])) if state["nodes"] else (None, "")
+    _check_same(path, note or "traced nodes", state["nodes"], _nodes(traced))
+    source: nn.Module = model if traced is None else traced
+    plan, layers = Plan.from_dict(state["plan"]), {}
+    sites = [Site(**site) for site in state["sites"]]
+    for site in sites:
+        place, tensors = plan[site.name], state["layers"][site.name]
+        ours = geometry_of(site, source.get_submodule(site.target))
+        _check_same(path, "layer", {site.name: asdict(place.geometry)}, {site.name: asdict(ours)})
+        weight, bias = _weight_and_bias(path, place, tensors)
+        sparse = place.chosen == "sparse" and not why_dense(weight)
+        layers[site.name] = FrozenLayer(
+            place.geometry, weight, bias, sparse=sparse, memory_format=plan.memory_format, threads=threads
+        )
+    network = assemble(source, sites, layers)
+    network.load_state_dict({**network.state_dict(), **state["rest"]})
+    record = {key: state[key] for key in ("kind", "model", "nodes", "sites", "inputs")}
+    return FrozenModel(network, _on_this_machine(plan), record)
+
+
+_KIND = "sparsekd-frozen"
+
+
+def _as_inputs(example: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    inputs = (example,) if isinstance(example, Tensor) else tuple(example)
+    for x in inputs:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"sparsekd.freeze: example_inputs must be a tensor or several, got {type(x).__name__}")
+        if not x.is_cpu:
+            raise ValueError(f"sparsekd.freeze: expected inputs on the CPU, got one on {x.device}; use x.cpu()")
+    return inputs
+
+
+def _check_parameters(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.is_cpu:
+            raise ValueError(
+                f"sparsekd.freeze: expected a model on the CPU, got {name} on {parameter.device}; use model.cpu()"
+            )
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise ValueError(
+                f"sparsekd.freeze: expected finite weights, got NaN or infinity in {name}; "
+                "load a checkpoint from before the divergence"
+            )
+
+
+def _prepare(model: nn.Module) -> nn.Module:
+    """A copy in eval mode; a bare layer becomes a network of one."""
+    model = copy.deepcopy(model).eval()
+    return nn.Sequential(model) if type(model) in LAYERS else model
+
+
+def _trace_that_agrees(
+    model: nn.Module, inputs: tuple[Tensor, ...], expected: Any, tolerance: float | None
+) -> tuple[fx.GraphModule | None, str]:
+    """A trace that computes what the model does, or (None, why there is none).
+
+    torch.fx records ``a += b`` as ``a = a + b``, which differs where ``a`` is a view, and only one path of Python code.
+    """
+    traced, note = trace(model, len(inputs))
+    if traced is None:
+        return None, note
+    try:
+        got = traced(*clone(inputs))
+    except Exception as error:  # the model itself has just run
+        return None, f"what torch.fx traces of the model fails ({type(error).__name__}: {error})".splitlines()[0]
+    if deviation(got, expected, tolerance) > 1.0:
+        return None, "what torch.fx traces of the model computes something else"
+    return traced, ""
+
+
+@contextmanager
+def _torch_threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if threads is not None and threads < 1:
+        raise ValueError(f"sparsekd.freeze: threads must be 1 or more, got {threads}")
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def isa() -> str | None:
+    return None if cpu.native is None else cpu.native.isa()
+
+
+def _notes(model: nn.Module, sites: Sequence[Site], note: str) -> tuple[str, ...]:
+    notes = []
+    if note:
+        notes.append(f"{note}: layers were chosen one by one, nothing is fused or folded")
+    sparse = [name for name, module in model.named_modules() if type(module) in SPARSE_TYPES]
+    if not sparse:
+        notes.append("no block-sparse layer, nothing to choose: sparsekd.sparsify or a pruning method makes some")
+    elif cpu.native is None:
+        notes.append(f"every layer stays dense: {cpu.missing}")
+    found = {site.target for site in sites}
+    left = [name for name, module in model.named_modules() if type(module) in LAYERS and name not in found]
+    if left:
+        why = "not called, called without a batch or with several shapes, or their weight is read elsewhere too"
+        notes.append(f"left as they are ({why}): {', '.join(left)}")
+    return tuple(notes)
+
+
+def _record(
+    model: nn.Module, traced: fx.GraphModule | None, sites: Sequence[Site], inputs: tuple[Tensor, ...]
+) -> dict[str, Any]:
+    """What a file needs to find the sites again in a freshly built model, and to refuse another one."""
+    return {
+        "kind": _KIND,
+        "model": checkpoint.fingerprint(model),
+        "nodes": _nodes(traced),
+        "sites": [asdict(site) for site in sites],
+        "inputs": [[list(x.shape), str(x.dtype)] for x in inputs],
+    }
+
+
+def _nodes(network: fx.GraphModule | None) -> dict[str, str]:
+    """Name -> what it does, for every node of a trace."""
+    if network is None:
+        return {}
+    return {
+        node.name: f"{node.op} {node.target if isinstance(node.target, str) else node.target.__name__}"
+        for node in network.graph.nodes
+    }
+
+
+def _check_same(path: Any, what: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    for name in [*theirs, *ours]:
+        if theirs.get(name) != ours.get(name):
+            in_file, in_model = theirs.get(name, "missing"), ours.get(name, "missing")
+            raise ValueError(
+                f"sparsekd.load_frozen: {path} belongs to another model: {what} {name} is {in_file} in the file and "
+                f"{in_model} in the model; build the model that was frozen"
+            )
+
+
+def _weight_and_bias(
+    path: Any, place: LayerPlan, tensors: Mapping[str, Tensor]
+) -> tuple[Tensor | BlockSparse, Tensor | None]:
+    """The tensors of one layer, checked: the kernels trust what they are given."""
+    geometry, bias = place.geometry, tensors["bias"]
+    weight: Tensor | BlockSparse
+    if place.pattern is None:
+        weight = values = tensors["weight"]
+    else:
+        values, index = tensors["values"], (tensors["row_ptr"], tensors["col_idx"])
+        weight = BlockSparse(values, *index, geometry.weight, BlockPattern(*map(int, place.pattern.split("x"))))
+        weight.validate()
+    channels = geometry.weight[1] * geometry.groups
+    whole = geometry.input[1 if geometry.kind == "conv2d" else -1] == channels and weight.shape == geometry.weight
+    if not whole or (bias is not None and (bias.shape, bias.dtype) != (geometry.weight[:1], values.dtype)):
+        raise ValueError(f"sparsekd.load_frozen: {path} is damaged: the tensors of {place.name} do not fit {geometry}")
+    return weight, bias
+
+
+def _on_this_machine(plan: Plan) -> Plan:
+    """The plan of a loaded file, with what differs here said."""
+    if isa() == plan.isa:
+        return plan
+    here = isa() or cpu.missing
+    note = f"timed with {plan.isa or 'no compiled kernels'}, here is {here}; freeze again on this machine"
+    layers = plan.layers
+    if cpu.native is None:
+        layers = tuple(
+            replace(one, chosen="dense", why=cpu.missing) if one.chosen == "sparse" else one for one in layers
+        )
+    return replace(plan, layers=layers, notes=(*plan.notes, note))

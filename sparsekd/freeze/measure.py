@@ -1,0 +1,180 @@
+"""Fold a layer, time it dense and sparse on this machine, keep the faster."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import cpu
+from ..blocks import BlockSparse
+from ..nn import BlockSparseLayer, _split_padding
+from .layer import FORMATS, FrozenLayer
+from .plan import Geometry, LayerPlan
+from .sites import CONVS, Site, clone, weight_shape
+
+
+@dataclass(frozen=True)
+class Options:
+    threads: int | None
+    min_gain: float
+    seconds: float
+
+
+Choice = tuple[dict[str, FrozenLayer], tuple[LayerPlan, ...]]
+
+
+def choose_all(
+    source: nn.Module, sites: Sequence[Site], memory_format: str | None, options: Options
+) -> dict[str, Choice]:
+    """For each memory format worth trying: the layers by site name, and their plans."""
+    choices: dict[str, list[tuple[FrozenLayer, LayerPlan]]] = {}
+    modules = [source.get_submodule(site.target) for site in sites]
+    layouts = [memory_format] if memory_format else list(FORMATS)
+    if not any(type(module) in CONVS for module in modules):
+        layouts = layouts[:1]
+    for site, module in zip(sites, modules, strict=True):
+        geometry = geometry_of(site, module)
+        folded = fold(site, module, None if site.norm is None else source.get_submodule(site.norm))
+        for layout in layouts:
+            first = choices.get(layouts[0], [])
+            measured = geometry.kind == "linear" and layout != layouts[0]  # its memory has one format only
+            chosen = first[-1] if measured else _choose(site, geometry, *folded, layout, options)
+            choices.setdefault(layout, []).append(chosen)
+    return {
+        layout: ({plan.name: layer for layer, plan in chosen}, tuple(plan for _, plan in chosen))
+        for layout, chosen in ((layout, choices.get(layout, [])) for layout in layouts)
+    }
+
+
+def time_networks(networks: Mapping[str, Callable[..., Any]], inputs: tuple[Tensor, ...]) -> dict[str, float]:
+    """Median microseconds of one call of each."""
+    calls = {name: partial(network, *clone(inputs)) for name, network in networks.items()}
+    return {name: statistics.median(us) for name, us in measure(calls, 0.1 * len(calls)).items()}
+
+
+def _choose(
+    site: Site, geometry: Geometry, weight: Tensor | BlockSparse, bias: Tensor | None, layout: str, options: Options
+) -> tuple[FrozenLayer, LayerPlan]:
+    """The faster of the dense and the sparse layer in one memory format, and what was measured."""
+    build = partial(FrozenLayer, geometry, weight, bias, memory_format=layout, threads=options.threads)
+    x, residual = _random_operands(geometry, weight, layout)
+    layers = {"dense": build(sparse=False)}
+    why = why_dense(weight)
+    if not why:
+        layers["sparse"] = build(sparse=True)
+    calls = {name: partial(layer.run, x, residual) for name, layer in layers.items()}
+    # A layer with nothing to choose is timed for the reader of the plan only.
+    samples = measure(calls, options.seconds if len(calls) == 2 else options.seconds / 8)
+    medians = {name: statistics.median(us) for name, us in samples.items()}
+    chosen = "dense"
+    if not why:
+        gains = sorted(dense / sparse for dense, sparse in zip(samples["dense"], samples["sparse"], strict=True))
+        gain, surely = statistics.median(gains), gains[len(gains) // 4]
+        chosen = "sparse" if surely > options.min_gain else "dense"
+        why = f"sparse is {gain:.2f}x as fast" + ("" if chosen == "sparse" or gain < 1 else ", within the noise")
+    pattern, density = (str(weight.pattern), _density(weight)) if isinstance(weight, BlockSparse) else (None, 1.0)
+    us = (medians["dense"], medians.get("sparse"))
+    return layers[chosen], LayerPlan(site.name, geometry, pattern, density, *us, chosen, why)
+
+
+def why_dense(weight: Tensor | BlockSparse) -> str:
+    """Why a layer cannot run sparse, or ""."""
+    if not isinstance(weight, BlockSparse):
+        return "not block-sparse"
+    if cpu.native is None:
+        return cpu.missing
+    if weight.values.dtype != torch.float32:
+        return f"kernels take float32, the layer is {str(weight.values.dtype).removeprefix('torch.')}"
+    return ""
+
+
+def _density(weight: BlockSparse) -> float:
+    return int(weight.block_sizes().sum()) / max(math.prod(weight.shape), 1)
+
+
+def _random_operands(geometry: Geometry, weight: Tensor | BlockSparse, layout: str) -> tuple[Tensor, Tensor | None]:
+    """Input and residual at the example's shape, from a generator of our own: the caller's is left alone."""
+    dtype = weight.values.dtype if isinstance(weight, BlockSparse) else weight.dtype
+    generator = torch.Generator().manual_seed(0)
+    conv = geometry.kind == "conv2d"
+    out = (weight.shape[0], *geometry.output_image) if conv else (*geometry.input[1:-1], weight.shape[0])
+    shapes = [geometry.input, (geometry.input[0], *out) if conv or len(geometry.input) > 1 else out]
+    x, residual = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    if conv:
+        x, residual = (tensor.contiguous(memory_format=FORMATS[layout]) for tensor in (x, residual))
+    return x, residual if geometry.residual else None
+
+
+def measure(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+    """Microseconds of one call, sampled in turns for about ``seconds``: all meet the same noise of the machine."""
+    start = time.perf_counter()
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        begin = time.perf_counter()
+        call()
+        repeats[name] = max(1, min(100, int(50e-6 / (time.perf_counter() - begin + 1e-9))))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(300):
+        if turn >= 5 and time.perf_counter() - start > seconds:
+            break
+        for name in calls if turn % 2 else reversed(list(calls)):
+            begin = time.perf_counter()
+            for _ in range(repeats[name]):
+                calls[name]()
+            samples[name].append((time.perf_counter() - begin) * 1e6 / repeats[name])
+    return samples
+
+
+def geometry_of(site: Site, module: Any) -> Geometry:
+    fused: dict[str, Any] = {"batch_norm": site.norm is not None, "residual": site.add is not None, "relu": site.relu}
+    if type(module) not in CONVS:
+        return Geometry("linear", site.input, weight_shape(module), **fused)
+    padding, pad = _split_padding(module) if isinstance(module, nn.Conv2d) else (module._padding, module._explicit_pad)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    sizes = (tuple(module.stride), tuple(padding), tuple(module.dilation), module.groups)
+    return Geometry(
+        "conv2d", site.input, weight_shape(module), *sizes, None if pad is None else tuple(pad), mode, **fused
+    )
+
+
+def fold(site: Site, layer: Any, norm: Any) -> tuple[Tensor | BlockSparse, Tensor | None]:
+    """Weight and bias of a layer with the BatchNorm behind it in them, computed in float64.
+
+    bn(Wx + b) = (scale * W) x + shift + scale * (b - mean),  scale = gamma / sqrt(var + eps)
+    """
+    weight: Tensor | BlockSparse = layer.blocks if isinstance(layer, BlockSparseLayer) else layer.weight.detach()
+    bias = None if layer.bias is None else layer.bias.detach()
+    if norm is not None:
+        ones, zeros = torch.ones_like(norm.running_mean), torch.zeros_like(norm.running_mean)
+        gamma, shift = (ones, zeros) if norm.weight is None else (norm.weight.detach(), norm.bias.detach())
+        scale = gamma.double() / (norm.running_var.double() + norm.eps).sqrt()
+        centre = (0.0 if bias is None else bias.double()) - norm.running_mean.double()
+        dtype = layer.values.dtype if isinstance(layer, BlockSparseLayer) else layer.weight.dtype
+        weight, bias = _scale_rows(weight, scale), (shift.double() + scale * centre).to(dtype)
+    for tensor in (weight.values if isinstance(weight, BlockSparse) else weight, bias):
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"sparsekd.freeze: expected finite weights, got NaN or infinity in {site.target}"
+                f"{f' with {site.norm} folded in' if site.norm else ''}; load a checkpoint from before the divergence"
+            )
+    return weight, bias
+
+
+def _scale_rows(weight: Tensor | BlockSparse, scale: Tensor) -> Tensor | BlockSparse:
+    """The weight with output row k times ``scale[k]`` (float64)."""
+    if isinstance(weight, Tensor):
+        return (weight.double() * scale.view(-1, *(1,) * (weight.dim() - 1))).to(weight.dtype)
+    bh, row_blocks = weight.pattern.bh, weight.row_ptr.shape[0] - 1
+    padded = scale.new_zeros(row_blocks * bh)  # rows of padding stay zero
+    padded[: scale.shape[0]] = scale
+    of_block = padded.view(row_blocks, bh)[weight.row_block()]  # [nnzb, bh]
+    return replace(weight, values=(weight.values.double() * of_block.unsqueeze(2)).to(weight.values.dtype))

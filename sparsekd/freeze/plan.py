@@ -1,0 +1,128 @@
+"""What was found in a network, measured and chosen: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One frozen call ``act(conv(pad(x)) + bias + residual)``; sizes as torch names them.
+
+    kind: "conv2d" or "linear". input: shape in the example, batch included. weight: ``[K, C/groups, R, S]`` or
+    ``[out, in]``. pad: an explicit ``F.pad`` of mode ``pad_mode`` before the op, or None.
+    """
+
+    kind: str
+    input: tuple[int, ...]
+    weight: tuple[int, ...]
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
+    pad: tuple[int, ...] | None = None
+    pad_mode: str = "constant"
+    batch_norm: bool = False
+    residual: bool = False
+    relu: bool = False
+
+    def __str__(self) -> str:
+        text = "x".join(map(str, self.weight))
+        if max(self.stride) > 1:
+            text += " /" + "x".join(map(str, sorted(set(self.stride))))
+        return text + (f" g{self.groups}" if self.groups > 1 else "")
+
+    @property
+    def fused(self) -> str:
+        """What runs in the same call, as in "bn+add+relu"."""
+        parts = (("bn", self.batch_norm), ("add", self.residual), ("relu", self.relu))
+        return "+".join(name for name, there in parts if there)
+
+    @property
+    def padded_image(self) -> tuple[int, int]:
+        """(H, W) that the op sees."""
+        left, right, top, bottom = self.pad or (0, 0, 0, 0)
+        return self.input[2] + top + bottom, self.input[3] + left + right
+
+    @property
+    def output_image(self) -> tuple[int, int]:
+        """(P, Q)."""
+        sizes = zip(self.padded_image, self.padding, self.dilation, self.weight[2:], self.stride, strict=True)
+        height, width = ((x + 2 * pad - dil * (taps - 1) - 1) // step + 1 for x, pad, dil, taps, step in sizes)
+        return height, width
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer: medians in microseconds at the example's shape (None: not measured), and what was kept.
+
+    pattern: its block shape, None if the layer was dense. density: kept weights / dense weights.
+    chosen: "sparse" (``sparsekd._C``) or "dense" (torch).
+    """
+
+    name: str
+    geometry: Geometry
+    pattern: str | None
+    density: float
+    dense_us: float | None
+    sparse_us: float | None
+    chosen: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every convolution and linear layer of a frozen network, in order; ``print(plan)`` shows a table.
+
+    threads: those it was measured with. network_us: median of one call of the whole network for each variant measured;
+    "unfrozen" is the model that was handed in. notes: what a reader has to know.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    memory_format: str
+    threads: int
+    isa: str | None
+    network_us: dict[str, float]
+    notes: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[LayerPlan]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, name: str) -> LayerPlan:
+        return {layer.name: layer for layer in self.layers}[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as dicts, lists, numbers and strings, ready for ``json.dumps``."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Plan:
+        layers = tuple(LayerPlan(**{**one, "geometry": _geometry_from(one["geometry"])}) for one in fields["layers"])
+        return cls(**{**fields, "layers": layers, "notes": tuple(fields["notes"])})
+
+    def __str__(self) -> str:
+        header = ("layer", "input", "weight", "fused", "density", "dense us", "sparse us", "chosen", "why")
+        rows = [header, *(_row(layer) for layer in self.layers)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        timed = ", ".join(f"{name} {us:.0f} us" for name, us in self.network_us.items())
+        kernels = f"sparsekd._C {self.isa}" if self.isa else "no compiled kernels"
+        lines.append(f"{self.memory_format}, {self.threads} threads, {kernels}; whole network: {timed}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def _row(layer: LayerPlan) -> tuple[str, ...]:
+    measured = ("-" if us is None else f"{us:.1f}" for us in (layer.dense_us, layer.sparse_us))
+    shape = "x".join(map(str, layer.geometry.input))
+    what = (layer.name, shape, str(layer.geometry), layer.geometry.fused or "-", f"{layer.density:.3g}")
+    return (*what, *measured, layer.chosen, layer.why)
+
+
+def _geometry_from(fields: Mapping[str, Any]) -> Geometry:
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+    return Geometry(**values)

@@ -1,0 +1,240 @@
+"""What can be frozen in a model: its trace, and in it each layer with what is computed in the same call."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ..nn import BlockSparseLayer, SparseConv2d, SparseLinear
+
+CONVS = (nn.Conv2d, SparseConv2d)
+LAYERS = (*CONVS, nn.Linear, SparseLinear)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One convolution or linear layer and what is computed in the same call.
+
+    name: in the plan and in the frozen network. target: the layer's module. nodes: its chain in the trace, from the
+    layer to the last node it replaces (empty in a model that cannot be traced). norm: the BatchNorm's module.
+    add: the node in the chain that adds the residual. input: shape in the example.
+    """
+
+    name: str
+    target: str
+    input: tuple[int, ...]
+    nodes: tuple[str, ...] = ()
+    norm: str | None = None
+    add: str | None = None
+    relu: bool = False
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, BlockSparseLayer) or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(model: nn.Module, num_inputs: int) -> tuple[fx.GraphModule | None, str]:
+    """(the model as a graph, ""), or (None, why it has none)."""
+    unused = list(inspect.signature(model.forward).parameters.values())[num_inputs:]
+    defaults = {p.name: p.default for p in unused if isinstance(p.default, (bool, int, float, str, type(None)))}
+    try:
+        graph = _Tracer().trace(model, concrete_args=defaults or None)
+    except Exception as error:  # the model has just run, so whatever this is, it says that fx cannot trace it
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return None, f"torch.fx cannot trace the model ({reason})"
+    _drop_defaults(graph, num_inputs)
+    network = fx.GraphModule(model, graph)
+    for node in list(graph.nodes):
+        if node.op == "call_module" and isinstance(network.get_submodule(node.target), _NOTHING) and node.args:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    network.recompile()
+    return network, ""
+
+
+_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)  # in eval mode
+
+
+def _drop_defaults(graph: fx.Graph, num_inputs: int) -> None:
+    """Arguments left at their default are constants now; fx keeps a placeholder and an assertion for each."""
+    for placeholder in [node for node in graph.nodes if node.op == "placeholder"][num_inputs:]:
+        checks = [node for user in placeholder.users for node in (*user.users, user)]
+        if all(getattr(node.target, "__name__", "") in ("eq", "_assert", "_assert_is_none") for node in checks):
+            for node in (*checks, placeholder):
+                graph.erase_node(node)
+
+
+class Recorder(fx.Interpreter):
+    """Runs a graph and hands every tensor it computes to ``see(node, tensor)``."""
+
+    def __init__(self, network: fx.GraphModule, see: Callable[[fx.Node, Tensor], None]) -> None:
+        super().__init__(network)
+        self.see = see
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.see(n, result)
+        return result
+
+
+Shapes = dict[fx.Node, tuple[tuple[int, ...], torch.dtype]]
+
+
+def find_sites(network: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[Site]:
+    """The sites of a traced model, in order. Where two layers meet in an add, the larger one takes it in."""
+    shapes: Shapes = {}
+    Recorder(network, lambda node, x: shapes.update({node: (tuple(x.shape), x.dtype)})).run(*clone(inputs))
+    finder = _SiteFinder(network, shapes)
+    layers = [node for node in network.graph.nodes if finder.is_layer(node)]
+    sites = {node: finder.grow(node) for node in sorted(layers, key=finder.work, reverse=True)}
+    calls: dict[str, int] = {}
+    named = []
+    for node in layers:
+        calls[node.target] = calls.get(node.target, 0) + 1
+        call = calls[node.target]
+        named.append(sites[node] if call == 1 else replace(sites[node], name=f"{node.target}@{call}"))
+    return named
+
+
+class _SiteFinder:
+    """Grows sites in one graph. A chain grows only along values that nothing else reads."""
+
+    def __init__(self, network: fx.GraphModule, shapes: Shapes) -> None:
+        self.network, self.shapes = network, shapes
+        self.nodes = list(network.graph.nodes)
+        self.position = {node: i for i, node in enumerate(self.nodes)}
+        self.read = [str(node.target) for node in self.nodes if node.op == "get_attr"]
+        self.taken: set[fx.Node] = set()
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        return self.network.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def is_layer(self, node: fx.Node) -> bool:
+        module = self.module(node)
+        if type(module) not in LAYERS or len(node.args) != 1 or node.args[0] not in self.shapes:
+            return False
+        if any(name.startswith(f"{node.target}.") for name in self.read):  # the model uses its weight elsewhere too
+            return False
+        return type(module) not in CONVS or len(self.shapes[node.args[0]][0]) == 4  # type: ignore[index]
+
+    def work(self, node: fx.Node) -> int:
+        """Multiply-adds of the dense layer per sample, to within a factor that all layers of a network share."""
+        return math.prod(weight_shape(self.module(node))) * math.prod(self.shapes[node][0][2:])
+
+    def grow(self, layer: fx.Node) -> Site:
+        chain, norm, add, relu = [layer], None, None, False
+        while not relu:
+            (user,) = chain[-1].users if len(chain[-1].users) == 1 else (None,)
+            if user is None or user in self.taken or self.moves_past_a_mutation(chain[-1], user):
+                break
+            if norm is None and add is None and self.is_norm_of(user, layer):
+                norm = str(user.target)
+            elif add is None and self.adds_a_residual(user, chain[-1]):
+                add = user.name
+            elif _is_relu(user, self.module(user)):
+                relu = True
+            else:
+                break
+            chain.append(user)
+        self.taken.update(chain)
+        shape = self.shapes[layer.args[0]][0]  # type: ignore[index]
+        target = str(layer.target)
+        return Site(target, target, shape, tuple(node.name for node in chain), norm, add, relu)
+
+    def is_norm_of(self, node: fx.Node, layer: fx.Node) -> bool:
+        norm = self.module(node)
+        kind, dims = (nn.BatchNorm2d, 4) if type(self.module(layer)) in CONVS else (nn.BatchNorm1d, 2)
+        same = type(norm) is kind and len(self.shapes[layer][0]) == dims
+        # Without running statistics it normalises by those of the batch, in eval mode too.
+        return same and norm.running_mean is not None and not norm.training  # type: ignore[union-attr]
+
+    def adds_a_residual(self, node: fx.Node, tail: fx.Node) -> bool:
+        if node.op not in ("call_function", "call_method") or node.target not in _ADDS:
+            return False
+        if node.kwargs or len(node.args) != 2 or not all(arg in self.shapes for arg in node.args):
+            return False
+        first, second = node.args
+        other = second if first is tail else first
+        if first is second or self.shapes[other] != self.shapes[tail]:  # type: ignore[index]
+            return False
+        # `other += tail` also changes `other`: all right only if it is a fresh tensor that nothing else reads.
+        return not (_mutates(node, None) and first is other and not self.is_private(other))
+
+    def is_private(self, value: Any) -> bool:
+        """A tensor of its own, read by one node: what that node does to it nobody else can see."""
+        module = self.module(value) if isinstance(value, fx.Node) else None
+        return isinstance(module, (*LAYERS, nn.BatchNorm1d, nn.BatchNorm2d)) and len(value.users) == 1
+
+    def moves_past_a_mutation(self, start: fx.Node, end: fx.Node) -> bool:
+        """Would the layer, run where ``end`` stands, read its input after something between changed it in place?"""
+        between = self.nodes[self.position[start] + 1 : self.position[end]]
+        return any(
+            _mutates(node, self.module(node)) and not self.is_private(next(iter(node.args), None)) for node in between
+        )
+
+
+_ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
+_IN_PLACE_OPERATORS = (
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow),
+    *(operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
+    operator.setitem,
+)
+
+
+def _is_relu(node: fx.Node, module: nn.Module | None) -> bool:
+    return type(module) is nn.ReLU or (node.op in ("call_function", "call_method") and node.target in _RELUS)
+
+
+def _mutates(node: fx.Node, module: nn.Module | None) -> bool:
+    """May the node change a tensor it is given? Errs towards yes."""
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.target in _IN_PLACE_OPERATORS or "out" in node.kwargs:
+        return True
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    return (name.endswith("_") and not name.endswith("__")) or True in (*node.args[1:], node.kwargs.get("inplace"))
+
+
+def find_eager_sites(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Site]:
+    """The layers of a model that cannot be traced, each on its own, at the one input shape it was called with."""
+    seen: dict[str, set[tuple[int, ...]]] = {}
+
+    def record(name: str, module: nn.Module, arguments: tuple) -> None:
+        seen.setdefault(name, set()).add(tuple(arguments[0].shape) if arguments else ())
+
+    layers = {name: module for name, module in model.named_modules() if type(module) in LAYERS}
+    hooks = [module.register_forward_pre_hook(partial(record, name)) for name, module in layers.items()]
+    try:
+        model(*clone(inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    sites = []
+    for name, module in layers.items():
+        shapes = seen.get(name, set())
+        if len(shapes) == 1 and (type(module) not in CONVS or len(next(iter(shapes))) == 4):
+            sites.append(Site(name, name, shapes.pop()))
+    return sites
+
+
+def weight_shape(module: Any) -> tuple[int, ...]:
+    return tuple(module.weight_shape if isinstance(module, BlockSparseLayer) else module.weight.shape)
+
+
+def clone(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Fresh inputs: a model may change its own in place."""
+    return tuple(x.detach().clone() for x in inputs)
