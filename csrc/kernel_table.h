@@ -79,7 +79,8 @@ struct KernelTable {
   void (*conv2d_f32)(const Conv2dForward&);
   void (*conv2d_grad_input_f32)(const Conv2dGradInput&);
   void (*conv2d_grad_values_f32)(const Conv2dGradValues&);
-  // Fused multiply-adds from registers, `rounds` times a fixed amount; returns the floating point operations done.
+  // Multiply-adds on registers, `rounds` times a fixed amount, seeded from and written to sink [32]; returns the number
+  // of floating point operations.
   double (*fma_burst)(int64_t rounds, float* sink);
 };
 

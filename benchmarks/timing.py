@@ -1,0 +1,81 @@
+"""How things are timed here: warm-up, interleaved repeats, medians; and what machine the figures belong to."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def interleaved(
+    functions: Sequence[Callable[[], object]],
+    repeats: int = 15,
+    seconds: float = 0.3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[list[float]]:
+    """Seconds per call of every function, `repeats` samples each, taken in turn so that a busy moment hits all of them.
+
+    A sample times a loop long enough for `seconds` in all; two calls before the first sample warm caches and threads.
+    `clock=time.thread_time` leaves out what other processes took, and is right for single-threaded calls only.
+    """
+    loops = []
+    for function in functions:
+        function()
+        start = clock()
+        function()
+        once = max(clock() - start, 1e-7)
+        loops.append(max(1, round(seconds / len(functions) / repeats / once)))
+    samples: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats):
+        for function, loop, sample in zip(functions, loops, samples, strict=True):
+            start = clock()
+            for _ in range(loop):
+                function()
+            sample.append((clock() - start) / loop)
+    return samples
+
+
+def compare(ours: Callable[[], object], peer: Callable[[], object], **options: Any) -> dict[str, float]:
+    """Median microseconds of both, and the median and quartiles of peer / ours over neighbouring samples."""
+    our_samples, peer_samples = interleaved([ours, peer], **options)
+    ratios = [b / a for a, b in zip(our_samples, peer_samples, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {
+        "us": statistics.median(our_samples) * 1e6,
+        "dense_us": statistics.median(peer_samples) * 1e6,
+        "speedup": middle,
+        "speedup_low": low,
+        "speedup_high": high,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    from sparsekd import _C
+
+    return {
+        "cpu": _C.cpu_name(),
+        "isa": _C.isa(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "openmp": Path(_C.openmp().split(" ")[0]).name,
+        "fma_peak_gflops": round(_C.peak_gflops(torch.get_num_threads(), 0.2), 1),
+        "load_average": round(os.getloadavg()[0], 2),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def write_json(path: str | Path, command: str, rows: list[dict[str, Any]]) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"command": command, "machine": machine(), "rows": rows}, indent=1) + "\n")

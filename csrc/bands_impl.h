@@ -1,0 +1,72 @@
+// How the work of a call is cut into bands that fit the cache and feed every thread.
+#pragma once
+
+#include "kernel_table.h"
+#include "layout_impl.h"
+
+namespace {
+
+using sparsekd::kStripRows;
+
+constexpr int64_t kPackedFloats = 80 * 1024;  // 320 KiB of packed input per thread: a third of a 1 MiB L2
+
+struct BandSize {
+  int64_t images, rows, cols;
+  int64_t row_bands, col_bands, image_bands;
+
+  int64_t count() const { return image_bands * row_bands * col_bands; }
+  Band band(const Conv2dGeometry& g, int64_t index) const {
+    const int64_t image = index / (row_bands * col_bands) * images;
+    const int64_t y = index / col_bands % row_bands * rows;
+    const int64_t x = index % col_bands * cols;
+    return {image, min64(images, g.n - image), y, min64(rows, g.p - y), x, min64(cols, g.q - x)};
+  }
+};
+
+inline BandSize make_band_size(const Conv2dGeometry& g, int64_t images, int64_t rows, int64_t cols) {
+  return {images, rows, cols, ceil_div(g.p, rows), ceil_div(g.q, cols), ceil_div(g.n, images)};
+}
+
+// Equal cuts of a length: `count` pieces that differ by at most one.
+struct Cuts {
+  int64_t total, count;
+  int64_t begin(int64_t i) const { return total * i / count; }
+  int64_t size(int64_t i) const { return begin(i + 1) - begin(i); }
+};
+
+// Output row of one lane of a strip.
+inline int32_t row_of(const Strip& strip, int lane) { return strip.rows ? strip.rows[lane] : strip.row + lane; }
+
+// The largest bands whose packed input stays in the L2 cache, but at least `pieces` of them where the shape allows.
+// Columns are cut in multiples of `col_step`, rows in multiples of `row_step`.
+inline BandSize choose_bands(const Conv2dGeometry& g, const Layout& whole, int64_t pieces, int64_t row_step,
+                             int64_t col_step) {
+  const int64_t planes = g.c * whole.h.phases * whole.w.phases;
+  const int64_t budget = max64(1, kPackedFloats / max64(1, planes));  // floats per plane
+  int64_t cols = g.q, rows = g.p, images = g.n;
+  const int64_t row_floats = (1 + whole.h.reach) * (cols + whole.w.reach);
+  if (row_floats > budget || (g.p == 1 && g.n < pieces)) {
+    const int64_t fit = budget / (1 + whole.h.reach) - whole.w.reach;
+    const int64_t wanted = ceil_div(g.q, max64(1, g.p == 1 ? ceil_div(pieces, g.n) : 1));
+    cols = min64(cols, round_up(max64(1, min64(fit, wanted) / col_step * col_step), col_step));
+  }
+  const int64_t width = cols + whole.w.reach;
+  const int64_t fit_rows = max64(1, budget / width - whole.h.reach);
+  if (fit_rows < rows || cols < g.q) {
+    images = 1;
+    rows = min64(rows, fit_rows);
+  } else {
+    images = max64(1, min64(images, budget / (whole.image_rows * width)));
+  }
+  if (images * pieces > g.n) images = max64(1, g.n / pieces);
+  const int64_t cuts = ceil_div(pieces, g.n * ceil_div(g.q, cols));  // pieces one column band of an image must give
+  if (images == 1 && cuts > 1) rows = min64(rows, ceil_div(g.p, cuts));
+  // Rows in whole register tiles, and equal bands rather than a short last one.
+  if (rows < g.p) {
+    rows = ceil_div(g.p, ceil_div(g.p, rows));
+    if (rows > row_step) rows = rows / row_step * row_step;
+  }
+  return make_band_size(g, images, rows, cols);
+}
+
+}  // namespace

@@ -1,0 +1,348 @@
+// y = conv(x, w) + bias + residual, then ReLU: register tiles of 16 output rows x pixels, accumulated over the kept
+// columns of a strip.
+#pragma once
+
+#include "bands_impl.h"
+
+namespace {
+
+using sparsekd::Conv2dForward;
+
+constexpr int kTileRowsMax = 8;  // base pointers that still fit in general registers
+
+// One register tile: a strip of 16 output rows x (A image rows x B pixels).
+struct ForwardTile {
+  const float* input[kTileRowsMax];     // packed input of the first pixel of every image row
+  float* output[kTileRowsMax];          // its output, when written directly
+  const float* residual[kTileRowsMax];  // or null
+  const int32_t* offsets;               // [count]
+  const float* weights;                 // [count][16], weight_stride apart
+  int64_t weight_stride;
+  int64_t count;
+  const float* bias;      // [16]
+  int64_t output_stride;  // floats from one pixel to the next
+  float* buffer;          // [A * B][16], written when not null, instead of the output
+  bool relu;
+};
+
+// Hands finished accumulators over: to the buffer, or with residual and activation to the output.
+template <int A, int B>
+inline void finish_tile(const ForwardTile& t, const Vec16 (&acc)[A * B]) {
+  if (t.buffer != nullptr) {
+#pragma GCC unroll 32
+    for (int i = 0; i < A * B; ++i) acc[i].store(t.buffer + i * kStripRows);
+    return;
+  }
+#pragma GCC unroll 8
+  for (int a = 0; a < A; ++a)
+#pragma GCC unroll 32
+    for (int b = 0; b < B; ++b) {
+      Vec16 v = acc[a * B + b];
+      if (t.residual[a] != nullptr) v = Vec16::add(v, Vec16::load(t.residual[a] + b * t.output_stride));
+      if (t.relu) v = Vec16::relu(v);
+      v.store(t.output[a] + b * t.output_stride);
+    }
+}
+
+template <int A, int B>
+void forward_tile(const ForwardTile& t) {
+  Vec16 acc[A * B];
+  const float* input[A];
+  const Vec16 bias = Vec16::load(t.bias);
+#pragma GCC unroll 32
+  for (int i = 0; i < A * B; ++i) acc[i] = bias;
+#pragma GCC unroll 8
+  for (int a = 0; a < A; ++a) input[a] = t.input[a];
+  const float* w = t.weights;
+  const int64_t weight_stride = t.weight_stride;
+  const int32_t* const end = t.offsets + t.count;
+  for (const int32_t* offset = t.offsets; offset != end; ++offset, w += weight_stride) {
+    const Vec16 weight = Vec16::load(w);
+    const int64_t o = *offset;
+#pragma GCC unroll 8
+    for (int a = 0; a < A; ++a)
+#pragma GCC unroll 32
+      for (int b = 0; b < B; ++b)
+        acc[a * B + b] = Vec16::fma(weight, Vec16::broadcast(input[a] + o + b), acc[a * B + b]);
+  }
+  finish_tile<A, B>(t, acc);
+}
+
+// Few pixels: U columns at once keep the multiply-adds independent, and U weight loads in flight.
+template <int A, int U>
+void forward_few(const ForwardTile& t) {
+  Vec16 acc[U][A];
+#pragma GCC unroll 8
+  for (int u = 0; u < U; ++u)
+#pragma GCC unroll 4
+    for (int a = 0; a < A; ++a) acc[u][a] = u == 0 ? Vec16::load(t.bias) : Vec16::zero();
+  const float* w = t.weights;
+  int64_t i = 0;
+  for (; i + U <= t.count; i += U)
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u, w += t.weight_stride) {
+      const Vec16 weight = Vec16::load(w);
+#pragma GCC unroll 4
+      for (int a = 0; a < A; ++a)
+        acc[u][a] = Vec16::fma(weight, Vec16::broadcast(t.input[a] + t.offsets[i + u]), acc[u][a]);
+    }
+  for (; i < t.count; ++i, w += t.weight_stride)
+#pragma GCC unroll 4
+    for (int a = 0; a < A; ++a)
+      acc[0][a] = Vec16::fma(Vec16::load(w), Vec16::broadcast(t.input[a] + t.offsets[i]), acc[0][a]);
+#pragma GCC unroll 8
+  for (int u = 1; u < U; ++u)
+#pragma GCC unroll 4
+    for (int a = 0; a < A; ++a) acc[0][a] = Vec16::add(acc[0][a], acc[u][a]);
+  finish_tile<A, 1>(t, acc[0]);
+}
+
+using ForwardTileFn = void (*)(const ForwardTile&);
+
+template <int A, int B>
+ForwardTileFn find_cols(int64_t b) {
+  if (b == B) return forward_tile<A, B>;
+  if constexpr (B > 1) return find_cols<A, B - 1>(b);
+  return nullptr;
+}
+
+// The kernel of an a x b tile; a * b <= Vec16::kTilePixels.
+template <int A = 1>
+ForwardTileFn find_forward_tile(int64_t a, int64_t b) {
+  if (a == A) return find_cols<A, Vec16::kTilePixels / A>(b);
+  if constexpr (A < kTileRowsMax && A < Vec16::kTilePixels) return find_forward_tile<A + 1>(a, b);
+  return nullptr;
+}
+
+struct TileShape {
+  int64_t rows, cols;
+};
+
+// Fills the accumulators as well as the width allows: 56 = 28 + 28, 14 = two rows at once.
+inline TileShape choose_tile(int64_t cols) {
+  const int64_t b = ceil_div(cols, ceil_div(cols, Vec16::kTilePixels));
+  return {min64(kTileRowsMax, Vec16::kTilePixels / b), b};
+}
+
+template <int A = 1>
+ForwardTileFn find_few_tile(int64_t a) {
+  constexpr int kChains = Vec16::kTilePixels < 8 ? Vec16::kTilePixels : 8;
+  if (a == A) return forward_few<A, (A < kChains ? kChains / A : 1)>;
+  if constexpr (A < 4 && A < kChains) return find_few_tile<A + 1>(a);
+  return nullptr;
+}
+
+// Where the kernels read x.
+enum class Source {
+  kPacked,    // from the packed layout
+  kChannels,  // where it lies, [image][channel][pixel]: 1 x 1, stride 1
+  kPixels,    // where it lies, [image][pixel][channel]: 1 x 1, any stride; tiles of single pixels
+};
+
+struct ForwardCall {
+  Conv2dForward args;
+  Conv2dGeometry g;
+  Layout layout;
+  Source source;
+  const int32_t* offsets;  // [num_columns]
+  const float* bias;       // [strips][16]
+};
+
+// Writes finished pixels from [pixel][16] for outputs that lie [pixel][row], where a strip is ragged or scattered.
+inline void store_pixels(const ForwardCall& call, const Strip& strip, const float* buffer, int64_t pixel,
+                         int64_t count) {
+  const int64_t k = call.g.k;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t base = (pixel + i) * k;
+    if (strip.rows == nullptr) {
+      Vec16 v = Vec16::load(buffer + i * kStripRows);
+      const int64_t at = base + strip.row;
+      if (call.args.residual) v = Vec16::add(v, Vec16::load_first(call.args.residual + at, strip.lanes));
+      if (call.args.relu) v = Vec16::relu(v);
+      v.store_first(call.args.y + at, strip.lanes);
+      continue;
+    }
+    for (int lane = 0; lane < strip.lanes; ++lane) {
+      const int64_t at = base + strip.rows[lane];
+      float v = buffer[i * kStripRows + lane];
+      if (call.args.residual) v += call.args.residual[at];
+      call.args.y[at] = call.args.relu && v < 0.0f ? 0.0f : v;
+    }
+  }
+}
+
+// The same for outputs that lie [row][pixel]: `count` neighbouring pixels of one image.
+inline void store_rows(const ForwardCall& call, const Strip& strip, const float* buffer, int64_t image, int64_t pixel,
+                       int64_t count) {
+  const int64_t area = call.g.p * call.g.q;
+  for (int64_t i = 0; i < count; i += 16) {
+    const int n = static_cast<int>(min64(16, count - i));
+    Vec16 v[16];
+    for (int j = 0; j < 16; ++j) v[j] = j < n ? Vec16::load(buffer + (i + j) * kStripRows) : Vec16::zero();
+    Vec16::transpose(v);
+    for (int lane = 0; lane < strip.lanes; ++lane) {
+      const int64_t at = (image * call.g.k + row_of(strip, lane)) * area + pixel + i;
+      Vec16 out = v[lane];
+      if (call.args.residual) out = Vec16::add(out, Vec16::load_first(call.args.residual + at, n));
+      if (call.args.relu) out = Vec16::relu(out);
+      out.store_first(call.args.y + at, n);
+    }
+  }
+}
+
+// All strips of [strips.begin, strips.end) on one register tile: `rows` image rows from `first_row` of the band,
+// `cols` pixels from `col`.
+inline void forward_strips(const ForwardCall& call, const Band& band, const float* input, int64_t first_row,
+                           int64_t rows, int64_t col, int64_t cols, Range strips, ForwardTileFn kernel) {
+  const Conv2dGeometry& g = call.g;
+  alignas(64) float buffer[Vec16::kTilePixels * kStripRows];
+  ForwardTile tile;
+  int64_t image[kTileRowsMax], pixel[kTileRowsMax];
+  const bool pixels = call.source == Source::kPixels;  // then a "row" of the tile is one pixel
+  const int64_t per_row = pixels ? band.cols : 1;
+  int64_t x = first_row % per_row, y = first_row / per_row % band.rows, i = first_row / per_row / band.rows;
+  for (int64_t a = 0; a < rows; ++a) {
+    const int64_t left = band.x + (pixels ? x : col);
+    image[a] = band.image + i;
+    pixel[a] = (band.y + y) * g.q + left;
+    if (pixels)
+      tile.input[a] = input + ((image[a] * g.h + (band.y + y) * g.stride_h) * g.w + left * g.stride_w) * g.c;
+    else if (call.source == Source::kChannels)
+      tile.input[a] = input + image[a] * g.c * g.w + pixel[a];
+    else
+      tile.input[a] = input + call.layout.row(i, y) + col;
+    if (++x < per_row) continue;
+    x = 0;
+    if (++y < band.rows) continue;
+    y = 0;
+    ++i;
+  }
+  tile.weight_stride = call.args.strips.weight_stride;
+  tile.output_stride = g.k;
+  tile.relu = call.args.relu;
+  for (int64_t s = strips.begin; s < strips.end; ++s) {
+    const Strip& strip = call.args.strips.strip[s];
+    if (strip.lanes == 0) continue;
+    tile.offsets = call.offsets + strip.first;
+    tile.weights = call.args.weights + strip.weights;
+    tile.count = strip.count;
+    tile.bias = call.bias + s * kStripRows;
+    const bool direct = call.args.y_channels_last && strip.rows == nullptr && strip.lanes == kStripRows;
+    tile.buffer = direct ? nullptr : buffer;
+    if (direct)
+      for (int64_t a = 0; a < rows; ++a) {
+        const int64_t at = (image[a] * g.p * g.q + pixel[a]) * g.k + strip.row;
+        tile.output[a] = call.args.y + at;
+        tile.residual[a] = call.args.residual ? call.args.residual + at : nullptr;
+      }
+    kernel(tile);
+    if (direct) continue;
+    for (int64_t a = 0; a < rows;) {
+      // Rows that follow each other in memory are stored as one run.
+      int64_t run = 1;
+      while (a + run < rows && image[a + run] == image[a] && pixel[a + run] == pixel[a] + run * cols) ++run;
+      if (call.args.y_channels_last)
+        store_pixels(call, strip, buffer + a * cols * kStripRows, image[a] * g.p * g.q + pixel[a], run * cols);
+      else
+        store_rows(call, strip, buffer + a * cols * kStripRows, image[a], pixel[a], run * cols);
+      a += run;
+    }
+  }
+}
+
+inline void forward_band(const ForwardCall& call, const Band& band, const float* input, Range strips) {
+  const bool pixels = call.source == Source::kPixels;
+  const TileShape shape = pixels ? choose_tile(1) : choose_tile(band.cols);
+  const int64_t num_rows = band.images * band.rows * (pixels ? band.cols : 1), num_cols = pixels ? 1 : band.cols;
+  const Cuts rows{num_rows, ceil_div(num_rows, shape.rows)};
+  const Cuts cols{num_cols, ceil_div(num_cols, shape.cols)};
+  for (int64_t i = 0; i < rows.count; ++i)
+    for (int64_t j = 0; j < cols.count; ++j) {
+      ForwardTileFn kernel = pixels ? find_few_tile(rows.size(i)) : nullptr;
+      if (kernel == nullptr) kernel = find_forward_tile(rows.size(i), cols.size(j));
+      forward_strips(call, band, input, rows.begin(i), rows.size(i), cols.begin(j), cols.size(j), strips, kernel);
+    }
+}
+
+// Packing costs about as much as using every channel once, so it pays unless few strips share it; tiles of single
+// pixels in turn need long columns lists to hide their set-up. Measured on 1 x 1 layers, see README.md.
+inline Source choose_source(const Conv2dForward& args, const Conv2dGeometry& g) {
+  if (is_pointwise(g) && !args.x_channels_last) return Source::kChannels;
+  const bool single_tap = g.r == 1 && g.s == 1 && g.pad_h == 0 && g.pad_w == 0;
+  if (!single_tap || !args.x_channels_last) return Source::kPacked;
+  constexpr int64_t kUses = 2, kManyChannels = 128, kFewPixels = 16;
+  int64_t columns = 0;
+  for (int32_t i = 0; i < args.strips.count; ++i) columns += args.strips.strip[i].count;
+  const bool rarely_used = columns < kUses * g.c && g.c >= kManyChannels;
+  return rarely_used || g.n * g.p * g.q < kFewPixels ? Source::kPixels : Source::kPacked;
+}
+
+// Strips [0, count) in `chunks` parts of about equal numbers of columns.
+inline Range strip_chunk(const Strips& strips, int64_t chunks, int64_t chunk) {
+  if (chunks == 1) return {0, strips.count};
+  int64_t total = 0;
+  for (int32_t i = 0; i < strips.count; ++i) total += strips.strip[i].count + 1;
+  const Range wanted = share(total, chunks, chunk);
+  Range range{strips.count, strips.count};
+  int64_t sum = 0;
+  for (int32_t i = 0; i < strips.count; ++i) {
+    if (sum >= wanted.begin && i < range.begin) range.begin = i;
+    if (sum >= wanted.end) {
+      range.end = i;
+      break;
+    }
+    sum += strips.strip[i].count + 1;
+  }
+  return range;
+}
+
+inline void gather_bias(const Conv2dForward& args, float* bias) {
+  for (int32_t i = 0; i < args.strips.count; ++i)
+    for (int lane = 0; lane < kStripRows; ++lane) {
+      const Strip& strip = args.strips.strip[i];
+      bias[i * kStripRows + lane] = args.bias && lane < strip.lanes ? args.bias[row_of(strip, lane)] : 0.0f;
+    }
+}
+
+void conv2d_forward(const Conv2dForward& args) {
+  ForwardCall call{args,    flatten_pointwise(args.geometry, args.x_channels_last && args.y_channels_last),
+                   {},      Source::kPacked,
+                   nullptr, nullptr};
+  const Conv2dGeometry& g = call.g;
+  if (g.n * g.p * g.q * g.k == 0) return;
+  call.source = choose_source(args, g);
+  const int64_t taps = g.r * g.s, group_channels = g.c / g.groups;
+  const int64_t bytes =
+      4 * (args.strips.count * kStripRows + args.strips.num_columns + taps * group_channels + 2 * layout_memory(g));
+  float* bias = static_cast<float*>(scratch(sparsekd::kScratchCall, static_cast<size_t>(bytes)));
+  int32_t* offsets = reinterpret_cast<int32_t*>(bias + args.strips.count * kStripRows);
+  int32_t* table = offsets + args.strips.num_columns;
+  int32_t* axes = table + taps * group_channels;
+  gather_bias(args, bias);
+  call.bias = bias;
+  call.offsets = offsets;
+
+  const Layout whole = make_layout(g, 1, g.p, g.q, axes);
+  const TileShape tile = call.source == Source::kPixels ? TileShape{1, choose_tile(1).rows} : choose_tile(g.q);
+  const int64_t pieces = args.threads == 1 ? 1 : 2 * args.threads;
+  const BandSize size = choose_bands(g, whole, pieces, tile.rows, tile.cols);
+  call.layout = make_layout(g, size.images, size.rows, size.cols, axes + layout_memory(g));
+  if (call.source == Source::kChannels) call.layout.channel = g.w;
+  if (call.source == Source::kPixels) call.layout.channel = 1;
+  fill_offsets(call.layout, g.groups, args.strips, table, offsets);
+
+  const int64_t chunks = min64(args.strips.count, ceil_div(args.threads, size.count()));
+  parallel_workers(args.threads, size.count() * chunks, [&](int64_t item, bool first) {
+    const Band band = size.band(g, item / chunks);
+    const float* input = args.x;
+    if (call.source == Source::kPacked) {
+      float* packed = static_cast<float*>(
+          scratch(sparsekd::kScratchInput, sizeof(float) * static_cast<size_t>(call.layout.size())));
+      pack_input(args.x, args.x_channels_last, g, call.layout, band, first, packed);
+      input = packed;
+    }
+    forward_band(call, band, input, strip_chunk(args.strips, chunks, item % chunks));
+  });
+}
+
+}  // namespace

@@ -1,0 +1,182 @@
+// The gradient of the input: every kept column of a strip adds its 16 weights times dy to the packed gradient, 16
+// pixels to a vector.
+#pragma once
+
+#include "bands_impl.h"
+
+namespace {
+
+using sparsekd::Conv2dGradInput;
+
+// E columns x V vectors of 16 flat pixels: dx[offset[e] + pixel] += sum over lanes of weight[e][lane] *
+// dy[lane][pixel].
+struct InputTile {
+  float* dx;
+  const int32_t* offsets;
+  const float* weights;
+  int64_t weight_stride;
+  const float* dy;  // [lanes][dy_stride]
+  int64_t dy_stride;
+  int64_t lanes;
+};
+
+template <int E, int V>
+inline void input_tile(const InputTile& t, int64_t entry) {
+  Vec16 acc[E * V];
+#pragma GCC unroll 32
+  for (int i = 0; i < E * V; ++i) acc[i] = Vec16::zero();
+  const float* w = t.weights + entry * t.weight_stride;
+  const float* dy = t.dy;
+  for (int64_t lane = 0; lane < t.lanes; ++lane, dy += t.dy_stride, ++w) {
+    Vec16 weight[E];
+#pragma GCC unroll 8
+    for (int e = 0; e < E; ++e) weight[e] = Vec16::broadcast(w + e * t.weight_stride);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const Vec16 pixels = Vec16::load(dy + v * 16);
+#pragma GCC unroll 8
+      for (int e = 0; e < E; ++e) acc[e * V + v] = Vec16::fma(weight[e], pixels, acc[e * V + v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int e = 0; e < E; ++e) {
+    float* target = t.dx + t.offsets[entry + e];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) Vec16::add(Vec16::load(target + v * 16), acc[e * V + v]).store(target + v * 16);
+  }
+}
+
+// All columns of a strip, in groups of E, then E / 2, ...
+template <int V, int E = Vec16::kInputEntries>
+void input_columns(const InputTile& t, int64_t count, int64_t entry = 0) {
+  for (; entry + E <= count; entry += E) input_tile<E, V>(t, entry);
+  if constexpr (E > 1)
+    if (entry < count) input_columns<V, E / 2>(t, count, entry);
+}
+
+template <int V = Vec16::kInputVectors>
+inline void run_input_columns(int64_t vectors, const InputTile& t, int64_t count) {
+  if (vectors == V) return input_columns<V>(t, count);
+  if constexpr (V > 1) run_input_columns<V - 1>(vectors, t, count);
+}
+
+// dy of one strip as [lane][flat pixel]: rows as far apart as in the packed input, zeros where there is no output.
+inline void pack_strip_flat(const Conv2dGradInput& args, const Conv2dGeometry& g, const Layout& l, const Band& band,
+                            const Strip& strip, float* flat, int64_t flat_stride) {
+  const int64_t area = g.p * g.q;
+  const bool dense = l.pitch == band.cols && l.image_rows == band.rows && band.images * l.row(1, 0) == flat_stride;
+  if (!dense) zero_floats(flat, strip.lanes * flat_stride);
+  for (int64_t image = 0; image < band.images; ++image)
+    for (int64_t y = 0; y < band.rows; ++y) {
+      const int64_t n = band.image + image;
+      const int64_t pixel = (band.y + y) * g.q + band.x;
+      float* target = flat + l.row(image, y);
+      if (args.dy_channels_last && strip.rows == nullptr) {
+        transpose_floats(args.dy + (n * area + pixel) * g.k + strip.row, g.k, band.cols, strip.lanes, target,
+                         flat_stride);
+        continue;
+      }
+      for (int lane = 0; lane < strip.lanes; ++lane) {
+        const int64_t row = row_of(strip, lane);
+        if (args.dy_channels_last)
+          copy_floats(target + lane * flat_stride, args.dy + (n * area + pixel) * g.k + row, g.k, band.cols);
+        else
+          copy_floats(target + lane * flat_stride, args.dy + (n * g.k + row) * area + pixel, 1, band.cols);
+      }
+    }
+}
+
+struct GradInputCall {
+  Conv2dGradInput args;
+  Conv2dGeometry g;
+  Layout layout;
+  const int32_t* offsets;
+};
+
+// Adds what the outputs of `band` contribute to the packed gradient.
+inline void grad_input_band(const GradInputCall& call, const Band& band, float* dx) {
+  const Layout& l = call.layout;
+  const int64_t flat = round_up(band.images * l.image_rows * l.pitch, 16);
+  float* dy =
+      static_cast<float*>(scratch(sparsekd::kScratchOutput, sizeof(float) * kStripRows * static_cast<size_t>(flat)));
+  const Cuts tiles{flat / 16, ceil_div(flat / 16, Vec16::kInputVectors)};
+  for (int32_t s = 0; s < call.args.strips.count; ++s) {
+    const Strip& strip = call.args.strips.strip[s];
+    if (strip.count == 0 || strip.lanes == 0) continue;
+    pack_strip_flat(call.args, call.g, l, band, strip, dy, flat);
+    for (int64_t i = 0; i < tiles.count; ++i) {
+      const int64_t at = tiles.begin(i) * 16;
+      const InputTile tile{dx + at,
+                           call.offsets + strip.first,
+                           call.args.weights + strip.weights,
+                           call.args.strips.weight_stride,
+                           dy + at,
+                           flat,
+                           strip.lanes};
+      run_input_columns(tiles.size(i), tile, strip.count);
+    }
+  }
+}
+
+// Whole images, or the rows of one image whose packed positions lie in `owned`. Bands follow each other; the rows that
+// two of them touch are carried over.
+inline void grad_input_rows(const GradInputCall& call, Band range, Range owned, int64_t band_rows, float* dx) {
+  const Layout& l = call.layout;
+  const int64_t reach = l.h.reach, planes = call.g.c * l.h.phases * l.w.phases;
+  const int64_t y_begin = max64(0, owned.begin - reach), y_end = min64(call.g.p, owned.end);
+  zero_floats(dx, l.size());
+  for (int64_t y = y_begin; y < y_end; y += band_rows) {
+    Band band = range;
+    band.y = y;
+    band.rows = min64(band_rows, y_end - y);
+    grad_input_band(call, band, dx);
+    const bool last = y + band.rows >= y_end;
+    const Range done{max64(owned.begin, y), last ? owned.end : y + band.rows};
+    if (done.begin < done.end) unpack_input(dx, call.g, l, band, done, call.args.dx_channels_last, call.args.dx);
+    if (last) break;
+    for (int64_t plane = 0; plane < planes; ++plane) {
+      const int64_t phases = l.h.phases * l.w.phases;
+      float* base = dx + plane / phases * l.channel + plane % phases * l.plane;
+      const int64_t kept = l.plane - band.rows * l.pitch;
+      for (int64_t i = 0; i < kept; ++i) base[i] = base[i + band.rows * l.pitch];
+      zero_floats(base + kept, l.plane - kept);
+    }
+  }
+}
+
+constexpr int64_t kEnd = int64_t{1} << 40;  // beyond any row
+
+void conv2d_grad_input(const Conv2dGradInput& args) {
+  GradInputCall call{
+      args, flatten_pointwise(args.geometry, args.dy_channels_last && args.dx_channels_last), {}, nullptr};
+  const Conv2dGeometry& g = call.g;
+  if (g.n * g.h * g.w * g.c == 0) return;
+  const int64_t taps = g.r * g.s, group_channels = g.c / g.groups;
+  const int64_t bytes = 4 * (args.strips.num_columns + taps * group_channels + 2 * layout_memory(g));
+  int32_t* offsets = static_cast<int32_t*>(scratch(sparsekd::kScratchCall, static_cast<size_t>(bytes)));
+  int32_t* table = offsets + args.strips.num_columns;
+  int32_t* axes = table + taps * group_channels;
+  call.offsets = offsets;
+
+  const Layout whole = make_layout(g, 1, g.p, g.q, axes);
+  BandSize size = choose_bands(g, whole, args.threads == 1 ? 1 : 2 * args.threads, 1, 16);
+  if (!is_pointwise(g)) size = make_band_size(g, size.images, size.rows, g.q);  // bands share columns, not rows
+  call.layout = make_layout(g, size.images, size.rows, size.cols, axes + layout_memory(g));
+  fill_offsets(call.layout, g.groups, args.strips, table, offsets);
+
+  // An image is cut by rows only when there are too few images: the cut costs the rows that both parts need.
+  const int64_t segments = size.image_bands * size.col_bands >= args.threads
+                               ? 1
+                               : min64(size.row_bands, ceil_div(args.threads, size.image_bands * size.col_bands));
+  parallel(args.threads, size.image_bands * size.col_bands * segments, [&](int64_t item) {
+    const int64_t segment = item % segments, rest = item / segments;
+    const Band range = size.band(g, rest / size.col_bands * size.row_bands * size.col_bands + rest % size.col_bands);
+    Range owned = share(g.p, segments, segment);
+    if (segment + 1 == segments) owned.end = kEnd;
+    float* dx =
+        static_cast<float*>(scratch(sparsekd::kScratchInput, sizeof(float) * static_cast<size_t>(call.layout.size())));
+    grad_input_rows(call, range, owned, size.rows, dx);
+  });
+}
+
+}  // namespace
