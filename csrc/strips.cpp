@@ -2,10 +2,31 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 namespace sparsekd {
+namespace {
+
+// The kernels follow the index blindly, so one pass over it (nnzb integers) stands between a wrong index and a read
+// past the input. pybind11 turns std::invalid_argument into ValueError.
+void check_index(const BlockWeight& w) {
+  const int64_t block_rows = (w.rows + w.bh - 1) / w.bh;
+  bool rises = w.row_ptr[0] == 0 && w.row_ptr[block_rows] == w.nnzb;
+  for (int64_t i = 0; i < block_rows; ++i) rises &= w.row_ptr[i] <= w.row_ptr[i + 1];
+  if (!rises) throw std::invalid_argument("sparsekd: row_ptr must rise from 0 to nnzb = " + std::to_string(w.nnzb));
+  const int64_t column_blocks = w.taps * ((w.columns + w.bw - 1) / w.bw);
+  bool inside = true;
+  for (int64_t block = 0; block < w.nnzb; ++block) inside &= w.col_idx[block] >= 0 && w.col_idx[block] < column_blocks;
+  if (!inside)
+    throw std::invalid_argument("sparsekd: col_idx must lie in [0, " + std::to_string(column_blocks) +
+                                ") for this input; the weight belongs to a layer with more inputs");
+}
+
+}  // namespace
 
 void StripSet::build(const BlockWeight& weight) {
+  check_index(weight);
   strips_.clear();
   columns_.clear();
   rows_.clear();

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparsekd import BlockSparse, ops
+from sparsekd import BlockSparse, backends, ops
 
 from .cases import LINEARS, Linear, random_weight
 
@@ -70,3 +70,18 @@ def test_bad_input(change, error, says):
     good = {"x": x, "values": blocks.values, "row_ptr": blocks.row_ptr, "col_idx": blocks.col_idx, "bias": bias}
     with pytest.raises(error, match=says):
         ops.linear(**{**good, "out_features": 48, **change})
+
+
+@pytest.mark.skipif(backends.cpu.native is None, reason=backends.cpu.missing)
+@pytest.mark.parametrize("index", ["col_idx", "row_ptr"])
+def test_an_index_beyond_the_operands_is_refused(index):
+    """The kernels follow the index blindly: a wrong one must not read or write past the tensors."""
+    x, blocks, bias = operands(Linear("plain", density=1.0))
+    weight = {"values": blocks.values, "row_ptr": blocks.row_ptr, "col_idx": blocks.col_idx}
+    weight[index] = weight[index] + 1
+    with pytest.raises(ValueError, match=index):
+        ops.linear(x, **weight, bias=bias, out_features=48)
+    if index == "col_idx":
+        with pytest.raises(ValueError, match=index):
+            grad = torch.zeros(4, 48)
+            torch.ops.sparsekd.linear_grad_values(grad, x, blocks.row_ptr, weight["col_idx"], 16, 1)
