@@ -26,7 +26,7 @@ def ratings_task(users=20, items=15, noise=0.0, count=3000):
         target = torch.from_numpy((5 + by_user[user] + by_item[item] + noise * rng.normal(size=n)).astype(np.float32))
         features = np.stack([by_user[user], by_item[item], rng.normal(size=n)], axis=1).astype(np.float32)
         empty = torch.zeros(n, 1)
-        inputs = (torch.from_numpy(user), torch.from_numpy(item), empty, empty, target + 0.5)
+        inputs = (empty, empty, target + 0.5)
         return Split(inputs, target, features, user, item)
 
     parts = part(count), part(500), part(500)
@@ -55,7 +55,7 @@ def test_biases_of_unknown_users_and_items_are_zero():
     np.testing.assert_allclose(prediction, task.train.target.double().mean().item())
 
 
-def test_running_biases_score_the_fifth_input():
+def test_running_biases_score_the_prior():
     assert baselines.running_biases(ratings_task()).mae == pytest.approx(0.5, abs=1e-5)
 
 

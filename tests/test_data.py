@@ -179,7 +179,7 @@ def test_movietweetings_rows_are_finite_and_in_range(tweetings):
     for part in (tweetings.train, tweetings.val, tweetings.test):
         assert all(torch.isfinite(x.float()).all() for x in part.inputs) and np.isfinite(part.features).all()
         assert part.target.min() >= 0 and part.target.max() <= 10
-        assert part.inputs[0].max() < tweetings.sizes["users"] and part.inputs[1].max() < tweetings.sizes["items"]
+        assert part.users.max() < tweetings.sizes["users"] and part.items.max() < tweetings.sizes["items"]
     assert tweetings.mean == pytest.approx(tweetings.train.target.double().mean().item())
 
 

@@ -1,5 +1,8 @@
 """The task networks: shapes, taps, tracing, and that training starts from the first-order prediction."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,15 +19,13 @@ def make_task(kind: str, rows: int = 12) -> Task:
             inputs: tuple[torch.Tensor, ...] = (torch.randn(rows, 9, generator=generator),)
         else:
             inputs = (
-                torch.randint(0, 5, (rows,), generator=generator),
-                torch.randint(0, 7, (rows,), generator=generator),
                 torch.randn(rows, 6, generator=generator),
                 torch.randn(rows, 8, generator=generator),
                 torch.rand(rows, generator=generator) * 4 + 1,
             )
         return Split(inputs, torch.rand(rows, generator=generator) * 4 + 1, inputs[-1].reshape(rows, -1).numpy())
 
-    sizes = {"features": 9} if kind == "features" else {"users": 5, "items": 7, "user_features": 6, "item_features": 8}
+    sizes = {"features": 9} if kind == "features" else {"user_features": 6, "item_features": 8}
     recipe = Recipe(lr=1e-3, weight_decay=0.0, epochs=1, batch_size=4, dropout=0.2)
     return Task("made up", kind, part(), part(), part(), sizes, 3.0, (1.0, 5.0), "none", recipe, recipe)
 
@@ -39,7 +40,7 @@ def test_output_is_one_number_a_row_and_starts_first_order(kind, make):
     task = make_task(kind)
     model = make(task)
     prediction = model(*task.train.inputs)
-    expected = task.train.inputs[4] if kind == "ratings" else torch.full((12,), 3.0)
+    expected = task.train.inputs[2] if kind == "ratings" else torch.full((12,), 3.0)
     torch.testing.assert_close(prediction, expected)
 
 
@@ -131,3 +132,19 @@ def test_same_seed_same_network():
         torch.manual_seed(3)
         states.append(models.student(task).state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@KINDS
+def test_a_ridge_start_is_the_weighted_least_squares_fit_and_stays(kind):
+    task = make_task(kind, rows=40)
+    task = dataclasses.replace(
+        task, train=dataclasses.replace(task.train, weight=np.linspace(0, 2, 40, dtype=np.float32))
+    )
+    model = models.build(task, models.STUDENT, dataclasses.replace(task.student_recipe, ridge=1e-9))
+    prior = task.train.inputs[2] if kind == "ratings" else torch.zeros(40)
+    table = torch.cat(task.train.inputs[:2], 1) if kind == "ratings" else task.train.inputs[0]
+    table = torch.cat([table, torch.ones(40, 1)], 1).double()
+    root = torch.from_numpy(task.train.weight).double().sqrt()
+    fit = torch.linalg.lstsq(table * root[:, None], (task.train.target - prior).double() * root).solution
+    torch.testing.assert_close(model(*task.train.inputs), (table @ fit).float() + prior, atol=1e-4, rtol=0)
+    assert not any(parameter.requires_grad for parameter in model.linear.parameters())

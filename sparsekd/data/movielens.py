@@ -17,8 +17,8 @@ from sparsekd.data.task import Recipe, Task
 
 ARCHIVE = "ml-latest-small.zip"
 FILES = ("ratings.csv", "movies.csv", "tags.csv")
-TEACHER = Recipe(lr=1e-3, weight_decay=1e-2, epochs=4, batch_size=512, dropout=0.2)
-STUDENT = Recipe(lr=1e-3, weight_decay=1e-2, epochs=4, batch_size=512, dropout=0.2)
+TEACHER = Recipe(lr=2e-3, weight_decay=1e-2, epochs=3, batch_size=512, dropout=0.2, ridge=10.0)
+STUDENT = Recipe(lr=2e-3, weight_decay=1e-2, epochs=3, batch_size=512, dropout=0.2, ridge=10.0)
 
 
 def load(root: Path | None) -> Task:

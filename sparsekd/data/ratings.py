@@ -140,8 +140,6 @@ def build(
     def split(rows: np.ndarray) -> Split:
         return Split(
             inputs=(
-                torch.from_numpy(users[rows]),
-                torch.from_numpy(items_[rows]),
                 torch.from_numpy(user_features[rows]),
                 torch.from_numpy(item_features[rows]),
                 torch.from_numpy(prior[rows]),

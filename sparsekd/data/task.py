@@ -16,7 +16,8 @@ class Recipe:
     """Optimiser settings found on the validation part of a task (AdamW, cosine decay to zero, early stopping).
 
     `epochs` is the length of the cosine schedule. `dropout` acts before the last layer, `input_dropout` on the feature
-    vector of a task without users; the networks of `sparsekd.models` read both.
+    vector of a task without users. `ridge` is the penalty of the ridge regression to which the first-order part of the
+    network is fixed; None: it is learned with the rest. The networks of `sparsekd.models` read these three.
     """
 
     lr: float
@@ -25,6 +26,7 @@ class Recipe:
     batch_size: int
     dropout: float = 0.0
     input_dropout: float = 0.0
+    ridge: float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,10 @@ class Task:
     """A regression task, split in time: val is later than train, test is later than val.
 
     name          "movietweetings", "movielens" or "movies-<group>".
-    kind          "ratings": inputs are (user, item, user_features, item_features, prior);
+    kind          "ratings": inputs are (user_features, item_features, prior);
                   "features": inputs are (features,).
-    sizes         what a network needs to know of the inputs: users, items (with the unknown one), user_features,
-                  item_features; or features. `mean` is the train mean of the target.
+    sizes         columns of the inputs: user_features and item_features, or features; and how many users and items
+                  there are in train, plus one for the unknown. `mean` is the train mean of the target.
     target_range  (lowest, highest) possible target; predictions may be clipped to it.
     split         the split rule in words.
     meta          json-able: counts, source files with their sha256.

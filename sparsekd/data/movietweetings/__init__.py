@@ -16,8 +16,8 @@ import numpy as np
 from sparsekd.data import ratings, sources
 from sparsekd.data.task import Recipe, Task
 
-TEACHER = Recipe(lr=1e-3, weight_decay=1e-2, epochs=4, batch_size=512, dropout=0.2)
-STUDENT = Recipe(lr=1e-3, weight_decay=1e-2, epochs=4, batch_size=512, dropout=0.2)
+TEACHER = Recipe(lr=2e-3, weight_decay=1e-2, epochs=3, batch_size=512, dropout=0.2)
+STUDENT = Recipe(lr=2e-3, weight_decay=1e-2, epochs=3, batch_size=512, dropout=0.2)
 
 
 def load(root: Path | None) -> Task:
