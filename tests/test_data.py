@@ -196,7 +196,7 @@ def test_movietweetings_by_path_equals_the_embedded_copy(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("SPARSEKD_DATA_MOVIETWEETINGS", str(tmp_path))
     task = data.load("movietweetings")
-    assert task.meta["counts"]["ratings"] == 50 and task.meta["source"] == str(tmp_path)
+    assert task.meta["counts"]["ratings"] == 50 and task.meta["source"] == tmp_path.name
     monkeypatch.delenv("SPARSEKD_DATA_MOVIETWEETINGS")
     monkeypatch.setenv("SPARSEKD_DATA", str(tmp_path))  # a general folder does not hide the embedded copy
     assert data.load("movietweetings").meta["source"] == "embedded"

@@ -42,7 +42,7 @@ def load(root: Path | None) -> Task:
         _items(files["movies.csv"], files.get("tags.csv")),
         target_range=(0.5, 5.0),
         recipes=(TEACHER, STUDENT),
-        meta={"source": str(source), "sha256": digests},
+        meta={"source": source.name, "sha256": digests},
     )
 
 

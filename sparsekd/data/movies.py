@@ -107,7 +107,7 @@ def load(root: Path | None, group: str = "numerical") -> Task:
         teacher_recipe=TEACHER[group],
         student_recipe=STUDENT[group],
         meta={
-            "source": [str(path) for path in paths],
+            "source": [path.name for path in paths],
             "sha256": {path.name: sources.sha256(data) for path, data in zip(paths, (imdb, tmdb), strict=True)},
             "recent_years": RECENT_YEARS[group],
             "counts": {

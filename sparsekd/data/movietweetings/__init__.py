@@ -23,7 +23,7 @@ STUDENT = Recipe(lr=2e-3, weight_decay=1e-2, epochs=3, batch_size=512, dropout=0
 def load(root: Path | None) -> Task:
     """Read ratings.dat and movies.dat (plain or .xz): the embedded copy, or those in `root`."""
     files: dict[str, bytes] = {}
-    source = "embedded" if root is None else str(root)
+    source = "embedded" if root is None else root.name
     for stem in ("ratings.dat", "movies.dat"):
         if root is None:
             files[stem + ".xz"] = resources.files(__name__).joinpath(stem + ".xz").read_bytes()

@@ -1,0 +1,261 @@
+"""Compile every configuration the dispatcher can choose, for GPUs that need not be here, and look at the machine code.
+
+    python -m benchmarks.gpu_aot                    # all of them; keeps benchmarks/results/gpu_aot.{json,md}
+    python -m benchmarks.gpu_aot --quick --out ''   # the widest of each family; what the tests run
+
+Asserted of each: tensor-core instructions (wgmma on sm_90, tcgen05 on sm_100, mma on sm_80; none for float32 without
+tf32), 16-byte asynchronous copies, no bytes of stack (so no spilled register), shared memory within the device's limit.
+Occupancy is what registers, warps and shared memory allow, not a measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from sparsekd.kernels._block_products import _block_products_kernel
+from sparsekd.kernels._cost import sums
+from sparsekd.kernels._gather_gemm import _gather_gemm_kernel, _sum_parts_kernel
+from sparsekd.kernels._tiles import FAMILIES, Tile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+RESULTS = Path(__file__).parent / "results"
+# Shared memory a program may have, that of a processor, registers and warps of a processor.
+LIMITS = {80: (166912, 167936, 65536, 64), 90: (232448, 233472, 65536, 64), 100: (232448, 233472, 65536, 64)}
+TENSOR_CORES = {80: r"\bmma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
+DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
+BLOCKS = ((64, 64), (64, 32), (16, 16))  # where the width of a block shapes the code: one slot, half a slot, the least
+
+
+class Config(NamedTuple):
+    """One kernel as the dispatcher would launch it."""
+
+    direction: str
+    family: str
+    dtype: str
+    tile: Tile
+    block: tuple[int, int]
+    pointwise: bool = False
+    fused: bool = False
+    whole: bool = True
+    parts: bool = False
+
+    def __str__(self) -> str:
+        marks = [name for name in ("pointwise", "fused", "parts") if getattr(self, name)]
+        marks += [] if self.whole else ["ragged"]
+        return " ".join(
+            (self.direction, self.dtype, self.family, str(self.tile), "x".join(map(str, self.block)), *marks)
+        )
+
+
+def configurations(quick: bool) -> Iterator[Config]:
+    """Every tile of every family and direction, each with the variants that change its code."""
+    for (kind, family), tiles in FAMILIES.items():
+        directions = ("grad_values",) if kind == "products" else ("forward", "grad_input")
+        for direction in directions:
+            for index, tile in enumerate(tiles):
+                if quick and index > 1:
+                    continue
+                yield from _variants(direction, family, tile, quick)
+
+
+def _variants(direction: str, family: str, tile: Tile, quick: bool) -> Iterator[Config]:
+    dtypes = DTYPES[family]
+    plain = Config(direction, family, dtypes[0], tile, BLOCKS[0])
+    yield plain
+    if direction == "forward":
+        yield plain._replace(fused=True)
+    if quick:
+        return
+    yield from (plain._replace(block=block) for block in BLOCKS[1:])
+    yield from (plain._replace(dtype=dtype) for dtype in dtypes[1:])
+    yield plain._replace(pointwise=True)
+    yield plain._replace(whole=False)
+    yield plain._replace(parts=True)
+
+
+def compile_config(config: Config, capability: int) -> dict[str, Any]:
+    """Compile one configuration and read its machine code."""
+    kernel = _block_products_kernel if config.direction == "grad_values" else _gather_gemm_kernel
+    began = time.perf_counter()
+    compiled = _compile(kernel, _constants(config), config, capability)
+    registers, stack = _resources(compiled.asm["cubin"])
+    ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
+    return {
+        "config": str(config),
+        "kernel": f"{config.direction} {config.family} {config.tile}",
+        "sm": capability,
+        "registers": registers,
+        "stack_bytes": stack,
+        "shared_bytes": shared,
+        "programs_per_processor": _occupancy(config.tile.warps, registers, shared, capability),
+        "tensor_core_instructions": len(re.findall(TENSOR_CORES[capability], ptx)),
+        "other_mma_instructions": len(re.findall(r"\bmma\.sync", ptx)) if capability > 80 else 0,
+        "async_copies_16_bytes": len(re.findall(r"cp\.async\.cg", ptx)),
+        "async_copies_narrow": len(re.findall(r"cp\.async\.ca", ptx)),
+        "compile_seconds": round(time.perf_counter() - began, 2),
+    }
+
+
+def complaints(row: dict[str, Any], config: Config) -> list[str]:
+    """What is wrong with the machine code of a configuration; empty when nothing is."""
+    found = []
+    left = sums(config.direction, config.tile)[0]
+    if config.family != "ieee":
+        # A wgmma needs 64 rows on the left and 4 warps; smaller products take mma.sync.
+        wide = row["sm"] == 80 or left >= 64
+        count = row["tensor_core_instructions"] + (0 if wide else row["other_mma_instructions"])
+        if not count:
+            found.append("no tensor-core instruction")
+    if not row["async_copies_16_bytes"] + row["async_copies_narrow"]:
+        found.append("no asynchronous copy")
+    # Where a trip's operands hold 16 bytes for each thread; below that a thread copies what there is.
+    a_piece = min(sums(config.direction, config.tile)[:2]) * _depth(config) * 2 // (32 * config.tile.warps)
+    if config.family == "half" and a_piece >= 16 and not row["async_copies_16_bytes"]:
+        found.append("no 16-byte asynchronous copy")
+    if row["stack_bytes"]:
+        found.append(f"{row['stack_bytes']} bytes of stack")
+    if row["shared_bytes"] > LIMITS[row["sm"]][0]:
+        found.append(f"{row['shared_bytes']} bytes of shared memory")
+    return found
+
+
+def _depth(config: Config) -> int:
+    """Reduced channels of a trip."""
+    if config.direction == "grad_values":
+        return config.tile.bm
+    return min(config.tile.bk, config.block[0 if config.direction == "grad_input" else 1])
+
+
+def compile_sum(capability: int, activation: str | None) -> dict[str, Any]:
+    """The kernel that adds the parts of a cut walk."""
+    constants = {"ACTIVATION": activation, "BLOCK": 1024}
+    if activation is None:
+        constants |= {"bias_ptr": None, "residual_ptr": None}
+    config = Config("sum_parts", "half", "bf16", Tile(0, 0, 0, 4, 3), (64, 64))
+    compiled = _compile(_sum_parts_kernel, constants, config, capability)
+    registers, stack = _resources(compiled.asm["cubin"])
+    return {"config": f"sum_parts {activation}", "sm": capability, "registers": registers, "stack_bytes": stack}
+
+
+def _constants(config: Config) -> dict[str, Any]:
+    tile, (bh, bw) = config.tile, config.block
+    constants: dict[str, Any] = {"BM": tile.bm, "BN": tile.bn, "BW": bw}
+    constants |= {"POINTWISE": config.pointwise, "WHOLE": config.whole}
+    constants["PRECISION"] = "tf32" if config.family == "tf32" else "ieee"
+    if config.direction == "grad_values":
+        return constants | {"BK": tile.bk, "LANE": min(bh, tile.bn), "SLOT": min(bw, tile.bk)}
+    transposed = config.direction == "grad_input"
+    lane, slot = (bw, bh) if transposed else (bh, bw)
+    constants |= {"BK": min(slot, tile.bk), "LANE": min(lane, tile.bn), "TRANSPOSED": transposed}
+    constants |= {"SWAPPED": tile.swapped, "GROUP": tile.group, "PARTED": config.parts}
+    constants["ACTIVATION"] = "relu" if config.fused else None
+    constants |= {} if config.fused else {"residual_ptr": None}
+    return constants | ({"bias_ptr": None} if transposed or config.parts else {})
+
+
+def _compile(kernel: Any, constants: dict[str, Any], config: Config, capability: int) -> Any:
+    signature, divisible = {}, {}
+    typed = {"x_ptr", "values_ptr", "bias_ptr", "residual_ptr", "grad_ptr", "out_ptr"}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = f"*{config.dtype}" if name in typed else "*i32" if name.endswith("_ptr") else "i32"
+        if name == "parts_ptr" or (name == "out_ptr" and config.parts):
+            signature[name] = "*fp32"
+        if name.endswith("_ptr"):
+            divisible[(index,)] = [["tt.divisibility", 16]]
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=divisible)
+    options = {"num_warps": config.tile.warps, "num_stages": config.tile.stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack) of the one kernel in a cubin."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        out = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", out)
+    if found is None:
+        raise RuntimeError(f"gpu_aot: cuobjdump -res-usage names no registers: {out!r}")
+    return int(found[1]), int(found[2])
+
+
+def _occupancy(warps: int, registers: int, shared: int, capability: int) -> int:
+    _, total, register_file, most_warps = LIMITS[capability]
+    per_warp = -(-registers // 8) * 8 * 32
+    return min(most_warps // warps, register_file // (per_warp * warps), total // (shared + 1024))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown with a line for each tile and device: the worst of its variants."""
+    header = (
+        "kernel and tile",
+        "sm",
+        "variants",
+        "registers",
+        "stack",
+        "shared",
+        "programs/SM",
+        "tensor-core",
+        "async",
+    )
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    for kernel, capability in dict.fromkeys((row["kernel"], row["sm"]) for row in rows):
+        some = [row for row in rows if (row["kernel"], row["sm"]) == (kernel, capability)]
+        worst = [max(row[key] for row in some) for key in ("registers", "stack_bytes", "shared_bytes")]
+        fewest = min(row["programs_per_processor"] for row in some)
+        cores = min(row["tensor_core_instructions"] or row["other_mma_instructions"] for row in some)
+        copies = min(row["async_copies_16_bytes"] + row["async_copies_narrow"] for row in some)
+        lines.append(f"| {' | '.join(map(str, (kernel, capability, len(some), *worst, fewest, cores, copies)))} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sm", type=int, nargs="*", default=sorted(LIMITS), choices=sorted(LIMITS))
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", default="", help="configurations whose name holds this text")
+    parser.add_argument("--out", default=str(RESULTS / "gpu_aot"), help="path without ending; '' keeps nothing")
+    options = parser.parse_args()
+    rows, wrong = [], []
+    for capability in options.sm:
+        for config in configurations(options.quick):
+            if options.only not in str(config) or config.tile.since > capability:
+                continue
+            row = compile_config(config, capability)
+            rows.append(row)
+            found = complaints(row, config)
+            wrong += [f"sm_{capability} {config}: {complaint}" for complaint in found]
+            print(f"sm_{capability} {config}: {row['registers']} registers, {'; '.join(found) or 'good'}", flush=True)
+        sums_rows = [compile_sum(capability, activation) for activation in (None, "relu")]
+        wrong += [f"sm_{capability} {row['config']}: stack" for row in sums_rows if row["stack_bytes"]]
+    print(table(rows))
+    if options.out:
+        stem = Path(options.out)
+        stem.with_suffix(".json").write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
+        stem.with_suffix(".md").write_text(
+            f"# Machine code of the Triton kernels\n\nCompiled by Triton {triton.__version__} with "
+            f"`python -m benchmarks.gpu_aot`; nothing here was run. A line is the worst of a tile's variants "
+            f"(blocks, dtypes, fused, pointwise, ragged, parts), each in `gpu_aot.json`.\n\n{table(rows)}\n"
+        )
+    if wrong:
+        sys.exit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()

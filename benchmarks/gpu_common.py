@@ -1,0 +1,204 @@
+"""What the GPU benchmarks share: the layers, the masks, the state of the device, and a rehearsal without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsekd import BlockPattern, BlockSparse
+
+DENSITIES = (1.0, 0.5, 0.3, 0.1)
+BATCHES = (1, 32, 256)
+DIRECTIONS = ("forward", "grad_input", "grad_values")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One convolution: c -> k channels on a square image."""
+
+    id: str
+    c: int
+    k: int
+    image: int
+    kernel: int = 3
+    stride: int = 1
+
+    @property
+    def padding(self) -> int:
+        return self.kernel // 2
+
+    @property
+    def out_image(self) -> int:
+        return (self.image + 2 * self.padding - self.kernel) // self.stride + 1
+
+
+LAYERS = (
+    Layer("resnet50-3x3-64", 64, 64, 56),
+    Layer("resnet50-3x3-128", 128, 128, 28),
+    Layer("resnet50-3x3-256", 256, 256, 14),
+    Layer("resnet50-3x3-512", 512, 512, 7),
+    Layer("resnet50-3x3-128-stride2", 128, 128, 56, stride=2),
+    Layer("resnet50-1x1-1024-256", 1024, 256, 14, kernel=1),
+    Layer("resnet50-1x1-2048-512", 2048, 512, 7, kernel=1),
+    Layer("wrn-28-10-160", 160, 160, 32),
+    Layer("wrn-28-10-320", 320, 320, 16),
+    Layer("wrn-28-10-640", 640, 640, 8),
+    Layer("vgg16-256", 256, 256, 56),
+    Layer("vgg16-512", 512, 512, 28),
+    Layer("vgg16-512-14", 512, 512, 14),
+)
+TINY = (
+    Layer("tiny-3x3", 16, 32, 4),
+    Layer("tiny-1x1", 32, 16, 4, kernel=1),
+    Layer("tiny-stride2", 16, 16, 5, stride=2),
+)
+
+
+def pattern_for(layer: Layer, device: torch.device) -> BlockPattern:
+    """64x64 blocks, or the largest power of two from 16 up that divides the channels; 16x16 in a rehearsal."""
+    if device.type == "cpu":
+        return BlockPattern(16, 16)
+    sides = (min(64, channels & -channels) for channels in (layer.k, layer.c))
+    return BlockPattern(*(max(side, 16) for side in sides))
+
+
+MASKS = ("square", "shared", "free")
+
+
+def mask_of(layer: Layer, pattern: BlockPattern, density: float, kind: str, group: int = 128) -> torch.Tensor:
+    """A seeded block mask in which every row block keeps the same number of blocks.
+
+    "free": each block for itself; "shared": the same for every ``group`` outputs (`row_group`: what the forward pass
+    likes); "square": the same for every ``group`` outputs and ``group`` inputs (what both gradients like, too).
+    """
+    grid = pattern.grid((layer.k, layer.c, layer.kernel, layer.kernel))
+    tall = 1 if kind == "free" else max(group // pattern.bh, 1)
+    broad = max(group // pattern.bw, 1) if kind == "square" else 1
+    rows, columns = -(-grid[0] // tall), -(-grid[1] // broad)
+    generator = torch.Generator().manual_seed(0)
+    ranks = torch.rand(rows, columns * grid[2] * grid[3], generator=generator).argsort(1).argsort(1)
+    kept = (ranks < max(1, round(density * ranks.shape[1]))).view(rows, columns, *grid[2:])
+    return kept.repeat_interleave(tall, 0).repeat_interleave(broad, 1)[: grid[0], : grid[1]].clone()
+
+
+def operands(layer: Layer, batch: int, density: float, kind: str, device: torch.device, dtype: torch.dtype) -> tuple:
+    """(x, dense weight, blocks, grad) on the device, channels_last; activations as after a ReLU."""
+    pattern = pattern_for(layer, device)
+    generator = torch.Generator().manual_seed(1)
+    dense = torch.randn(layer.k, layer.c, layer.kernel, layer.kernel, generator=generator) * 0.02
+    blocks = BlockSparse.from_dense(dense, pattern, mask=mask_of(layer, pattern, density, kind))
+    blocks = replace(
+        blocks,
+        values=blocks.values.to(device, dtype),
+        row_ptr=blocks.row_ptr.to(device),
+        col_idx=blocks.col_idx.to(device),
+    )
+    shapes = (batch, layer.c, layer.image, layer.image), (batch, layer.k, layer.out_image, layer.out_image)
+    x, grad = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
+    last = {"memory_format": torch.channels_last}
+    return x.relu().contiguous(**last), dense.to(device, dtype).contiguous(**last), blocks, grad.contiguous(**last)
+
+
+def start(rehearse: bool) -> torch.device:
+    """The device to run on. A rehearsal is interpreted on the CPU; without it a missing GPU is an error."""
+    if rehearse:
+        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+        torch.set_num_threads(1)
+        _rehearse_on_cpu()
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise SystemExit("gpu benchmarks: no CUDA device here; --rehearse runs the same steps interpreted on the CPU")
+    torch.backends.cudnn.benchmark = True
+    return torch.device("cuda")
+
+
+def _rehearse_on_cpu() -> None:
+    """Make the CUDA backend what the ops run on CPU tensors, and the wall clock its clock, set so that dense loses."""
+    from sparsekd.kernels import _plan
+
+    from sparsekd.backends import cuda
+
+    global _override
+    _override = torch.library.Library("sparsekd", "IMPL")
+    warnings.filterwarnings("ignore", message="Warning only once for all operators")
+    for op in ("linear", "conv2d"):
+        for name in (op, f"{op}_grad_input", f"{op}_grad_values"):
+            _override.impl(name, getattr(cuda, name), "CPU", allow_override=True)
+    _plan.gpu_medians = _rehearsed_medians
+
+
+_override: Any = None  # lives as long as the process, as the ops do
+
+
+def _rehearsed_medians(functions: Sequence[Callable[[], object]]) -> list[float]:
+    times = []
+    for function in functions:
+        began = time.perf_counter()
+        function()
+        times.append((time.perf_counter() - began) * 1e6)
+    return [times[0] + 1e7, *times[1:]]  # the first is dense: so the kernels are chosen, and run
+
+
+def medians(functions: Sequence[Callable[[], object]]) -> list[float]:
+    """Median microseconds of each, in turns: CUDA events, or the wall clock in a rehearsal."""
+    from sparsekd.kernels import _plan
+
+    return _plan.gpu_medians(functions)
+
+
+def until(seconds: float) -> Callable[[], bool]:
+    """A function that says whether the time is not yet up."""
+    began = time.monotonic()
+    return lambda: time.monotonic() - began < seconds
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """Versions, and the state of the device now: driver, clocks, temperature, power limit, reasons of throttling."""
+    import triton
+
+    found: dict[str, Any] = {
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "rehearsal": device.type == "cpu",
+    }
+    if device.type == "cpu":
+        return found
+    found |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    found |= {"cudnn": torch.backends.cudnn.version(), "cudnn_benchmark": torch.backends.cudnn.benchmark}
+    found |= {"tf32_conv": torch.backends.cudnn.allow_tf32}
+    names = (
+        "driver_version,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw,power.limit,"
+        "clocks_throttle_reasons.active"
+    )
+    command = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader", "-i", str(torch.cuda.current_device())]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return found | {"nvidia_smi": f"not readable: {error}"}
+    return found | dict(zip(names.split(","), out.strip().split(", "), strict=True))
+
+
+def write(
+    path: str, name: str, before: dict[str, Any], device: torch.device, rows: list[dict[str, Any]], **more
+) -> None:
+    """Keep the rows of a stage with the state of the device before and after it."""
+    target = Path(path)
+    target.mkdir(parents=True, exist_ok=True)
+    record = {"stage": name, "before": before, "after": facts(device), **more, "rows": rows}
+    (target / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{name}: {len(rows)} rows in {target / f'{name}.json'}", file=sys.stderr)
+
+
+def chosen(names: Sequence[str] | None) -> Iterator[Layer]:
+    """The layers of the names given, else all."""
+    yield from (layer for layer in LAYERS if not names or layer.id in names)

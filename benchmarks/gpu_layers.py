@@ -1,0 +1,128 @@
+"""Each layer, direction, density and batch: cuDNN (dense weight, channels_last, autotuned) against every candidate.
+
+    python -m benchmarks.gpu_layers --batch 32 --out results/gpu
+
+`speedup` is dense / fastest kernel of ours, `auto` dense / the path the planner takes, both against a dense layer that
+pays nothing to make its weight dense. Stops politely when `--seconds` are over and says what is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import torch
+
+from . import gpu_common as common
+
+
+def dense_call(layer: common.Layer, direction: str, x, weight, grad):
+    """What a dense layer runs in a direction."""
+    if direction == "forward":
+        return lambda: torch.nn.functional.conv2d(x, weight, None, layer.stride, layer.padding)
+    geometry = ([layer.stride] * 2, [layer.padding] * 2, [1, 1], False, [0, 0], 1)
+    wanted = [direction == "grad_input", direction == "grad_values", False]
+    return lambda: torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, wanted)
+
+
+def sparse_call(layer: common.Layer, direction: str, x, blocks, grad):
+    """The op of a direction."""
+    geometry = ([layer.kernel] * 2, [layer.stride] * 2, [layer.padding] * 2, [1, 1], 1)
+    index = (blocks.row_ptr, blocks.col_idx)
+    ops = torch.ops.sparsekd
+    if direction == "forward":
+        return lambda: ops.conv2d(x, blocks.values, *index, None, layer.k, *geometry)
+    if direction == "grad_input":
+        return lambda: ops.conv2d_grad_input(grad, blocks.values, *index, x.shape, *geometry)
+    return lambda: ops.conv2d_grad_values(grad, x, *index, *blocks.values.shape[1:], *geometry)
+
+
+def measure(layer: common.Layer, batch: int, density: float, kind: str, direction: str, device, dtype) -> dict:
+    """One row: microseconds of dense, of the path chosen, of every candidate."""
+    from sparsekd.kernels import _plan
+
+    from sparsekd.backends import cuda
+
+    x, weight, blocks, grad = common.operands(layer, batch, density, kind, device, dtype)
+    call = sparse_call(layer, direction, x, blocks, grad)
+    plan = cuda._plan_of(x.device)
+    plan.measured.clear()  # a free and a shared mask are one problem to the plan, and two rows here
+    with _plan.measuring():
+        call()
+    (found,) = plan.measured.values()
+    dense, auto = common.medians([dense_call(layer, direction, x, weight, grad), call])
+    ours = {name: time for name, time in found.candidates.items() if name.startswith("triton")}
+    fastest = min(ours, key=ours.__getitem__)
+    flops = 2 * batch * layer.out_image**2 * layer.k * layer.c * layer.kernel**2
+    return {
+        "layer": layer.id,
+        "batch": batch,
+        "density": density,
+        "mask": kind,
+        "block": str(blocks.pattern),
+        "direction": direction,
+        "dense_us": round(dense, 2),
+        "dense_tflops": round(flops / dense / 1e6, 1),
+        "auto_us": round(auto, 2),
+        "chosen": str(found.choice),
+        "fastest": fastest,
+        "fastest_us": ours[fastest],
+        "speedup": digits(dense / ours[fastest]),
+        "auto": digits(dense / auto),
+        "share_of_ideal": digits(dense / ours[fastest] * density),
+        "candidates": found.candidates,
+    }
+
+
+def digits(ratio: float) -> float:
+    return float(f"{ratio:.3g}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="*", default=list(common.BATCHES))
+    parser.add_argument("--density", type=float, nargs="*", default=list(common.DENSITIES))
+    parser.add_argument("--mask", nargs="*", default=["square", "free"], choices=common.MASKS)
+    parser.add_argument("--direction", nargs="*", default=list(common.DIRECTIONS), choices=common.DIRECTIONS)
+    parser.add_argument("--layer", nargs="*")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--seconds", type=float, default=500)
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--out", default="benchmarks/results/gpu")
+    options = parser.parse_args()
+    device = common.start(options.rehearse)
+    layers = common.TINY if options.rehearse else list(common.chosen(options.layer))
+    dtype = torch.float16 if options.rehearse else getattr(torch, options.dtype)
+    name = f"layers-{'-'.join(map(str, options.batch))}-{str(dtype).removeprefix('torch.')}"
+    if options.rehearse:
+        options.batch, options.density = [1], [0.5]
+    goes_on, before, rows, left = common.until(options.seconds), common.facts(device), [], []
+    for batch in options.batch:
+        for layer in layers:
+            for density in options.density:
+                kinds = options.mask if density < 1 else options.mask[:1]
+                for case in ((layer, batch, density, kind, way) for kind in kinds for way in options.direction):
+                    if not goes_on():
+                        left.append(" ".join(map(str, (case[0].id, *case[1:]))))
+                        continue
+                    row = measure(*case, device, dtype)
+                    rows.append(row)
+                    print(
+                        f"{layer.id:26} n{batch:<4} d{density:<4} {row['mask']:6} {row['direction']:11} "
+                        f"dense {row['dense_us']:9.1f}  ours {row['fastest_us']:9.1f} us  x{row['speedup']:<6} "
+                        f"auto x{row['auto']:<6} {row['fastest']}",
+                        flush=True,
+                    )
+    common.write(options.out, name, before, device, rows, left=left)
+    for density in options.density:
+        for way in options.direction:
+            ratios = [row["speedup"] for row in rows if row["density"] == density and row["direction"] == way]
+            if ratios:
+                middle = math.exp(sum(map(math.log, ratios)) / len(ratios))
+                print(f"density {density:<4} {way:11} geometric mean x{middle:.2f} of {len(ratios)} rows")
+    if left:
+        print(f"{len(left)} rows left for another run, first: {left[0]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What the cost model expects of an H200, kept to be held against measurements.
+
+    python -m benchmarks.gpu_model              # writes benchmarks/results/gpu_model.json; needs no GPU
+
+Bytes, multiplications, tile efficiency and waves as in kernels/_cost.py; the masks are those of gpu_layers. Every
+figure here is a prediction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+from sparsekd.kernels import _cost, _index, _plan
+
+from sparsekd.backends import cuda
+
+from . import gpu_common as common
+
+
+def predict(layer: common.Layer, batch: int, density: float, kind: str, direction: str) -> dict:
+    """Predicted microseconds of dense and of the best tile."""
+    pattern = common.pattern_for(layer, torch.device("cuda"))
+    mask = common.mask_of(layer, pattern, density, kind)
+    grid = pattern.grid((layer.k, layer.c, layer.kernel, layer.kernel))
+    flat = mask.permute(0, 2, 3, 1).reshape(grid[0], -1)
+    row_ptr = torch.zeros(grid[0] + 1, dtype=torch.int32)
+    row_ptr[1:] = flat.sum(1).cumsum(0)
+    pairs = tuple((n, n) for n in (layer.kernel, layer.stride, layer.padding, 1))
+    weight = _index.Weight(layer.k, layer.c, pattern.bh, pattern.bw, *pairs, 1)
+    known = cuda.Mask(row_ptr, flat.nonzero()[:, 1].int(), weight)
+    image = layer.image if direction == "grad_input" else layer.out_image
+    problem = _plan.Problem(direction, "bfloat16", "half", batch, (image, image), weight, density)
+    values = torch.empty(0, pattern.bh, pattern.bw, dtype=torch.bfloat16)
+    tile, ours = min(cuda.tiles(problem, known, values), key=lambda pair: pair[1])
+    device = _cost.DEVICES["NVIDIA H200"]
+    dense = _cost.dense_seconds(_cost.dense_flops(problem), _cost.moved_bytes(problem), "half", device)
+    return {
+        "layer": layer.id,
+        "batch": batch,
+        "density": density,
+        "mask": kind,
+        "direction": direction,
+        "predicted_dense_us": round(dense * 1e6, 1),
+        "predicted_us": round(ours * 1e6, 1),
+        "predicted_speedup": round(dense / ours, 2),
+        "tile": str(tile),
+        "parts": tile.splits,
+        "fill": round(known.table(direction, tile).fill, 3),
+        "tile_cap": round(_cost.cap(direction, tile, device), 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="benchmarks/results/gpu_model.json")
+    options = parser.parse_args()
+    cases = (
+        (layer, batch, density, kind, direction)
+        for layer in common.LAYERS
+        for batch in common.BATCHES
+        for density in common.DENSITIES
+        for kind in (common.MASKS if density < 1 else common.MASKS[:1])
+        for direction in common.DIRECTIONS
+    )
+    rows = [predict(*case) for case in cases]
+    assumed = {name: getattr(_cost, name) for name in ("DENSE_SHARE", "KERNEL_SHARE", "BYTES_SHARE", "LAUNCH")}
+    device = _cost.DEVICES["NVIDIA H200"]._asdict()
+    with open(options.out, "w") as file:
+        json.dump({"kind": "prediction", "device": device, "assumed": assumed, "rows": rows}, file, indent=1)
+        file.write("\n")
+    for row in rows:
+        if row["batch"] == 256 and row["layer"] == "resnet50-3x3-256":
+            print(row)
+
+
+if __name__ == "__main__":
+    main()

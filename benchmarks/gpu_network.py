@@ -1,0 +1,240 @@
+"""Whole networks: inference and training steps in CUDA graphs, dense against sparse, in time or in joules.
+
+    python -m benchmarks.gpu_network infer --network resnet50 --batch 256
+    python -m benchmarks.gpu_network train --network wrn-28-10 --batch 128
+    python -m benchmarks.gpu_network energy --network vgg16 --density 0.3      # windows of 5 s, interleaved, idle net
+
+Dense is torch with channels_last and cuDNN autotuned. "masked" is the same dense network with the dropped weights set
+to zero: zeros draw less power at the same time, so energy is held against both. Sparse layers are the 3x3 ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from sparsekd.nn import SparseConv2d
+
+from . import gpu_common as common
+
+
+class Residual(nn.Module):
+    """A residual block of ResNet: 3x3 twice, or 1x1, 3x3, 1x1 (bottleneck); BN and ReLU behind each convolution."""
+
+    def __init__(self, c: int, width: int, stride: int, bottleneck: bool) -> None:
+        super().__init__()
+        k = 4 * width if bottleneck else width
+        sizes = [(c, width, 1, 1), (width, width, 3, stride), (width, k, 1, 1)]
+        sizes = sizes if bottleneck else [(c, width, 3, stride), (width, k, 3, 1)]
+        layers: list[nn.Module] = []
+        for i, o, kernel, step in sizes:
+            layers += [nn.Conv2d(i, o, kernel, step, kernel // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
+        self.body = nn.Sequential(*layers[:-1])
+        plain = stride == 1 and c == k
+        self.shortcut = nn.Sequential() if plain else nn.Sequential(nn.Conv2d(c, k, 1, stride, bias=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet(widths: list[int], depths: list[int], bottleneck: bool, stem: list[nn.Module], c: int) -> nn.Sequential:
+    layers = list(stem)
+    for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+        for block in range(depth):
+            layers.append(Residual(c, width, 2 if stage and not block else 1, bottleneck))
+            c = 4 * width if bottleneck else width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 1000))
+
+
+def conv_relu(c: int, k: int) -> list[nn.Module]:
+    return [nn.Conv2d(c, k, 3, padding=1, bias=False), nn.BatchNorm2d(k), nn.ReLU()]
+
+
+def vgg(plan: list[int | str], c: int = 3) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for step in plan:
+        if isinstance(step, str):
+            layers.append(nn.MaxPool2d(2))
+        else:
+            layers += conv_relu(c, step)
+            c = step
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 1000))
+
+
+def stem_of(k: int) -> list[nn.Module]:
+    return [nn.Conv2d(3, k, 7, 2, 3, bias=False), nn.BatchNorm2d(k), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+
+
+VGG16: list[int | str] = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"]
+NETWORKS: dict[str, tuple[int, Callable[[], nn.Sequential]]] = {  # name: (image, network)
+    "resnet50": (224, lambda: resnet([64, 128, 256, 512], [3, 4, 6, 3], True, stem_of(64), 64)),
+    "resnet34": (224, lambda: resnet([64, 128, 256, 512], [3, 4, 6, 3], False, stem_of(64), 64)),
+    "wrn-28-10": (32, lambda: resnet([160, 320, 640], [4, 4, 4], False, conv_relu(3, 16), 16)),
+    "vgg16": (224, lambda: vgg(VGG16)),
+    "tiny": (8, lambda: resnet([16, 32], [1, 1], False, conv_relu(3, 16), 16)),
+}
+
+
+def sparse_twin(model: nn.Module, density: float, kind: str, device: torch.device, narrowest: int) -> nn.Module:
+    """A copy whose 3x3 layers of at least ``narrowest`` channels are block-sparse."""
+    twin = copy.deepcopy(model)
+    for name, conv in list(twin.named_modules()):
+        if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (3, 3) or conv.in_channels < narrowest:
+            continue
+        layer = common.Layer(name, conv.in_channels, conv.out_channels, 1)
+        pattern = common.pattern_for(layer, device)
+        mask = common.mask_of(layer, pattern, density, kind).to(device)
+        parent, _, last = name.rpartition(".")
+        setattr(twin.get_submodule(parent), last, SparseConv2d.from_dense(conv, pattern, mask=mask))
+    return twin
+
+
+def masked_twin(sparse: nn.Module) -> nn.Module:
+    """The dense network with the weights of ``sparse``: zeros where no block is kept."""
+    twin = copy.deepcopy(sparse)
+    for name, layer in list(twin.named_modules()):
+        if isinstance(layer, SparseConv2d):
+            parent, _, last = name.rpartition(".")
+            setattr(twin.get_submodule(parent), last, layer.to_dense().to(memory_format=torch.channels_last))
+    return twin
+
+
+def inference(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    """One forward pass, in a CUDA graph where there is CUDA."""
+    model.eval()
+
+    def step() -> None:
+        with torch.no_grad():
+            model(x)
+
+    return in_graph(step, x.device)
+
+
+def training(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    """Forward, backward and a step of SGD with momentum, in bfloat16 autocast, in a CUDA graph where there is CUDA."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    target = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=False)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda, cache_enabled=False):
+            loss = nn.functional.cross_entropy(model(x), target)
+        loss.backward()
+        optimizer.step()
+
+    return in_graph(step, x.device)
+
+
+def in_graph(step: Callable[[], None], device: torch.device) -> Callable[[], object]:
+    if device.type == "cpu":
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def twins(options: argparse.Namespace, device: torch.device) -> tuple[torch.Tensor, dict[str, nn.Module]]:
+    """(input, the networks by name); every layer's candidates are measured on the way."""
+    from sparsekd.backends import cuda
+
+    image, build = NETWORKS[options.network]
+    torch.manual_seed(0)
+    dtype = torch.float32 if options.what == "train" or device.type == "cpu" else torch.bfloat16
+    dense = build().to(device, dtype, memory_format=torch.channels_last)
+    x = torch.randn(options.batch, 3, image, image, device=device, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    models: dict[str, nn.Module] = {"dense": dense}
+    for density in options.density:
+        twin = sparse_twin(dense, density, options.mask, device, 16 if device.type == "cpu" else 64)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda and options.what == "train"):
+            cuda.prewarm(twin.train(options.what == "train"), x, backward=options.what == "train")
+        models[f"sparse {density}"] = twin
+    if options.what == "energy":
+        models["masked"] = masked_twin(models[f"sparse {options.density[-1]}"])
+    return x, models
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["infer", "train", "energy"])
+    parser.add_argument("--network", default="resnet50", choices=NETWORKS)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--density", type=float, nargs="*", default=[0.5, 0.3, 0.1])
+    parser.add_argument("--mask", default="square", choices=common.MASKS)
+    parser.add_argument("--window", type=float, default=5.0, help="seconds of an energy window")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--cooldown", type=float, default=5.0)
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--out", default="benchmarks/results/gpu")
+    options = parser.parse_args()
+    device = common.start(options.rehearse)
+    if options.rehearse:
+        options.network, options.batch, options.density = "tiny", 1, [0.5]
+        options.window, options.rounds, options.cooldown = 0.1, 1, 0.0
+    before = common.facts(device)
+    x, models = twins(options, device)
+    steps = {name: (training if options.what == "train" else inference)(model, x) for name, model in models.items()}
+    rows = joules(steps, options) if options.what == "energy" else seconds(steps)
+    for row in rows:
+        row |= {"network": options.network, "batch": options.batch, "mask": options.mask}
+        print({name: value for name, value in row.items() if not name.startswith("all_")}, flush=True)
+    common.write(options.out, f"{options.what}-{options.network}-{options.batch}", before, device, rows)
+
+
+def seconds(steps: dict[str, Callable[[], object]]) -> list[dict]:
+    times = common.medians(list(steps.values()))
+    return [
+        {"model": name, "us": round(time, 1), "speedup": float(f"{times[0] / time:.4g}")}
+        for name, time in zip(steps, times, strict=True)
+    ]
+
+
+def joules(steps: dict[str, Callable[[], object]], options: argparse.Namespace) -> list[dict]:
+    """Per model: seconds and joules of a call, net of idling, their counter, and ratios to dense with intervals."""
+    from sparsekd.energy import EnergyMeter, compare
+
+    with EnergyMeter(None if options.rehearse else "cuda", idle_seconds=options.window) as meter:
+        found = compare(
+            steps,
+            seconds=options.window,
+            warmup=options.window / 2,
+            rounds=options.rounds,
+            cooldown=options.cooldown,
+            meter=meter,
+        )
+    rows = []
+    for name, one in found.measurements.items():
+        ratio = found.joules_ratio.get(name)
+        rows.append(
+            {
+                "model": name,
+                "us": round(one.seconds_per_call * 1e6, 1),
+                "joules": one.joules_per_call,
+                "watts": one.watts,
+                "idle_joules_subtracted": one.idle_subtracted,
+                "source": one.source,
+                "ticks": one.ticks,
+                "seconds_ratio": found.seconds_ratio[name].value if name in found.seconds_ratio else 1.0,
+                "joules_ratio": None if ratio is None else [ratio.value, ratio.low, ratio.high],
+                "note": one.reason or one.warning,
+                "all_joules": one.round_joules,
+                "all_seconds": one.round_seconds,
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The short table of an acceptance run: speed-ups per density and direction, networks, joules, and what was predicted.
+
+python -m benchmarks.gpu_table benchmarks/results/gpu
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+PREDICTED = Path(__file__).parent / "results" / "gpu_model.json"
+TARGETS = {("forward", 0.5): 1.6, ("forward", 0.3): 2.6, ("forward", 0.1): 6.0}
+
+
+def geometric(ratios: list[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
+def layer_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Geometric means over the layers, beside the prediction and the target where there is one."""
+    predicted = {}
+    if PREDICTED.exists():
+        names = ("layer", "batch", "density", "mask", "direction")
+        for row in json.loads(PREDICTED.read_text())["rows"]:
+            predicted[tuple(row[name] for name in names)] = row["predicted_speedup"]
+    lines = [
+        "| batch | density | mask | direction | layers | ours | auto | worst auto | predicted | target |",
+        "|---|" * 10,
+    ]
+    lines[1] = "|" + "---|" * 10
+    keys = sorted({(r["batch"], -r["density"], r["mask"], r["direction"]) for r in rows})
+    for batch, minus, mask, direction in keys:
+        some = [
+            r for r in rows if (r["batch"], r["density"], r["mask"], r["direction"]) == (batch, -minus, mask, direction)
+        ]
+        guesses = [predicted.get((r["layer"], batch, -minus, mask, direction)) for r in some]
+        guess = f"{geometric([g for g in guesses if g]):.2f}" if any(guesses) else "-"
+        ours, auto = (geometric([r[name] for r in some]) for name in ("speedup", "auto"))
+        worst, target = min(r["auto"] for r in some), TARGETS.get((direction, -minus), "-")
+        cells = (batch, -minus, mask, direction, len(some), f"{ours:.2f}", f"{auto:.2f}", f"{worst:.2f}", guess, target)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def network_lines(records: list[dict[str, Any]]) -> list[str]:
+    lines = ["| stage | model | us | speed-up | joules | joules / dense | source |", "|" + "---|" * 7]
+    for record in records:
+        for row in record["rows"]:
+            ratio = row.get("joules_ratio")
+            speedup = row.get("speedup") or round(1 / row["seconds_ratio"], 3)
+            spread = f"{ratio[0]:.3f} ({ratio[1]:.3f} to {ratio[2]:.3f})" if ratio else "-"
+            joules = row.get("joules")
+            measured = "-" if "joules" not in row else "not measured" if joules is None else f"{joules:.4g}"
+            cells = (record["stage"], row["model"], row["us"], speedup, measured, spread, row.get("source", "-"))
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    folder = Path(sys.argv[1])
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.name != "plan.json"]
+    if not records:
+        sys.exit(f"gpu_table: {folder} holds no results; run benchmarks/gpu_acceptance.sh first")
+    layers = [row for record in records if record["stage"].startswith("layers") for row in record["rows"]]
+    networks = [record for record in records if not record["stage"].startswith("layers")]
+    state = records[-1]["after"]
+    left = sum(len(record.get("left", ())) for record in records)
+    parts = [f"{name}: {value}" for name, value in state.items()]
+    warning = ["REHEARSAL, interpreted on a CPU: no figure below means anything", ""] if state["rehearsal"] else []
+    text = [*warning, "; ".join(parts), "", *layer_lines(layers), "", *network_lines(networks)]
+    text += [f"\n{left} layer rows were left out for time"] if left else []
+    print("\n".join(text))
+    (folder / "table.md").write_text("\n".join(text) + "\n")
+
+
+if __name__ == "__main__":
+    main()

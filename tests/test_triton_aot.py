@@ -1,0 +1,41 @@
+"""The machine code of the Triton kernels, compiled here for GPUs that are not: tensor cores, asynchronous copies, no
+spilled registers, shared memory within the device's limit. `python -m benchmarks.gpu_aot` sweeps all configurations."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from sparsekd.kernels import _tiles
+
+ROOT = Path(__file__).parents[1]
+KEPT = ROOT / "benchmarks" / "results" / "gpu_aot.json"
+
+
+@pytest.mark.parametrize("sm", [80, 90, 100])
+def test_the_widest_tiles_of_each_family(sm):
+    """In a process of its own: the kernels of this one may be interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.gpu_aot", "--quick", "--sm", str(sm), "--out", ""]
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    print(found.stdout)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("good") >= 20
+
+
+def test_the_kept_sweep_is_good_and_covers_every_tile():
+    rows = json.loads(KEPT.read_text())["rows"]
+    assert not [row["config"] for row in rows if row["stack_bytes"]]
+    for (kind, family), tiles in _tiles.FAMILIES.items():
+        directions = ("grad_values",) if kind == "products" else ("forward", "grad_input")
+        for direction in directions:
+            for tile in tiles:
+                for sm in (sm for sm in (80, 90, 100) if sm >= tile.since):
+                    assert any(
+                        row["sm"] == sm and row["config"].startswith(direction) and f"{family} {tile} " in row["config"]
+                        for row in rows
+                    ), f"{direction} {family} {tile} on sm_{sm}: run python -m benchmarks.gpu_aot"
