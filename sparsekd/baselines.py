@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsekd.data.task import Split, Task
+from .data.task import Split, Task
 
 BIAS_SHRINKS = (2.0, 5.0, 10.0, 20.0, 40.0)
 RIDGE_ALPHAS = (1e-1, 1e0, 1e1, 1e2, 1e3, 1e4)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparsekd.data.task import Recipe, Task
+from .data.task import Recipe, Task
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from sparsekd.data import movielens, movies, movietweetings, sources
-from sparsekd.data.task import Recipe, Split, Task
+from . import movielens, movies, movietweetings, sources
+from .task import Recipe, Split, Task
 
 __all__ = ["NAMES", "Recipe", "Split", "Task", "load"]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsekd.data import ratings, sources
-from sparsekd.data.movietweetings import split_year
-from sparsekd.data.task import Recipe, Task
+from . import ratings, sources
+from .movietweetings import split_year
+from .task import Recipe, Task
 
 ARCHIVE = "ml-latest-small.zip"
 FILES = ("ratings.csv", "movies.csv", "tags.csv")

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsekd.data import sources
-from sparsekd.data.task import Recipe, Split, Task
+from . import sources
+from .task import Recipe, Split, Task
 
 IMDB, TMDB = ("movie_metadata.csv",), ("tmdb_5000_movies.csv.gz", "tmdb_5000_movies.csv")
 LAST_TRAIN_YEAR = 2013  # the paper's: later films are the test set

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsekd.data import sources
-from sparsekd.data.task import Recipe, Split, Task
+from . import sources
+from .task import Recipe, Split, Task
 
 TITLE_BUCKETS = 32
 TAG_BUCKETS = 32

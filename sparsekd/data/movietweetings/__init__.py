@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsekd.data import ratings, sources
-from sparsekd.data.task import Recipe, Task
+from .. import ratings, sources
+from ..task import Recipe, Task
 
 TEACHER = Recipe(lr=2e-3, weight_decay=1e-2, epochs=3, batch_size=512, dropout=0.2)
 STUDENT = Recipe(lr=2e-3, weight_decay=1e-2, epochs=3, batch_size=512, dropout=0.2)
