@@ -1,0 +1,112 @@
+"""The command `sparsekd`: parses, calls one library function, prints what it returns.
+
+sparsekd run [movietweetings|movielens|movies] ...   train, prune, freeze, measure; see train.py
+sparsekd report DIR                                  write the tables and plots of results.json again
+sparsekd doctor                                      what this machine offers, and why not more
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .train import RunConfig
+
+# Bad input, or a machine that cannot: one line and exit code 2. Anything else is our fault and shows its traceback.
+_EXPECTED = (ValueError, RuntimeError, OSError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(arguments)
+    try:
+        return {"run": _run, "report": _report, "doctor": _doctor}[options.command](options, arguments)
+    except _EXPECTED as error:
+        if options.debug:
+            raise
+        print(f"sparsekd: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nsparsekd: stopped. Finished epochs are kept: the same command goes on from there.", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sparsekd", description="Prune and distil PyTorch models that run sparse.")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="train a teacher, distil and prune students, freeze and measure them")
+    run.add_argument("task", nargs="?", default="movietweetings", help="movietweetings (default), movielens or movies")
+    run.add_argument("--data", metavar="DIR", help="folder of the data files (movietweetings brings its own)")
+    run.add_argument("--group", default="all", help="movies: numerical, social, textual, categorical or all (default)")
+    run.add_argument("--method", nargs="+", default=["all"], metavar="NAME", help="sp-sad, lth-sad, ss-sad or all")
+    run.add_argument(
+        "--density", nargs="+", type=float, default=[0.45], metavar="D", help="shares of the weights to keep (0.45)"
+    )
+    run.add_argument("--seeds", type=int, default=1, metavar="N", help="how many seeds (1)")
+    run.add_argument("--quick", action="store_true", help="less data and fewer epochs: to see it work, not to quote")
+    run.add_argument("--out", metavar="DIR", help="folder for everything that is written (runs/<task>)")
+    run.add_argument("--threads", type=int, metavar="N", help="threads of torch and of the kernels")
+    run.add_argument("--fresh", action="store_true", help="begin anew instead of going on with what --out holds")
+    show = commands.add_parser("report", help="write the tables and plots of a finished run again")
+    show.add_argument("folder", metavar="DIR")
+    commands.add_parser("doctor", help="what this machine offers sparsekd, and why not more")
+    return parser
+
+
+def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from . import report, train  # late, so that --help and doctor need no torch
+
+    config = train.RunConfig(
+        task=options.task,
+        data_dir=options.data,
+        methods=tuple(train.METHODS) if "all" in options.method else tuple(options.method),
+        densities=tuple(options.density),
+        seeds=options.seeds,
+        quick=options.quick,
+        out=options.out,
+        threads=options.threads,
+        fresh=options.fresh,
+        command=shlex.join(["sparsekd", *(a for a in arguments if a != "--fresh")]),
+    )
+    for one in _by_group(config, options.group):
+        results, folder = train.run(one)
+        print(f"\n{results['task']['name']}\n\n{report.tables(results)}\n\nresults.json, report.md and plots: {folder}")
+    return 0
+
+
+def _by_group(config: RunConfig, group: str) -> list[RunConfig]:
+    """One run for each feature group of the movies task; just the run itself for the others."""
+    if config.task != "movies":
+        if group != "all":
+            raise ValueError(f"sparsekd run: --group belongs to the task movies, got {config.task}; leave it out")
+        return [config]
+    from .data.movies import GROUPS
+
+    found = []
+    for name in GROUPS if group == "all" else [group]:
+        out = f"{config.out}/{name}" if config.out and group == "all" else config.out
+        found.append(dataclasses.replace(config, options={"group": name}, out=out))
+    return found
+
+
+def _report(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from . import report
+
+    results = report.read(options.folder)
+    paths = report.write(results, options.folder)
+    print(f"{report.tables(results)}\n\nwritten: {', '.join(map(str, paths))}")
+    return 0
+
+
+def _doctor(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from . import doctor
+
+    print(doctor.report())
+    return 0

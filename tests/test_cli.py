@@ -1,0 +1,178 @@
+"""Every way to call the command wrongly ends in one clear line and exit code 2; a run prints its table."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from threadpoolctl import threadpool_limits
+
+from sparsekd import cli, data, models, train
+from sparsekd.data import Recipe, Split, Task
+
+
+def part(rows: int, seed: int) -> Split:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 6, generator=generator)
+    return Split((x,), (5 + x[:, 0]).clamp(1, 10), x.numpy())
+
+
+def as_it_is(model, *args):
+    """In place of freezing."""
+    model.plan = SimpleNamespace(to_dict=dict)
+    return {1: model}
+
+
+@pytest.fixture
+def tiny(monkeypatch) -> Iterator[Task]:
+    """A synthetic task in place of every other, with tiny networks and no timings."""
+    recipe = Recipe(lr=3e-3, weight_decay=1e-2, epochs=2, batch_size=64)
+    task = Task(
+        name="synthetic",
+        kind="features",
+        train=part(128, 0),
+        val=part(64, 1),
+        test=part(64, 2),
+        sizes={"features": 6},
+        mean=5.0,
+        target_range=(1.0, 10.0),
+        split="at random",
+        teacher_recipe=recipe,
+        student_recipe=recipe,
+    )
+    monkeypatch.setattr(models, "STUDENT", models.Shape(maps=2, side=8, widths=(16, 16)))
+    monkeypatch.setattr(models, "TEACHER", models.Shape(maps=2, side=8, widths=(16, 32)))
+    monkeypatch.setattr(data, "load", lambda *args, **options: task)
+    monkeypatch.setattr(train, "freeze_for", as_it_is)
+    monkeypatch.setattr(train, "speed", lambda *args: ({"latency_ms_frozen": 1.0, "latency_ms_dense": 2.0}, ""))
+    with threadpool_limits(1):  # of torch and of scikit-learn: more would only wait for each other here
+        yield task
+
+
+def failure(capsys, *arguments: str) -> str:
+    """The one line of an expected failure."""
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.strip().splitlines()
+    assert line.startswith("sparsekd: error: ") and "Traceback" not in line
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["netflix"], "name must be one of movietweetings, movielens, movies, got 'netflix'"),
+        (["movielens", "--data", "/no/such/folder"], "/no/such/folder"),
+        (["movies", "--group", "colour"], "group must be one of"),
+        (["movietweetings", "--group", "social"], "--group belongs to the task movies"),
+        (["--density", "0"], "density must lie in (0, 1], got 0.0"),
+        (["--density", "0.4", "1.5"], "density must lie in (0, 1], got 1.5"),
+        (["--density", "nan"], "density must lie in (0, 1]"),
+        (["--method", "dropout"], "method must be one of sp-sad, lth-sad, ss-sad, got 'dropout'"),
+        (["--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["--threads", "-2"], "threads must be at least 1, got -2"),
+    ],
+)
+def test_bad_arguments(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("SPARSEKD_DATA", "SPARSEKD_DATA_MOVIES", "SPARSEKD_DATA_MOVIELENS"):
+        monkeypatch.delenv(name, raising=False)
+    assert message in failure(capsys, "run", *arguments)
+    assert not list(tmp_path.iterdir())  # nothing half-written
+
+
+def test_unknown_options_are_usage_errors(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", "--densities", "0.4"])
+    assert stop.value.code == 2 and "--densities" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"1::2::3\n", b"\xff\xfe\x00", b"1::2::ten::4\n"])
+def test_corrupt_data(capsys, tmp_path, content):
+    (tmp_path / "ratings.dat").write_bytes(content)
+    (tmp_path / "movies.dat").write_text("2::Heat (1995)::Crime\n")
+    assert "ratings.dat" in failure(capsys, "run", "movietweetings", "--data", str(tmp_path))
+
+
+def test_report_of_nothing(capsys, tmp_path):
+    assert "does not exist" in failure(capsys, "report", str(tmp_path / "none"))
+    (tmp_path / "results.json").write_text("{")
+    assert "results.json is not a result file" in failure(capsys, "report", str(tmp_path))
+
+
+def test_out_that_is_a_file(capsys, tmp_path, tiny):
+    (tmp_path / "taken").write_text("")
+    assert "taken" in failure(capsys, "run", "--quick", "--out", str(tmp_path / "taken"))
+
+
+def test_full_disk(capsys, tmp_path, tiny, monkeypatch):
+    import os
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left on device" in failure(capsys, "run", "--quick", "--out", str(tmp_path))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_quick_run_prints_its_table_and_report_prints_it_again(capsys, tmp_path, tiny):
+    out = tmp_path / "out"
+    arguments = ["run", "--quick", "--method", "sp-sad", "ss-sad", "--density", "0.5", "0.3", "--out", str(out)]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    for name in ("constant", "ridge", "gradient boosting", "teacher", "student", "SAD", "SP-SAD @ 0.5", "SS-SAD @ 0.3"):
+        assert f"| {name} " in printed
+    assert str(out) in printed
+    written = {path.name for path in out.iterdir()}
+    assert written == {"seed0", "results.json", "report.md", "loss.png", "accuracy.png", "latency.png"}
+    (out / "report.md").unlink()
+    assert cli.main(["report", str(out)]) == 0
+    assert printed.split("\n\nresults.json")[0].strip().removeprefix("synthetic").strip() in capsys.readouterr().out
+    assert (out / "report.md").is_file()
+
+
+def test_other_settings_do_not_mix(capsys, tmp_path, tiny, monkeypatch):
+    arguments = ["run", "--quick", "--method", "sp-sad", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(train, "ALPHA", 0.5)
+    line = failure(capsys, *arguments, "--threads", "1").replace("\n", " ")
+    assert "alpha" in line and "--fresh" in line
+    assert cli.main([*arguments, "--fresh"]) == 0
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match="name must be one of"):
+        cli.main(["--debug", "run", "netflix"])
+
+
+def test_ctrl_c_says_how_to_go_on(capsys, tmp_path, tiny, monkeypatch):
+    def pressed(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "fit", pressed)
+    assert cli.main(["run", "--quick", "--out", str(tmp_path)]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_groups_of_movies_are_runs_of_their_own(tmp_path):
+    config = train.RunConfig("movies", out=str(tmp_path))
+    runs = cli._by_group(config, "all")
+    assert [one.options["group"] for one in runs] == ["numerical", "social", "textual", "categorical"]
+    assert len({one.out for one in runs}) == 4
+    (one,) = cli._by_group(config, "social")
+    assert one.out == str(tmp_path) and one.options == {"group": "social"}
+
+
+def test_doctor(capsys):
+    assert cli.main(["doctor"]) == 0
+    assert "torch" in capsys.readouterr().out
+
+
+def test_python_dash_m():
+    done = subprocess.run([sys.executable, "-m", "sparsekd", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "report" in done.stdout and "doctor" in done.stdout

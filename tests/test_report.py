@@ -1,0 +1,132 @@
+"""The report says what the JSON says, and nothing else."""
+
+import json
+
+import pytest
+
+from sparsekd import report
+
+
+def row(name, seed, density=None, **metrics):
+    base = {
+        "mae": 1.0,
+        "mse": 2.0,
+        "weights_kept": density or 1.0,
+        "parameters": 1000,
+        "file_bytes": 4321,
+        "train_seconds": 12.5,
+        "step_ms_first": 20.0,
+        "step_ms_last": 10.0,
+        "latency_ms_dense": 3.0,
+        "latency_ms_frozen": 1.0,
+        "latency_ratio": 0.3333,
+        "throughput_dense_64": 1000.0,
+        "throughput_frozen_64": 4000.0,
+        "joules_dense": None,
+        "joules_frozen": None,
+    }
+    epochs = [
+        {"epoch": 1, "task": 2.5, "val_mse": 2.4, "density": 1.0, "pruned": density is not None},
+        {"epoch": 2, "task": 2.2, "val_mse": 2.3, "density": density or 1.0, "pruned": False},
+    ]
+    return {
+        "name": name,
+        "method": name.lower(),
+        "seed": seed,
+        "target_density": density,
+        "metrics": {**base, **metrics},
+        "epochs": epochs,
+        "energy_note": "not measured: no counter here",
+    }
+
+
+@pytest.fixture
+def results():
+    return {
+        "schema": 1,
+        "command": "sparsekd run movies --data DIR",
+        "task": {"name": "movies-social", "sha256": {"a.csv": "00ff"}},
+        "protocol": {"epochs": {"student": 2}, "seeds": [0, 1]},
+        "baselines": [{"name": "ridge", "mae": 0.7654, "mse": 1.2345, "setting": "alpha 10"}],
+        "rows": [
+            row("teacher", 0, mse=1.5),
+            row("teacher", 1, mse=1.7),
+            row("LTH-SAD", 0, 0.45, mae=0.81, mse=1.1),
+            row("LTH-SAD", 1, 0.45, mae=0.83, mse=1.3),
+            row("LTH-SAD", 0, 0.2, mse=1.4),
+            row("LTH-SAD", 1, 0.2, mse=1.6, train_seconds=None),
+        ],
+    }
+
+
+def test_mean_and_deviation_over_seeds(results):
+    teacher, lth, thinner = report.summarise(results["rows"])
+    assert (teacher["name"], teacher["seeds"]) == ("teacher", [0, 1])
+    assert teacher["mean"]["mse"] == pytest.approx(1.6) and teacher["sd"]["mse"] == pytest.approx(0.02**0.5)
+    assert lth["mean"]["mae"] == pytest.approx(0.82) and lth["target_density"] == 0.45
+    assert thinner["mean"]["train_seconds"] is None and thinner["sd"]["train_seconds"] is None
+    assert lth["mean"]["joules_dense"] is None
+
+
+def test_one_seed_has_no_deviation(results):
+    (entry,) = report.summarise(results["rows"][:1])
+    assert entry["mean"]["mse"] == 1.5 and entry["sd"]["mse"] is None
+
+
+def cells(text, first):
+    line = next(line for line in text.splitlines() if line.startswith(f"| {first} "))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_tables_hold_the_numbers_of_the_json(results):
+    text = report.tables(results)
+    assert cells(text, "ridge (alpha 10)")[1:3] == ["0.7654", "1.2345"]
+    lth = cells(text, "LTH-SAD @ 0.45")
+    assert lth[1:4] == ["0.8200 ± 0.0141", "1.2000 ± 0.1414", "45.0 ± 0.0"]
+    assert cells(text, "LTH-SAD @ 0.2")[6] == "not measured"
+    speed = cells(text[text.index("latency") :], "teacher")
+    assert speed[1:4] == ["3.000 ± 0.000", "1.000 ± 0.000", "0.33 ± 0.00"]
+    assert speed[-2:] == ["not measured", "not measured"]
+    assert "Energy: not measured: no counter here." in text
+    assert cells(text[text.index("Table 4") :], "LTH-SAD")[1:] == ["0.8100", "1.1060"]
+    assert len({len(line) for line in text.splitlines() if "ridge" in line or "LTH-SAD @" in line}) == 2  # aligned
+
+
+def test_other_tasks_have_no_row_of_the_paper(results):
+    results["task"]["name"] = "movielens"
+    assert "Table 4" not in report.tables(results)
+
+
+def test_write_and_render_again(results, tmp_path):
+    paths = report.write(results, tmp_path)
+    assert {path.name for path in paths} == {"results.json", "report.md", "loss.png", "accuracy.png", "latency.png"}
+    assert all(path.stat().st_size > 0 for path in paths)
+    assert paths[2].read_bytes()[:4] == b"\x89PNG"
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert stored["rows"] == results["rows"] and stored["summary"] == report.summarise(results["rows"])
+    first = (tmp_path / "report.md").read_text()
+    assert "00ff" in first and results["command"] in first
+    (tmp_path / "report.md").unlink()
+    report.write(report.read(tmp_path), tmp_path)
+    assert (tmp_path / "report.md").read_text() == first
+
+
+def test_plots_mark_the_prunings(results, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    marked = []
+    monkeypatch.setattr(Axes, "axvline", lambda self, x, **style: marked.append(x))
+    report.plot(results, tmp_path)
+    assert marked == [1] * 4  # two pruned networks of the first seed, on two panels
+
+
+@pytest.mark.parametrize("content", ["", "not json", "[]", '{"schema": 9}', '{"schema": 1, "rows": []}'])
+def test_no_result_file(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ValueError, match=r"results\.json"):
+        report.read(tmp_path)
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        report.read(tmp_path / "nothing")
