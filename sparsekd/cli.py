@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", metavar="DIR", help="folder for everything that is written (runs/<task>)")
     run.add_argument("--threads", type=int, metavar="N", help="threads of torch and of the kernels")
     run.add_argument("--fresh", action="store_true", help="begin anew instead of going on with what --out holds")
+    run.add_argument("--remeasure", action="store_true", help="time the finished networks again, without training")
     show = commands.add_parser("report", help="write the tables and plots of a finished run again")
     show.add_argument("folder", metavar="DIR")
     commands.add_parser("doctor", help="what this machine offers sparsekd, and why not more")
@@ -73,6 +74,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         out=options.out,
         threads=options.threads,
         fresh=options.fresh,
+        remeasure=options.remeasure,
         command=shlex.join(["sparsekd", *(a for a in arguments if a != "--fresh")]),
     )
     for one in _by_group(config, options.group):

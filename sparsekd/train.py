@@ -56,6 +56,7 @@ class RunConfig:
     out        folder of everything that is written; default runs/<task>, or runs/<task>-quick.
     threads    of torch and of the kernels; None leaves torch's choice.
     fresh      throw away what an earlier run left in `out`, instead of going on with it.
+    remeasure  freeze and time finished networks again, as they are: on a quiet machine, or with other threads.
     """
 
     task: str = "movietweetings"
@@ -68,6 +69,7 @@ class RunConfig:
     out: str | None = None
     threads: int | None = None
     fresh: bool = False
+    remeasure: bool = False
     command: str = "sparsekd.train.run"
 
     def __post_init__(self) -> None:
@@ -175,13 +177,16 @@ def _finished(
         **dataclasses.asdict(network),
     }
     row_path, model_path = folder / "row.json", folder / "model.safetensors"
-    if row_path.is_file():
-        row = json.loads(row_path.read_text())
+    row = json.loads(row_path.read_text()) if row_path.is_file() else None
+    if row:
         check_same_settings(row_path, row["settings"], settings)
-        return row, checkpoint.load(_fresh(task, network, seed), model_path)
-    model = _fresh(task, network, seed)
-    epochs = fit(model, task, network, teacher=teacher, seed=seed, folder=folder, settings=settings)
+        epochs = row["epochs"]
+    else:
+        model = _fresh(task, network, seed)
+        epochs = fit(model, task, network, teacher=teacher, seed=seed, folder=folder, settings=settings)
     model = checkpoint.load(_fresh(task, network, seed), model_path)
+    if row and not config.remeasure:
+        return row, model
     row = _row(model, task, network, seed, epochs, settings, model_path, config.quick)
     checkpoint.write_atomically(row_path, json.dumps(row, indent=1).encode())
     (folder / "state.safetensors").unlink(missing_ok=True)
@@ -298,7 +303,7 @@ def _describe_protocol(task: Task, config: RunConfig) -> dict[str, Any]:
         "for the frozen network of that epoch",
         "not_pruned": list(NOT_PRUNED),
         "batch_norm": f"statistics of {RECALIBRATION} training batches, taken before each validation with dropout off",
-        "threads": torch.get_num_threads(),
+        "threads": f"{torch.get_num_threads()} in the latest timing",
         "machine": machine_line(),
         "kernels": {op: where["cpu"] for op, where in backends.describe().items()},
         "versions": {"sparsekd": __version__, "torch": torch.__version__, "python": platform.python_version()},

@@ -235,7 +235,12 @@ def test_run_goes_on_adds_seeds_and_starts_afresh(task, tmp_path, monkeypatch, u
     with monkeypatch.context() as patch:  # finished networks are not trained again
         patch.setattr(train, "fit", None)
         again, _ = train.run(dataclasses.replace(config, seeds=2), said.append)
+        patch.setattr(train, "speed", lambda *args: ({"latency_ms_dense": 2.0, "latency_ms_frozen": 1.0}, "a counter"))
+        timed, _ = train.run(dataclasses.replace(config, seeds=2, remeasure=True), said.append)
     assert again["rows"] == two["rows"]
+    for before, after in zip(two["rows"], timed["rows"], strict=True):
+        assert after["metrics"] == {**before["metrics"], "latency_ms_dense": 2.0, "latency_ms_frozen": 1.0}
+        assert after["epochs"] == before["epochs"] and after["energy_note"] == "a counter"
     fresh, _ = train.run(dataclasses.replace(config, fresh=True), said.append)
     assert not (tmp_path / "seed1").exists() and len(fresh["rows"]) == 4
     assert fresh["rows"][3]["metrics"]["mse"] == first["rows"][3]["metrics"]["mse"]
