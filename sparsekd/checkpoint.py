@@ -60,7 +60,7 @@ def load(model: nn.Module, path: Path_) -> nn.Module:
     _check_same_model(path, fingerprint(model), header["model"])
     sparse = {name: (BlockPattern(*entry["pattern"]), entry["shape"]) for name, entry in header["sparse"].items()}
     for name, (pattern, shape) in sparse.items():
-        parts = [tensors[f"{name}.{part}"] for part in ("values", "row_ptr", "col_idx")]
+        parts = [tensors[f"{name}.{part}".lstrip(".")] for part in ("values", "row_ptr", "col_idx")]
         BlockSparse(parts[0], parts[1], parts[2], tuple(shape), pattern).validate()
     for name, layer in list(model.named_modules()):
         wanted = sparse[name][0] if name in sparse else None

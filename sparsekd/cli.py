@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    from . import report, train  # late, so that --help and doctor need no torch
+    from . import report, train
 
     config = train.RunConfig(
         task=options.task,

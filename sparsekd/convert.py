@@ -27,6 +27,8 @@ def sparsify(
         include, exclude: shell-style patterns on module names (``"stage1.*"``); a layer is converted if a pattern of
             ``include`` names it (default all) and none of ``exclude`` does.
 
+    Layers that are block-sparse already stay as they are. A layer that the model holds under several names is replaced
+    under all of them; a weight that two layers share cannot be (it would come apart), and is refused.
     A grouped convolution whose groups are lower than a block (depthwise ones) stays dense unless ``include`` names it.
     """
     check_density("sparsekd.sparsify", density)
@@ -36,15 +38,16 @@ def sparsify(
     for name, layer in list(named_layers(model, (nn.Linear, nn.Conv2d), include, exclude)):
         if include is None and not _fits(layer, pattern):
             continue
+        _refuse_tied(model, name, layer)
         kind = SparseLinear if isinstance(layer, nn.Linear) else SparseConv2d
-        model.set_submodule(name, kind.from_dense(layer, pattern, density=density))
+        _replace(model, layer, kind.from_dense(layer, pattern, density=density))
     return model
 
 
 def densify(model: nn.Module) -> nn.Module:
     """Replace every block-sparse layer by the torch layer with the same weight, in place."""
-    for name, layer in list(named_layers(model, SPARSE_TYPES)):
-        model.set_submodule(name, layer.to_dense())
+    for _, layer in list(named_layers(model, SPARSE_TYPES)):
+        _replace(model, layer, layer.to_dense())
     return model
 
 
@@ -62,10 +65,28 @@ def named_layers(
                 f"sparsekd: include pattern {wanted!r} names no {' or '.join(t.__name__ for t in types)} layer; "
                 f"the model has {', '.join(layers) or 'none'}"
             )
+    for unwanted in exclude or ():
+        if not any(fnmatchcase(name, unwanted) for name, _ in model.named_modules()):
+            raise ValueError(f"sparsekd: exclude pattern {unwanted!r} names no module of the model")
     for name, layer in layers.items():
         included = include is None or any(fnmatchcase(name, wanted) for wanted in include)
         if included and not any(fnmatchcase(name, unwanted) for unwanted in exclude or ()):
             yield name, layer
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` in the place of ``old``, under every name that the model holds it by."""
+    for name in [name for name, module in model.named_modules(remove_duplicate=False) if module is old]:
+        model.set_submodule(name, new)
+
+
+def _refuse_tied(model: nn.Module, name: str, layer: nn.Module) -> None:
+    for other, module in model.named_modules():
+        if module is not layer and any(p is layer.weight for p in module.parameters(recurse=False)):
+            raise ValueError(
+                f"sparsekd: layers {name!r} and {other!r} share one weight, which block-sparse layers cannot; "
+                f"leave them dense with exclude=[{name!r}, {other!r}], or give each its own copy first"
+            )
 
 
 def _fits(layer: nn.Module, pattern: BlockPattern | None) -> bool:

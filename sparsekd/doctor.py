@@ -40,11 +40,15 @@ def collect(import_module: Import = importlib.import_module, machine: Machine | 
     }
 
 
+# What the CPU kernels are where none was chosen: the module is missing, or SPARSEKD_CPU_ISA asks for what is not there.
+NO_KERNELS = {False: "pure-torch reference", True: "none: float32 ops on the CPU will raise"}
+
+
 def report(facts: dict[str, Any] | None = None) -> str:
     """The facts of `collect()` as text: one line per part, an indented line per reason."""
     facts = collect() if facts is None else facts
     cpu, threads, gpu = facts["cpu"], facts["threads"], facts["gpu"]
-    isas = f"{cpu['isa']} chosen of {', '.join(cpu['isas'])}" if cpu["isa"] else "pure-torch reference"
+    isas = f"{cpu['isa']} chosen of {', '.join(cpu['isas'])}" if cpu["isa"] else NO_KERNELS[bool(cpu["isas"])]
     forced = f" (SPARSEKD_CPU_ISA={cpu['forced']})" if cpu["forced"] else ""
     rows = [
         ("python", f"{facts['python']['version']} on {facts['python']['platform']}", None),

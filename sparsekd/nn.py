@@ -78,6 +78,11 @@ class BlockSparseLayer(nn.Module):
         return BlockSparse(self.values.detach(), self.row_ptr, self.col_idx, self.weight_shape, self.pattern)
 
     @property
+    def weight(self) -> Tensor:
+        """The dense weight, for code that reads it: a differentiable copy, so writing to it changes nothing."""
+        return BlockSparse(self.values, self.row_ptr, self.col_idx, self.weight_shape, self.pattern).to_dense()
+
+    @property
     def num_weights(self) -> int:
         """Weights of the dense layer this one stands for (bias not counted)."""
         return math.prod(self.weight_shape)
@@ -154,12 +159,13 @@ class SparseLinear(BlockSparseLayer):
         mask: Tensor | None = None,
     ) -> None:
         super().__init__()
-        dense = nn.Linear(in_features, out_features, bias, dtype=dtype)
+        device = torch.get_default_device() if device is None else torch.device(device)
+        dense = nn.Linear(in_features, out_features, bias, "cpu", dtype)
         self._adopt(dense, pattern or _default_pattern(device, dtype), density, mask)
         self.to(device)
 
     def _adopt(self, dense: Any, pattern: BlockPattern | None, density: float | None, mask: Tensor | None) -> None:
-        if not isinstance(dense, nn.Linear):
+        if type(dense) is not nn.Linear:  # a subclass may compute something else
             raise TypeError(f"SparseLinear.from_dense: expected nn.Linear, got {type(dense).__name__}")
         self.in_features, self.out_features = dense.in_features, dense.out_features
         self._take(dense, pattern, density, mask)
@@ -209,7 +215,8 @@ class SparseConv2d(BlockSparseLayer):
     ) -> None:
         super().__init__()
         geometry = (kernel_size, stride, padding, dilation, groups, bias, padding_mode)
-        dense = nn.Conv2d(in_channels, out_channels, *geometry, dtype=dtype)
+        device = torch.get_default_device() if device is None else torch.device(device)
+        dense = nn.Conv2d(in_channels, out_channels, *geometry, "cpu", dtype)
         self._adopt(dense, pattern or _default_pattern(device, dtype), density, mask)
         self.to(device)
 
@@ -219,7 +226,6 @@ class SparseConv2d(BlockSparseLayer):
         self.in_channels, self.out_channels = dense.in_channels, dense.out_channels
         self.kernel_size, self.stride, self.dilation = dense.kernel_size, dense.stride, dense.dilation
         self.padding, self.padding_mode, self.groups = dense.padding, dense.padding_mode, dense.groups
-        self._padding, self._explicit_pad = _split_padding(dense)
         self._take(dense, pattern, density, mask)
         if self.groups > 1 and (self.out_channels // self.groups) % self.pattern.bh:
             raise ValueError(
@@ -232,9 +238,9 @@ class SparseConv2d(BlockSparseLayer):
             return self.forward(x.unsqueeze(0)).squeeze(0)
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"SparseConv2d: expected [N, {self.in_channels}, H, W], got shape {tuple(x.shape)}")
-        if self._explicit_pad is not None:
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = F.pad(x, self._explicit_pad, mode=mode)
+        padding, explicit = split_padding(self)
+        if explicit is not None:
+            x = F.pad(x, explicit, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
         return ops.conv2d(
             x,
             self.values,
@@ -244,7 +250,7 @@ class SparseConv2d(BlockSparseLayer):
             out_channels=self.out_channels,
             kernel_size=self.kernel_size,
             stride=self.stride,
-            padding=self._padding,
+            padding=padding,
             dilation=self.dilation,
             groups=self.groups,
         )
@@ -279,13 +285,19 @@ def _replace_data(parameter: nn.Parameter, data: Tensor) -> None:
     parameter.data = data
 
 
-def _split_padding(dense: nn.Conv2d) -> tuple[tuple[int, int], list[int] | None]:
+def split_padding(conv: nn.Conv2d | SparseConv2d) -> tuple[tuple[int, int], list[int] | None]:
     """(zero padding the op applies, explicit ``F.pad`` before it): the op pads with zeros, both sides alike."""
-    left_right_top_bottom = list(dense._reversed_padding_repeated_twice)
-    symmetric = left_right_top_bottom[0::2] == left_right_top_bottom[1::2]
-    if dense.padding_mode == "zeros" and symmetric:
-        return (left_right_top_bottom[2], left_right_top_bottom[0]), None
-    return (0, 0), left_right_top_bottom
+    if isinstance(conv.padding, str):
+        reach = [
+            dil * (taps - 1) if conv.padding == "same" else 0
+            for dil, taps in zip(conv.dilation, conv.kernel_size, strict=True)
+        ]
+        top_bottom, left_right = [(total // 2, total - total // 2) for total in reach]
+    else:
+        top_bottom, left_right = [(pad, pad) for pad in conv.padding]
+    if conv.padding_mode == "zeros" and top_bottom[0] == top_bottom[1] and left_right[0] == left_right[1]:
+        return (top_bottom[0], left_right[0]), None
+    return (0, 0), [*left_right, *top_bottom]
 
 
 def _fill(dense: Any, layer: BlockSparseLayer) -> Any:
@@ -297,11 +309,14 @@ def _fill(dense: Any, layer: BlockSparseLayer) -> Any:
 
 
 def _float_weight(caller: str, dense: Any) -> Tensor:
+    if dense.weight.is_meta:
+        raise ValueError(
+            f"{caller}.from_dense: expected a layer with values, got one on the meta device; load it first"
+        )
     if not dense.weight.is_floating_point():
         raise TypeError(f"{caller}: expected floating-point weights, got {dense.weight.dtype}")
     return dense.weight
 
 
-def _default_pattern(device: torch.device | str | None, dtype: torch.dtype | None) -> BlockPattern:
-    where = torch.get_default_device() if device is None else torch.device(device)
-    return BlockPattern.for_device("cuda" if where.type == "cuda" else "cpu", dtype or torch.get_default_dtype())
+def _default_pattern(device: torch.device, dtype: torch.dtype | None) -> BlockPattern:
+    return BlockPattern.for_device("cuda" if device.type == "cuda" else "cpu", dtype or torch.get_default_dtype())

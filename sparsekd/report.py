@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -195,12 +196,17 @@ def _inline(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def check_plots() -> None:
+    """Raise RuntimeError where matplotlib is missing: better before a run than after it."""
+    if find_spec("matplotlib") is None:
+        raise RuntimeError("sparsekd report: plots need matplotlib; pip install 'sparsekd[run]'")
+
+
 def plot(results: Mapping[str, Any], folder: str | Path) -> list[Path]:
     """loss.png, accuracy.png and latency.png from the results alone."""
-    try:
-        from matplotlib.figure import Figure  # the object interface: no global state, no display needed
-    except ImportError as error:
-        raise RuntimeError("sparsekd report: plots need matplotlib; pip install 'sparsekd[run]'") from error
+    check_plots()
+    from matplotlib.figure import Figure  # the object interface: no global state, no display needed
+
     drawings = {"loss.png": _draw_loss, "accuracy.png": _draw_accuracy, "latency.png": _draw_latency}
     paths = []
     for name, draw in drawings.items():

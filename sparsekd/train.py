@@ -20,6 +20,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -73,6 +74,8 @@ class RunConfig:
     command: str = "sparsekd.train.run"
 
     def __post_init__(self) -> None:
+        for name in ("densities", "methods"):  # each once, in the order given
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         for density in self.densities:
             check_density("sparsekd run", density)
         for method in self.methods:
@@ -101,6 +104,9 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[st
     out = folder_of(config, task)
     if config.fresh:
         _clear(out)
+    say("baselines")  # first: what they need is missing before anything was trained, or not at all
+    scores = [dataclasses.asdict(score) for score in baselines.run(task)]
+    report.check_plots()
     rows = []
     for seed in range(config.seeds):
         teacher: nn.Module | None = None
@@ -108,12 +114,11 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[st
             row, model = _finished(task, network, config, seed, teacher, out / f"seed{seed}" / network.folder, say)
             teacher = model if teacher is None else teacher  # the first network is the teacher
             rows.append(row)
-    say("baselines")
     results = {
         "command": config.command,
         "task": _describe_task(task),
         "protocol": _describe_protocol(task, config),
-        "baselines": [dataclasses.asdict(score) for score in baselines.run(task)],
+        "baselines": scores,
         "rows": rows,
     }
     report.write(results, out)
@@ -174,6 +179,7 @@ def _finished(
         "data": task.meta.get("sha256"),
         "train_rows": len(task.train),
         "seed": seed,
+        "quick": config.quick,
         **dataclasses.asdict(network),
     }
     row_path, model_path = folder / "row.json", folder / "model.safetensors"
@@ -201,8 +207,9 @@ def _fresh(task: Task, network: Network, seed: int) -> nn.Module:
 
 def _clear(out: Path) -> None:
     """Remove what runs write, and nothing else, from the folder."""
-    for folder in out.glob("seed[0-9]*"):
-        shutil.rmtree(folder)
+    for folder in out.glob("seed*"):
+        if re.fullmatch(r"seed\d+", folder.name) and folder.is_dir():
+            shutil.rmtree(folder)
     for name in ("results.json", "report.md", "loss.png", "accuracy.png", "latency.png"):
         (out / name).unlink(missing_ok=True)
 

@@ -116,6 +116,24 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x, v, b: run(case, x, blocks, v * inside, b), inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", [CONVS[0], CONVS[4], CONVS[6], CONVS[20]], ids=lambda case: case.id)
+def test_a_gradient_penalty_has_the_gradient_of_the_dense_layer(case, dtype):
+    """Double backward: the squared norm of the input's gradient, differentiated once more."""
+    x, blocks, bias = operands(case, dtype)
+    x.requires_grad_()
+    values, dense = blocks.values.clone().requires_grad_(), blocks.to_dense().requires_grad_()
+    found = []
+    for output, weight in (
+        (run(case, x, blocks, values, bias), values),
+        (F.conv2d(x, dense, bias, **case.geometry), dense),
+    ):
+        (grad,) = torch.autograd.grad(output.square().mean(), x, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), (x, weight)))
+    want = BlockSparse.from_dense(found[1][1], case.pattern, mask=blocks.mask()).values
+    torch.testing.assert_close(found[0], (found[1][0], want), rtol=1e-3, atol=1e-4)
+
+
 def good():
     case = Conv("plain")
     x, blocks, bias = operands(case)

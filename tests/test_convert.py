@@ -59,11 +59,29 @@ def test_training_and_frozen_flags_survive():
     assert net.head.bias.requires_grad
 
 
+def test_a_layer_under_two_names_stays_one_layer():
+    net = nn.Sequential()
+    net.a = nn.Linear(16, 16)
+    net.b = net.a
+    sparsekd.sparsify(net, density=0.5)
+    assert net.a is net.b and isinstance(net.a, SparseLinear)
+    sparsekd.densify(net)
+    assert net.a is net.b and isinstance(net.a, nn.Linear)
+
+
+def test_tied_weights_are_refused():
+    net = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 16))
+    net[1].weight = net[0].weight
+    with pytest.raises(ValueError, match="share one weight"):
+        sparsekd.sparsify(net)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         ({"density": 0.0}, r"density must lie in \(0, 1\]"),
         ({"include": ["boddy.*"]}, "names no Linear or Conv2d layer; the model has stem, body.0"),
+        ({"exclude": ["haed"]}, "names no module"),
         ({"include": ["depthwise"]}, "multiple of the block height"),
     ],
 )

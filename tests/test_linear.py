@@ -72,6 +72,24 @@ def test_bad_input(change, error, says):
         ops.linear(**{**good, "out_features": 48, **change})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_gradient_penalty_has_the_gradient_of_the_dense_layer(dtype):
+    """Double backward: the squared norm of the input's gradient, differentiated once more."""
+    case = Linear("plain")
+    x, blocks, bias = operands(case, dtype)
+    x.requires_grad_()
+    values, dense = blocks.values.clone().requires_grad_(), blocks.to_dense().requires_grad_()
+    found = []
+    for output, weight in (
+        (ops.linear(x, values, blocks.row_ptr, blocks.col_idx, bias, out_features=case.outputs), values),
+        (F.linear(x, dense, bias), dense),
+    ):
+        (grad,) = torch.autograd.grad(output.square().mean(), x, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), (x, weight)))
+    want = BlockSparse.from_dense(found[1][1], case.pattern, mask=blocks.mask()).values
+    torch.testing.assert_close(found[0], (found[1][0], want), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.skipif(backends.cpu.native is None, reason=backends.cpu.missing)
 @pytest.mark.parametrize("index", ["col_idx", "row_ptr"])
 def test_an_index_beyond_the_operands_is_refused(index):

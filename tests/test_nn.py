@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
+import sparsekd
 from sparsekd import BlockPattern
 from sparsekd.nn import SparseConv2d, SparseLinear
 
@@ -191,6 +192,40 @@ def test_exports_with_a_dynamic_batch():
     program = torch.export.export(net, (torch.randn(2, 3, 12, 12),), dynamic_shapes={"x": {0: batch}})
     x = torch.randn(5, 3, 12, 12)
     torch.testing.assert_close(program.module()(x), net(x))
+
+
+def test_weight_is_a_differentiable_dense_copy():
+    layer = SparseConv2d(8, 32, 3, density=0.5)
+    assert torch.equal(layer.weight, layer.to_dense().weight)
+    layer.weight.square().sum().backward()
+    torch.testing.assert_close(layer.values.grad, 2 * layer.values)
+
+
+def test_sparsified_standard_modules_run():
+    """torch's own encoder layer reads linear1.weight on its fast path."""
+    encoder = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        before = encoder(x)
+        sparsekd.sparsify(encoder, include=["linear1", "linear2"])
+        torch.testing.assert_close(encoder(x), before, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_and_dilation_may_be_changed_later():
+    """The usual surgery for dense prediction."""
+    dense = nn.Conv2d(8, 32, 3, padding=1)
+    sparse = SparseConv2d.from_dense(dense)
+    for layer in (dense, sparse):
+        layer.padding, layer.dilation = (2, 2), (2, 2)
+    x = torch.randn(1, 8, 8, 8)
+    torch.testing.assert_close(sparse(x), dense(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_meta_device():
+    with torch.device("meta"):
+        assert SparseLinear(16, 16).values.is_meta
+    with pytest.raises(ValueError, match="meta device"):
+        SparseLinear.from_dense(nn.Linear(4, 4, device="meta"))
 
 
 @pytest.mark.parametrize(

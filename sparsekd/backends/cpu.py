@@ -48,7 +48,7 @@ def register() -> None:
 def linear(
     x: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, bias: Tensor | None, out_features: int
 ) -> Tensor:
-    if x.dtype != torch.float32:
+    if not _native(x, values, bias):
         return linear_reference(x, values, row_ptr, col_idx, bias, out_features)
     x, values, row_ptr, col_idx = (t.contiguous() for t in (x, values, row_ptr, col_idx))
     bias = None if bias is None else bias.contiguous()
@@ -62,7 +62,7 @@ def linear(
 
 
 def linear_grad_input(grad: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, in_features: int) -> Tensor:
-    if grad.dtype != torch.float32:
+    if not _native(grad, values):
         return linear_grad_input_reference(grad, values, row_ptr, col_idx, in_features)
     grad, values, row_ptr, col_idx = (t.contiguous() for t in (grad, values, row_ptr, col_idx))
     dx = grad.new_empty(*grad.shape[:-1], in_features)
@@ -74,7 +74,7 @@ def linear_grad_input(grad: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Te
 
 
 def linear_grad_values(grad: Tensor, x: Tensor, row_ptr: Tensor, col_idx: Tensor, bh: int, bw: int) -> Tensor:
-    if grad.dtype != torch.float32:
+    if not _native(grad, x):
         return linear_grad_values_reference(grad, x, row_ptr, col_idx, bh, bw)
     grad, x, row_ptr, col_idx = (t.contiguous() for t in (grad, x, row_ptr, col_idx))
     dvalues = x.new_empty(col_idx.shape[0], bh, bw)
@@ -94,7 +94,7 @@ def conv2d(
     out_channels: int,
     *geometry: Any,
 ) -> Tensor:
-    if x.dtype != torch.float32:
+    if not _native(x, values, bias):
         return conv2d_reference(x, values, row_ptr, col_idx, bias, out_channels, *geometry)
     layout = memory_format(x)
     x = x.contiguous(memory_format=layout)
@@ -113,7 +113,7 @@ def conv2d(
 def conv2d_grad_input(
     grad: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, input_shape: Sequence[int], *geometry: Any
 ) -> Tensor:
-    if grad.dtype != torch.float32:
+    if not _native(grad, values):
         return conv2d_grad_input_reference(grad, values, row_ptr, col_idx, input_shape, *geometry)
     layout = memory_format(grad)
     grad = grad.contiguous(memory_format=layout)
@@ -131,7 +131,7 @@ def conv2d_grad_input(
 def conv2d_grad_values(
     grad: Tensor, x: Tensor, row_ptr: Tensor, col_idx: Tensor, bh: int, bw: int, *geometry: Any
 ) -> Tensor:
-    if grad.dtype != torch.float32:
+    if not _native(grad, x):
         return conv2d_grad_values_reference(grad, x, row_ptr, col_idx, bh, bw, *geometry)
     x_layout, grad_layout = memory_format(x), memory_format(grad)
     x, grad = x.contiguous(memory_format=x_layout), grad.contiguous(memory_format=grad_layout)
@@ -143,6 +143,11 @@ def conv2d_grad_values(
         row_ptr.data_ptr(), col_idx.data_ptr(), col_idx.shape[0], dvalues.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return dvalues
+
+
+def _native(*operands: Tensor | None) -> bool:
+    """Whether the compiled kernels take these. Mixed dtypes go to the reference, where torch refuses them."""
+    return all(operand is None or operand.dtype == torch.float32 for operand in operands)
 
 
 def _shape(

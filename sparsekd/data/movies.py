@@ -186,7 +186,11 @@ def _names(text: str) -> list[str]:
 def _column(films: Sequence[Film], name: str, table: str = "imdb") -> np.ndarray:
     """A numeric column, float64 [N]; 0 where it is empty (both tables write 0 for unknown money, minutes and likes)."""
     file = IMDB[0] if table == "imdb" else TMDB[1]
-    return np.array([sources.number(file, name, f.imdb["movie_title"], getattr(f, table)[name], 0.0) for f in films])
+    column = np.array([sources.number(file, name, f.imdb["movie_title"], getattr(f, table)[name], 0.0) for f in films])
+    if (column < 0).any():
+        title = films[int(np.flatnonzero(column < 0)[0])].imdb["movie_title"]
+        raise ValueError(f"sparsekd.data: {file} row {title}: {name} must not be negative; correct the file")
+    return column
 
 
 def _either(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -73,6 +73,8 @@ def freeze(
         TypeError, ValueError: inputs that are no CPU tensors, a model elsewhere, NaN or infinite weights.
         RuntimeError: the frozen outputs differ from the model's.
     """
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(f"sparsekd.freeze: tolerance must be positive, got {tolerance}; None takes that of the dtype")
     inputs = _as_inputs(example_inputs)
     if memory_format not in (None, *FORMATS):
         raise ValueError(f"sparsekd.freeze: memory_format must be one of {list(FORMATS)}, got {memory_format!r}")

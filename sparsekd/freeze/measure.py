@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..backends import cpu
 from ..blocks import BlockSparse
-from ..nn import BlockSparseLayer, _split_padding
+from ..nn import BlockSparseLayer, split_padding
 from .layer import FORMATS, FrozenLayer
 from .plan import Geometry, LayerPlan
 from .sites import CONVS, Site, clone, weight_shape
@@ -138,7 +138,7 @@ def geometry_of(site: Site, module: Any) -> Geometry:
     fused: dict[str, Any] = {"batch_norm": site.norm is not None, "residual": site.add is not None, "relu": site.relu}
     if type(module) not in CONVS:
         return Geometry("linear", site.input, weight_shape(module), **fused)
-    padding, pad = _split_padding(module) if isinstance(module, nn.Conv2d) else (module._padding, module._explicit_pad)
+    padding, pad = split_padding(module)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     sizes = (tuple(module.stride), tuple(padding), tuple(module.dilation), module.groups)
     return Geometry(

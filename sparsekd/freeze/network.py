@@ -195,7 +195,9 @@ def _difference(got: Any, want: Any) -> float:
 
 
 def _allowed(want: Any, tolerance: float | None) -> float:
-    return tolerance or _TOLERANCE.get(getattr(want, "dtype", torch.float32), _TOLERANCE[torch.float32])
+    if tolerance is not None:
+        return tolerance
+    return _TOLERANCE.get(getattr(want, "dtype", torch.float32), _TOLERANCE[torch.float32])
 
 
 def _first_deviation(

@@ -49,7 +49,13 @@ class SSSAD(Method):
                 f"SSSAD: the second stage starts at {schedule.start} but the first ends at {initial.final}; "
                 "make initial.final and schedule.start the same"
             )
-        ticket_epochs = self._initial_epochs or (initial.prunes + 1) * initial.every
+        ticket_epochs = (initial.prunes + 1) * initial.every if self._initial_epochs is None else self._initial_epochs
+        shortest = ticket_epochs + schedule.prunes * schedule.every + 1
+        if epochs < shortest:
+            raise ValueError(
+                f"SSSAD: a first stage of {ticket_epochs} epochs and {schedule.prunes} prunes every {schedule.every} "
+                f"epochs need at least {shortest} epochs, got {epochs}; train longer, or prune more at a time"
+            )
         return [
             Stage("ticket", ticket_epochs, initial, rewinds=True),
             Stage("distil", epochs - ticket_epochs, schedule, rewinds=False),

@@ -16,8 +16,8 @@ def define(name: str, schema: str, reference: Callable, fake: Callable) -> None:
 
 
 def autocast(x: Tensor, *operands: Tensor | None) -> tuple:
-    """All in the autocast dtype if autocast is on for the device of ``x``, as torch's own conv and linear do."""
-    if not torch.is_autocast_enabled(x.device.type):
+    """In the autocast dtype if autocast is on for the device of ``x``; as with torch's own layers, float64 stays."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return x, *operands
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(None if operand is None else operand.to(dtype) for operand in (x, *operands))

@@ -217,6 +217,35 @@ def _backward(ctx, grad: Tensor) -> tuple:
     return grad_x, grad_values, None, None, grad_bias, *(None,) * 6
 
 
+def _save_two(ctx, inputs: tuple, output: Tensor) -> None:
+    """Both gradients are linear in their two operands: what autograd needs to differentiate them once more."""
+    ctx.save_for_backward(*inputs[:4])
+    ctx.geometry = inputs[-5:]
+
+
+def _backward_grad_input(ctx, grad: Tensor) -> tuple:
+    """Of grad_input, which is linear in the gradient of y and in the values."""
+    grad_y, values, row_ptr, col_idx = ctx.saved_tensors
+    grad = grad.contiguous(memory_format=memory_format(grad_y))
+    ops, index = torch.ops.sparsekd, (row_ptr, col_idx)
+    return (
+        ops.conv2d(grad, values, *index, None, grad_y.shape[1], *ctx.geometry),
+        ops.conv2d_grad_values(grad_y, grad, *index, *values.shape[1:], *ctx.geometry),
+        *(None,) * 8,
+    )
+
+
+def _backward_grad_values(ctx, grad: Tensor) -> tuple:
+    """Of grad_values, which is linear in the gradient of y and in x."""
+    grad_y, x, row_ptr, col_idx = ctx.saved_tensors
+    ops, index = torch.ops.sparsekd, (row_ptr, col_idx)
+    return (
+        ops.conv2d(x, grad, *index, None, grad_y.shape[1], *ctx.geometry),
+        ops.conv2d_grad_input(grad_y, grad, *index, x.shape, *ctx.geometry),
+        *(None,) * 9,
+    )
+
+
 _GEOMETRY = "SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
 define(
     "conv2d",
@@ -238,3 +267,5 @@ define(
     _fake_grad_values,
 )
 torch.library.register_autograd("sparsekd::conv2d", _backward, setup_context=_save)
+torch.library.register_autograd("sparsekd::conv2d_grad_input", _backward_grad_input, setup_context=_save_two)
+torch.library.register_autograd("sparsekd::conv2d_grad_values", _backward_grad_values, setup_context=_save_two)

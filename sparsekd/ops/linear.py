@@ -93,6 +93,33 @@ def _backward(ctx, grad: Tensor) -> tuple:
     return grad_x, grad_values, None, None, grad_bias, None
 
 
+def _save_two(ctx, inputs: tuple, output: Tensor) -> None:
+    """Both gradients are linear in their two operands: what autograd needs to differentiate them once more."""
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _backward_grad_input(ctx, grad: Tensor) -> tuple:
+    """Of ``grad_input = grad_y W``, linear in both."""
+    grad_y, values, row_ptr, col_idx = ctx.saved_tensors
+    ops, index = torch.ops.sparsekd, (row_ptr, col_idx)
+    return (
+        ops.linear(grad, values, *index, None, grad_y.shape[-1]),
+        ops.linear_grad_values(grad_y, grad, *index, *values.shape[1:]),
+        *(None,) * 3,
+    )
+
+
+def _backward_grad_values(ctx, grad: Tensor) -> tuple:
+    """Of ``grad_values = blocks of grad_y^T x``, linear in both."""
+    grad_y, x, row_ptr, col_idx = ctx.saved_tensors
+    ops, index = torch.ops.sparsekd, (row_ptr, col_idx)
+    return (
+        ops.linear(x, grad, *index, None, grad_y.shape[-1]),
+        ops.linear_grad_input(grad_y, grad, *index, x.shape[-1]),
+        *(None,) * 4,
+    )
+
+
 define(
     "linear",
     "(Tensor x, Tensor values, Tensor row_ptr, Tensor col_idx, Tensor? bias, SymInt out_features) -> Tensor",
@@ -112,3 +139,5 @@ define(
     _fake_grad_values,
 )
 torch.library.register_autograd("sparsekd::linear", _backward, setup_context=_save)
+torch.library.register_autograd("sparsekd::linear_grad_input", _backward_grad_input, setup_context=_save_two)
+torch.library.register_autograd("sparsekd::linear_grad_values", _backward_grad_values, setup_context=_save_two)

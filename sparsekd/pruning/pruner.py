@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import ASGD, LBFGS, Optimizer, Rprop
+from torch.optim import ASGD, LBFGS, Adagrad, Optimizer, Rprop
 
 from ..blocks import BlockPattern
 from .batch_norm import fed_batch_norms
@@ -40,6 +40,9 @@ class Pruner:
             ``"random"`` as a control (seeded by ``seed``).
         example_inputs: a tuple, see :meth:`observe`; needed before the first prune if the model has ``BatchNorm2d``.
         rewindable: remember all values now (theta0), for :meth:`rewind`. Costs a copy of the model.
+
+    Under ``torch.compile`` every prune makes new shapes: call ``torch.compiler.reset()`` after one, or dynamo gives up
+    compiling after its recompile limit (8).
 
     Dead filters: where a convolution's output channel has no kept weight left, its bias and the batch norm channel that
     it feeds are set to zero and held there, so that the channel is exactly 0 in training and evaluation. They are
@@ -206,14 +209,15 @@ class Pruner:
 
     @torch.no_grad()
     def reset_momentum(self) -> None:
-        """Set the optimizers' averages and step counters of this model's parameters to 0, as if training began now."""
-        for parameter in self.model.parameters():
-            for state, key in list(state_slots(parameter, self._optimizers)):
-                state[key].zero_()
-            for optimizer in self._optimizers:
-                state = optimizer.state.get(parameter, {})
-                if "step" in state:
-                    state["step"] = state["step"] * 0
+        """Make the optimizers forget this model's parameters (averages and step counters), as if training began now."""
+        for optimizer in self._optimizers:
+            for parameter in self.model.parameters():
+                if isinstance(optimizer, Adagrad) and parameter in optimizer.state:
+                    # The one whose state is made by its constructor and not by the first step.
+                    optimizer.state[parameter]["sum"].fill_(optimizer.defaults["initial_accumulator_value"])
+                    optimizer.state[parameter]["step"].zero_()
+                else:
+                    optimizer.state.pop(parameter, None)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -261,8 +265,8 @@ class Pruner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the blocks, theta0 and random state of :meth:`state_dict`, on a new Pruner of the same dense model.
 
-        The model's state may be loaded before or after. Raises ValueError, before anything has changed, for the state
-        of another model or other settings.
+        The model's state may be loaded before or after, an optimizer's only after. Raises ValueError (TypeError for an
+        optimizer that holds other shapes), before anything has changed, for the state of another model or settings.
         """
         self._check_state(state)
         for units in self._layers:
@@ -368,6 +372,7 @@ class Pruner:
                 got = tuple(state[name].shape) if name in state else "nothing"
                 raise ValueError(f"Pruner.load_state_dict: expected {name} of shape {tuple(shape)}, got {got}")
         for units in self._layers:
+            list(state_slots(units.parameter, self._optimizers))
             if bool((state[f"mask.{units.name}"].cpu() & ~units.mask().cpu()).any()):
                 raise ValueError(
                     f"Pruner.load_state_dict: layer {units.name!r} no longer has all the blocks of this state; load it "

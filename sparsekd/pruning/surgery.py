@@ -38,6 +38,7 @@ def state_slots(parameter: Tensor, optimizers: Iterable[Optimizer]) -> Iterator[
             if isinstance(value, list) or value.shape != parameter.shape:
                 raise TypeError(
                     f"sparsekd.pruning: the state {key!r} of {type(optimizer).__name__} does not have the parameter's "
-                    f"shape {tuple(parameter.shape)}, so it cannot shrink along; use SGD, Adam, AdamW or the like"
+                    f"shape {tuple(parameter.shape)}, so it cannot shrink along; use SGD, Adam, AdamW or the like, and "
+                    "load an optimizer's state last"
                 )
             yield state, key

@@ -1,0 +1,1 @@
+"""Joules and watts: `pytest benchmarks/power [--quick]`; see ../README.md."""

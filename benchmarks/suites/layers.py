@@ -1,0 +1,128 @@
+"""Single layers, forward and a step of training; with --model the layers of that network at their real inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import sparsekd
+from benchmarks.contest import Case, Contest, Setup, agree
+from benchmarks.suites.networks import sources
+from benchmarks.suites.students import infer
+from benchmarks.suites.training import agree_gradients
+from sparsekd.nn import SparseConv2d, SparseLinear
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A dense layer to build and the shape of its input."""
+
+    id: str
+    build: Callable[[], nn.Conv2d | nn.Linear]
+    input: tuple[int, ...]
+
+
+def conv(id: str, n: int, c: int, k: int, image: int, kernel: int = 3, stride: int = 1) -> Layer:
+    return Layer(id, lambda: nn.Conv2d(c, k, kernel, stride, kernel // 2), (n, c, image, image))
+
+
+def linear(id: str, n: int, inputs: int, outputs: int) -> Layer:
+    return Layer(id, lambda: nn.Linear(inputs, outputs), (n, inputs))
+
+
+QUICK = [conv("conv-64-64-8x8", 16, 64, 64, 8), linear("linear-256-256", 64, 256, 256)]
+LAYERS = [
+    conv("student-32-32-8x8", 64, 32, 32, 8),
+    conv("student-32-64-8x8-s2", 64, 32, 64, 8, stride=2),
+    conv("student-64-64-4x4", 64, 64, 64, 4),
+    conv("wrn-32-32-32x32", 16, 32, 32, 32),
+    conv("wrn-128-128-8x8", 16, 128, 128, 8),
+    conv("resnet-64-64-56x56", 1, 64, 64, 56),
+    conv("resnet-256-256-14x14", 1, 256, 256, 14),
+    conv("resnet-512-128-28x28-1x1", 1, 512, 128, 28, kernel=1),
+    conv("resnet-512-512-7x7", 1, 512, 512, 7),
+    linear("linear-512-512-n1", 1, 512, 512),
+    linear("linear-512-512-n64", 64, 512, 512),
+    linear("linear-1024-4096-n64", 64, 1024, 4096),
+]
+
+
+def cases(setup: Setup) -> list[Case]:
+    found = []
+    layers = _layers_of_model(setup) if setup.model else QUICK if setup.quick else LAYERS
+    for layer in layers:
+        for d in setup.densities:
+            names = ("dense", "ours", "dense_frozen", "ours_frozen")
+            found.append(Case(f"forward-{layer.id}-d{d:g}", names, partial(forward, setup, layer, d)))
+            found.append(Case(f"step-{layer.id}-d{d:g}", ("dense", "ours"), partial(step, setup, layer, d)))
+    return found
+
+
+def sparse_of(dense: nn.Conv2d | nn.Linear, density: float) -> SparseConv2d | SparseLinear:
+    kind = SparseConv2d if isinstance(dense, nn.Conv2d) else SparseLinear
+    return kind.from_dense(dense, density=density)
+
+
+def forward(setup: Setup, layer: Layer, density: float) -> Contest:
+    """Inference. Frozen layers are the sparse kernels whether they win or not, and the dense ones torch's best."""
+    ours = sparse_of(layer.build().to(setup.device), density).eval()
+    dense = ours.to_dense()
+    inputs = (torch.randn(layer.input, device=setup.device),)
+    networks: dict[str, nn.Module] = {"dense": dense, "ours": ours}
+    absent = {}
+    if setup.device.type == "cpu":
+        networks["dense_frozen"] = sparsekd.freeze(dense, inputs, layer_ms=5.0)
+        networks["ours_frozen"] = sparsekd.freeze(ours, inputs, min_gain=0.0, layer_ms=5.0)
+    else:
+        absent = dict.fromkeys(("dense_frozen", "ours_frozen"), "sparsekd.freeze makes networks for the CPU")
+    calls = {name: infer(network, inputs) for name, network in networks.items()}
+    expected = calls["dense"]()
+    for name, call in calls.items():
+        agree(f"{layer.id}: {name}", call(), expected)
+    share = {"weights_share": ours.density}
+    return Contest(calls, absent, {name: share for name in calls if name.startswith("ours")})
+
+
+def step(setup: Setup, layer: Layer, density: float) -> Contest:
+    """Forward and both gradients."""
+    ours = sparse_of(layer.build().to(setup.device), density)
+    dense = ours.to_dense()
+    x = torch.randn(layer.input, device=setup.device, requires_grad=True)
+    gradient = torch.randn_like(dense(x))
+    calls = {name: _gradients(one, x, gradient) for name, one in (("dense", dense), ("ours", ours))}
+    agree(f"{layer.id}: gradient of the input", calls["ours"]()[0], calls["dense"]()[0])
+    ours(x).backward(gradient)
+    dense(x).backward(gradient)
+    agree_gradients(layer.id, nn.Sequential(ours), nn.Sequential(dense))
+    return Contest(calls, {}, {"ours": {"weights_share": ours.density}})
+
+
+def _gradients(layer: nn.Module, x: Tensor, gradient: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    wanted = [x, *layer.parameters()]
+    return lambda: torch.autograd.grad(layer(x), wanted, gradient)
+
+
+def _layers_of_model(setup: Setup) -> list[Layer]:
+    """Each layer of --model that `sparsify` would take, once for every geometry, with the input it gets."""
+    (source,) = sources(setup)
+    model = source.build().eval()
+    wanted = {name for name, _ in sparsekd.convert.named_layers(model, (nn.Conv2d, nn.Linear), None, source.exclude)}
+    found: dict[str, Layer] = {}
+
+    def keep(name: str, module: nn.Conv2d | nn.Linear, shape: tuple[int, ...]) -> None:
+        described = f"{module} at {shape}"
+        found.setdefault(described, Layer(f"{source.id}-{name}", lambda: module, shape))
+
+    for name in sorted(wanted):
+        module = model.get_submodule(name)
+        if getattr(module, "groups", 1) == 1:
+            module.register_forward_hook(lambda m, args, _, name=name: keep(name, m, tuple(args[0].shape)))
+    with torch.inference_mode():
+        model(*source.inputs())
+    for module in model.modules():
+        module._forward_hooks.clear()
+    return list(found.values())

@@ -1,0 +1,93 @@
+"""Distillation losses on feature maps, forward and backward: feature_stats, attention transfer, SAD.
+
+`plain` is the formula in torch operations, each kept by autograd; `compiled` (--compile) is torch.compile of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.contest import Case, Contest, Setup, agree
+from sparsekd.distill import SAD, attention_transfer_loss
+from sparsekd.ops.attention import feature_stats
+
+# Channels and side of the feature maps, shallow to deep.
+_STUDENT = ((32, 32), (64, 16), (128, 8))  # WRN-16-2
+_QUICK = ((16, 16), (32, 8))
+
+
+def cases(setup: Setup) -> list[Case]:
+    batch, maps = (8, _QUICK) if setup.quick else (64, _STUDENT)
+    compiled = ("compiled",) if setup.compile else ()
+    pair, alone = ("plain", "ours", *compiled), ("ours", *compiled)
+    return [
+        Case(f"feature-stats-n{batch}", pair, lambda: _stats(setup, batch, maps)),
+        Case(f"attention-transfer-n{batch}", pair, lambda: _transfer(setup, batch, maps)),
+        Case(f"sad-n{batch}", alone, lambda: _sad(setup, batch, maps)),
+    ]
+
+
+def _features(setup: Setup, batch: int, maps: Sequence[tuple[int, int]], grad: bool) -> list[Tensor]:
+    """Post-ReLU feature maps."""
+    return [torch.randn(batch, c, s, s, device=setup.device).relu().requires_grad_(grad) for c, s in maps]
+
+
+def _stats(setup: Setup, batch: int, maps: Sequence[tuple[int, int]]) -> Contest:
+    student = _features(setup, batch, maps, grad=True)
+
+    def plain(features: Tensor) -> tuple[Tensor, Tensor]:
+        return features.mean((2, 3)), features.square().mean(1).flatten(1)
+
+    def loss(stats: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Callable[[], Tensor]:
+        return lambda: torch.stack([part.square().sum() for x in student for part in stats(x)]).sum()
+
+    return _contest(setup, {"plain": loss(plain), "ours": loss(feature_stats)}, student)
+
+
+def _transfer(setup: Setup, batch: int, maps: Sequence[tuple[int, int]]) -> Contest:
+    student = _features(setup, batch, maps, grad=True)
+    teacher = _features(setup, batch, [(2 * c, s) for c, s in maps], grad=False)
+
+    def attention(features: Tensor) -> Tensor:
+        return F.normalize(features.square().mean(1).flatten(1))
+
+    def plain() -> Tensor:
+        pairs = zip(student, teacher, strict=True)
+        return torch.stack([F.mse_loss(attention(s), attention(t)) for s, t in pairs]).sum()
+
+    calls = {"plain": plain, "ours": lambda: attention_transfer_loss(student, teacher)}
+    return _contest(setup, calls, student)
+
+
+def _sad(setup: Setup, batch: int, maps: Sequence[tuple[int, int]]) -> Contest:
+    student = _features(setup, batch, maps, grad=True)
+    teacher = _features(setup, batch, [(2 * c, s) for c, s in maps], grad=False)
+    module = SAD([t.shape[1] for t in teacher], [s.shape[1] for s in student]).to(setup.device)
+    return _contest(setup, {"ours": lambda: module(teacher, student)}, [*student, *module.parameters()])
+
+
+def _contest(setup: Setup, losses: dict[str, Callable[[], Tensor]], wanted: Sequence[Tensor]) -> Contest:
+    """Loss and its gradients, compared with those of the first."""
+    if setup.compile:
+        losses["compiled"] = torch.compile(losses["ours"])
+    calls = {name: partial(_gradients, loss, wanted) for name, loss in losses.items()}
+    first, *others = calls
+    expected = calls[first]()
+    for name in others:
+        agree(f"loss of {name}", losses[name]().detach(), losses[first]().detach())
+        # Together: the gradient of a bias before a batch norm is rounding and nothing else.
+        agree(f"gradient of {name}", _flat(calls[name]()), _flat(expected))
+    return Contest(calls)
+
+
+def _gradients(loss: Callable[[], Tensor], wanted: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss(), wanted)
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])

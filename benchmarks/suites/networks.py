@@ -1,0 +1,111 @@
+"""Networks to measure: the project's student, the paper's CIFAR student, or the one given with --model."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.contest import Setup
+from sparsekd.evaluate import NOT_PRUNED
+from sparsekd.models import STUDENT, RatingCNN
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network to build and what to call it with. exclude: layers that stay dense (fnmatch on module names)."""
+
+    id: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], tuple[Tensor, ...]]
+    exclude: tuple[str, ...] = ()
+
+
+def sources(setup: Setup) -> list[Source]:
+    """The network of --model at its --input-shape, or the built-in ones at each batch size."""
+    if setup.model:
+        id = f"{setup.model.replace(':', '.')}-n{setup.input_shapes[0][0]}"
+        return [Source(id, partial(load, setup.model), partial(_random, *setup.input_shapes), setup.exclude)]
+    found = []
+    for batch in setup.batches:
+        rows = partial(_random, *((batch, columns) for columns in _RATING_SIZES.values()), (batch,))  # the prior
+        found.append(Source(f"rating-cnn-n{batch}", _rating_cnn, rows, NOT_PRUNED))
+        if not setup.quick and batch <= 64:
+            images = partial(_random, (batch, 3, 32, 32))
+            found.append(Source(f"wrn-16-2-n{batch}", _wide_resnet, images, ("stem", "head")))
+    return found
+
+
+def load(name: str) -> nn.Module:
+    """The module that `package.module:factory` makes. Raises ValueError for a bad name, TypeError."""
+    module, colon, factory = name.partition(":")
+    if not colon:
+        raise ValueError(f"--model must be package.module:factory, got {name!r}")
+    model = getattr(importlib.import_module(module), factory)()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"--model {name} must make an nn.Module, got {type(model).__name__}")
+    return model
+
+
+# The columns of MovieTweetings' inputs.
+_RATING_SIZES = {"user_features": 31, "item_features": 65}
+
+
+def _rating_cnn() -> nn.Module:
+    return randomised(RatingCNN(_RATING_SIZES, STUDENT))
+
+
+def _wide_resnet() -> nn.Module:
+    return randomised(WideResNet())
+
+
+def _random(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(shape) for shape in shapes)
+
+
+@torch.no_grad()
+def randomised(model: nn.Module) -> nn.Module:
+    """Give numbers to what starts as zeros and ones, so that comparing outputs says something."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model
+
+
+class WideResNet(nn.Module):
+    """WRN-16-2 for 32x32 images, pre-activation (arXiv 1605.07146): [N, 3, 32, 32] -> [N, 100]."""
+
+    def __init__(self, classes: int = 100) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        widths = [(16, 32, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1)]
+        self.blocks = nn.Sequential(*(WideBlock(*sizes) for sizes in widths))
+        self.norm, self.head = nn.BatchNorm2d(128), nn.Linear(128, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.blocks(self.stem(x))))
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class WideBlock(nn.Module):
+    """conv2(relu(bn2(conv1(a)))) + shortcut, a = relu(bn1(x)): [N, C, H, W] -> [N, K, H/stride, W/stride]."""
+
+    def __init__(self, c: int, k: int, stride: int) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(c), nn.Conv2d(c, k, 3, stride, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(k), nn.Conv2d(k, k, 3, 1, 1, bias=False)
+        self.shortcut = None if c == k else nn.Conv2d(c, k, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.relu(self.bn1(x))
+        y = self.conv2(F.relu(self.bn2(self.conv1(a))))
+        return y + (x if self.shortcut is None else self.shortcut(a))

@@ -1,0 +1,1 @@
+"""Seconds: `pytest benchmarks/throughput [--quick]`; see ../README.md."""

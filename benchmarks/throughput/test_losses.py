@@ -1,0 +1,7 @@
+from benchmarks.suites import losses
+
+SUITE = losses
+
+
+def test_losses(benchmark, contestant):
+    contestant.time(benchmark)

@@ -1,0 +1,7 @@
+from benchmarks.suites import training
+
+SUITE = training
+
+
+def test_training(benchmark, contestant):
+    contestant.time(benchmark)

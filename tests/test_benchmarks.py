@@ -1,0 +1,455 @@
+"""The benchmarks themselves: the gate's arithmetic, the paper's tables, and both suites run for real, if quickly."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import sparsekd
+from benchmarks import gate, paper_tables
+from benchmarks.contest import Replay, Setup, agree, energy_info, seconds_info
+from benchmarks.gate import Figure, judge
+from benchmarks.suites import embeddings, layers, losses, students, training
+from benchmarks.suites.compact import compact, count_weights
+from benchmarks.suites.networks import WideResNet, load, randomised
+from sparsekd.energy import Comparison, Interval, Measurement
+from sparsekd.models import STUDENT, RatingCNN
+
+ROOT = Path(__file__).parents[1]
+QUICK = Setup(quick=True, densities=(0.3,), batches=(4,))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---- the gate
+
+
+@pytest.mark.parametrize(
+    ("now", "status"),
+    [(2.0, "ok"), (1.61, "ok"), (1.5, "slower"), (2.39, "ok"), (2.5, "faster")],
+)
+def test_a_case_is_slower_below_the_tolerance_only(now, status):
+    verdict = judge("a", Figure(now), Figure(2.0), tolerance=0.2)
+    assert (verdict.status, verdict.floor) == (status, pytest.approx(1.6))
+
+
+def test_noise_widens_the_tolerance_of_either_run():
+    assert judge("a", Figure(1.5, noise=0.1), Figure(2.0), 0.2).status == "ok"
+    assert judge("a", Figure(1.5), Figure(2.0, noise=0.1), 0.2).status == "ok"
+    assert judge("a", Figure(1.3, noise=0.1), Figure(2.0), 0.2).status == "slower"
+
+
+def test_much_noise_decides_nothing_but_does_not_hide_a_good_figure():
+    noise = gate.NOISE_LIMIT + 0.05
+    assert judge("a", Figure(0.5, noise), Figure(2.0), 0.2).status == "noisy"
+    assert judge("a", Figure(1.4, noise), Figure(2.0), 0.2).status == "noisy"  # above the floor, thanks to noise alone
+    assert judge("a", Figure(1.9, noise), Figure(2.0), 0.2).status == "ok"
+
+
+def test_a_case_that_was_not_measured_is_missing():
+    assert judge("a", None, Figure(2.0)).status == "missing"
+    assert gate.compare_runs({}, {"a": Figure(2.0)}, 0.2)[0].status == "missing"
+
+
+def measurements(*speedups):
+    left = list(speedups)
+    return lambda: Figure(left.pop(0))
+
+
+def test_a_disturbed_attempt_is_retried():
+    verdict = gate.judge_with_retries("a", measurements(0.5, 0.9, 1.9), Figure(2.0), 0.2, attempts=3)
+    assert (verdict.status, verdict.now) == ("ok", Figure(1.9))
+
+
+def test_what_is_slower_in_every_attempt_is_slower_with_its_best_figure():
+    verdict = gate.judge_with_retries("a", measurements(1.1, 1.3, 1.2), Figure(2.0), 0.2, attempts=3)
+    assert (verdict.status, verdict.now) == ("slower", Figure(1.3))
+
+
+def test_a_quiet_slow_attempt_outweighs_noisy_ones():
+    noisy = Figure(1.4, gate.NOISE_LIMIT + 0.05)
+    left = [noisy, Figure(1.2), noisy]
+    assert gate.judge_with_retries("a", lambda: left.pop(0), Figure(2.0), 0.2, attempts=3).status == "slower"
+
+
+def test_exit_status():
+    ok, slower = judge("a", Figure(2.0), Figure(2.0)), judge("a", Figure(1.0), Figure(2.0))
+    missing = judge("a", None, Figure(2.0))
+    assert [gate.exit_status(v) for v in ([ok], [ok, slower], [ok, missing], [missing, slower], [])] == [0, 1, 2, 1, 2]
+
+
+def test_noise_is_the_distance_of_two_equal_columns_and_speedup_the_median_of_neighbours():
+    ours, dense = [1.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0], [3.0, 6.0, 3.0, 3.0, 3.0, 3.0, 3.0]
+    assert gate.figure_of(ours, dense, dense) == Figure(3.0, 0.0)  # the machine that slowed both down does not count
+    assert gate.figure_of(ours, dense, [d * 1.25 for d in dense]).noise == pytest.approx(0.2)
+
+
+def test_cases_on_which_processes_disagree_are_left_out():
+    runs = [{"a": Figure(2.0, 0.01), "b": Figure(2.6)}, {"a": Figure(2.1, 0.02), "b": Figure(3.9)}]
+    kept, left_out = gate.agreed([*runs, {"a": Figure(1.9, 0.5), "b": Figure(3.8)}])
+    assert kept == {"a": Figure(2.0, 0.05)}  # one run's noise of 0.5 is not the median
+    assert left_out == {"b": pytest.approx(1 - 2.6 / 3.8, abs=1e-4)}
+
+
+def test_the_gate_measures_and_judges(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gate, "LAYERS", [layers.conv("tiny", 2, 16, 16, 4)])
+    monkeypatch.setattr(gate, "REPEATS", 7)
+    threads = torch.get_num_threads()
+    path = tmp_path / "gate.json"
+    stored = {"forward-tiny": {"speedup": 1e-3}, "step-tiny": {"speedup": 1e-3}}
+    path.write_text(json.dumps({"machine": {}, "cases": stored}))
+    assert gate.main([str(path), "--seconds", "0.01"]) == 0
+    path.write_text(json.dumps({"machine": {}, "cases": {"forward-tiny": {"speedup": 1e6}}}))
+    assert gate.main([str(path), "--seconds", "0.01"]) in (1, 2)  # 2 where the machine is too noisy to tell
+    path.write_text(json.dumps({"machine": {}, "cases": {"forward-gone": {"speedup": 2.0}}}))
+    assert gate.main([str(path), "--seconds", "0.01"]) == 2
+    assert "forward-gone" in capsys.readouterr().out
+    assert torch.get_num_threads() == threads
+
+
+def test_the_gate_needs_something_stored(tmp_path, capsys):
+    assert gate.main([str(tmp_path / "none.json")]) == 2
+    assert "--update writes it" in capsys.readouterr().err
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="neither a stored gate nor"):
+        gate.read_figures(tmp_path / "other.json")
+
+
+def test_every_stored_gate_names_cases_that_exist():
+    for path in gate.RESULTS.glob("gate-*.json"):
+        stored = gate.read_figures(path)
+        assert stored and set(stored) <= set(gate.gate_cases()), path
+        assert all(figure.speedup > 0 and figure.noise <= gate.NOISE_LIMIT for figure in stored.values())
+
+
+# ---- the paper's tables
+
+
+def network(name, density=None, **metrics):
+    base = {"mae": 0.9, "mse": 1.2, "weights_kept": density or 1.0, "train_seconds": 100.0, "train_joules": None}
+    base |= {"joules_dense": None, "joules_frozen": None}
+    return {"name": name, "method": name.lower(), "seed": 0, "target_density": density, "metrics": {**base, **metrics}}
+
+
+@pytest.fixture
+def kept(tmp_path):
+    rows = [
+        network("teacher"),
+        network("SAD", mse=1.2, train_joules=5000.0, joules_dense=2e-3, joules_frozen=1e-3),
+        network("LTH-SAD", 0.45, mse=1.5, train_seconds=60.0, train_joules=2000.0),
+    ]
+    rows[2]["energy_note"] = "not measured: no counter"
+    results = {
+        "schema": 1,
+        "command": "sparsekd run movies --group social",
+        "task": {"name": "movies-social"},
+        "protocol": {"quick": True, "seeds": [0], "machine": "a machine"},
+        "baselines": [{"name": "train mean", "mae": 0.95, "mse": 1.51, "setting": ""}],
+        "rows": rows,
+    }
+    (tmp_path / "movies-social.json").write_text(json.dumps(results))
+    (tmp_path / "other.json").write_text("[1]")
+    (tmp_path / "gate.json").write_text(json.dumps({"cases": {}}))
+    return paper_tables.load([tmp_path])
+
+
+def cells(text, *start):
+    """Cells of the one table row that begins with these cells."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    (found,) = [line for line in lines if tuple(line[: len(start)]) == start]
+    return found[len(start) :]
+
+
+def test_other_json_in_the_folder_is_passed_over(kept):
+    assert [file.path.name for file in kept] == ["movies-social.json"]
+
+
+def test_table_3_gives_the_change_against_sad(kept):
+    text = paper_tables.table_3(kept)
+    assert cells(text, "paper: CIFAR-100", "SS-SAD") == ["70 %", "top-1 73.71 %", "-2.33 %"]
+    # 1.5 against 1.2 is 25 % more error: worse, so negative
+    assert cells(text, "ours: movies-social", "LTH-SAD") == ["55 %", "MSE 1.5000", "-25.00 %"]
+    assert "teacher" not in text
+    assert "CIFAR-100 with WRN-40-2" in text
+    assert "QUICK RUN" in text
+
+
+def test_table_4_puts_ours_below_theirs_with_the_baselines(kept):
+    text = paper_tables.table_4(kept)
+    assert cells(text, "social", "paper", "LTH-SAD") == ["0.8100", "1.1060"]
+    assert cells(text, "social", "ours", "LTH-SAD @ 0.45") == ["0.9000", "1.5000"]
+    assert cells(text, "social", "ours", "(train mean)") == ["0.9500", "1.5100"]
+    assert "not run for categorical, numerical, textual" in text
+
+
+def test_power_keeps_seconds_joules_and_watts_apart(kept):
+    text = paper_tables.power(kept)
+    assert cells(text, "paper: categorical", "LTH-SAD") == ["2400", "180", "75", "-66.67 %", "-66.67 %", ""]
+    assert cells(text, "ours: movies-social", "LTH-SAD @ 0.45") == [
+        "60.0", "2", "33.3", "-40.00 %", "-60.00 %", "not measured",
+    ]  # fmt: skip
+    assert cells(text, "ours: movies-social", "SAD")[-1] == "-50.00 %"
+    assert "no counter" in text
+
+
+def test_without_joules_nothing_is_estimated(kept):
+    for row in kept[0].results["rows"]:
+        row["metrics"]["train_joules"] = None
+    found = cells(paper_tables.power(kept), "ours: movies-social", "LTH-SAD @ 0.45")
+    assert found == ["60.0", "not measured", "not measured", "-40.00 %", "not measured", "not measured"]
+
+
+def test_tables_without_results_say_what_to_run(tmp_path, capsys):
+    assert paper_tables.main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "Ours: not run yet; `sparsekd run" in out
+    assert paper_tables.main([str(tmp_path / "none.json")]) == 1
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_the_paper_figures_agree_with_its_claim():
+    (sad_watts, sad_minutes), (watts, minutes) = paper_tables.PAPER_RUNS.values()
+    saved = 100 * (1 - watts * minutes / (sad_watts * sad_minutes))
+    assert saved == pytest.approx(paper_tables.PAPER_POWER["categorical"], abs=0.01)
+
+
+# ---- the contests
+
+
+@pytest.mark.parametrize("suite", [layers, students, losses, embeddings, training], ids=lambda suite: suite.__name__)
+def test_every_quick_case_builds_and_agrees_with_its_peer(suite):
+    found = suite.cases(QUICK)
+    assert len({case.id for case in found}) == len(found) > 0
+    for case in found:
+        contest = case.build()
+        assert set(case.names) == set(contest.calls) | set(contest.absent)
+        for call in contest.calls.values():
+            call()
+
+
+def test_the_full_suites_have_distinct_ids_and_both_networks():
+    for suite in (layers, students, losses, embeddings, training):
+        ids = [case.id for case in suite.cases(Setup())]
+        assert len(set(ids)) == len(ids)
+    ids = " ".join(case.id for case in students.cases(Setup()))
+    assert "rating-cnn-n512" in ids and "wrn-16-2-n64" in ids
+
+
+def test_masked_and_compacted_keep_the_weights_that_they_say():
+    (case,) = students.cases(QUICK)
+    info = case.build().info
+    assert info["dense"]["weights_share"] == info["masked"]["weights_share"] == 1.0
+    assert 0.25 < info["ours"]["weights_share"] < 0.5  # 30 % of what is pruned; the rest stays dense
+    assert info["compacted"]["weights_share"] == info["compacted_frozen"]["weights_share"]
+
+
+def test_disagreement_and_nan_stop_a_benchmark():
+    agree("a", torch.ones(3), torch.ones(3))
+    for got in (torch.tensor([1.0, 1.0, 1.1]), torch.full((3,), float("nan"))):
+        with pytest.raises(RuntimeError, match="a differs from its peer"):
+            agree("a", got, torch.ones(3))
+
+
+def test_wrong_gradients_stop_a_training_benchmark():
+    ours = sparsekd.sparsify(nn.Sequential(nn.Linear(32, 32)), density=0.5)
+    twin = sparsekd.densify(copy.deepcopy(ours))
+    x = torch.rand(4, 32)
+    for model in (ours, twin):
+        model(x).square().mean().backward()
+    training.agree_gradients("a", ours, twin, training.FLIPS)
+    ours[0].values.grad *= 1.2
+    with pytest.raises(RuntimeError, match=r"a: gradient of 0\.values differs"):
+        training.agree_gradients("a", ours, twin, training.FLIPS)
+
+
+@pytest.mark.parametrize("density", [0.5, 0.2])
+def test_compacting_cuts_inner_channels_and_computes_the_same(density):
+    sizes = {"user_features": 5, "item_features": 6}
+    for model, inputs in [
+        (RatingCNN(sizes, STUDENT), (torch.rand(3, 5), torch.rand(3, 6), torch.rand(3))),
+        (WideResNet(10), (torch.rand(2, 3, 32, 32),)),
+        (nn.Sequential(nn.Conv2d(3, 9, 3, bias=True), nn.BatchNorm2d(9), nn.ReLU(), nn.Conv2d(9, 8, 1), nn.Flatten(),
+                       nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 2)), (torch.rand(2, 3, 3, 3),)),
+    ]:  # fmt: skip
+        model = randomised(model).eval()
+        before = copy.deepcopy(model.state_dict())
+        zeroed, smaller = compact(model, density)
+        torch.testing.assert_close(smaller(*inputs), zeroed(*inputs), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(smaller(*inputs), model(*inputs))
+        assert count_weights(smaller) < count_weights(model) == count_weights(zeroed)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_compacting_reaches_the_share_that_is_asked_for():
+    _, smaller = compact(WideResNet().eval(), 0.5)
+    assert 0.47 < count_weights(smaller) / count_weights(WideResNet()) <= 0.5
+
+
+def test_what_cannot_be_compacted_says_so():
+    with pytest.raises(ValueError, match="no layer feeds exactly one other"):
+        compact(nn.Sequential(nn.Linear(3, 4)), 0.5)
+
+    class Branches(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ValueError, match=r"torch\.fx cannot trace"):
+        compact(Branches(), 0.5)
+
+
+def test_there_is_no_embedding_yet():
+    """When this fails, the embeddings suite has an op to measure instead of a skip."""
+    assert not hasattr(sparsekd.ops, "embedding") and not hasattr(sparsekd.nn, "SparseEmbedding")
+
+
+def test_own_models_are_loaded_by_name():
+    assert isinstance(load("benchmarks.suites.networks:WideResNet"), WideResNet)
+    with pytest.raises(ValueError, match=r"package\.module:factory"):
+        load("torch.nn.Linear")
+    with pytest.raises(TypeError, match=r"must make an nn\.Module, got dict"):
+        load("builtins:dict")
+
+
+def test_layers_of_an_own_model_are_measured_at_the_inputs_they_get():
+    setup = Setup(model="benchmarks.suites.networks:WideResNet", input_shapes=((2, 3, 32, 32),), exclude=("stem",))
+    found = layers.cases(setup)
+    assert not any("stem" in case.id for case in found)
+    shapes = {layer.id.split("n2-")[1]: layer.input for layer in layers._layers_of_model(setup)}
+    assert shapes["blocks.2.conv1"] == (2, 32, 32, 32) and shapes["head"] == (2, 128)
+    assert len(shapes) == 10  # of 16 layers: in each stage, three convolutions are alike
+
+
+def test_replayed_samples_are_the_samples():
+    timer = Replay()
+    timer.load([0.25, 0.5])
+    times = [timer() for _ in range(4)]
+    assert [times[1] - times[0], times[3] - times[2]] == [0.25, 0.5]
+
+
+def test_extra_info_has_the_speedup_and_the_joules():
+    def measured(seconds, joules):
+        return Measurement(seconds, joules, joules / seconds, "rapl", 10, 60, None, (seconds,) * 7, (joules,) * 7)
+
+    found = Comparison(
+        "dense",
+        {"dense": measured(2.0, 50.0), "ours": measured(1.0, 20.0)},
+        {"ours": Interval(0.5, 0.4, 0.625, 0.98)},
+        {"ours": Interval(0.4, 0.3, 0.5, 0.98)},
+    )
+    info = seconds_info(found, "ours")
+    assert (info["speedup_low"], info["speedup"], info["speedup_high"]) == (1.6, 2.0, 2.5)
+    assert "speedup" not in seconds_info(found, "dense")
+    info = energy_info(found, "ours")
+    assert (info["joules"], info["watts"], info["source"], info["joules_ratio"]) == (20.0, 20.0, "rapl", 0.4)
+
+
+# ---- the suites as a user runs them
+
+
+def run_suite(*args, code="import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, "-q", "-rs", "-p", "no:cacheprovider", *args]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_throughput_quick(tmp_path):
+    path = tmp_path / "run.json"
+    status, out = run_suite("benchmarks/throughput", "--quick", "--threads", "1", f"--benchmark-json={path}")
+    assert status == 0, out
+    assert "no embedding" in out  # the one skip
+    data = json.loads(path.read_text())
+    assert "node" not in data["machine_info"] and data["machine_info"]["sparsekd"]["threads"] == 1
+    found = {bench["fullname"]: bench for bench in data["benchmarks"]}
+    name = "benchmarks/throughput/test_students.py::test_students[rating-cnn-n64-d0.3-cpu-ours_frozen]"
+    assert found[name]["extra_info"]["speedup"] > 0 and found[name]["params"] == {
+        "contestant": "students:rating-cnn-n64-d0.3-cpu-ours_frozen"
+    }
+    assert found[name]["stats"]["rounds"] == 6
+    # A run compared with itself is fine, by the gate's rule too.
+    assert set(gate.read_figures(path)) < set(found)
+    assert gate.main([str(path), "--run", str(path), "--tolerance", "0.9"]) in (0, 2)
+
+
+def test_power_names_the_counter_or_skips_with_the_reason(tmp_path):
+    status, out = run_suite("benchmarks/power", "--quick", "-k", "feature-stats", "--threads", "1")
+    assert status == 0, out
+    assert "no energy counter: rapl: " in out or " J  " in out
+
+
+# A powercap tree that a thread moves at 20 W, in real time: what a laptop looks like to the meter.
+FAKE_COUNTER = """
+import functools, os, sys, threading, time
+from pathlib import Path
+import pytest
+from sparsekd.energy import Machine, meter
+
+root = Path(sys.argv.pop(1))
+zone = root / "intel-rapl:0"
+zone.mkdir(parents=True)
+(zone / "name").write_text("package-0")
+(zone / "max_energy_range_uj").write_text("262143328850")
+(zone / "energy_uj").write_text("0")
+
+def run():
+    while True:
+        (zone / "new").write_text(str(int(20e6 * time.perf_counter())))
+        os.replace(zone / "new", zone / "energy_uj")
+        time.sleep(5e-4)
+
+threading.Thread(target=run, daemon=True).start()
+meter.Machine = functools.partial(Machine, powercap=root)
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+def test_power_reports_joules_watts_and_source(tmp_path):
+    path = tmp_path / "run.json"
+    args = ["benchmarks/power", "--quick", "-k", "feature-stats", "--threads", "1", f"--benchmark-json={path}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", FAKE_COUNTER, str(tmp_path / "powercap"), "-q", "-p", "no:cacheprovider", *args]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for bench in json.loads(path.read_text())["benchmarks"]:
+        info = bench["extra_info"]
+        assert info["source"] == "rapl"
+        assert info["watts"] == pytest.approx(20, rel=0.2)
+        assert info["joules"] == pytest.approx(20 * bench["stats"]["median"], rel=0.3)
+    assert " W rapl" in done.stdout and "baseline" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--device", "cuda:7", "--benchmark-disable"], "no CUDA device"),
+        (["--model", "a.b:c"], "--model and --input-shape go together"),
+        (["--device", "toaster"], "--device cpu or cuda"),
+    ],
+)
+def test_what_cannot_run_says_why(args, said):
+    if "cuda:7" in args and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    status, out = run_suite("benchmarks/throughput", "--quick", "-k", "feature-stats", *args)
+    assert said in out
+    assert status == (0 if "cuda:7" in args else 2)
+
+
+def test_an_own_model_is_one_option():
+    args = ["--model", "benchmarks.suites.networks:WideBlock", "--input-shape", "2,3,8,8"]
+    status, out = run_suite("benchmarks/throughput", "--quick", "--benchmark-disable", "-k", "students", *args)
+    assert status != 0 and "missing 3 required positional arguments" in out
+    args[1] = "benchmarks.suites.networks:WideResNet"
+    status, out = run_suite("benchmarks/throughput", "--quick", "--benchmark-disable", "-k", "students", *args)
+    assert status == 0 and "7 passed" in out, out
