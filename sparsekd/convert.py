@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -33,13 +34,13 @@ def sparsify(
     """
     check_density("sparsekd.sparsify", density)
     if isinstance(model, (nn.Linear, nn.Conv2d)):
-        kind = "SparseLinear" if isinstance(model, nn.Linear) else "SparseConv2d"
-        raise ValueError(f"sparsekd.sparsify: a bare layer cannot be replaced in place; use {kind}.from_dense(layer)")
+        name = "SparseLinear" if isinstance(model, nn.Linear) else "SparseConv2d"
+        raise ValueError(f"sparsekd.sparsify: a bare layer cannot be replaced in place; use {name}.from_dense(layer)")
     for name, layer in list(named_layers(model, (nn.Linear, nn.Conv2d), include, exclude)):
         if include is None and not _fits(layer, pattern):
             continue
         _refuse_tied(model, name, layer)
-        kind = SparseLinear if isinstance(layer, nn.Linear) else SparseConv2d
+        kind: Any = SparseLinear if isinstance(layer, nn.Linear) else SparseConv2d
         _replace(model, layer, kind.from_dense(layer, pattern, density=density))
     return model
 
@@ -56,7 +57,7 @@ def named_layers(
     types: tuple[type, ...],
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
-) -> Iterator[tuple[str, nn.Module]]:
+) -> Iterator[tuple[str, Any]]:
     """(name, layer) of the layers of these exact types that ``include`` names and ``exclude`` does not."""
     layers = {name: module for name, module in model.named_modules() if type(module) in types}
     for wanted in include or ():

@@ -31,7 +31,7 @@ class BlockSparseLayer(nn.Module):
     pattern: BlockPattern
     weight_shape: tuple[int, ...]
 
-    def _take(self, dense: nn.Module, pattern: BlockPattern | None, density: float | None, mask: Tensor | None) -> None:
+    def _take(self, dense: Any, pattern: BlockPattern | None, density: float | None, mask: Tensor | None) -> None:
         """Adopt the weight and bias of a dense layer. A parameter shares no memory with the dense one."""
         weight = _float_weight(type(self).__name__, dense)
         pattern = pattern or BlockPattern.for_device(weight.device, weight.dtype)
@@ -118,18 +118,19 @@ class BlockSparseLayer(nn.Module):
         self.col_idx = self.col_idx[keep]
         _replace_data(self.values, self.values.data[keep])
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
         """A state may hold other blocks, and another number of them, than this layer holds now."""
-        tensors = [state_dict.get(prefix + name) for name in ("values", "row_ptr", "col_idx")]
+        tensors: list[Any] = [state_dict.get(prefix + name) for name in ("values", "row_ptr", "col_idx")]
+        errors: list[str] = rest[-1]
         if all(tensor is not None for tensor in tensors):
             try:
-                BlockSparse(*tensors, self.weight_shape, self.pattern).validate()
+                BlockSparse(tensors[0], tensors[1], tensors[2], self.weight_shape, self.pattern).validate()
             except (TypeError, ValueError) as error:
                 errors.append(f"{prefix[:-1]}: {error}")
                 return
             _replace_data(self.values, self.values.data.new_empty(tensors[0].shape))
             self.col_idx = self.col_idx.new_empty(tensors[2].shape)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _describe_weight(self) -> str:
         described = f"bias={self.bias is not None}, pattern={self.pattern}"
@@ -214,9 +215,10 @@ class SparseConv2d(BlockSparseLayer):
         mask: Tensor | None = None,
     ) -> None:
         super().__init__()
-        geometry = (kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        geometry: Any = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        geometry |= {"bias": bias, "padding_mode": padding_mode, "dtype": dtype}
         device = torch.get_default_device() if device is None else torch.device(device)
-        dense = nn.Conv2d(in_channels, out_channels, *geometry, "cpu", dtype)
+        dense = nn.Conv2d(in_channels, out_channels, kernel_size, device="cpu", **geometry)  # type: ignore[arg-type]
         self._adopt(dense, pattern or _default_pattern(device, dtype), density, mask)
         self.to(device)
 
@@ -257,10 +259,17 @@ class SparseConv2d(BlockSparseLayer):
 
     def to_dense(self) -> nn.Conv2d:
         """An ``nn.Conv2d`` with the same weight, zeros where no block is kept."""
-        geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
-        dense = nn.Conv2d(
-            self.in_channels, self.out_channels, *geometry, self.bias is not None, self.padding_mode, device="meta"
+        names = (
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+            "padding_mode",
         )
+        dense = nn.Conv2d(**{name: getattr(self, name) for name in names}, bias=self.bias is not None, device="meta")
         return _fill(dense, self)
 
     def extra_repr(self) -> str:

@@ -104,7 +104,7 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[st
     out = folder_of(config, task)
     if config.fresh:
         _clear(out)
-    say("baselines")  # first: what they need is missing before anything was trained, or not at all
+    # First: what these need is missing before anything was trained, or not at all.
     scores = [dataclasses.asdict(score) for score in baselines.run(task)]
     report.check_plots()
     rows = []

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.nn.grad
 from torch import Tensor
 
 from ..blocks import BlockPattern, BlockSparse, gather_blocks
@@ -199,13 +201,13 @@ def _fake_grad_values(
     return x.new_empty(col_idx.shape[0], bh, bw)
 
 
-def _save(ctx, inputs: tuple, output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, values, row_ptr, col_idx, bias, _, *ctx.geometry = inputs
     ctx.has_bias = bias is not None
     ctx.save_for_backward(x, values, row_ptr, col_idx)
 
 
-def _backward(ctx, grad: Tensor) -> tuple:
+def _backward(ctx: Any, grad: Tensor) -> tuple:
     x, values, row_ptr, col_idx = ctx.saved_tensors
     need_x, need_values, *_ = ctx.needs_input_grad
     # Autograd may hand in a grad of another layout; both gradients run best in the layout of the forward pass.
@@ -217,13 +219,13 @@ def _backward(ctx, grad: Tensor) -> tuple:
     return grad_x, grad_values, None, None, grad_bias, *(None,) * 6
 
 
-def _save_two(ctx, inputs: tuple, output: Tensor) -> None:
+def _save_two(ctx: Any, inputs: tuple, output: Tensor) -> None:
     """Both gradients are linear in their two operands: what autograd needs to differentiate them once more."""
     ctx.save_for_backward(*inputs[:4])
     ctx.geometry = inputs[-5:]
 
 
-def _backward_grad_input(ctx, grad: Tensor) -> tuple:
+def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple:
     """Of grad_input, which is linear in the gradient of y and in the values."""
     grad_y, values, row_ptr, col_idx = ctx.saved_tensors
     grad = grad.contiguous(memory_format=memory_format(grad_y))
@@ -235,7 +237,7 @@ def _backward_grad_input(ctx, grad: Tensor) -> tuple:
     )
 
 
-def _backward_grad_values(ctx, grad: Tensor) -> tuple:
+def _backward_grad_values(ctx: Any, grad: Tensor) -> tuple:
     """Of grad_values, which is linear in the gradient of y and in x."""
     grad_y, x, row_ptr, col_idx = ctx.saved_tensors
     ops, index = torch.ops.sparsekd, (row_ptr, col_idx)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -77,13 +79,13 @@ def _fake_grad_values(grad: Tensor, x: Tensor, row_ptr: Tensor, col_idx: Tensor,
     return x.new_empty(col_idx.shape[0], bh, bw)
 
 
-def _save(ctx, inputs: tuple, output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, values, row_ptr, col_idx, bias, _ = inputs
     ctx.has_bias = bias is not None
     ctx.save_for_backward(x, values, row_ptr, col_idx)
 
 
-def _backward(ctx, grad: Tensor) -> tuple:
+def _backward(ctx: Any, grad: Tensor) -> tuple:
     x, values, row_ptr, col_idx = ctx.saved_tensors
     need_x, need_values, *_ = ctx.needs_input_grad
     ops = torch.ops.sparsekd
@@ -93,12 +95,12 @@ def _backward(ctx, grad: Tensor) -> tuple:
     return grad_x, grad_values, None, None, grad_bias, None
 
 
-def _save_two(ctx, inputs: tuple, output: Tensor) -> None:
+def _save_two(ctx: Any, inputs: tuple, output: Tensor) -> None:
     """Both gradients are linear in their two operands: what autograd needs to differentiate them once more."""
     ctx.save_for_backward(*inputs[:4])
 
 
-def _backward_grad_input(ctx, grad: Tensor) -> tuple:
+def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple:
     """Of ``grad_input = grad_y W``, linear in both."""
     grad_y, values, row_ptr, col_idx = ctx.saved_tensors
     ops, index = torch.ops.sparsekd, (row_ptr, col_idx)
@@ -109,7 +111,7 @@ def _backward_grad_input(ctx, grad: Tensor) -> tuple:
     )
 
 
-def _backward_grad_values(ctx, grad: Tensor) -> tuple:
+def _backward_grad_values(ctx: Any, grad: Tensor) -> tuple:
     """Of ``grad_values = blocks of grad_y^T x``, linear in both."""
     grad_y, x, row_ptr, col_idx = ctx.saved_tensors
     ops, index = torch.ops.sparsekd, (row_ptr, col_idx)
