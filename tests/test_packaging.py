@@ -7,14 +7,7 @@ import pytest
 
 from sparsekd import backends
 
-BLOCK = """
-import sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name in {names!r}:
-            raise ImportError(f"{{name}} is blocked for this test")
-sys.meta_path.insert(0, Blocker())
-"""
+HIDE = "import sys; sys.modules[{name!r}] = None\n"  # as if it were not installed
 
 USE = """
 import torch, sparsekd
@@ -38,13 +31,13 @@ def python(code: str, **environment: str) -> str:
 
 
 def test_without_the_compiled_module_everything_runs_on_the_reference():
-    said = python(BLOCK.format(names=["sparsekd._C"]) + USE + "print(sparsekd.backends.describe()['conv2d']['cpu'])\n")
+    said = python(HIDE.format(name="sparsekd._C") + USE + "print(sparsekd.backends.describe()['conv2d']['cpu'])\n")
     assert "pure-torch reference" in said
-    assert "sparsekd._C is blocked for this test" in said
+    assert "sparsekd._C is not importable" in said
 
 
 def test_without_triton_the_package_imports():
-    python(BLOCK.format(names=["triton"]) + USE)
+    python(HIDE.format(name="triton") + USE)
 
 
 needs_native = pytest.mark.skipif(backends.cpu.native is None, reason=backends.cpu.missing)
@@ -64,7 +57,7 @@ def test_the_kernels_share_the_thread_pool_of_torch():
 @pytest.mark.parametrize("threads", [1, 2])
 def test_torch_set_num_threads_governs_the_kernels(threads):
     said = python(f"import torch; torch.set_num_threads({threads})\n" + USE + "print(sparsekd._C.openmp())\n")
-    assert f"{threads} thread" in said, said
+    assert f"max threads {threads})" in said, said
 
 
 def test_kernels_ship_inside_the_package():
