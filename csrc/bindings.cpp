@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <iterator>
 #include <vector>
 
 #include "conv2d.h"
@@ -14,6 +15,7 @@ using namespace pybind11::literals;
 
 namespace {
 
+using sparsekd::Activation;
 using sparsekd::Blocks;
 using sparsekd::Conv2dGeometry;
 using sparsekd::Conv2dShape;
@@ -31,9 +33,13 @@ Blocks blocks(Address row_ptr, Address col_idx, int64_t nnzb) {
   return {in<int32_t>(row_ptr), in<int32_t>(col_idx), nnzb};
 }
 
-bool is_relu(int activation) {
-  if (activation == 0 || activation == 1) return activation == 1;
-  throw py::value_error("sparsekd._C: activation must be 0 (none) or 1 (relu), got " + std::to_string(activation));
+const char* const kActivationNames[] = {"none", "relu", "relu6", "silu"};
+
+Activation to_activation(int activation) {
+  if (activation >= 0 && activation < static_cast<int>(std::size(kActivationNames)))
+    return static_cast<Activation>(activation);
+  throw py::value_error("sparsekd._C: activation must be one of ACTIVATIONS.values(), 0 to 3, got " +
+                        std::to_string(activation));
 }
 
 int64_t output_size(const char* axis, int64_t in, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
@@ -104,6 +110,10 @@ void bind_machine(py::module_& m) {
 }
 
 void bind_conv2d(py::module_& m) {
+  py::dict activations;
+  for (const char* name : kActivationNames) activations[name] = py::len(activations);
+  m.attr("ACTIVATIONS") = activations;
+
   py::class_<Conv2dShape>(m, "Conv2dShape")
       .def(py::init(&make_shape), py::kw_only(), "n"_a, "c"_a, "h"_a, "w"_a, "k"_a, "r"_a, "s"_a, "stride_h"_a = 1,
            "stride_w"_a = 1, "pad_h"_a = 0, "pad_w"_a = 0, "dil_h"_a = 1, "dil_w"_a = 1, "groups"_a = 1, "bh"_a = 16,
@@ -116,10 +126,10 @@ void bind_conv2d(py::module_& m) {
       "conv2d_f32",
       [](const Conv2dShape& shape, Address x, bool x_channels_last, Address values, Address row_ptr, Address col_idx,
          int64_t nnzb, Address bias, Address residual, Address y, bool y_channels_last, int activation, int threads) {
-        const bool relu = is_relu(activation);
+        const Activation act = to_activation(activation);
         py::gil_scoped_release release;
         sparsekd::conv2d(shape, {in<float>(x), x_channels_last}, in<float>(values), blocks(row_ptr, col_idx, nnzb),
-                         {in<float>(bias), in<float>(residual), relu}, {out(y), y_channels_last}, threads);
+                         {in<float>(bias), in<float>(residual), act}, {out(y), y_channels_last}, threads);
       },
       "shape"_a, "x"_a, "x_channels_last"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "bias"_a, "residual"_a,
       "y"_a, "y_channels_last"_a, "activation"_a, "threads"_a);
@@ -148,7 +158,7 @@ void bind_conv2d(py::module_& m) {
       .def(py::init([](const Conv2dShape& shape, Address values, Address row_ptr, Address col_idx, int64_t nnzb,
                        Address bias, int activation) {
              return std::make_unique<PackedConv2d>(shape, in<float>(values), blocks(row_ptr, col_idx, nnzb),
-                                                   in<float>(bias), is_relu(activation));
+                                                   in<float>(bias), to_activation(activation));
            }),
            "shape"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "bias"_a = 0, "activation"_a = 0)
       .def(
@@ -171,11 +181,11 @@ void bind_linear(py::module_& m) {
       [](Address x, int64_t batch, int64_t in_features, Address values, Address row_ptr, Address col_idx, int64_t nnzb,
          int64_t bh, int64_t bw, Address bias, Address residual, Address y, int64_t out_features, int activation,
          int threads) {
-        const bool relu = is_relu(activation);
+        const Activation act = to_activation(activation);
         py::gil_scoped_release release;
         sparsekd::conv2d(sparsekd::linear_shape(batch, in_features, out_features, bh, bw), {in<float>(x), true},
-                         in<float>(values), blocks(row_ptr, col_idx, nnzb),
-                         {in<float>(bias), in<float>(residual), relu}, {out(y), true}, threads);
+                         in<float>(values), blocks(row_ptr, col_idx, nnzb), {in<float>(bias), in<float>(residual), act},
+                         {out(y), true}, threads);
       },
       "x"_a, "batch"_a, "in_features"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "bh"_a, "bw"_a, "bias"_a,
       "residual"_a, "y"_a, "out_features"_a, "activation"_a, "threads"_a);
@@ -210,7 +220,7 @@ void bind_linear(py::module_& m) {
                        Address row_ptr, Address col_idx, int64_t nnzb, Address bias, int activation) {
              return std::make_unique<PackedLinear>(sparsekd::linear_shape(1, in_features, out_features, bh, bw),
                                                    in<float>(values), blocks(row_ptr, col_idx, nnzb), in<float>(bias),
-                                                   is_relu(activation));
+                                                   to_activation(activation));
            }),
            "in_features"_a, "out_features"_a, "bh"_a, "bw"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a,
            "bias"_a = 0, "activation"_a = 0)

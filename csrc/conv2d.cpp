@@ -39,7 +39,7 @@ void conv2d(const Conv2dShape& shape, Tensor4d x, const float* values, const Blo
   StripSet& strips = call_strips(weight);
   const float* weights = strip_weights(strips, weight, values);
   kernels().conv2d_f32({shape.geometry, strips.strips(), weights, x.data, x.channels_last, epilogue.bias,
-                        epilogue.residual, y.data, y.channels_last, epilogue.relu, threads});
+                        epilogue.residual, y.data, y.channels_last, epilogue.activation, threads});
 }
 
 void conv2d_grad_input(const Conv2dShape& shape, Tensor4d dy, const float* values, const Blocks& blocks,
@@ -66,8 +66,8 @@ Conv2dShape linear_shape(int64_t batch, int64_t in_features, int64_t out_feature
 }
 
 PackedConv2d::PackedConv2d(const Conv2dShape& shape, const float* values, const Blocks& blocks, const float* bias,
-                           bool relu)
-    : shape_(shape), relu_(relu) {
+                           Activation activation)
+    : shape_(shape), activation_(activation) {
   const Conv2dGeometry& g = shape.geometry;
   row_ptr_.assign(blocks.row_ptr, blocks.row_ptr + (g.k + shape.bh - 1) / shape.bh + 1);
   col_idx_.assign(blocks.col_idx, blocks.col_idx + blocks.nnzb);
@@ -84,7 +84,8 @@ PackedConv2d::PackedConv2d(const Conv2dShape& shape, const float* values, const 
 void PackedConv2d::run(const Conv2dGeometry& geometry, Tensor4d x, const float* residual, MutableTensor4d y,
                        int threads) const {
   kernels().conv2d_f32({geometry, strips_.strips(), weights_.data(), x.data, x.channels_last,
-                        bias_.empty() ? nullptr : bias_.data(), residual, y.data, y.channels_last, relu_, threads});
+                        bias_.empty() ? nullptr : bias_.data(), residual, y.data, y.channels_last, activation_,
+                        threads});
 }
 
 }  // namespace sparsekd

@@ -34,7 +34,7 @@ struct MutableTensor4d {
 struct Epilogue {
   const float* bias;
   const float* residual;
-  bool relu;
+  Activation activation;
 };
 
 void conv2d(const Conv2dShape& shape, Tensor4d x, const float* values, const Blocks& blocks, const Epilogue& epilogue,
@@ -50,7 +50,8 @@ Conv2dShape linear_shape(int64_t batch, int64_t in_features, int64_t out_feature
 // A layer with its own copy of the weights as strips, for inference. run() may be called from several threads at once.
 class PackedConv2d {
  public:
-  PackedConv2d(const Conv2dShape& shape, const float* values, const Blocks& blocks, const float* bias, bool relu);
+  PackedConv2d(const Conv2dShape& shape, const float* values, const Blocks& blocks, const float* bias,
+               Activation activation);
   PackedConv2d(const PackedConv2d&) = delete;
   PackedConv2d& operator=(const PackedConv2d&) = delete;
 
@@ -59,7 +60,7 @@ class PackedConv2d {
 
  private:
   Conv2dShape shape_;
-  bool relu_;
+  Activation activation_;
   std::vector<int32_t> row_ptr_, col_idx_;
   std::vector<float> bias_;
   std::vector<float> weights_;

@@ -1,7 +1,8 @@
-// y = conv(x, w) + bias + residual, then ReLU: register tiles of 16 output rows x pixels, accumulated over the kept
+// y = activation(conv(x, w) + bias + residual): register tiles of 16 output rows x pixels, accumulated over the kept
 // columns of a strip.
 #pragma once
 
+#include "activation_impl.h"
 #include "bands_impl.h"
 
 namespace {
@@ -22,7 +23,7 @@ struct ForwardTile {
   const float* bias;      // [16]
   int64_t output_stride;  // floats from one pixel to the next
   float* buffer;          // [A * B][16], written when not null, instead of the output
-  bool relu;
+  Bounds bounds;
 };
 
 // Hands finished accumulators over: to the buffer, or with residual and activation to the output.
@@ -39,8 +40,7 @@ inline void finish_tile(const ForwardTile& t, const Vec16 (&acc)[A * B]) {
     for (int b = 0; b < B; ++b) {
       Vec16 v = acc[a * B + b];
       if (t.residual[a] != nullptr) v = Vec16::add(v, Vec16::load(t.residual[a] + b * t.output_stride));
-      if (t.relu) v = Vec16::relu(v);
-      v.store(t.output[a] + b * t.output_stride);
+      t.bounds.clamp(v).store(t.output[a] + b * t.output_stride);
     }
 }
 
@@ -158,16 +158,15 @@ inline void store_pixels(const ForwardCall& call, const Strip& strip, const floa
       Vec16 v = Vec16::load(buffer + i * kStripRows);
       const int64_t at = base + strip.row;
       if (call.args.residual) v = Vec16::add(v, Vec16::load_first(call.args.residual + at, strip.lanes));
-      if (call.args.relu) v = Vec16::relu(v);
-      v.store_first(call.args.y + at, strip.lanes);
+      activate(v, call.args.activation).store_first(call.args.y + at, strip.lanes);
       continue;
     }
-    for (int lane = 0; lane < strip.lanes; ++lane) {
-      const int64_t at = base + strip.rows[lane];
-      float v = buffer[i * kStripRows + lane];
-      if (call.args.residual) v += call.args.residual[at];
-      call.args.y[at] = call.args.relu && v < 0.0f ? 0.0f : v;
-    }
+    alignas(64) float lanes[kStripRows];
+    Vec16::load(buffer + i * kStripRows).store(lanes);
+    if (call.args.residual)
+      for (int lane = 0; lane < strip.lanes; ++lane) lanes[lane] += call.args.residual[base + strip.rows[lane]];
+    activate(Vec16::load(lanes), call.args.activation).store(lanes);
+    for (int lane = 0; lane < strip.lanes; ++lane) call.args.y[base + strip.rows[lane]] = lanes[lane];
   }
 }
 
@@ -184,8 +183,7 @@ inline void store_rows(const ForwardCall& call, const Strip& strip, const float*
       const int64_t at = (image * call.g.k + row_of(strip, lane)) * area + pixel + i;
       Vec16 out = v[lane];
       if (call.args.residual) out = Vec16::add(out, Vec16::load_first(call.args.residual + at, n));
-      if (call.args.relu) out = Vec16::relu(out);
-      out.store_first(call.args.y + at, n);
+      activate(out, call.args.activation).store_first(call.args.y + at, n);
     }
   }
 }
@@ -219,7 +217,7 @@ inline void forward_strips(const ForwardCall& call, const Band& band, const floa
   }
   tile.weight_stride = call.args.strips.weight_stride;
   tile.output_stride = g.k;
-  tile.relu = call.args.relu;
+  tile.bounds = bounds_of(call.args.activation);
   for (int64_t s = strips.begin; s < strips.end; ++s) {
     const Strip& strip = call.args.strips.strip[s];
     if (strip.lanes == 0) continue;
@@ -227,7 +225,9 @@ inline void forward_strips(const ForwardCall& call, const Band& band, const floa
     tile.weights = call.args.weights + strip.weights;
     tile.count = strip.count;
     tile.bias = call.bias + s * kStripRows;
-    const bool direct = call.args.y_channels_last && strip.rows == nullptr && strip.lanes == kStripRows;
+    // SiLU goes through the buffer: 28 inlined exponentials in each of the tiles would be mostly code.
+    const bool direct = call.args.y_channels_last && strip.rows == nullptr && strip.lanes == kStripRows &&
+                        call.args.activation != Activation::kSilu;
     tile.buffer = direct ? nullptr : buffer;
     if (direct)
       for (int64_t a = 0; a < rows; ++a) {

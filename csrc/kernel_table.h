@@ -38,6 +38,9 @@ struct Conv2dGeometry {
   int64_t r, s, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
 };
 
+// What follows bias and residual. `_C.ACTIVATIONS` names them to Python.
+enum class Activation : int32_t { kNone, kRelu, kRelu6, kSilu };
+
 struct Conv2dForward {
   Conv2dGeometry geometry;
   Strips strips;
@@ -48,7 +51,7 @@ struct Conv2dForward {
   const float* residual;  // same format as y, or null
   float* y;
   bool y_channels_last;
-  bool relu;
+  Activation activation;
   int threads;
 };
 

@@ -54,10 +54,19 @@ struct Vec16 {
     return {{_mm256_fmadd_ps(a.v[0], b.v[0], c.v[0]), _mm256_fmadd_ps(a.v[1], b.v[1], c.v[1])}};
   }
   static Vec16 add(Vec16 a, Vec16 b) { return {{_mm256_add_ps(a.v[0], b.v[0]), _mm256_add_ps(a.v[1], b.v[1])}}; }
-  // max(x, 0), and NaN stays NaN as in torch.relu: the second operand is returned when either is NaN.
-  static Vec16 relu(Vec16 a) {
-    const __m256 zero = _mm256_setzero_ps();
-    return {{_mm256_max_ps(zero, a.v[0]), _mm256_max_ps(zero, a.v[1])}};
+  static Vec16 sub(Vec16 a, Vec16 b) { return {{_mm256_sub_ps(a.v[0], b.v[0]), _mm256_sub_ps(a.v[1], b.v[1])}}; }
+  static Vec16 mul(Vec16 a, Vec16 b) { return {{_mm256_mul_ps(a.v[0], b.v[0]), _mm256_mul_ps(a.v[1], b.v[1])}}; }
+  static Vec16 div(Vec16 a, Vec16 b) { return {{_mm256_div_ps(a.v[0], b.v[0]), _mm256_div_ps(a.v[1], b.v[1])}}; }
+  // Of a number and NaN, the second operand.
+  static Vec16 max(Vec16 a, Vec16 b) { return {{_mm256_max_ps(a.v[0], b.v[0]), _mm256_max_ps(a.v[1], b.v[1])}}; }
+  static Vec16 min(Vec16 a, Vec16 b) { return {{_mm256_min_ps(a.v[0], b.v[0]), _mm256_min_ps(a.v[1], b.v[1])}}; }
+  // 2^n of whole numbers -127 <= n <= 128, the first of which is rounded to 0 and the last is infinity.
+  static Vec16 pow2(Vec16 n) {
+    for (__m256& half : n.v) {
+      const __m256i bits = _mm256_add_epi32(_mm256_cvtps_epi32(half), _mm256_set1_epi32(127));
+      half = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 23));
+    }
+    return n;
   }
 
   // In place: lane j of row i becomes lane i of row j. Four 8 x 8 transposes, the off-diagonal ones swapped.

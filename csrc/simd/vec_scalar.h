@@ -51,10 +51,35 @@ struct Vec16 {
     for (int i = 0; i < 4; ++i) a.v[i] += b.v[i];
     return a;
   }
-  // max(x, 0), and NaN stays NaN as in torch.relu.
-  static Vec16 relu(Vec16 a) {
-    for (int i = 0; i < 4; ++i)
-      for (int j = 0; j < 4; ++j) a.v[i][j] = a.v[i][j] < 0.0f ? 0.0f : a.v[i][j];
+  static Vec16 sub(Vec16 a, Vec16 b) {
+    for (int i = 0; i < 4; ++i) a.v[i] -= b.v[i];
+    return a;
+  }
+  static Vec16 mul(Vec16 a, Vec16 b) {
+    for (int i = 0; i < 4; ++i) a.v[i] *= b.v[i];
+    return a;
+  }
+  static Vec16 div(Vec16 a, Vec16 b) {
+    for (int i = 0; i < 4; ++i) a.v[i] /= b.v[i];
+    return a;
+  }
+  // Of a number and NaN, the second operand.
+  static Vec16 max(Vec16 a, Vec16 b) {
+    for (int i = 0; i < 4; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+    return a;
+  }
+  static Vec16 min(Vec16 a, Vec16 b) {
+    for (int i = 0; i < 4; ++i) a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+    return a;
+  }
+  // 2^n of whole numbers -127 <= n <= 128, the first of which is rounded to 0 and the last is infinity.
+  static Vec16 pow2(Vec16 n) {
+    int32_t bits[16];
+    float lane[16];
+    n.store(lane);
+    for (int i = 0; i < 16; ++i) bits[i] = (lane[i] == lane[i] ? static_cast<int32_t>(lane[i]) + 127 : 0) << 23;
+    Vec16 a;
+    memcpy(a.v, bits, sizeof a.v);
     return a;
   }
 
