@@ -58,14 +58,12 @@ class Config(NamedTuple):
         )
 
 
-def configurations(quick: bool) -> Iterator[Config]:
-    """Every tile of every family and direction, each with the variants that change its code."""
+def configurations(quick: bool, capability: int) -> Iterator[Config]:
+    """Every tile of every family and direction, each with the variants that change its code; quick: the widest tile."""
     for (kind, family), tiles in FAMILIES.items():
-        directions = ("grad_values",) if kind == "products" else ("forward", "grad_input")
-        for direction in directions:
-            for index, tile in enumerate(tiles):
-                if quick and index:
-                    continue
+        fitting = [tile for tile in tiles if tile.since <= capability]
+        for direction in ("grad_values",) if kind == "products" else ("forward", "grad_input"):
+            for tile in fitting[:1] if quick else fitting:
                 yield from _variants(direction, family, tile, quick)
 
 
@@ -234,8 +232,8 @@ def main() -> None:
     options = parser.parse_args()
     rows, wrong = [], []
     for capability in options.sm:
-        for config in configurations(options.quick):
-            if options.only not in str(config) or config.tile.since > capability:
+        for config in configurations(options.quick, capability):
+            if options.only not in str(config):
                 continue
             row = compile_config(config, capability)
             rows.append(row)

@@ -7,6 +7,7 @@ nn         SparseLinear, SparseConv2d: drop-in layers
 convert    sparsify, densify: swap a model's layers in place
 distill    SAD, AT and KD losses, FeatureTap
 pruning    scores, schedules, Pruner
+distributed  one mask and one gradient on every rank
 methods    SP-SAD, LTH-SAD, SS-SAD
 freeze     the inference network: folded, fused, each layer as fast as this machine can run it
 energy     EnergyMeter: joules with the name of the counter they come from

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import ASGD, LBFGS, Adagrad, Optimizer, Rprop
 
 from ..blocks import BlockPattern
+from ..distributed import agree
 from .batch_norm import fed_batch_norms
 from .scores import choose_units, lamp_scores, layer_ranks, random_scores
 from .surgery import state_slots
@@ -43,6 +44,8 @@ class Pruner:
 
     Under ``torch.compile`` every prune makes new shapes: call ``torch.compiler.reset()`` after one, or dynamo gives up
     compiling after its recompile limit (8).
+
+    On several ranks all of them drop what rank 0 chooses: see ``sparsekd.distributed``.
 
     Dead filters: where a convolution's output channel has no kept weight left, its bias and the batch norm channel that
     it feeds are set to zero and held there, so that the channel is exactly 0 in training and evaluation. They are
@@ -291,7 +294,7 @@ class Pruner:
         if self.scope == "layer":
             triples = zip(scores, sizes, self._layers, strict=True)
             scores = [layer_ranks(score, size, units.num_weights) for score, size, units in triples]
-        return choose_units(scores, sizes, remove)
+        return agree(choose_units(scores, sizes, remove), self._layers[0].parameter.device)
 
     def _check_ready(self) -> None:
         if not self.observed:

@@ -1,0 +1,141 @@
+"""Two processes that train one model, over gloo: the same masks, and the weights that one process gets from the whole
+batch."""
+
+import copy
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import nn
+from torch.optim import SGD
+
+import sparsekd
+from sparsekd import BlockPattern, distributed
+from sparsekd.pruning import Pruner
+
+RANKS = 2
+
+
+def run_on_every_rank(check, folder):
+    """Run ``check(rank, folder)`` in RANKS processes of one process group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, (check, str(folder), port), nprocs=RANKS)
+
+
+def _rank(rank, check, folder, port):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    try:
+        check(rank, folder)
+    finally:
+        dist.destroy_process_group()
+
+
+def network():
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.Flatten(), nn.Linear(512, 5)
+    )
+
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(8, 3, 4, 4, generator=generator, dtype=torch.float64) for _ in range(4)]
+
+
+def train(seed, share, average, forward_of=lambda model: model):
+    """Two steps, a prune, two steps; the loss is a mean, so that ranks with half a batch each agree with one."""
+    torch.manual_seed(seed)
+    model = network().double()
+    distributed.broadcast(model)
+    pruner = Pruner(model, pattern=BlockPattern(16, 1), score="magnitude")
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    pruner.attach(optimizer)
+    forward = forward_of(model)
+    for step, x in enumerate(batches()):
+        optimizer.zero_grad()
+        forward(x[share]).square().mean().backward()
+        average(model)
+        optimizer.step()
+        pruner.after_step()
+        if step == 1:
+            pruner.prune_to(0.5)
+            forward = forward_of(model)
+    return model
+
+
+def by_hand(model):
+    distributed.average_gradients(model.parameters())
+
+
+def whole_and_half(rank):
+    return slice(None), slice(4 * rank, 4 * rank + 4)
+
+
+def _check_training(rank, folder):
+    for name, average, forward_of in (
+        ("by hand", by_hand, lambda model: model),
+        ("DDP", lambda model: None, distributed.data_parallel),
+    ):
+        model = train(seed=rank, share=whole_and_half(rank)[1], average=average, forward_of=forward_of)
+        torch.save(model.state_dict(), f"{folder}/{name}-{rank}.pt")
+
+
+def test_two_ranks_train_and_prune_as_one_process_does(tmp_path):
+    run_on_every_rank(_check_training, tmp_path)
+    alone = train(seed=0, share=slice(None), average=by_hand).state_dict()
+    assert alone["2.col_idx"].shape[0] < 16 * 9 * 2
+    for way in ("by hand", "DDP"):
+        states = [torch.load(tmp_path / f"{way}-{rank}.pt") for rank in range(RANKS)]
+        for name, want in alone.items():
+            assert torch.equal(states[0][name], states[1][name]), (way, name)
+            torch.testing.assert_close(states[0][name], want, msg=lambda text, at=(way, name): f"{at}: {text}")
+
+
+def _check_agreement(rank, folder):
+    torch.manual_seed(rank)  # other weights on each rank: only the choice of rank 0 makes them agree
+    model = network()
+    pruner = Pruner(model, pattern=BlockPattern(16, 1), score="random", seed=rank)
+    pruner.prune_to(0.7)
+    distributed.check_same_masks(model)
+    assert pruner.removed_share == pytest.approx(0.7, abs=0.01)
+    versions = [buffer._version for buffer in model.buffers()]
+    parallel = distributed.data_parallel(model)
+    for _ in range(2):
+        parallel(torch.randn(2, 3, 4, 4)).sum().backward()
+    assert [buffer._version for buffer in model.buffers()] == versions  # so the tables of a mask are built once
+
+    for parameter in model.parameters():
+        parameter.grad = None
+    if rank == 0:  # a parameter that only some ranks used
+        model[4].bias.grad = torch.full((5,), 3.0)
+    distributed.average_gradients(model.parameters())
+    assert model[4].bias.grad.tolist() == [1.5] * 5 and model[0].values.grad is None
+
+    other = Pruner(copy.deepcopy(network()), pattern=BlockPattern(16, 1 + rank))
+    for complaint, call in (
+        ("rank 1 holds other units", lambda: other.prune_to(0.5)),
+        ("rank 1 holds other masks of Sequential", lambda: distributed.check_same_masks(other.model)),
+        ("rank 1 holds other tensors of Sequential", lambda: distributed.broadcast(other.model)),
+    ):
+        with pytest.raises(RuntimeError, match=complaint):
+            call()
+
+
+def test_ranks_agree_on_a_mask_or_say_that_they_cannot(tmp_path):
+    run_on_every_rank(_check_agreement, tmp_path)
+
+
+def test_one_process_needs_no_group():
+    model = sparsekd.sparsify(network(), BlockPattern(16, 1))
+    model(torch.randn(2, 3, 4, 4)).sum().backward()
+    grads = [parameter.grad.clone() for parameter in model.parameters()]
+    distributed.broadcast(model)
+    distributed.average_gradients(model.parameters())
+    assert distributed.data_parallel(model) is model and distributed.num_ranks() == 1
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), grads, strict=True))
