@@ -1,4 +1,4 @@
-"""One CNN for every task: interaction maps, a small residual network on them, one rating out.
+"""One CNN for every rating task: interaction maps, a small residual network on them, one rating out.
 
 Maps: two sides are projected to C vectors of length S each; their outer products are C maps of S x S, in which a
 convolution sees every pair of dimensions (ConvNCF: He et al., Outer Product-based Neural Collaborative Filtering,
@@ -12,7 +12,7 @@ by time, a third (MovieTweetings) to nine tenths (MovieLens) of the test ratings
 a table fitted on train only learnt single ratings by heart: it won nothing on MovieTweetings and lost on MovieLens.
 
 `model(*inputs) -> [B]`, in units of the target. `model.tap_names` are the modules whose outputs are the post-ReLU
-feature maps to distil, shallow to deep. No data-dependent control flow, so torch.fx and torch.compile take it whole.
+feature maps to distil, shallow to deep.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .data.task import Recipe, Task
+from ..data.task import Recipe, Task
+from .layers import BasicBlock
 
 
 @dataclass(frozen=True)
@@ -33,32 +34,6 @@ class Shape:
     side: int = 16
     widths: tuple[int, int] = (32, 64)
     blocks: tuple[int, int] = (1, 1)
-
-
-STUDENT = Shape()
-TEACHER = Shape(widths=(48, 128))
-
-
-class BasicBlock(nn.Module):
-    """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)): [B, C, H, W] -> [B, K, H/stride, W/stride] (He et al. 2016)."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out_channels)
-        self.relu1 = nn.ReLU()
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_channels)
-        self.relu2 = nn.ReLU()
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
-        return self.relu2(y + self.shortcut(x))
 
 
 class MapCNN(nn.Module):
@@ -135,16 +110,6 @@ class FeatureCNN(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         seen = self.input_dropout(features)
         return self.linear(features).squeeze(1) + self.cnn(self.left_side(seen), self.right_side(seen))
-
-
-def teacher(task: Task) -> RatingCNN | FeatureCNN:
-    """The wide network of a task, freshly initialised (torch's global generator)."""
-    return build(task, TEACHER, task.teacher_recipe)
-
-
-def student(task: Task) -> RatingCNN | FeatureCNN:
-    """The thin network of a task, freshly initialised (torch's global generator)."""
-    return build(task, STUDENT, task.student_recipe)
 
 
 def build(task: Task, shape: Shape, recipe: Recipe) -> RatingCNN | FeatureCNN:

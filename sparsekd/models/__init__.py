@@ -1,0 +1,69 @@
+"""The networks: interaction-map CNNs for ratings, and classifiers of small images.
+
+    models.teacher(task), models.student(task)     the pair of a task, freshly initialised (torch's global generator)
+    models.classifier("wrn-16-2", classes=100)     an image network by name
+
+All have `tap_names`, the modules whose outputs are the post-activation feature maps to distil, shallow to deep, and no
+data-dependent control flow, so that torch.fx and torch.compile take them whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from ..data.task import Task
+from .layers import BasicBlock, Classifier
+from .maps import FeatureCNN, MapCNN, RatingCNN, Shape, build
+from .mobilenet import MobileNetV2
+from .resnet import ResNet
+from .wrn import WideResNet
+
+__all__ = [
+    "CLASSIFIERS",
+    "STUDENT",
+    "TEACHER",
+    "BasicBlock",
+    "Classifier",
+    "FeatureCNN",
+    "MapCNN",
+    "MobileNetV2",
+    "RatingCNN",
+    "ResNet",
+    "Shape",
+    "WideResNet",
+    "build",
+    "classifier",
+    "student",
+    "teacher",
+]
+
+STUDENT = Shape()
+TEACHER = Shape(widths=(48, 128))
+
+CLASSIFIERS: dict[str, Callable[[int], Classifier]] = {
+    "wrn-40-2": lambda classes: WideResNet(40, 2, classes),
+    "wrn-16-2": lambda classes: WideResNet(16, 2, classes),
+    "resnet-34": lambda classes: ResNet((3, 4, 6, 3), classes),
+    "resnet-18": lambda classes: ResNet((2, 2, 2, 2), classes),
+    "mobilenet-v2": lambda classes: MobileNetV2(classes),
+    "mobilenet-v2-half": lambda classes: MobileNetV2(classes, width=0.5),
+}
+
+
+def classifier(name: str, classes: int = 100) -> Classifier:
+    """A network of `CLASSIFIERS`: images [B, 3, H, W] -> logits [B, classes].  ValueError for another name."""
+    if name not in CLASSIFIERS:
+        raise ValueError(f"sparsekd.models: the network must be one of {', '.join(CLASSIFIERS)}, got {name!r}")
+    return CLASSIFIERS[name](classes)
+
+
+def teacher(task: Task) -> nn.Module:
+    """The large network of a task, freshly initialised (torch's global generator)."""
+    return build(task, TEACHER, task.teacher_recipe)
+
+
+def student(task: Task) -> nn.Module:
+    """The small network of a task, freshly initialised (torch's global generator)."""
+    return build(task, STUDENT, task.student_recipe)

@@ -1,0 +1,50 @@
+"""What the networks share."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+
+class Classifier(nn.Module):
+    """Images [B, 3, H, W] -> logits [B, classes]; the last layer is `head`.
+
+    `tap_names` are the modules whose outputs are the post-activation feature maps to distil, shallow to deep.
+    """
+
+    @property
+    def tap_names(self) -> tuple[str, ...]:
+        raise NotImplementedError
+
+
+class BasicBlock(nn.Module):
+    """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)): [B, C, H, W] -> [B, K, H/stride, W/stride] (He et al. 2016)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.relu2 = nn.ReLU()
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
+        return self.relu2(y + self.shortcut(x))
+
+
+def start_he(model: nn.Module) -> None:
+    """Convolutions normal, variance 2 / (outputs x kernel area) (He et al. 2015, fan out); the bias of `head` zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.out_channels // module.groups * math.prod(module.kernel_size)
+            nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
+        elif isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
