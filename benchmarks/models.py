@@ -1,0 +1,104 @@
+"""The dense classics that whole-network figures are quoted for, untrained: `[N, 3, H, W]` -> `[N, classes]`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def conv_norm(
+    c: int, k: int, size: int, stride: int = 1, groups: int = 1, act: type[nn.Module] | None = None
+) -> nn.Module:
+    layers = [nn.Conv2d(c, k, size, stride, size // 2, groups=groups, bias=False), nn.BatchNorm2d(k)]
+    return nn.Sequential(*layers, *([act()] if act else []))
+
+
+class ResNet50(nn.Module):
+    """arXiv 1512.03385, the stride in the 3x3 layers: 4.1 G multiply-adds at 224 x 224."""
+
+    def __init__(self, classes: int = 1000) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(conv_norm(3, 64, 7, 2, act=nn.ReLU), nn.MaxPool2d(3, 2, 1))
+        blocks, c = [], 64
+        for width, count, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+            for place in range(count):
+                blocks.append(Bottleneck(c, width, stride if place == 0 else 1))
+                c = 4 * width
+        self.blocks, self.head = nn.Sequential(*blocks), nn.Linear(c, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.adaptive_avg_pool2d(self.blocks(self.stem(x)), 1).flatten(1))
+
+
+class Bottleneck(nn.Module):
+    """relu(1x1, 3x3, 1x1 of four times the width + shortcut)."""
+
+    def __init__(self, c: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(
+            conv_norm(c, width, 1, act=nn.ReLU),
+            conv_norm(width, width, 3, stride, act=nn.ReLU),
+            conv_norm(width, 4 * width, 1),
+        )
+        self.shortcut = conv_norm(c, 4 * width, 1, stride) if c != 4 * width else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.inner(x) + self.shortcut(x))
+
+
+class MobileNetV2(nn.Module):
+    """arXiv 1801.04381, width 1: 0.3 G multiply-adds at 224 x 224."""
+
+    def __init__(self, classes: int = 1000) -> None:
+        super().__init__()
+        self.stem = conv_norm(3, 32, 3, 2, act=nn.ReLU6)
+        blocks, c = [], 32
+        table = (
+            (1, 16, 1, 1),
+            (6, 24, 2, 2),
+            (6, 32, 3, 2),
+            (6, 64, 4, 2),
+            (6, 96, 3, 1),
+            (6, 160, 3, 2),
+            (6, 320, 1, 1),
+        )
+        for expand, k, count, stride in table:
+            for place in range(count):
+                blocks.append(InvertedResidual(c, k, expand, stride if place == 0 else 1))
+                c = k
+        self.blocks, self.last = nn.Sequential(*blocks), conv_norm(c, 1280, 1, act=nn.ReLU6)
+        self.head = nn.Linear(1280, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.adaptive_avg_pool2d(self.last(self.blocks(self.stem(x))), 1).flatten(1))
+
+
+class InvertedResidual(nn.Module):
+    """1x1 to `expand` times the channels, depthwise 3x3, linear 1x1 (+ x)."""
+
+    def __init__(self, c: int, k: int, expand: int, stride: int) -> None:
+        super().__init__()
+        wide = c * expand
+        first = [conv_norm(c, wide, 1, act=nn.ReLU6)] if expand > 1 else []
+        self.inner = nn.Sequential(
+            *first, conv_norm(wide, wide, 3, stride, groups=wide, act=nn.ReLU6), conv_norm(wide, k, 1)
+        )
+        self.residual = stride == 1 and c == k
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x) if self.residual else self.inner(x)
+
+
+@torch.no_grad()
+def settle(model: nn.Module, x: Tensor) -> nn.Module:
+    """Batch norms normalise `x` as in training: activations of deep random networks then stay of order one."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+        nn.init.uniform_(norm.weight, 0.5, 1.0)
+        nn.init.normal_(norm.bias, std=0.2)
+    model.train()(x)
+    for norm in norms:
+        norm.momentum = 0.1
+    return model.eval()

@@ -1,0 +1,317 @@
+"""Whole networks against the dense run times users have: PyTorch, OpenVINO, ONNX Runtime, DeepSparse if installed.
+
+    python -m benchmarks.networks --out benchmarks/results/networks.json
+    python -m benchmarks.networks --network resnet50-n1 --density 0.3 --dtype fp32
+
+Random weights, batch norms that fit them, every layer but the stem (and depthwise ones) pruned to a share of 16x1
+blocks. Outputs are compared with PyTorch's before anything is timed. Thread pools of several run times in one process
+stall each other, so each run time has a process of its own; they work in turns, one window each, while the others
+sleep, and a ratio is taken inside each round. The first calls of a window are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import io
+import multiprocessing
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import sparsekd
+from benchmarks.models import MobileNetV2, ResNet50, settle
+from benchmarks.suites.networks import WideResNet
+from benchmarks.timing import write_json
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "resnet50-n1": (ResNet50, (1, 3, 224, 224)),
+    "wrn-16-2-n1": (WideResNet, (1, 3, 32, 32)),
+    "wrn-16-2-n64": (WideResNet, (64, 3, 32, 32)),
+    "mobilenetv2-n1": (MobileNetV2, (1, 3, 224, 224)),
+}
+DENSITIES = (1.0, 0.5, 0.3, 0.1)
+LIMITS = {"fp32": 1e-3, "bf16": 0.1}  # largest difference from PyTorch's fp32 output, relative to the largest output
+Call = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to run one network. density 1 of a dense run time is the dense network, of `ours` all blocks kept."""
+
+    network: str
+    runtime: str
+    dtype: str
+    density: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.runtime} {self.dtype}" + (f" {self.density:g}" if self.runtime in SPARSE else "")
+
+    def model(self) -> tuple[nn.Module, Tensor]:
+        """The network and its input, the same in every process."""
+        build, shape = NETWORKS[self.network]
+        torch.manual_seed(0)
+        model, x = build(), torch.randn(shape)
+        sparse = sparsekd.sparsify(model, density=self.density, exclude=["stem*"])
+        return settle(sparse, torch.randn(8, *shape[1:])), x
+
+    def dense(self) -> tuple[nn.Module, Tensor]:
+        model, x = self.model()
+        model = sparsekd.densify(model).to(memory_format=torch.channels_last)
+        return model, x.contiguous(memory_format=torch.channels_last)
+
+
+def _cast(dtype: str, *things: Any) -> list[Any]:
+    return [thing.bfloat16() if dtype == "bf16" else thing for thing in things]
+
+
+def eager(one: Contestant, threads: int) -> Call:
+    return partial(*_cast(one.dtype, *one.dense()))
+
+
+def compiled(one: Contestant, threads: int) -> Call:
+    model, x = _cast(one.dtype, *one.dense())
+    return partial(torch.compile(model), x)
+
+
+def frozen(one: Contestant, threads: int) -> Call:
+    model, x = _cast(one.dtype, *(one.model() if one.runtime == "ours" else one.dense()))
+    return partial(sparsekd.freeze(model, x, layer_ms=20.0), x)
+
+
+def openvino(one: Contestant, threads: int) -> Call:
+    import openvino as ov
+
+    model, x = one.dense()
+    network = ov.convert_model(model, example_input=x, input=[ov.PartialShape(x.shape)])
+    options = {
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32"}.get(one.dtype, one.dtype),
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = ov.Core().compile_model(network, "CPU", options).create_infer_request()
+    request.set_input_tensor(ov.Tensor(x.contiguous().numpy()))
+
+    def call() -> Tensor:
+        request.infer()
+        return torch.from_numpy(request.get_output_tensor().data)
+
+    return call
+
+
+def _onnx(one: Contestant) -> tuple[bytes, Any]:
+    model, x = one.dense()
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the new exporter needs onnxscript
+        torch.onnx.export(model, (x,), file, dynamo=False, input_names=["x"])
+    return file.getvalue(), x.contiguous().numpy()
+
+
+def onnxruntime(one: Contestant, threads: int) -> Call:
+    import onnxruntime as ort
+
+    network, x = _onnx(one)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    session = ort.InferenceSession(network, options, providers=["CPUExecutionProvider"])
+    return lambda: torch.from_numpy(session.run(None, {"x": x})[0])
+
+
+def deepsparse(one: Contestant, threads: int) -> Call:
+    from deepsparse import compile_model
+
+    network, x = _onnx(one)
+    engine = compile_model(network, batch_size=len(x), num_cores=threads)
+    return lambda: torch.from_numpy(engine.run([x])[0])
+
+
+SPARSE = ("ours", "deepsparse")
+# Run time -> (how to build a call, its process, the dtypes it has).
+RUNTIMES: dict[str, tuple[Callable[[Contestant, int], Call], str, tuple[str, ...]]] = {
+    "eager": (eager, "torch", ("fp32", "bf16")),
+    "compiled": (compiled, "torch", ("fp32", "bf16")),
+    "openvino": (openvino, "openvino", ("fp32", "bf16")),
+    "onnxruntime": (onnxruntime, "onnxruntime", ("fp32",)),
+    "deepsparse": (deepsparse, "deepsparse", ("fp32",)),
+    "frozen": (frozen, "torch", ("fp32", "bf16")),
+    "ours": (frozen, "torch", ("fp32", "bf16")),
+}
+
+
+# ---- Processes that take turns
+
+
+def _serve(pipe: Any, threads: int) -> None:
+    """A worker's life: build contestants, run one for a while when it is its turn. Errors travel as text."""
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(False)
+    calls: dict[Contestant, Call] = {}
+
+    def build(one: Contestant) -> np.ndarray:
+        if one not in calls:
+            calls[one] = RUNTIMES[one.runtime][0](one, threads)
+        return calls[one]().float().numpy().copy()
+
+    def window(one: Contestant, seconds: float) -> list[float]:
+        call, samples = calls[one], []
+        start = time.perf_counter()
+        while time.perf_counter() - start < 0.2 * seconds or not samples:
+            call()
+            samples = [0.0]
+        samples.clear()
+        while time.perf_counter() - start < seconds or len(samples) < 3:
+            begin = time.perf_counter()
+            call()
+            samples.append(time.perf_counter() - begin)
+        return samples
+
+    def forget() -> None:
+        calls.clear()
+        gc.collect()
+
+    known: dict[str, Callable[..., Any]] = {"build": build, "window": window, "forget": forget}
+    for what, *arguments in iter(pipe.recv, None):
+        try:
+            pipe.send(("ok", known[what](*arguments)))
+        except Exception as error:  # the parent decides what it means
+            pipe.send(("failed", f"{type(error).__name__}: {error}".splitlines()[0]))
+
+
+class Workers:
+    """One process for each run time, started when first asked."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads, self.context = threads, multiprocessing.get_context("spawn")
+        self.pipes: dict[str, tuple[Any, Any]] = {}
+
+    def ask(self, process: str, *message: Any) -> Any:
+        if process not in self.pipes:
+            mine, theirs = self.context.Pipe()
+            worker = self.context.Process(target=_serve, args=(theirs, self.threads), daemon=True)
+            worker.start()
+            self.pipes[process] = mine, worker
+        pipe = self.pipes[process][0]
+        pipe.send(message)
+        state, answer = pipe.recv()
+        if state != "ok":
+            raise RuntimeError(answer)
+        return answer
+
+    def forget(self) -> None:
+        for process in self.pipes:
+            self.ask(process, "forget")
+
+    def stop(self) -> None:
+        for pipe, worker in self.pipes.values():
+            pipe.send(None)
+            worker.join()
+
+
+@contextlib.contextmanager
+def workers(threads: int) -> Iterator[Workers]:
+    team = Workers(threads)
+    try:
+        yield team
+    finally:
+        team.stop()
+
+
+# ---- The table
+
+
+def contestants(
+    network: str, dtypes: Sequence[str], densities: Sequence[float], skip: Sequence[str]
+) -> list[Contestant]:
+    found = []
+    for dtype in dtypes:
+        for runtime, (_, _, known) in RUNTIMES.items():
+            if dtype in known and runtime not in skip:
+                found += [Contestant(network, runtime, dtype, d) for d in (densities if runtime in SPARSE else (1.0,))]
+    return found
+
+
+def contest(team: Workers, field: Sequence[Contestant], seconds: float, rounds: int) -> list[dict[str, Any]]:
+    """Build, compare, then time in turns: a row for each, with milliseconds or the reason why there are none."""
+    want: dict[float, np.ndarray] = {}
+    rows: dict[Contestant, dict[str, Any]] = {}
+    for one in field:
+        process, row = RUNTIMES[one.runtime][1], {**asdict(one), "name": one.name}
+        rows[one] = row
+        if one.density not in want:
+            want[one.density] = team.ask("torch", "build", Contestant(one.network, "eager", "fp32", one.density))
+        try:
+            got = team.ask(process, "build", one)
+        except RuntimeError as error:
+            row["absent"] = str(error)
+            continue
+        row["deviation"] = float(abs(got - want[one.density]).max() / abs(want[one.density]).max())
+        if not row["deviation"] <= LIMITS[one.dtype]:  # NaN is unequal
+            row["absent"] = f"its output differs from PyTorch's by {row['deviation']:.2g} of the largest"
+    timed = [one for one in field if "absent" not in rows[one]]
+    windows: dict[Contestant, list[float]] = {one: [] for one in timed}
+    for turn in range(rounds):
+        for one in timed if turn % 2 else reversed(timed):
+            samples = team.ask(RUNTIMES[one.runtime][1], "window", one, seconds)
+            windows[one].append(statistics.median(samples) * 1e3)
+    for one in timed:
+        rows[one] |= {"ms": statistics.median(windows[one]), "windows_ms": [round(ms, 4) for ms in windows[one]]}
+        rows[one]["speedup"] = {
+            other.name: statistics.median(b / a for a, b in zip(windows[one], windows[other], strict=True))
+            for other in timed
+            if other.dtype == one.dtype and other.runtime not in SPARSE and other is not one
+        }
+    return list(rows.values())
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Milliseconds, and how many times as fast as each dense run time of the same dtype."""
+    peers = list(dict.fromkeys(peer.split()[0] for row in rows for peer in row.get("speedup", {})))
+    lines = ["| | ms | " + " | ".join(f"x {peer}" for peer in peers) + " |", "|---" * (2 + len(peers)) + "|"]
+    for row in rows:
+        if "absent" in row:
+            lines.append(f"| {row['name']} | {row['absent'][:80]} |" + " |" * len(peers))
+            continue
+        ratios = (row["speedup"].get(f"{peer} {row['dtype']}") for peer in peers)
+        cells = " | ".join("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
+        lines.append(f"| {row['name']} | {row['ms']:.3f} | {cells} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--density", nargs="+", type=float, default=list(DENSITIES), metavar="D")
+    parser.add_argument("--dtype", nargs="+", choices=LIMITS, default=["fp32"])
+    parser.add_argument("--skip", nargs="+", choices=RUNTIMES, default=[], help="run times to leave out")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--seconds", type=float, default=0.3, help="length of a window")
+    parser.add_argument("--rounds", type=int, default=7, help="windows of each contestant")
+    parser.add_argument("--out", metavar="FILE", help="JSON to write")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows: list[dict[str, Any]] = []
+    with workers(options.threads) as team:
+        for network in options.network:
+            field = contestants(network, options.dtype, options.density, options.skip)
+            found = contest(team, field, options.seconds, options.rounds)
+            print(f"\n{network}, {options.threads} threads\n\n{table(found)}", flush=True)
+            rows += found
+            team.forget()
+    if options.out:
+        write_json(options.out, "python -m benchmarks.networks", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The whole-network benchmark: models of the published sizes, and nothing timed that computes something else."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import networks
+from benchmarks.models import MobileNetV2, ResNet50
+from benchmarks.networks import Contestant
+from benchmarks.suites.compact import count_weights
+
+
+@pytest.mark.parametrize(("build", "millions"), [(ResNet50, 25.50), (MobileNetV2, 3.47)])
+def test_models_have_the_published_sizes(build, millions):
+    model = build()
+    assert count_weights(model) / 1e6 == pytest.approx(millions, abs=0.01)
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 1000)
+
+
+def test_the_command_times_and_keeps_what_it_found(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "networks.json"
+    arguments = "--network wrn-16-2-n1 --density 0.3 --skip compiled openvino onnxruntime --seconds 0.01 --rounds 2"
+    arguments += f" --threads {torch.get_num_threads()}"
+    monkeypatch.setattr(sys, "argv", ["networks", *arguments.split(), "--out", str(out)])
+    networks.main()
+    rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
+    assert set(rows) == {"eager fp32", "deepsparse fp32 0.3", "frozen fp32", "ours fp32 0.3"}
+    ours = rows["ours fp32 0.3"]
+    assert ours["ms"] > 0 and ours["deviation"] < 1e-3 and set(ours["speedup"]) == {"eager fp32", "frozen fp32"}
+    assert f"| ours fp32 0.3 | {ours['ms']:.3f} |" in capsys.readouterr().out
+
+
+class Team:
+    """Workers in this process: one contestant is wrong, one cannot be built."""
+
+    def ask(self, process, what, one, *_):
+        if one.runtime == "openvino":
+            raise RuntimeError("ModuleNotFoundError: No module named 'openvino'")
+        if what == "window":
+            return [{"eager": 4e-3, "ours": 1e-3}[one.runtime]] * 3
+        return np.ones(3) * (1.2 if one.runtime == "onnxruntime" else 1.0)
+
+
+def test_wrong_and_missing_contestants_are_named_and_not_timed():
+    field = [Contestant("any", runtime, "fp32", 1.0) for runtime in ("eager", "openvino", "onnxruntime", "ours")]
+    rows = {row["runtime"]: row for row in networks.contest(Team(), field, 0.0, 3)}
+    assert rows["openvino"]["absent"] == "ModuleNotFoundError: No module named 'openvino'"
+    assert "differs from PyTorch's by 0.2" in rows["onnxruntime"]["absent"]
+    assert rows["ours"]["ms"] == 1.0 and rows["ours"]["speedup"] == {"eager fp32": 4.0}
+    assert "| ours fp32 1 | 1.000 | 4.00 |" in networks.table(list(rows.values()))
