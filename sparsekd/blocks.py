@@ -123,6 +123,18 @@ class BlockSparse:
         dense = dense.reshape(rows * bh, cols * bw, *taps)[: self.shape[0], : self.shape[1]]
         return dense.reshape(self.shape).contiguous()
 
+    def repack(self, pattern: BlockPattern) -> BlockSparse:
+        """The same weight in finer blocks, e.g. what was pruned for a GPU in the blocks a CPU is fast with.
+
+        Raises ValueError unless the blocks of ``pattern`` divide those of this weight.
+        """
+        if self.pattern.bh % pattern.bh or self.pattern.bw % pattern.bw:
+            raise ValueError(f"BlockSparse.repack: blocks of {pattern} must divide those of {self.pattern}")
+        grid, mask = pattern.grid(self.shape), self.mask()
+        mask = mask.repeat_interleave(self.pattern.bh // pattern.bh, 0)
+        mask = mask.repeat_interleave(self.pattern.bw // pattern.bw, 1)[: grid[0], : grid[1]]
+        return BlockSparse.from_dense(self.to_dense(), pattern, mask=mask)
+
     def mask(self) -> Tensor:
         """Bool block mask ``pattern.grid(shape)`` of the kept blocks."""
         grid = self.pattern.grid(self.shape)

@@ -103,14 +103,14 @@ def check_same_masks(model: nn.Module) -> None:
 
 
 def agree(keep: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """The choice of rank 0 in place of this rank's: bool ``[units]`` for each layer, on the CPU.
+    """The choice of rank 0 in place of this rank's: bool ``[blocks]`` for each layer, on the CPU.
 
     Weights that are equal score equal, but ranks on other hardware may round a step differently, and one block that is
     kept here and dropped there makes every later exchange one of other shapes.
     """
     if num_ranks() == 1:
         return list(keep)
-    _check_same("units", None, [len(layer) for layer in keep])
+    _check_same("blocks", None, [len(layer) for layer in keep])
     flat = torch.cat([layer.cpu() for layer in keep]).to(device, torch.uint8)
     dist.broadcast(flat, src=0)
     return list(flat.cpu().bool().split([len(layer) for layer in keep]))

@@ -119,7 +119,7 @@ def _check_agreement(rank, folder):
 
     other = Pruner(copy.deepcopy(network()), pattern=BlockPattern(16, 1 + rank))
     for complaint, call in (
-        ("rank 1 holds other units", lambda: other.prune_to(0.5)),
+        ("rank 1 holds other blocks", lambda: other.prune_to(0.5)),
         ("rank 1 holds other masks of Sequential", lambda: distributed.check_same_masks(other.model)),
         ("rank 1 holds other tensors of Sequential", lambda: distributed.broadcast(other.model)),
     ):

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ..blocks import BlockPattern
 from ..distill import Distiller, Losses
-from ..pruning import LinearSchedule, Pruner
+from ..pruning import Grouping, LinearSchedule, Pruner
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Method:
         distiller: its student's layers are replaced in place: make the optimizer after the method.
         schedule: what is removed when; ``final`` must be reached before the last epoch.
         epochs: length of the whole training; epochs are counted from 1.
-        granularity, pattern, include, exclude, score, seed: as in ``Pruner``.
+        granularity, pattern, grouping, include, exclude, score, seed: as in ``Pruner``.
         example_inputs: as in ``Pruner``; default: the inputs of the first loss.
         rewind: ``"all"`` sets the whole student back at a prune, ``"weights"`` only the surviving weights of the pruned
             layers (biases, batch norm and unpruned layers go on). For methods that rewind.
@@ -85,6 +85,7 @@ class Method:
         epochs: int,
         granularity: Literal["block", "filter", "unstructured"] = "block",
         pattern: BlockPattern | None = None,
+        grouping: Grouping | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         score: Literal["magnitude", "lamp", "random"] = "magnitude",
@@ -102,6 +103,7 @@ class Method:
             distiller.student,
             granularity=granularity,
             pattern=pattern,
+            grouping=grouping,
             include=include,
             exclude=exclude,
             scope=self.scope,

@@ -11,12 +11,14 @@ A *unit* is what stays or goes as a whole: a block, an output filter or a single
 pruned convolutions and linear layers (no biases, no batch norm), shares are of their ORIGINAL count.
 """
 
+from .grouping import Grouping
 from .pruner import Pruner
 from .schedule import LinearSchedule
 from .scores import choose_units, lamp_scores, layer_ranks, magnitude_scores, random_scores
 from .surgery import drop_blocks
 
 __all__ = [
+    "Grouping",
     "LinearSchedule",
     "Pruner",
     "choose_units",

@@ -12,6 +12,7 @@ from torch.optim import ASGD, LBFGS, Adagrad, Optimizer, Rprop
 from ..blocks import BlockPattern
 from ..distributed import agree
 from .batch_norm import fed_batch_norms
+from .grouping import Grouping
 from .scores import choose_units, lamp_scores, layer_ranks, random_scores
 from .surgery import state_slots
 from .units import prunable_layers
@@ -35,6 +36,7 @@ class Pruner:
         granularity: ``"block"`` (runs on the block-sparse kernels), ``"filter"`` (whole output rows; stored as blocks
             of 1 x C/groups), ``"unstructured"`` (dense layers under masks, for comparison: it makes nothing faster).
         pattern: block shape for ``"block"``; default ``BlockPattern.for_device`` of each layer.
+        grouping: blocks that stay or go together; ``Grouping.for_device("cuda")`` leaves what GPU kernels like best.
         include, exclude: shell-style patterns on module names, as in ``sparsify``.
         scope: ``"global"`` compares scores over all layers; ``"layer"`` removes the same share from every layer.
         score: ``"magnitude"``, ``"lamp"`` (see :func:`lamp_scores`: global, but no layer goes almost whole), or
@@ -58,6 +60,7 @@ class Pruner:
         *,
         granularity: Literal["block", "filter", "unstructured"] = "block",
         pattern: BlockPattern | None = None,
+        grouping: Grouping | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         scope: Literal["global", "layer"] = "global",
@@ -71,8 +74,10 @@ class Pruner:
         _check_choice("score", score, ("magnitude", "lamp", "random"))
         if pattern is not None and granularity != "block":
             raise ValueError(f"Pruner: a pattern belongs to granularity 'block', got {pattern} with {granularity!r}")
+        if grouping is not None and granularity != "block":
+            raise ValueError(f"Pruner: a grouping belongs to granularity 'block', got {grouping} with {granularity!r}")
         self.model, self.granularity, self.scope, self.score = model, granularity, scope, score
-        self._layers = prunable_layers(model, granularity, pattern, include, exclude)
+        self._layers = prunable_layers(model, granularity, pattern, include, exclude, grouping)
         self._optimizers: list[Optimizer] = []
         self._batch_norms: dict[str, list[str]] | None = None  # batch norm -> the convolutions that feed it
         self._rest0: dict[str, Tensor] | None = None  # theta0 of everything that is not pruned
@@ -179,9 +184,11 @@ class Pruner:
                 f"{removed_share}; load an earlier checkpoint"
             )
         if remove > 0:
-            for units, of_layer, keep in zip(self._layers, sizes, self._choose(sizes, remove), strict=True):
-                units.drop(keep, self._optimizers)
-                units.planned = int(of_layer[keep].sum())
+            chosen = zip(self._layers, self._choose(sizes, remove), strict=True)
+            entries = [keep[units.units_of_entries()] for units, keep in chosen]
+            for units, keep in zip(self._layers, agree(entries, self._layers[0].parameter.device), strict=True):
+                units.planned = int(units.entry_sizes()[keep].sum())
+                units.keep(keep, self._optimizers)
         self._bury_dead()
 
     @torch.no_grad()
@@ -294,7 +301,7 @@ class Pruner:
         if self.scope == "layer":
             triples = zip(scores, sizes, self._layers, strict=True)
             scores = [layer_ranks(score, size, units.num_weights) for score, size, units in triples]
-        return agree(choose_units(scores, sizes, remove), self._layers[0].parameter.device)
+        return choose_units(scores, sizes, remove)
 
     def _check_ready(self) -> None:
         if not self.observed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,17 +13,21 @@ from torch.optim import Optimizer
 from ..blocks import BlockPattern
 from ..convert import named_layers, sparsify
 from ..nn import SPARSE_TYPES
-from .scores import energies, magnitude_scores
+from .grouping import Grouping
+from .scores import energies
 from .surgery import drop_blocks
 
 _DENSE_TYPES = (nn.Linear, nn.Conv2d)
 
 
 class BlockUnits:
-    """A block-sparse layer whose units are its blocks. ``theta0`` always has the shape of the values."""
+    """A block-sparse layer whose units are its blocks, or groups of them. ``theta0`` has the shape of the values.
 
-    def __init__(self, name: str, layer: Any):
-        self.name, self.layer = name, layer
+    An *entry* is what is stored or not: a block here, a weight in ``WeightUnits``.
+    """
+
+    def __init__(self, name: str, layer: Any, grouping: Grouping | None = None):
+        self.name, self.layer, self.grouping = name, layer, grouping or Grouping()
         self.own_names = {f"{name}.{tensor}".lstrip(".") for tensor in ("values", "row_ptr", "col_idx")}
         self.theta0: Tensor | None = None
         self.planned = self.num_kept
@@ -40,13 +45,22 @@ class BlockUnits:
         return self.layer.num_kept
 
     def sizes(self) -> Tensor:
-        return self.layer.blocks.block_sizes().cpu()
+        return _sums(self.entry_sizes(), self.units_of_entries())
 
     def magnitudes(self) -> Tensor:
-        return magnitude_scores(self.layer)
+        """``[units]``: root mean square of a unit's weights, as ``magnitude_scores`` of a block."""
+        return (_sums(energies(self.layer), self.units_of_entries()) / self.sizes()).sqrt()
 
-    def drop(self, keep: Tensor, optimizers: Sequence[Optimizer]) -> None:
-        self._keep_blocks(keep, optimizers)
+    def entry_sizes(self) -> Tensor:
+        return self.layer.blocks.block_sizes().cpu()
+
+    def units_of_entries(self) -> Tensor:
+        """``[entries]``: the unit that each belongs to."""
+        return self.grouping.units(self.layer.blocks)
+
+    def keep(self, entries: Tensor, optimizers: Sequence[Optimizer]) -> None:
+        """Drop every entry that ``entries`` (bool) does not name."""
+        self._keep_blocks(entries, optimizers)
 
     def _keep_blocks(self, keep: Tensor, optimizers: Sequence[Optimizer]) -> None:
         keep = keep.to(self.parameter.device)
@@ -81,7 +95,8 @@ class BlockUnits:
         self.planned = self.num_kept
 
     def describe(self) -> dict[str, Any]:
-        return {"shape": list(self.layer.weight_shape), "pattern": str(self.layer.pattern)}
+        described = {"shape": list(self.layer.weight_shape), "pattern": str(self.layer.pattern)}
+        return described | ({} if self.grouping == Grouping() else {"grouping": asdict(self.grouping)})
 
     def check(self) -> None:
         self.layer.blocks.validate()
@@ -90,22 +105,9 @@ class BlockUnits:
 class FilterUnits(BlockUnits):
     """A block-sparse layer of pattern 1 x Cg whose units are whole output rows (a filter: R * S blocks)."""
 
-    def _row_of_block(self) -> Tensor:
+    def units_of_entries(self) -> Tensor:
         """``[nnzb]``: which of the rows still alive each block belongs to."""
         return torch.unique_consecutive(self.layer.blocks.row_block().cpu(), return_inverse=True)[1]
-
-    def sizes(self) -> Tensor:
-        return self._sum_rows(self.layer.blocks.block_sizes().cpu())
-
-    def magnitudes(self) -> Tensor:
-        return (self._sum_rows(energies(self.layer)) / self.sizes()).sqrt()
-
-    def drop(self, keep: Tensor, optimizers: Sequence[Optimizer]) -> None:
-        self._keep_blocks(keep[self._row_of_block()], optimizers)
-
-    def _sum_rows(self, of_blocks: Tensor) -> Tensor:
-        row = self._row_of_block()
-        return of_blocks.new_zeros(int(row[-1]) + 1 if len(row) else 0).index_add_(0, row, of_blocks)
 
 
 class WeightUnits:
@@ -136,9 +138,15 @@ class WeightUnits:
     def magnitudes(self) -> Tensor:
         return self.parameter.detach()[self._mask].cpu().double().abs()
 
-    def drop(self, keep: Tensor, optimizers: Sequence[Optimizer]) -> None:
+    def entry_sizes(self) -> Tensor:
+        return self.sizes()
+
+    def units_of_entries(self) -> Tensor:
+        return torch.arange(self.num_kept)
+
+    def keep(self, entries: Tensor, optimizers: Sequence[Optimizer]) -> None:
         kept = self._mask.clone()
-        kept[self._mask] = keep.to(kept.device)
+        kept[self._mask] = entries.to(kept.device)
         self.restrict(kept, optimizers)
 
     def dead_outputs(self) -> Tensor:
@@ -166,12 +174,18 @@ class WeightUnits:
 Units = BlockUnits | WeightUnits
 
 
+def _sums(of_entries: Tensor, unit: Tensor) -> Tensor:
+    """``[units]``: what the entries of each unit add up to."""
+    return of_entries.new_zeros(int(unit.max()) + 1 if len(unit) else 0).index_add_(0, unit, of_entries)
+
+
 def prunable_layers(
     model: nn.Module,
     granularity: str,
     pattern: BlockPattern | None,
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
+    grouping: Grouping | None = None,
 ) -> list[Units]:
     """The layers to prune, converted in place as the granularity needs it. Layers that are sparse already stay so."""
     if granularity == "unstructured":
@@ -181,7 +195,7 @@ def prunable_layers(
         _make_sparse(model, found, granularity, pattern, include, exclude)
         kind = FilterUnits if granularity == "filter" else BlockUnits
         layers = {name: model.get_submodule(name) for name in found}
-        units = [kind(name, layer) for name, layer in layers.items() if isinstance(layer, SPARSE_TYPES)]
+        units = [kind(name, layer, grouping) for name, layer in layers.items() if isinstance(layer, SPARSE_TYPES)]
     units = [each for each in units if each.num_kept]
     if not units:
         raise ValueError("Pruner: the model has no Linear or Conv2d layer to prune; look at include and exclude")
