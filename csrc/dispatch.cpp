@@ -22,6 +22,9 @@ std::vector<const KernelTable*> available() {
     tables.push_back(&kAvx512Kernels);
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&kAvx2Kernels);
 #endif
+#ifdef SPARSEKD_AARCH64
+  tables.push_back(&kNeonKernels);  // every aarch64 CPU has NEON
+#endif
   tables.push_back(&kScalarKernels);
   return tables;
 }

@@ -90,6 +90,7 @@ struct KernelTable {
 extern const KernelTable kScalarKernels;
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
+extern const KernelTable kNeonKernels;
 
 // Memory of the calling thread, 64-byte aligned, kept and grown from call to call. Slots do not overlap.
 enum ScratchSlot { kScratchCall, kScratchInput, kScratchOutput, kScratchSum, kScratchSlots };

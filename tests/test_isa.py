@@ -14,7 +14,7 @@ import torch.nn.functional as F
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
 from sparsekd import _C
 
-KNOWN_ISAS = ("avx512", "avx2", "scalar")
+KNOWN_ISAS = ("avx512", "avx2", "neon", "scalar")
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_unknown_isa_is_refused_with_the_list(isa_restored):
 def object_files():
     """The object files of the last build in this checkout, by source name."""
     root = pathlib.Path(__file__).resolve().parent.parent
-    return {path.name.removesuffix(".o"): path for path in root.glob("build/*/CMakeFiles/_C.dir/*.cpp.o")}
+    return {path.name.removesuffix(".o"): path for path in root.glob("build/cp*/CMakeFiles/*.dir/*.cpp.o")}
 
 
 def tool_output(*command):

@@ -1,0 +1,319 @@
+// Every kernel of every instruction set of this CPU against plain double loops, between guard pages. No Python, no
+// torch: it runs under sanitizers and under qemu-user (.ci/kernels). Arguments: instruction sets that must be there.
+//
+// To add an op: a check_<op>(const Problem&, ...) that computes the answer with `each_product` or by hand, runs the op
+// through the functions of the headers (conv2d.h), compares with `compare`; and a line in `check_problem`. Its operands
+// are Guarded, its outputs start as NaN. Other number formats bring their own operands and their own tolerance.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "conv2d.h"
+#include "dispatch.h"
+#include "guarded.h"
+
+namespace {
+
+using namespace sparsekd;
+
+struct Problem {
+  const char* name;
+  int64_t n, c, h, w, k, r, s;
+  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
+  int64_t bh, bw;
+  double density;
+
+  int64_t p() const { return (h + 2 * pad_h - dilation_h * (r - 1) - 1) / stride_h + 1; }
+  int64_t q() const { return (w + 2 * pad_w - dilation_w * (s - 1) - 1) / stride_w + 1; }
+  int64_t cg() const { return c / groups; }
+  Conv2dShape shape() const {
+    return {{n, c, h, w, k, p(), q(), r, s, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups}, bh, bw};
+  }
+};
+
+// clang-format off
+const Problem kProblems[] = {
+    //                         n   c   h   w   k  r  s  stride pad dilation g  block density
+    {"3x3",                    2, 20,  9, 30, 40, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 1, 0.3},
+    {"dense",                  1, 16,  8, 14, 32, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 1, 1.0},
+    {"tall-blocks-ragged",     1,  7,  8,  8, 40, 3, 3, 1, 1, 1, 1, 1, 1, 1, 32, 1, 0.5},
+    {"strided",                3, 16, 13, 17, 32, 3, 3, 2, 2, 1, 1, 1, 1, 1, 16, 1, 0.3},
+    {"mixed-strides",          2,  5, 11, 14, 16, 2, 4, 3, 2, 0, 3, 2, 1, 1, 16, 1, 0.6},
+    {"stride-beyond-kernel",   2,  6, 11, 11, 16, 2, 2, 3, 3, 0, 0, 1, 1, 1, 16, 1, 0.6},
+    {"7x7-image",              5, 12,  7,  7, 32, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 1, 0.3},
+    {"4x4-image",              9, 33,  4,  4, 48, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 1, 0.2},
+    {"wide-image",             1,  3,  3, 61, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 1, 0.5},
+    {"1x1-image",              3,  9,  1,  1, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 1, 0.5},
+    {"pointwise",              2, 33,  7,  7, 48, 1, 1, 1, 1, 0, 0, 1, 1, 1, 16, 1, 0.3},
+    {"pointwise-strided",      2,130,  8,  8, 16, 1, 1, 2, 2, 0, 0, 1, 1, 1, 16, 1, 0.3},
+    {"pointwise-padded",       2,  8,  3,  5, 16, 1, 1, 1, 1, 2, 1, 1, 1, 1, 16, 1, 0.5},
+    {"linear-1",               1, 75,  1,  1, 52, 1, 1, 1, 1, 0, 0, 1, 1, 1, 16, 1, 0.4},
+    {"linear-3",               1, 70,  1,  3, 52, 1, 1, 1, 1, 0, 0, 1, 1, 1, 16, 1, 0.4},
+    {"linear-67",              1, 41,  1, 67, 37, 1, 1, 1, 1, 0, 0, 1, 1, 1,  8, 3, 0.4},
+    {"groups",                 2, 12,  6,  6, 48, 3, 3, 1, 1, 1, 1, 1, 1, 3, 16, 1, 0.5},
+    {"depthwise",              2, 10,  6,  6, 10, 3, 3, 1, 1, 1, 1, 1, 1,10,  1, 1, 0.7},
+    {"small-blocks",           2, 10,  6,  6, 21, 3, 3, 1, 1, 1, 1, 1, 1, 1,  4, 4, 0.4},
+    {"filters",                2,  6,  6,  6, 20, 3, 3, 1, 1, 1, 1, 1, 1, 1,  1, 6, 0.5},
+    {"16x2",                   1,  9,  6,  6, 32, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 2, 0.4},
+    {"kernel-beyond-image",    1,  8,  2,  3, 16, 5, 5, 1, 1, 2, 2, 1, 1, 1, 16, 1, 0.5},
+    {"much-padding",           2,  4,  5,  6, 16, 3, 3, 1, 1, 5, 4, 1, 1, 1, 16, 1, 0.5},
+    {"dilated",                1,  6, 12, 13, 16, 3, 3, 2, 3, 3, 2, 2, 3, 1, 16, 1, 0.5},
+    {"no-blocks",              1,  8,  5,  5, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 1, 0.0},
+    {"batch-0",                0,  8,  5,  5, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 1, 0.5},
+    {"several-bands",          2,130, 26, 28, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 1, 0.05},
+};
+// clang-format on
+
+// [n][c][h][w] between guard pages, in either memory format.
+class Image {
+ public:
+  Image(int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last, Side side)
+      : c_(c), h_(h), w_(w), last_(channels_last), memory_(sizeof(float) * static_cast<size_t>(n * c * h * w), side) {}
+
+  float& at(int64_t n, int64_t c, int64_t y, int64_t x) const {
+    return memory_.floats()[last_ ? ((n * h_ + y) * w_ + x) * c_ + c : ((n * c_ + c) * h_ + y) * w_ + x];
+  }
+  Tensor4d in() const { return {memory_.floats(), last_}; }
+  MutableTensor4d out() const { return {memory_.floats(), last_}; }
+  template <class Random>
+  void fill(Random& random) const {
+    for (size_t i = 0; i < memory_.bytes() / sizeof(float); ++i) memory_.floats()[i] = random();
+  }
+
+ private:
+  int64_t c_, h_, w_;
+  bool last_;
+  Guarded memory_;
+};
+
+Guarded guarded_ints(const std::vector<int32_t>& values, Side side) {
+  Guarded memory(values.size() * sizeof(int32_t), side);
+  if (!values.empty()) memcpy(memory.floats(), values.data(), memory.bytes());
+  return memory;
+}
+
+// A random weight in storage form.
+struct Weight {
+  Problem problem;
+  std::vector<int32_t> row_ptr{0}, col_idx;
+  Guarded row_ptr_memory, col_idx_memory, values;
+
+  template <class Random>
+  Weight(const Problem& p, Random& random, Side side) : problem(p) {
+    const int64_t column_blocks = p.r * p.s * ((p.cg() + p.bw - 1) / p.bw);
+    for (int64_t row = 0; row * p.bh < p.k; ++row) {
+      const bool dead = row == 1 && p.density < 1;  // a row of blocks without blocks
+      for (int64_t column = 0; column < column_blocks; ++column)
+        if (!dead && (random() + 1) / 2 < p.density) col_idx.push_back(static_cast<int32_t>(column));
+      row_ptr.push_back(static_cast<int32_t>(col_idx.size()));
+    }
+    row_ptr_memory = guarded_ints(row_ptr, side);
+    col_idx_memory = guarded_ints(col_idx, side);
+    values = Guarded(sizeof(float) * size(), side);
+    for (size_t i = 0; i < size(); ++i) values.floats()[i] = random();
+  }
+
+  size_t size() const { return col_idx.size() * static_cast<size_t>(problem.bh * problem.bw); }
+  Blocks blocks() const {
+    return {reinterpret_cast<const int32_t*>(row_ptr_memory.floats()),
+            reinterpret_cast<const int32_t*>(col_idx_memory.floats()), static_cast<int64_t>(col_idx.size())};
+  }
+
+  // body(index into values, k, r, s, channel inside the group) for every weight inside the layer.
+  template <class Body>
+  void each(const Body& body) const {
+    const int64_t column_blocks = (problem.cg() + problem.bw - 1) / problem.bw;
+    for (size_t row = 0; row + 1 < row_ptr.size(); ++row)
+      for (int32_t block = row_ptr[row]; block < row_ptr[row + 1]; ++block)
+        for (int64_t i = 0; i < problem.bh; ++i)
+          for (int64_t j = 0; j < problem.bw; ++j) {
+            const int64_t tap = col_idx[static_cast<size_t>(block)] / column_blocks;
+            const int64_t channel = col_idx[static_cast<size_t>(block)] % column_blocks * problem.bw + j;
+            const int64_t k = static_cast<int64_t>(row) * problem.bh + i;
+            if (k < problem.k && channel < problem.cg())
+              body((block * problem.bh + i) * problem.bw + j, k, tap / problem.s, tap % problem.s, channel);
+          }
+  }
+
+  // body(index into values, n, k, output y, x, c, input y, x) for every product of the convolution.
+  template <class Body>
+  void each_product(const Body& body) const {
+    const Problem& l = problem;
+    each([&](int64_t value, int64_t k, int64_t r, int64_t s, int64_t channel) {
+      const int64_t c = k / (l.k / l.groups) * l.cg() + channel;
+      for (int64_t n = 0; n < l.n; ++n)
+        for (int64_t y = 0; y < l.p(); ++y)
+          for (int64_t x = 0; x < l.q(); ++x) {
+            const int64_t iy = y * l.stride_h + r * l.dilation_h - l.pad_h;
+            const int64_t ix = x * l.stride_w + s * l.dilation_w - l.pad_w;
+            if (iy >= 0 && iy < l.h && ix >= 0 && ix < l.w) body(value, n, k, y, x, c, iy, ix);
+          }
+    });
+  }
+};
+
+// The right answer in double with the sum of its terms' magnitudes, which rounding errors scale with.
+struct Exact {
+  std::vector<double> value, magnitude;
+  explicit Exact(int64_t size) : value(static_cast<size_t>(size)), magnitude(value) {}
+  void add(int64_t i, double term) {
+    value[static_cast<size_t>(i)] += term;
+    magnitude[static_cast<size_t>(i)] += std::fabs(term);
+  }
+};
+
+int64_t compared = 0, failures = 0;
+
+void compare(const std::string& what, const Exact& exact, int64_t i, double got) {
+  const double want = exact.value[static_cast<size_t>(i)];
+  ++compared;
+  if (std::fabs(got - want) <= 4e-6 * exact.magnitude[static_cast<size_t>(i)]) return;  // false for NaN
+  if (++failures <= 20)
+    fprintf(stderr, "%s: element %ld: expected %.9g, got %.9g\n", what.c_str(), static_cast<long>(i), want, got);
+}
+
+struct Setting {
+  bool x_last, y_last;
+  int threads;
+  Side side;
+};
+
+int64_t flat(const Problem& l, int64_t n, int64_t k, int64_t y, int64_t x) {
+  return ((n * l.k + k) * l.p() + y) * l.q() + x;
+}
+
+double activate(double v, Activation activation) {
+  if (activation == Activation::kSilu) return v / (1 + std::exp(-v));
+  if (activation == Activation::kNone) return v;
+  return std::fmin(std::fmax(v, 0), activation == Activation::kRelu6 ? 6 : HUGE_VAL);
+}
+
+struct Check {
+  const Problem& l;
+  const Setting& set;
+  std::string name;
+  Weight weight;
+  Image x, dy;
+  Guarded bias;
+
+  template <class Random>
+  Check(const Problem& problem, const Setting& setting, const char* isa, Random& random)
+      : l(problem),
+        set(setting),
+        name(std::string(isa) + " " + l.name + (set.x_last ? " nhwc" : " nchw") + (set.y_last ? "-nhwc" : "-nchw")),
+        weight(l, random, set.side),
+        x(l.n, l.c, l.h, l.w, set.x_last, set.side),
+        dy(l.n, l.k, l.p(), l.q(), set.y_last, set.side),
+        bias(sizeof(float) * static_cast<size_t>(l.k), set.side) {
+    x.fill(random);
+    dy.fill(random);
+    for (int64_t i = 0; i < l.k; ++i) bias.floats()[i] = random();
+  }
+
+  template <class Body>
+  void each_output(const Body& body) const {
+    for (int64_t n = 0; n < l.n; ++n)
+      for (int64_t k = 0; k < l.k; ++k)
+        for (int64_t y = 0; y < l.p(); ++y)
+          for (int64_t i = 0; i < l.q(); ++i) body(n, k, y, i);
+  }
+
+  // dy is the residual here. Once bare, then with every activation, through both entrances.
+  void forward() const {
+    Exact bare(l.n * l.k * l.p() * l.q());
+    weight.each_product(
+        [&](int64_t v, int64_t n, int64_t k, int64_t oy, int64_t ox, int64_t c, int64_t iy, int64_t ix) {
+          bare.add(flat(l, n, k, oy, ox), double(weight.values.floats()[v]) * x.at(n, c, iy, ix));
+        });
+    const auto expect = [&](const char* what, const Exact& exact, const Image& y) {
+      each_output([&](int64_t n, int64_t k, int64_t oy, int64_t ox) {
+        compare(name + what, exact, flat(l, n, k, oy, ox), y.at(n, k, oy, ox));
+      });
+    };
+    {
+      const Image y(l.n, l.k, l.p(), l.q(), set.y_last, set.side);
+      conv2d(l.shape(), x.in(), weight.values.floats(), weight.blocks(), {}, y.out(), set.threads);
+      expect(" forward", bare, y);
+    }
+    for (const Activation activation : {Activation::kNone, Activation::kRelu, Activation::kRelu6, Activation::kSilu}) {
+      Exact fused = bare;
+      each_output([&](int64_t n, int64_t k, int64_t oy, int64_t ox) {
+        const int64_t i = flat(l, n, k, oy, ox);
+        fused.add(i, bias.floats()[k]);
+        fused.add(i, dy.at(n, k, oy, ox));
+        double& value = fused.value[static_cast<size_t>(i)];
+        value = activate(value, activation);
+      });
+      const Image y(l.n, l.k, l.p(), l.q(), set.y_last, set.side);
+      if (activation == Activation::kRelu) {
+        const PackedConv2d packed(l.shape(), weight.values.floats(), weight.blocks(), bias.floats(), activation);
+        packed.run(l.shape().geometry, x.in(), dy.in().data, y.out(), set.threads);
+      } else {
+        conv2d(l.shape(), x.in(), weight.values.floats(), weight.blocks(), {bias.floats(), dy.in().data, activation},
+               y.out(), set.threads);
+      }
+      expect(" forward fused", fused, y);
+    }
+  }
+
+  void grad_input() const {
+    Exact exact(l.n * l.c * l.h * l.w);
+    weight.each_product(
+        [&](int64_t v, int64_t n, int64_t k, int64_t oy, int64_t ox, int64_t c, int64_t iy, int64_t ix) {
+          exact.add(((n * l.c + c) * l.h + iy) * l.w + ix, double(weight.values.floats()[v]) * dy.at(n, k, oy, ox));
+        });
+    const Image dx(l.n, l.c, l.h, l.w, set.x_last, set.side);
+    conv2d_grad_input(l.shape(), dy.in(), weight.values.floats(), weight.blocks(), dx.out(), set.threads);
+    for (int64_t n = 0, i = 0; n < l.n; ++n)
+      for (int64_t c = 0; c < l.c; ++c)
+        for (int64_t y = 0; y < l.h; ++y)
+          for (int64_t j = 0; j < l.w; ++j, ++i) compare(name + " grad_input", exact, i, dx.at(n, c, y, j));
+  }
+
+  void grad_values() const {
+    Exact exact(static_cast<int64_t>(weight.size()));
+    weight.each_product([&](int64_t v, int64_t n, int64_t k, int64_t oy, int64_t ox, int64_t c, int64_t iy,
+                            int64_t ix) { exact.add(v, double(x.at(n, c, iy, ix)) * dy.at(n, k, oy, ox)); });
+    const Guarded dvalues(sizeof(float) * weight.size(), set.side);
+    conv2d_grad_values(l.shape(), x.in(), dy.in(), weight.blocks(), dvalues.floats(), set.threads);
+    weight.each([&](int64_t v, int64_t, int64_t, int64_t, int64_t) {
+      compare(name + " grad_values", exact, v, dvalues.floats()[v]);
+    });
+  }
+};
+
+void check_problem(const Problem& problem, const char* isa) {
+  const Setting settings[] = {{false, false, 1, Side::kEnd},
+                              {true, true, 2, Side::kEnd},
+                              {true, true, 1, Side::kBegin},
+                              {false, true, 3, Side::kBegin},
+                              {true, false, 1, Side::kEnd}};
+  for (const Setting& setting : settings) {
+    set_scratch_side(setting.side);
+    std::mt19937 generator(1);
+    std::uniform_real_distribution<float> uniform(-1, 1);
+    const auto random = [&] { return uniform(generator); };
+    const Check check(problem, setting, isa, random);
+    check.forward();
+    check.grad_input();
+    check.grad_values();
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  for (int i = 1; i < argc; ++i) use_isa(argv[i]);  // throws, naming what there is
+  for (const std::string& isa : available_isas()) {
+    use_isa(isa);
+    const int64_t before = compared;
+    for (const Problem& problem : kProblems) check_problem(problem, isa.c_str());
+    printf("%s: %ld elements compared\n", isa.c_str(), static_cast<long>(compared - before));
+  }
+  printf("%ld wrong, %ld buffers overrun\n", static_cast<long>(failures), static_cast<long>(Guarded::overruns()));
+  return failures + Guarded::overruns() == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
