@@ -240,13 +240,60 @@ def test_basic_blocks_become_one_call_per_convolution():
     }
 
 
+def add_to_the_input(m, x):
+    return m.conv(m.bn(x)) + x
+
+
+def add_to_what_is_read_later(m, x):
+    y = m.bn(x)
+    return m.conv(y) + y, y
+
+
+def add_to_a_value_with_a_view(m, x):
+    y = m.bn(x)
+    part = y[:, :4]
+    return m.conv(x) + y, part
+
+
+def add_to_what_was_read_last(m, x):
+    y = m.bn(x)
+    return m.conv(m.conv(y)) + y
+
+
+def add_to_its_own_input(m, x):
+    y = m.bn(x)
+    return m.conv(y) + y
+
+
+@gains
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("forward", "reuse"),
+    [
+        (add_to_the_input, False),
+        (add_to_what_is_read_later, False),
+        (add_to_a_value_with_a_view, False),
+        (add_to_its_own_input, False),
+        (add_to_what_was_read_last, True),
+    ],
+)
+def test_a_residual_gives_its_memory_only_where_nobody_reads_it_again(forward, reuse, memory_format, min_gain):
+    model = trained(Custom(forward)).eval()
+    x = torch.randn(2, 16, 5, 5).contiguous(memory_format=getattr(torch, memory_format, torch.contiguous_format))
+    frozen = quick(model, x, min_gain=min_gain, memory_format=memory_format)
+    assert any("reuse" in node.kwargs for node in frozen.network.graph.nodes) == reuse
+    before = x.clone()
+    torch.testing.assert_close(frozen(x), model(before), rtol=1e-4, atol=1e-4)
+    assert torch.equal(x, before)
+
+
 def test_preactivation_keeps_the_norm_in_front():
     frozen = quick(trained(PreActivation(16, 16, 1)), torch.randn(1, 16, 6, 6))
     assert calls(frozen) == ["BatchNorm2d", "relu", "frozen", "frozen", "frozen"]
     assert [layer.geometry.fused for layer in frozen.plan] == ["", "bn+relu", "add"]
 
 
-RELUS = {
+ACTIVATIONS = {
     "F.relu": F.relu,
     "F.relu in place": lambda y: F.relu(y, inplace=True),
     "F.relu in place by position": lambda y: F.relu(y, True),
@@ -256,6 +303,14 @@ RELUS = {
     "method in place": lambda y: y.relu_(),
     "module": nn.ReLU(),
     "module in place": nn.ReLU(inplace=True),
+    "F.relu6": F.relu6,
+    "module ReLU6 in place": nn.ReLU6(inplace=True),
+    "module Hardtanh": nn.Hardtanh(0.0, 6.0),
+    "F.hardtanh_": lambda y: F.hardtanh_(y, 0, max_val=6),
+    "method clamp": lambda y: y.clamp(0, 6),
+    "torch.clamp_": lambda y: torch.clamp_(y, min=0, max=6),
+    "F.silu": F.silu,
+    "module SiLU in place": nn.SiLU(inplace=True),
 }
 ADDS = {
     "+": lambda y, x: y + x,
@@ -272,14 +327,14 @@ def residual(model: Custom, x, relu, add):
 
 
 @gains
-@pytest.mark.parametrize("add", ADDS)
-@pytest.mark.parametrize("relu", RELUS)
+@pytest.mark.parametrize(("relu", "add"), [*((relu, "+") for relu in ACTIVATIONS), *(("F.relu", add) for add in ADDS)])
 def test_every_spelling_is_fused(relu, add, min_gain):
-    model = Custom(lambda m, x: residual(m, x, m.relu if "module" in relu else RELUS[relu], ADDS[add]))
-    model.relu = RELUS[relu]
+    model = Custom(lambda m, x: residual(m, x, m.relu if "module" in relu else ACTIVATIONS[relu], ADDS[add]))
+    model.relu = ACTIVATIONS[relu]
     trained(model)
+    nn.init.constant_(model.bn.weight, 5.0)  # so that values beyond 6 exist
     x = torch.randn(2, 16, 5, 5)
-    frozen = quick(model, x, min_gain=min_gain, memory_format="contiguous")
+    frozen = quick(model, x, min_gain=min_gain, memory_format="channels_last" if "module" in relu else "contiguous")
     assert calls(frozen) == ["frozen"]
     assert_frozen_equals(model, frozen, x)
 
@@ -339,6 +394,10 @@ def relu_before_add(m, x):
     return torch.relu(m.conv(x)) + x
 
 
+def another_clamp(m, x):
+    return m.conv(x).clamp(0, 0.5) + F.hardtanh(m.bn(x))
+
+
 def two_convolutions_one_layer(m, x):
     return m.conv(torch.relu(m.bn(m.conv(x))))
 
@@ -358,6 +417,7 @@ def two_convolutions_one_layer(m, x):
         add_something_larger,
         add_itself,
         relu_before_add,
+        another_clamp,
         two_convolutions_one_layer,
     ],
 )

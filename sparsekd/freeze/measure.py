@@ -135,7 +135,8 @@ def measure(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[s
 
 
 def geometry_of(site: Site, module: Any) -> Geometry:
-    fused: dict[str, Any] = {"batch_norm": site.norm is not None, "residual": site.add is not None, "relu": site.relu}
+    fused: dict[str, Any] = {"batch_norm": site.norm is not None, "residual": site.add is not None}
+    fused["activation"] = site.activation
     if type(module) not in CONVS:
         return Geometry("linear", site.input, weight_shape(module), **fused)
     padding, pad = split_padding(module)

@@ -138,9 +138,32 @@ def assemble(source: nn.Module, sites: Sequence[Site], layers: Mapping[str, Froz
         chain[-1].replace_all_uses_with(fused)
         for node in reversed(chain):
             graph.erase_node(node)
+    _reuse_residuals(graph, source, layers)
     used = [node.target for node in graph.nodes if node.op in ("call_module", "get_attr")]
     parts = {name: layers[name] if name in layers else operator.attrgetter(name)(source) for name in used}
     return fx.GraphModule(parts, graph)
+
+
+_FRESH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)  # their result shares memory with nothing
+
+
+def _reuse_residuals(graph: fx.Graph, source: nn.Module, layers: Mapping[str, FrozenLayer]) -> None:
+    """Let a layer write over its residual where it is the last to read it, and nothing else shares that memory."""
+    position = {node: i for i, node in enumerate(graph.nodes)}
+
+    def is_fresh(node: fx.Node) -> bool:
+        return node.op == "call_module" and (
+            node.target in layers or type(source.get_submodule(str(node.target))) in _FRESH
+        )
+
+    for node in graph.nodes:
+        if node.target not in layers or len(node.args) < 2:
+            continue
+        x, residual = node.args
+        if x is residual or not is_fresh(residual) or not all(map(is_fresh, residual.users)):
+            continue
+        if max(residual.users, key=position.__getitem__) is node:
+            node.kwargs = {"reuse": True}
 
 
 def check_outputs(

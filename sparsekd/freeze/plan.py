@@ -26,7 +26,7 @@ class Geometry:
     pad_mode: str = "constant"
     batch_norm: bool = False
     residual: bool = False
-    relu: bool = False
+    activation: str = "none"
 
     def __str__(self) -> str:
         text = "x".join(map(str, self.weight))
@@ -37,7 +37,7 @@ class Geometry:
     @property
     def fused(self) -> str:
         """What runs in the same call, as in "bn+add+relu"."""
-        parts = (("bn", self.batch_norm), ("add", self.residual), ("relu", self.relu))
+        parts = (("bn", self.batch_norm), ("add", self.residual), (self.activation, self.activation != "none"))
         return "+".join(name for name, there in parts if there)
 
     @property

@@ -26,7 +26,7 @@ class Site:
 
     name: in the plan and in the frozen network. target: the layer's module. nodes: its chain in the trace, from the
     layer to the last node it replaces (empty in a model that cannot be traced). norm: the BatchNorm's module.
-    add: the node in the chain that adds the residual. input: shape in the example.
+    add: the node in the chain that adds the residual. activation: as the kernels name it. input: shape in the example.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Site:
     nodes: tuple[str, ...] = ()
     norm: str | None = None
     add: str | None = None
-    relu: bool = False
+    activation: str = "none"
 
 
 class _Tracer(fx.Tracer):
@@ -133,8 +133,8 @@ class _SiteFinder:
         return math.prod(weight_shape(self.module(node))) * math.prod(self.shapes[node][0][2:])
 
     def grow(self, layer: fx.Node) -> Site:
-        chain, norm, add, relu = [layer], None, None, False
-        while not relu:
+        chain, norm, add, activation = [layer], None, None, "none"
+        while activation == "none":
             (user,) = chain[-1].users if len(chain[-1].users) == 1 else (None,)
             if user is None or user in self.taken or self.moves_past_a_mutation(chain[-1], user):
                 break
@@ -142,15 +142,15 @@ class _SiteFinder:
                 norm = str(user.target)
             elif add is None and self.adds_a_residual(user, chain[-1]):
                 add = user.name
-            elif _is_relu(user, self.module(user)):
-                relu = True
             else:
-                break
+                activation = activation_of(user, self.module(user))
+                if activation == "none":
+                    break
             chain.append(user)
         self.taken.update(chain)
         shape = self.shapes[layer.args[0]][0]  # type: ignore[index]
         target = str(layer.target)
-        return Site(target, target, shape, tuple(node.name for node in chain), norm, add, relu)
+        return Site(target, target, shape, tuple(node.name for node in chain), norm, add, activation)
 
     def is_norm_of(self, node: fx.Node, layer: fx.Node) -> bool:
         norm = self.module(node)
@@ -185,7 +185,23 @@ class _SiteFinder:
 
 
 _ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
-_RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
+_ACTIVATIONS: dict[Any, str] = {
+    **dict.fromkeys((nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
+    **dict.fromkeys((nn.ReLU6, F.relu6), "relu6"),
+    **dict.fromkeys((nn.SiLU, F.silu), "silu"),
+}
+_CLAMPS = (
+    F.hardtanh,
+    F.hardtanh_,
+    torch.clamp,
+    torch.clamp_,
+    torch.clip,
+    torch.clip_,
+    "clamp",
+    "clamp_",
+    "clip",
+    "clip_",
+)
 _IN_PLACE_OPERATORS = (
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow),
     *(operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
@@ -193,8 +209,19 @@ _IN_PLACE_OPERATORS = (
 )
 
 
-def _is_relu(node: fx.Node, module: nn.Module | None) -> bool:
-    return type(module) is nn.ReLU or (node.op in ("call_function", "call_method") and node.target in _RELUS)
+def activation_of(node: fx.Node, module: nn.Module | None) -> str:
+    """The activation that a node is, in the names of the kernels, or "none"."""
+    if type(module) is nn.Hardtanh:
+        return "relu6" if (module.min_val, module.max_val) == (0, 6) else "none"
+    if module is not None:
+        return _ACTIVATIONS.get(type(module), "none")
+    if node.op not in ("call_function", "call_method"):
+        return "none"
+    if node.target in _CLAMPS:
+        named = [node.kwargs.get(f"{end}_val", node.kwargs.get(end)) for end in ("min", "max")]
+        bounds = [*node.args[1:3], *named[len(node.args) - 1 :]]
+        return "relu6" if bounds == [0, 6] else "none"
+    return _ACTIVATIONS.get(node.target, "none")
 
 
 def _mutates(node: fx.Node, module: nn.Module | None) -> bool:
