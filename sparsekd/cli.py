@@ -1,6 +1,7 @@
 """The command `sparsekd`: parses, calls one library function, prints what it returns.
 
 sparsekd run [movietweetings|movielens|movies] ...   train, prune, freeze, measure; see train.py
+sparsekd bench package.module:factory ...            your own networks, dense and frozen; see bench.py
 sparsekd report DIR                                  write the tables and plots of results.json again
 sparsekd doctor                                      what this machine offers, and why not more
 """
@@ -9,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(arguments)
     try:
-        return {"run": _run, "report": _report, "doctor": _doctor}[options.command](options, arguments)
+        return {"run": _run, "bench": _bench, "report": _report, "doctor": _doctor}[options.command](options, arguments)
     except _EXPECTED as error:
         if options.debug:
             raise
@@ -55,6 +58,20 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--threads", type=int, metavar="N", help="threads of torch and of the kernels")
     run.add_argument("--fresh", action="store_true", help="begin anew instead of going on with what --out holds")
     run.add_argument("--remeasure", action="store_true", help="time the finished networks again, without training")
+    bench = commands.add_parser("bench", help="time your own networks: dense, dense frozen, block-sparse frozen")
+    bench.add_argument("models", nargs="+", metavar="MODEL", help="package.module:factory, called without arguments")
+    bench.add_argument(
+        "--input-shape", action="append", required=True, metavar="C,H,W", help="without the batch; once for each input"
+    )
+    bench.add_argument("--batch", nargs="+", type=int, default=[1], metavar="N", help="batch sizes (1)")
+    bench.add_argument("--threads", nargs="+", type=int, default=[], metavar="N", help="numbers of threads (torch's)")
+    bench.add_argument(
+        "--density", nargs="+", type=float, default=[0.5, 0.3, 0.1], metavar="D", help="shares to keep (0.5 0.3 0.1)"
+    )
+    bench.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    bench.add_argument("--exclude", nargs="+", metavar="NAME", help="layers that stay dense, as in 'stem.*'")
+    bench.add_argument("--seconds", type=float, default=2.0, help="to measure one batch size for (2)")
+    bench.add_argument("--json", metavar="FILE", help="write the rows too")
     show = commands.add_parser("report", help="write the tables and plots of a finished run again")
     show.add_argument("folder", metavar="DIR")
     commands.add_parser("doctor", help="what this machine offers sparsekd, and why not more")
@@ -96,6 +113,36 @@ def _by_group(config: RunConfig, group: str) -> list[RunConfig]:
         out = f"{config.out}/{name}" if config.out and group == "all" else config.out
         found.append(dataclasses.replace(config, options={"group": name}, out=out))
     return found
+
+
+def _bench(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from . import bench
+
+    sys.path.insert(0, "")  # as `python -m` does: the user's modules lie in the current folder
+    try:
+        shapes = [tuple(int(size) for size in shape.split(",")) for shape in options.input_shape]
+    except ValueError:
+        raise ValueError(
+            f"sparsekd bench: --input-shape takes integers, as in 3,224,224, got {options.input_shape}"
+        ) from None
+    rows = []
+    for name in options.models:
+        found = bench.bench(
+            name,
+            shapes,
+            batches=options.batch,
+            threads=options.threads,
+            densities=options.density,
+            dtype=options.dtype,
+            exclude=options.exclude,
+            seconds=options.seconds,
+        )
+        print(f"{name} {options.dtype}\n\n{bench.table(found)}\n")
+        rows += found
+    if options.json:
+        command = shlex.join(["sparsekd", *arguments])
+        Path(options.json).write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
+    return 0
 
 
 def _report(options: argparse.Namespace, arguments: Sequence[str]) -> int:

@@ -318,7 +318,7 @@ def test_own_models_are_loaded_by_name():
     assert isinstance(load("benchmarks.suites.networks:WideResNet"), WideResNet)
     with pytest.raises(ValueError, match=r"package\.module:factory"):
         load("torch.nn.Linear")
-    with pytest.raises(TypeError, match=r"must make an nn\.Module, got dict"):
+    with pytest.raises(ValueError, match=r"must make an nn\.Module, got dict"):
         load("builtins:dict")
 
 

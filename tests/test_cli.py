@@ -1,5 +1,6 @@
 """Every way to call the command wrongly ends in one clear line and exit code 2; a run prints its table."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -133,6 +134,47 @@ def test_quick_run_prints_its_table_and_report_prints_it_again(capsys, tmp_path,
     assert cli.main(["report", str(out)]) == 0
     assert printed.split("\n\nresults.json")[0].strip().removeprefix("synthetic").strip() in capsys.readouterr().out
     assert (out / "report.md").is_file()
+
+
+FACTORY = """
+from torch import nn
+def small():
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU6(), nn.Conv2d(16, 32, 3), nn.Flatten())
+nothing = dict
+"""
+
+
+def test_bench_times_an_own_network(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(FACTORY)
+    sizes = "--input-shape 3,8,8 --batch 1 2 --threads 1 --density 0.5 0.3 --exclude 0 --seconds 0.05 --json rows.json"
+    assert cli.main(["bench", "own:small", *sizes.split()]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [(row["batch"], row["density"]) for row in rows] == [(1, 0.5), (1, 0.3), (2, 0.5), (2, 0.3)]
+    printed = capsys.readouterr().out
+    for row in rows:
+        assert row["layers"] == 2 and row["sparse"] <= 1
+        assert min(row["eager_ms"], row["dense_frozen_ms"], row["frozen_ms"]) > 0
+        assert f"| {row['eager_ms']:.3f} | {row['dense_frozen_ms']:.3f} | {row['frozen_ms']:.3f} |" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["torch.nn.Linear"], "a model must be package.module:factory, got 'torch.nn.Linear'"),
+        (["no.such.module:net"], "No module named 'no'"),
+        (["torch.nn:Nothing"], "has no attribute 'Nothing'"),
+        (["torch.nn:Identity", "--input-shape", "3,x"], "--input-shape takes integers, as in 3,224,224"),
+        (["torch.nn:Identity", "--density", "1.5"], "density must lie in (0, 1], got 1.5"),
+        (["torch.nn:Identity", "--batch", "0"], "batch must be 1 or more, got [0]"),
+        (["builtins:dict"], "builtins:dict must make an nn.Module, got dict"),
+        (["sparsekd.models:MobileNetV2"], "does not take inputs of shape [[1, 5]]: "),
+    ],
+)
+def test_bench_says_what_is_wrong(capsys, arguments, message):
+    assert message in failure(
+        capsys, "bench", *arguments, *([] if "--input-shape" in arguments else ["--input-shape=5"])
+    )
 
 
 def test_other_settings_do_not_mix(capsys, tmp_path, tiny, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.contest import Setup
+from sparsekd.bench import load
 from sparsekd.evaluate import NOT_PRUNED
 from sparsekd.models import STUDENT, RatingCNN
 
@@ -39,17 +39,6 @@ def sources(setup: Setup) -> list[Source]:
             images = partial(_random, (batch, 3, 32, 32))
             found.append(Source(f"wrn-16-2-n{batch}", _wide_resnet, images, ("stem", "head")))
     return found
-
-
-def load(name: str) -> nn.Module:
-    """The module that `package.module:factory` makes. Raises ValueError for a bad name, TypeError."""
-    module, colon, factory = name.partition(":")
-    if not colon:
-        raise ValueError(f"--model must be package.module:factory, got {name!r}")
-    model = getattr(importlib.import_module(module), factory)()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"--model {name} must make an nn.Module, got {type(model).__name__}")
-    return model
 
 
 # The columns of MovieTweetings' inputs.

@@ -1,0 +1,133 @@
+"""How much faster a network gets here: dense eager, dense frozen and block-sparse frozen, timed in turns.
+
+    sparsekd bench my_package.models:resnet --input-shape 3,224,224 --batch 1 16 --density 0.5 0.3
+
+`factory()` makes the network; nothing is trained: for each density the blocks of largest norm stay, as
+``sparsekd.sparsify`` keeps them, and the time of a layer does not depend on which these are.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import check_density
+from .convert import sparsify
+from .freeze import freeze
+from .freeze.measure import measure
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load(name: str) -> nn.Module:
+    """The network that `package.module:factory` makes. Raises ValueError for a name of anything else."""
+    module, colon, factory = name.partition(":")
+    if not colon:
+        raise ValueError(f"sparsekd bench: a model must be package.module:factory, got {name!r}")
+    try:
+        make: Callable[[], Any] = getattr(importlib.import_module(module), factory)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"sparsekd bench: expected {name!r} to name a function or class to call: {error}") from error
+    model = make()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"sparsekd bench: {name} must make an nn.Module, got {type(model).__name__}")
+    return model
+
+
+def bench(
+    name: str,
+    input_shapes: Sequence[tuple[int, ...]],
+    *,
+    batches: Sequence[int] = (1,),
+    threads: Sequence[int] = (),
+    densities: Sequence[float] = (0.5, 0.3, 0.1),
+    dtype: str = "fp32",
+    exclude: Sequence[str] | None = None,
+    seconds: float = 2.0,
+) -> list[dict[str, Any]]:
+    """One row for each number of threads, batch size and density of one network.
+
+    Args:
+        name: ``package.module:factory``.
+        input_shapes: of each input tensor, without the batch.
+        threads: default: as many as torch uses now.
+        exclude: layers that stay dense, shell-style patterns on module names.
+        seconds: to measure one batch size for.
+
+    A row holds ``model, dtype, threads, batch, density``, median milliseconds of one call as ``eager_ms``,
+    ``dense_frozen_ms`` and ``frozen_ms``, and of the convolution and linear layers, how many run ``sparse``.
+
+    Raises ValueError for bad arguments, RuntimeError where the network does not take such inputs.
+    """
+    for density in densities:
+        check_density("sparsekd bench", density)
+    for what, numbers in (("batch", batches), ("threads", threads)):
+        if any(number < 1 for number in numbers):
+            raise ValueError(f"sparsekd bench: {what} must be 1 or more, got {list(numbers)}")
+    model = load(name).to(DTYPES[dtype]).eval()
+    rows, before = [], torch.get_num_threads()
+    try:
+        for count in threads or (before,):
+            torch.set_num_threads(count)
+            for batch in batches:
+                inputs = tuple(torch.randn(batch, *shape).to(DTYPES[dtype]) for shape in input_shapes)
+                common = {"model": name, "dtype": dtype, "threads": count, "batch": batch}
+                rows += [common | row for row in _compare(name, model, inputs, densities, exclude, seconds)]
+    finally:
+        torch.set_num_threads(before)
+    return rows
+
+
+@torch.no_grad()
+def _compare(
+    name: str,
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    densities: Sequence[float],
+    exclude: Sequence[str] | None,
+    seconds: float,
+) -> list[dict[str, Any]]:
+    try:
+        model(*inputs)
+    except RuntimeError as error:
+        shapes = [list(x.shape) for x in inputs]
+        raise RuntimeError(f"sparsekd bench: {name} does not take inputs of shape {shapes}: {error}") from error
+    frozen = {f"{d:g}": freeze(sparsify(copy.deepcopy(model), density=d, exclude=exclude), inputs) for d in densities}
+    calls: dict[str, Callable[[], object]] = {"eager": partial(model, *inputs)}
+    calls |= {key: partial(network, *inputs) for key, network in {"dense": freeze(model, inputs), **frozen}.items()}
+    samples = measure(calls, seconds)
+    ms = {key: statistics.median(us) / 1e3 for key, us in samples.items()}
+    return [
+        {
+            "density": float(density),
+            "eager_ms": ms["eager"],
+            "dense_frozen_ms": ms["dense"],
+            "frozen_ms": ms[density],
+            "sparse": sum(layer.chosen == "sparse" for layer in network.plan),
+            "layers": len(network.plan),
+        }
+        for density, network in frozen.items()
+    ]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown; the ratios say how many times as fast the frozen sparse network is."""
+    lines = [
+        "| threads | batch | density | layers sparse | dense eager, ms | dense frozen, ms | sparse frozen, ms "
+        "| x eager | x dense frozen |",
+        "|---" * 9 + "|",
+    ]
+    for row in rows:
+        eager, dense, ours = row["eager_ms"], row["dense_frozen_ms"], row["frozen_ms"]
+        lines.append(
+            f"| {row['threads']} | {row['batch']} | {row['density']:g} | {row['sparse']} of {row['layers']} "
+            f"| {eager:.3f} | {dense:.3f} | {ours:.3f} | {eager / ours:.2f} | {dense / ours:.2f} |"
+        )
+    return "\n".join(lines)
