@@ -157,7 +157,7 @@ def _constants(config: Config) -> dict[str, Any]:
     lane, slot = (bw, bh) if transposed else (bh, bw)
     constants |= {"BK": min(slot, tile.bk), "LANE": min(lane, tile.bn), "TRANSPOSED": transposed}
     constants |= {"SWAPPED": tile.swapped, "GROUP": tile.group, "PARTED": config.parts}
-    constants["ACTIVATION"] = "relu" if config.fused else None
+    constants["ACTIVATION"] = "silu" if config.fused else None
     constants |= {} if config.fused else {"residual_ptr": None}
     return constants | ({"bias_ptr": None} if transposed or config.parts else {})
 
@@ -240,7 +240,7 @@ def main() -> None:
             found = complaints(row, config)
             wrong += [f"sm_{capability} {config}: {complaint}" for complaint in found]
             print(f"sm_{capability} {config}: {row['registers']} registers, {'; '.join(found) or 'good'}", flush=True)
-        sums_rows = [compile_sum(capability, activation) for activation in (None, "relu")]
+        sums_rows = [compile_sum(capability, activation) for activation in (None, "silu")]
         wrong += [f"sm_{capability} {row['config']}: stack" for row in sums_rows if row["stack_bytes"]]
     print(table(rows))
     if options.out:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ._index import SLOT_FIELDS, TILE_FIELDS, StepTable
 from ._tiles import Tile
 
-ACTIVATIONS = (None, "relu")
+ACTIVATIONS = (None, "relu", "relu6", "silu")
 _SLOT_FIELDS = tl.constexpr(SLOT_FIELDS)
 _TILE_FIELDS = tl.constexpr(TILE_FIELDS)
 
@@ -36,6 +36,18 @@ class Walk(NamedTuple):
 
 
 @triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    # Comparisons, not minima and maxima: a NaN must come through.
+    if ACTIVATION == "relu":
+        x = tl.where(x < 0.0, 0.0, x)
+    if ACTIVATION == "relu6":
+        x = tl.where(x < 0.0, 0.0, tl.where(x > 6.0, 6.0, x))
+    if ACTIVATION == "silu":
+        x = x / (1.0 + tl.exp(-x))
+    return x
+
+
+@triton.jit
 def _finish(acc, bias_ptr, residual_ptr, out_ptr, start, inside, row_begin, row_end, ACTIVATION: tl.constexpr):
     """Store act(acc + bias + residual) of [BM, columns] sums whose pixels begin at ``start [BM]``."""
     rows = row_begin + tl.arange(0, acc.shape[1])
@@ -46,8 +58,7 @@ def _finish(acc, bias_ptr, residual_ptr, out_ptr, start, inside, row_begin, row_
         acc += tl.load(bias_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)[None, :]
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
-    if ACTIVATION == "relu":
-        acc = tl.where(acc < 0.0, 0.0, acc)  # not a maximum with 0: a NaN must come through
+    acc = _activate(acc, ACTIVATION)
     tl.store(out_ptr + places, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -211,8 +222,7 @@ def _sum_parts_kernel(
         acc += tl.load(bias_ptr + places % out_c, mask=mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
-    if ACTIVATION == "relu":
-        acc = tl.where(acc < 0.0, 0.0, acc)
+    acc = _activate(acc, ACTIVATION)
     tl.store(out_ptr + places, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -29,7 +29,7 @@ def forward(
     activation: str | None = None,
     precision: str = "ieee",
 ) -> Tensor:
-    """Fill ``out [N, K, P, Q]`` with ``act(conv(x) + bias + residual)``; ``activation`` is None or "relu"."""
+    """Fill ``out [N, K, P, Q]`` with ``act(conv(x) + bias + residual)``; ``activation`` as in ACTIVATIONS."""
     walk = _walk(weight, x.shape, out.shape)
     return gather_gemm(
         x, values, table, walk, tile, out,

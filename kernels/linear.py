@@ -22,7 +22,7 @@ def forward(
     activation: str | None = None,
     precision: str = "ieee",
 ) -> Tensor:
-    """Fill ``out [rows, out_features]`` with ``act(x W^T + bias + residual)``; ``activation`` is None or "relu"."""
+    """Fill ``out [rows, out_features]`` with ``act(x W^T + bias + residual)``; ``activation`` as in ACTIVATIONS."""
     return gather_gemm(
         x, values, table, _walk(x), tile, out,
         transposed=False, bias=bias, residual=residual, activation=activation, precision=precision,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -112,6 +112,21 @@ LINEARS = [
     Linear("8x8", pattern=BlockPattern(8, 8)),
     Linear("1x32", pattern=BlockPattern(1, 32)),
 ]
+
+
+def _eights(size: int, groups: int = 1) -> int:
+    return -(-size // (8 * groups)) * 8 * groups
+
+
+def tensor_core_case(case: Conv | Linear) -> Conv | Linear:
+    """The same geometry with blocks and channels that tensor cores take."""
+    bh, bw = (-(-size // 16) * 16 for size in (case.pattern.bh, case.pattern.bw))
+    if isinstance(case, Linear):
+        sizes = {"inputs": _eights(case.inputs), "outputs": _eights(case.outputs)}
+    else:
+        sizes = {"c": _eights(case.c, case.groups), "k": -(-case.k // (bh * case.groups)) * bh * case.groups}
+        sizes["k"] = sizes["k"] if case.groups > 1 else _eights(case.k)
+    return replace(case, **sizes, pattern=BlockPattern(bh, bw))
 
 
 def random_mask(case: Conv | Linear, generator: torch.Generator) -> torch.Tensor:

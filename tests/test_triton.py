@@ -18,7 +18,7 @@ import sparsekd
 from sparsekd import BlockPattern, BlockSparse
 from sparsekd.backends import cuda as backend
 
-from .cases import CONVS, LINEARS, Conv, Linear, random_weight
+from .cases import CONVS, LINEARS, Conv, Linear, random_weight, tensor_core_case
 
 pytest.importorskip("triton")
 GPU = torch.cuda.is_available()
@@ -31,21 +31,6 @@ with mock.patch.dict(os.environ, {} if GPU else {"TRITON_INTERPRET": "1"}):
 SMALL = _tiles.Tile(64, 32, 32, 4, 2)
 TRITON = _plan.Choice("triton", SMALL)
 by_id = {"ids": lambda case: case.id}
-
-
-def eights(size: int, groups: int = 1) -> int:
-    return -(-size // (8 * groups)) * 8 * groups
-
-
-def tensor_core_case(case: Conv | Linear) -> Conv | Linear:
-    """The same geometry with blocks and channels that tensor cores take."""
-    bh, bw = (-(-size // 16) * 16 for size in (case.pattern.bh, case.pattern.bw))
-    if isinstance(case, Linear):
-        sizes = {"inputs": eights(case.inputs), "outputs": eights(case.outputs)}
-    else:
-        sizes = {"c": eights(case.c, case.groups), "k": -(-case.k // (bh * case.groups)) * bh * case.groups}
-        sizes["k"] = sizes["k"] if case.groups > 1 else eights(case.k)
-    return replace(case, **sizes, pattern=BlockPattern(bh, bw))
 
 
 CONV_CASES = [tensor_core_case(case) for case in CONVS if case.id not in ("depthwise", "1x1-block", "4x4", "8x1")]
@@ -203,31 +188,51 @@ def test_parts_and_orders_change_nothing_but_rounding(splits, group, monkeypatch
 # ---- The fused epilogue
 
 
+ACTIVATIONS = {"relu": F.relu, "relu6": F.relu6, "silu": F.silu}
+
+
+def test_the_kernels_and_the_dense_paths_know_the_same_activations():
+    assert set(_gather_gemm.ACTIVATIONS) == set(backend.ACTIVATIONS) == {None, *ACTIVATIONS}
+
+
 @pytest.mark.parametrize(
-    "tile", [SMALL, SMALL._replace(splits=2), _tiles.GATHER_HALF[0], _tiles.GATHER_HALF[2]], ids=str
+    ("tile", "activation"),
+    [
+        (SMALL, "relu"),
+        (SMALL, "relu6"),
+        (SMALL, "silu"),
+        (SMALL._replace(splits=2), "silu"),
+        (_tiles.GATHER_HALF[0], "relu6"),
+        (_tiles.GATHER_HALF[2], "silu"),
+        (None, "silu"),
+    ],
+    ids=str,
 )
-def test_bias_residual_and_relu_are_fused(tile, monkeypatch):
-    choose(monkeypatch, _plan.Choice("triton", tile))
+def test_bias_residual_and_activation_are_fused(tile, activation, monkeypatch):
+    choose(monkeypatch, _plan.Choice("triton", tile) if tile else _plan.DENSE)
     case = Conv("fused", n=1, c=16, k=272, image=(5, 5), pattern=BlockPattern(16, 16), density=0.5)
     x, values, blocks = operands(case, torch.float16)
-    bias, residual = (torch.randn(shape, device=DEVICE).half() for shape in ((case.k,), (1, case.k, 5, 5)))
+    bias, residual = (4 * torch.randn(shape, device=DEVICE).half() for shape in ((case.k,), (1, case.k, 5, 5)))
     residual[0, 7, 2, 3] = float("nan")
     arguments = (x, values, blocks.row_ptr, blocks.col_idx, bias, case.k, *geometry(case))
-    got = backend.conv2d(*arguments, residual=last(residual), activation="relu")
+    got = backend.conv2d(*arguments, residual=last(residual), activation=activation)
     want = F.conv2d(x.double(), blocks.to_dense().double(), bias.double(), padding=1) + residual.double()
-    torch.testing.assert_close(got.double(), want.relu(), rtol=2e-3, atol=2e-3, equal_nan=True)
+    want = ACTIVATIONS[activation](want)
+    torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=4e-3, equal_nan=True)
     assert got[0, 7, 2, 3].isnan()
 
 
-def test_bias_residual_and_relu_of_a_linear_layer(monkeypatch):
+def test_bias_residual_and_activation_of_a_linear_layer(monkeypatch):
     choose(monkeypatch, TRITON)
     case = tensor_core_case(Linear("fused", batch=(3, 5), pattern=BlockPattern(16, 16)))
     x, values, blocks = operands(case, torch.float32)
     bias, residual = torch.randn(case.outputs, device=DEVICE), torch.randn(3, 5, case.outputs, device=DEVICE)
     arguments = (x, values, blocks.row_ptr, blocks.col_idx, bias, case.outputs)
-    got = backend.linear(*arguments, residual=residual, activation="relu")
-    want = (F.linear(x.double(), blocks.to_dense().double(), bias.double()) + residual.double()).relu()
+    got = backend.linear(*arguments, residual=residual, activation="silu")
+    want = F.silu(F.linear(x.double(), blocks.to_dense().double(), bias.double()) + residual.double())
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
+    with pytest.raises(ValueError, match=r"activation must be one of .*'silu'.*, got 'gelu'"):
+        backend._finish(got, None, "gelu")
 
 
 def test_a_contiguous_input_gives_a_contiguous_output(monkeypatch):
@@ -393,8 +398,8 @@ def test_float64_runs_on_the_reference():
 
 def test_describe_says_what_runs():
     assert "Triton" in backend.describe("conv2d") and "reference otherwise" in backend.describe("conv2d")
-    with mock.patch.object(backend, "find_spec", lambda name: None):
-        assert "triton is not importable; pip install" in backend.describe("conv2d")
+    with mock.patch.object(backend, "uses_triton", lambda: False):
+        assert "and CUDA C++ has the forward pass alone" in backend.describe("conv2d_grad_input")
 
 
 def test_importing_the_package_imports_no_triton():

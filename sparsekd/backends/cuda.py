@@ -3,6 +3,8 @@ library, and the dense library on the channels that any block touches. Operands 
 
     sparsekd.backends.cuda.prewarm(model, x)       # time the candidates once; kept in one JSON file
 
+Without Triton the forward pass of float16 and bfloat16 runs in CUDA C++ (cuda_driver.py), the rest on the reference.
+
 The tables a kernel walks are built on the device when a mask is first seen (one synchronisation) and kept while the
 mask is in use. Run a model once before capturing it in a CUDA graph.
 """
@@ -10,6 +12,7 @@ mask is in use. Run a model once before capturing it in a CUDA graph.
 from __future__ import annotations
 
 import math
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,6 +21,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.conv2d import (
@@ -28,24 +32,42 @@ from ..ops.conv2d import (
     output_size,
 )
 from ..ops.linear import linear_grad_input_reference, linear_grad_values_reference, linear_reference
+from . import cuda_driver
 
 MASKS_KEPT = 1024
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda y: y,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+}
 
 
 def describe(op: str) -> str:
     """What runs ``op`` on CUDA devices, and why."""
-    if find_spec("triton") is None:
-        return "pure-torch reference: triton is not importable; pip install sparsekd[gpu] brings it"
+    if not uses_triton():
+        why = "SPARSEKD_CUDA=native" if find_spec("triton") else "triton is not importable; pip install sparsekd[gpu]"
+        missing = cuda_driver.why_not() if op in ("linear", "conv2d") else "CUDA C++ has the forward pass alone"
+        if missing:
+            return f"pure-torch reference: {why}, and {missing}"
+        return f"CUDA C++ for float16 and bfloat16 ({why}), under the same conditions as Triton; reference otherwise"
     return (
         "sparsekd.kernels (Triton) or the dense library, whichever is faster, for float16, bfloat16 and float32 with "
         "blocks in multiples of 16x16 and channels in multiples of 8; pure-torch reference otherwise"
     )
 
 
+@lru_cache(maxsize=1)
+def uses_triton() -> bool:
+    """Whether the Triton kernels run; ``SPARSEKD_CUDA=native`` leaves them for the CUDA C++ ones, which need no JIT."""
+    forced = os.environ.get("SPARSEKD_CUDA", "triton")
+    if forced not in ("triton", "native"):
+        raise RuntimeError(f"sparsekd: SPARSEKD_CUDA must be triton or native, got {forced!r}")
+    return forced == "triton" and find_spec("triton") is not None
+
+
 def register() -> None:
     """Make these functions what ``torch.ops.sparsekd.*`` runs on CUDA tensors."""
-    if find_spec("triton") is None:
-        return
     for op in (linear, linear_grad_input, linear_grad_values, conv2d, conv2d_grad_input, conv2d_grad_values):
         torch.library.impl(f"sparsekd::{op.__name__}", "cuda", op)
 
@@ -73,7 +95,7 @@ def prewarm(model: torch.nn.Module, *inputs: Tensor, backward: bool = True) -> d
 
 
 def refusal(values: Tensor, weight: Any) -> str | None:
-    """Why the Triton kernels do not take this weight, or None."""
+    """Why no kernel takes this weight, or None."""
     from sparsekd.kernels import _tiles
 
     if _tiles.family(str(values.dtype).removeprefix("torch."), False) is None:
@@ -97,13 +119,18 @@ def linear(
 ) -> Tensor:
     """``act(x W^T + bias + residual)``; the last two are for frozen models, the op itself has neither."""
     weight = _weight(out_features, x.shape[-1], values)
-    if refusal(values, weight):
+    if _runs_on_reference(values, weight, forward=True):
         y = linear_reference(x, values, row_ptr, col_idx, bias, out_features)
         return _finish(y, residual, activation)
-    from sparsekd.kernels import linear as kernel
-
     rows, values = x.reshape(-1, x.shape[-1]).contiguous(), values.contiguous()
     added = None if residual is None else residual.reshape(-1, out_features).contiguous()
+    if not uses_triton():
+        more = None if added is None else added[:, :, None, None]
+        out = rows.new_empty(rows.shape[0], out_features, 1, 1)
+        _native(rows[:, :, None, None], values, _mask(row_ptr, col_idx, weight), out, bias, more, activation)
+        return out.view(*x.shape[:-1], out_features)
+    from sparsekd.kernels import linear as kernel
+
     mask, family = _mask(row_ptr, col_idx, weight), _family(x, conv=False)
 
     def run(choice: Any) -> Tensor:
@@ -114,7 +141,7 @@ def linear(
             return kernel.forward(rows, values, table, choice.tile, out, **fused, precision=_precision(family))
         dense = mask.dense(values).flatten(1)
         if choice.kernel == "dense":
-            return _finish(torch.nn.functional.linear(rows, dense, bias), added, activation)
+            return _finish(F.linear(rows, dense, bias), added, activation)
         outputs, inputs = mask.channels
         some = rows.index_select(1, inputs) @ dense[outputs][:, inputs].T
         return _finish(_spread(some, outputs, 1, rows.new_empty(rows.shape[0], out_features), bias), added, activation)
@@ -125,7 +152,7 @@ def linear(
 
 def linear_grad_input(grad: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, in_features: int) -> Tensor:
     weight = _weight(grad.shape[-1], in_features, values)
-    if refusal(values, weight):
+    if _runs_on_reference(values, weight):
         return linear_grad_input_reference(grad, values, row_ptr, col_idx, in_features)
     from sparsekd.kernels import linear as kernel
 
@@ -150,7 +177,7 @@ def linear_grad_input(grad: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Te
 def linear_grad_values(grad: Tensor, x: Tensor, row_ptr: Tensor, col_idx: Tensor, bh: int, bw: int) -> Tensor:
     out = x.new_empty(col_idx.shape[0], bh, bw)
     weight = _weight(grad.shape[-1], x.shape[-1], out)
-    if refusal(out, weight):
+    if _runs_on_reference(out, weight):
         return linear_grad_values_reference(grad, x, row_ptr, col_idx, bh, bw)
     from sparsekd.kernels import linear as kernel
 
@@ -190,15 +217,17 @@ def conv2d(
     """``act(conv(x) + bias + residual)``; the last two are for frozen models, the op itself has neither."""
     geometry = (kernel_size, stride, padding, dilation, groups)
     weight = _weight(out_channels, x.shape[1] // groups, values, *geometry)
-    if refusal(values, weight):
+    if _runs_on_reference(values, weight, forward=True):
         y = conv2d_reference(x, values, row_ptr, col_idx, bias, out_channels, *geometry)
         return _finish(y, residual, activation)
-    from sparsekd.kernels import conv2d as kernel
-
     layout, image = memory_format(x), output_size(x.shape[2:], kernel_size, stride, padding, dilation)
     x, values, added = _last(x), values.contiguous(), None if residual is None else _last(residual)
     mask, family = _mask(row_ptr, col_idx, weight), _family(x, conv=True)
     shape = (x.shape[0], out_channels, *image)
+    if not uses_triton():
+        y = _native(x, values, mask, _empty(x, shape), bias, added, activation)
+        return y.contiguous(memory_format=layout)
+    from sparsekd.kernels import conv2d as kernel
 
     def run(choice: Any) -> Tensor:
         if choice.kernel == "triton":
@@ -207,12 +236,10 @@ def conv2d(
             return kernel.forward(x, values, table, weight, choice.tile, out, **fused, precision=_precision(family))
         dense = mask.dense(values)
         if choice.kernel == "dense":
-            y = torch.nn.functional.conv2d(x, dense, bias, stride, padding, dilation, groups)
+            y = F.conv2d(x, dense, bias, stride, padding, dilation, groups)
             return _finish(y, added, activation)
         outputs, inputs = mask.channels
-        some = torch.nn.functional.conv2d(
-            x.index_select(1, inputs), dense[outputs][:, inputs], None, stride, padding, dilation
-        )
+        some = F.conv2d(x.index_select(1, inputs), dense[outputs][:, inputs], None, stride, padding, dilation)
         return _finish(_spread(some, outputs, 1, _empty(x, shape), bias), added, activation)
 
     return _run("forward", family, mask, values, x.shape[0], image, run).contiguous(memory_format=layout)
@@ -222,7 +249,7 @@ def conv2d_grad_input(
     grad: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, input_shape: Sequence[int], *geometry: Any
 ) -> Tensor:
     weight = _weight(grad.shape[1], input_shape[1] // geometry[-1], values, *geometry)
-    if refusal(values, weight):
+    if _runs_on_reference(values, weight):
         return conv2d_grad_input_reference(grad, values, row_ptr, col_idx, input_shape, *geometry)
     from sparsekd.kernels import conv2d as kernel
 
@@ -253,7 +280,7 @@ def conv2d_grad_values(
 ) -> Tensor:
     out = x.new_empty(col_idx.shape[0], bh, bw)
     weight = _weight(grad.shape[1], x.shape[1] // geometry[-1], out, *geometry)
-    if refusal(out, weight):
+    if _runs_on_reference(out, weight):
         return conv2d_grad_values_reference(grad, x, row_ptr, col_idx, bh, bw, *geometry)
     from sparsekd.kernels import conv2d as kernel
 
@@ -277,6 +304,32 @@ def conv2d_grad_values(
         return mask.pick(dense)
 
     return _run("grad_values", family, mask, out, x.shape[0], (grad.shape[2], grad.shape[3]), run)
+
+
+def _runs_on_reference(values: Tensor, weight: Any, forward: bool = False) -> bool:
+    """Whether no kernel runs this: what none takes, and without Triton all but the forward pass of half types."""
+    if refusal(values, weight) is not None:
+        return True
+    return not uses_triton() and not (forward and cuda_driver.why_not(values.dtype, values.device) is None)
+
+
+def _native(
+    x: Tensor,
+    values: Tensor,
+    mask: Mask,
+    out: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """The forward pass in CUDA C++; all activations channels_last."""
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        pixels = out.shape[0] * out.shape[2] * out.shape[3]
+        per_group = mask.weight.rows // mask.weight.groups
+        tile = cuda_driver.tile_for(per_group, pixels, _device(x.device).processors)
+        fused: Any = {"bias": bias, "residual": residual, "activation": activation}
+        table = mask.table("forward", tile)
+        return cuda_driver.gather_gemm(x, values, table, tile, out, stride=mask.weight.stride, **fused)
 
 
 # ---- Masks: what is known of one, built once
@@ -344,7 +397,7 @@ class Mask:
         w, (r, s) = self.weight, self.weight.kernel
         last = dense.view(w.rows, w.cols, r, s).permute(0, 2, 3, 1)
         pad = (0, self._columns * w.bw - w.cols, 0, 0, 0, 0, 0, self._rows * w.bh - w.rows)
-        blocks = torch.nn.functional.pad(last, pad).reshape(self._rows, w.bh, r, s, self._columns, w.bw)
+        blocks = F.pad(last, pad).reshape(self._rows, w.bh, r, s, self._columns, w.bw)
         return blocks.permute(0, 2, 3, 4, 1, 5).reshape(-1, w.bh, w.bw).index_select(0, self.position)
 
     @cached_property
@@ -533,10 +586,9 @@ def _dense_gradients(grad: Tensor, x: Tensor, dense: Tensor, weight: Any, wanted
 
 
 def _finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
-    if activation not in (None, "relu"):
-        raise ValueError(f"sparsekd: activation must be None or 'relu', got {activation!r}")
-    y = y if residual is None else y + residual
-    return y if activation is None else y.relu()
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"sparsekd: activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
+    return ACTIVATIONS[activation](y if residual is None else y + residual)
 
 
 def _spread(some: Tensor, where: Tensor, dim: int, out: Tensor, bias: Tensor | None = None) -> Tensor:
