@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <iterator>
+#include <tuple>
 #include <vector>
 
 #include "conv2d.h"
@@ -19,6 +20,8 @@ using sparsekd::Activation;
 using sparsekd::Blocks;
 using sparsekd::Conv2dGeometry;
 using sparsekd::Conv2dShape;
+using sparsekd::FeatureLayer;
+using sparsekd::MapSize;
 using sparsekd::PackedConv2d;
 using Address = std::uintptr_t;
 
@@ -235,11 +238,90 @@ void bind_linear(py::module_& m) {
           "x"_a, "batch"_a, "residual"_a, "y"_a, "threads"_a);
 }
 
+// One layer's tuple: features, grad, element, channels_last, channels, pixels. Columns of means and energy follow from
+// the order.
+using LayerTuple = std::tuple<Address, Address, int, bool, int64_t, int64_t>;
+
+struct Layers {
+  std::vector<FeatureLayer> layers;
+  int64_t means = 0, energy = 0;
+
+  explicit Layers(const std::vector<LayerTuple>& tuples) {
+    layers.reserve(tuples.size());
+    for (const auto& [features, grad, element, channels_last, channels, pixels] : tuples) {
+      layers.push_back({in<void>(features), reinterpret_cast<void*>(grad), static_cast<sparsekd::Element>(element),
+                        channels_last, channels, pixels, means, energy});
+      means += channels;
+      energy += pixels;
+    }
+  }
+  int64_t count() const { return static_cast<int64_t>(layers.size()); }
+};
+
+std::vector<MapSize> map_sizes(const std::vector<int64_t>& sizes, int64_t& columns) {
+  std::vector<MapSize> maps;
+  columns = 0;
+  for (size_t i = 0; i + 1 < sizes.size(); i += 2) {
+    maps.push_back({sizes[i], sizes[i + 1], columns});
+    columns += sizes[i] * sizes[i + 1];
+  }
+  return maps;
+}
+
+void bind_attention(py::module_& m) {
+  m.attr("ELEMENTS") = py::dict("float32"_a = 0, "bfloat16"_a = 1, "float16"_a = 2);
+  m.def(
+      "feature_stats",
+      [](const std::vector<LayerTuple>& tuples, int64_t batch, Address means, Address energy, int threads) {
+        const Layers list(tuples);
+        py::gil_scoped_release release;
+        sparsekd::kernels().attention.feature_stats(
+            {list.layers.data(), list.count(), batch, out(means), out(energy), list.means, list.energy, threads});
+      },
+      "layers"_a, "batch"_a, "means"_a, "energy"_a, "threads"_a);
+  m.def(
+      "feature_stats_grad",
+      [](const std::vector<LayerTuple>& tuples, int64_t batch, Address grad_means, Address grad_energy, int threads) {
+        const Layers list(tuples);
+        py::gil_scoped_release release;
+        sparsekd::kernels().attention.feature_stats_grad({list.layers.data(), list.count(), batch,
+                                                          in<float>(grad_means), in<float>(grad_energy), list.means,
+                                                          list.energy, threads});
+      },
+      "layers"_a, "batch"_a, "grad_means"_a, "grad_energy"_a, "threads"_a);
+  m.def(
+      "match_maps",
+      [](int64_t batch, Address attention, Address teacher, const std::vector<int64_t>& teacher_sizes, Address student,
+         const std::vector<int64_t>& student_sizes, Address loss, Address grad_attention, Address grad_student,
+         int threads) {
+        int64_t teacher_columns, student_columns;
+        const auto teachers = map_sizes(teacher_sizes, teacher_columns);
+        const auto students = map_sizes(student_sizes, student_columns);
+        py::gil_scoped_release release;
+        sparsekd::kernels().attention.match_maps(
+            {batch, static_cast<int64_t>(teachers.size()), static_cast<int64_t>(students.size()), in<float>(attention),
+             in<float>(teacher), in<float>(student), teachers.data(), students.data(), teacher_columns, student_columns,
+             out(loss), out(grad_attention), out(grad_student), threads});
+      },
+      "batch"_a, "attention"_a, "teacher"_a, "teacher_sizes"_a, "student"_a, "student_sizes"_a, "loss"_a,
+      "grad_attention"_a, "grad_student"_a, "threads"_a);
+  m.def(
+      "kd_loss",
+      [](int64_t batch, int64_t classes, Address student, Address teacher, float temperature, Address loss,
+         Address grad_student, int threads) {
+        py::gil_scoped_release release;
+        sparsekd::kernels().attention.kd_loss({batch, classes, in<float>(student), in<float>(teacher), temperature,
+                                               out(loss), out(grad_student), threads});
+      },
+      "batch"_a, "classes"_a, "student"_a, "teacher"_a, "temperature"_a, "loss"_a, "grad_student"_a, "threads"_a);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Block-sparse CPU kernels. Pointers are integers and nothing is checked here: call sparsekd.ops instead.";
+  m.doc() = "CPU kernels. Pointers are integers and nothing is checked here: call sparsekd.ops instead.";
   bind_machine(m);
   bind_conv2d(m);
   bind_linear(m);
+  bind_attention(m);
 }

@@ -1,9 +1,10 @@
 // The kernels for any CPU: the algorithms below compiled over this Vec16.
 #include "simd/vec_scalar.h"
 
+#include "attention_impl.h"
 #include "conv2d_impl.h"
 
 namespace sparsekd {
-extern const KernelTable kScalarKernels = {Vec16::kIsa, conv2d_forward, conv2d_grad_input, conv2d_grad_values,
-                                           fma_burst};
+extern const KernelTable kScalarKernels = {Vec16::kIsa,        conv2d_forward, conv2d_grad_input,
+                                           conv2d_grad_values, kAttention,     fma_burst};
 }

@@ -1,5 +1,7 @@
 """Types of the compiled CPU kernels (csrc/bindings.cpp). Addresses are `tensor.data_ptr()`; 0 means no bias."""
 
+from collections.abc import Sequence
+
 def isas() -> list[str]: ...
 def isa() -> str: ...
 def use_isa(name: str) -> None: ...
@@ -150,5 +152,37 @@ def linear_grad_values_f32(
     bh: int,
     bw: int,
     dvalues: int,
+    threads: int,
+) -> None: ...
+
+ELEMENTS: dict[str, int]
+
+# Of a tapped layer: features, gradient (0 in the forward pass), element, channels_last, channels, pixels.
+_Layer = tuple[int, int, int, bool, int, int]
+
+def feature_stats(layers: Sequence[_Layer], batch: int, means: int, energy: int, threads: int) -> None: ...
+def feature_stats_grad(
+    layers: Sequence[_Layer], batch: int, grad_means: int, grad_energy: int, threads: int
+) -> None: ...
+def match_maps(
+    batch: int,
+    attention: int,
+    teacher: int,
+    teacher_sizes: Sequence[int],
+    student: int,
+    student_sizes: Sequence[int],
+    loss: int,
+    grad_attention: int,
+    grad_student: int,
+    threads: int,
+) -> None: ...
+def kd_loss(
+    batch: int,
+    classes: int,
+    student: int,
+    teacher: int,
+    temperature: float,
+    loss: int,
+    grad_student: int,
     threads: int,
 ) -> None: ...

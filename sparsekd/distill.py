@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .ops.attention import feature_stats, match_maps, normalize_map
+from .ops.attention import kd, layer_stats, match_maps, split_layers
 
 __all__ = [
     "SAD",
@@ -48,9 +48,8 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
         )
     if not temperature > 0:
         raise ValueError(f"sparsekd.kd_loss: temperature must be positive, got {temperature}; 4 is usual")
-    student = F.log_softmax(_at_least_float32(student_logits) / temperature, dim=1)
-    teacher = F.log_softmax(_at_least_float32(teacher_logits.detach()) / temperature, dim=1)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+    dtype = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
+    return kd(student_logits.to(dtype), teacher_logits.to(dtype), temperature)
 
 
 def kd_regression_loss(student_output: Tensor, teacher_output: Tensor) -> Tensor:
@@ -76,7 +75,6 @@ def attention_transfer_loss(student_features: Sequence[Tensor], teacher_features
             "sparsekd.attention_transfer_loss: expected equally many student and teacher features (at least one), "
             f"got {len(student_features)} and {len(teacher_features)}; tap one teacher layer for each student layer"
         )
-    losses = []
     for index, (student, teacher) in enumerate(zip(student_features, teacher_features, strict=True)):
         if student.shape[:1] != teacher.shape[:1] or student.shape[2:] != teacher.shape[2:]:
             raise ValueError(
@@ -84,10 +82,10 @@ def attention_transfer_loss(student_features: Sequence[Tensor], teacher_features
                 f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}; tap layers of the same size, "
                 "or use SAD, which pools"
             )
-        student_map = normalize_map(feature_stats(student)[1])
-        teacher_map = normalize_map(feature_stats(teacher.detach())[1])
-        losses.append(F.mse_loss(student_map, teacher_map))
-    return torch.stack(losses).sum()
+    student_energy = layer_stats(student_features)[1]
+    teacher_energy = layer_stats([f.detach() for f in teacher_features])[1]
+    sizes = _sizes(student_features)
+    return match_maps(None, teacher_energy.to(student_energy.dtype), student_energy, sizes, sizes)
 
 
 def _check_same_shape(function: str, student: Tensor, teacher: Tensor) -> None:
@@ -156,13 +154,14 @@ class SAD(nn.Module):
         self._check(teacher_features, student_features)
         # Differences of unit vectors do not survive bfloat16, and full precision costs little beside the networks.
         with torch.autocast(student_features[0].device.type, enabled=False):
-            teacher = [feature_stats(feature.detach()) for feature in teacher_features]
-            student = [feature_stats(feature) for feature in student_features]
-            attention = self.attention([means for means, _ in teacher], [means for means, _ in student])
-            teacher_maps = [_as_map(s, f) for (_, s), f in zip(teacher, teacher_features, strict=True)]
-            student_maps = [_as_map(s, f) for (_, s), f in zip(student, student_features, strict=True)]
-            dtype = attention.dtype
-            return match_maps(attention, [m.to(dtype) for m in teacher_maps], [m.to(dtype) for m in student_maps])
+            teacher_means, teacher_energy = layer_stats([feature.detach() for feature in teacher_features])
+            student_means, student_energy = layer_stats(student_features)
+            attention = self.attention(
+                split_layers(teacher_means, teacher_features), split_layers(student_means, student_features)
+            )
+            teacher_energy, student_energy = (maps.to(attention.dtype) for maps in (teacher_energy, student_energy))
+            sizes = _sizes(teacher_features), _sizes(student_features)
+            return match_maps(attention, teacher_energy, student_energy, *sizes)
 
     def attention(self, teacher_means: Sequence[Tensor], student_means: Sequence[Tensor]) -> Tensor:
         """How much each teacher layer t listens to each student layer s: [B, T, S], each row over s sums to 1.
@@ -207,8 +206,8 @@ def _linear_norm(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_features, out_features), nn.BatchNorm1d(out_features))
 
 
-def _as_map(energy: Tensor, features: Tensor) -> Tensor:
-    return energy.unflatten(1, features.shape[2:])
+def _sizes(features: Sequence[Tensor]) -> list[tuple[int, int]]:
+    return [(f.shape[2], f.shape[3]) for f in features]
 
 
 def _checked_channels(name: str, channels: Sequence[int]) -> tuple[int, ...]:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from . import cpu, cuda
 
-OPS = ("linear", "linear_grad_input", "linear_grad_values", "conv2d", "conv2d_grad_input", "conv2d_grad_values")
+OPS = (
+    "linear",
+    "linear_grad_input",
+    "linear_grad_values",
+    "conv2d",
+    "conv2d_grad_input",
+    "conv2d_grad_values",
+    "feature_stats",
+    "feature_stats_grad",
+    "match_maps",
+    "kd",
+)
 
 
 def describe() -> dict[str, dict[str, str]]:

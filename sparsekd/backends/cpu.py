@@ -1,6 +1,7 @@
 """CPU kernels: hands pointers and sizes to ``sparsekd._C``. Operands were checked in ``sparsekd/ops``.
 
-The compiled kernels take float32. Other dtypes, and machines without the compiled module, run the pure-torch reference.
+The compiled kernels take float32, those of feature maps half types too. Other dtypes, and machines without the compiled
+module, run the pure-torch reference.
 """
 
 from __future__ import annotations
@@ -12,6 +13,12 @@ from typing import Any
 import torch  # before _C: its OpenMP run time is the one the kernels then share
 from torch import Tensor
 
+from ..ops.attention import (
+    feature_stats_grad_reference,
+    feature_stats_reference,
+    kd_reference,
+    match_maps_reference,
+)
 from ..ops.conv2d import (
     conv2d_grad_input_reference,
     conv2d_grad_values_reference,
@@ -33,14 +40,16 @@ def describe(op: str) -> str:
     """What runs ``op`` on the CPU, and why."""
     if native is None:
         return f"pure-torch reference: {missing}"
-    return f"sparsekd._C {native.isa()} for float32; pure-torch reference for other dtypes"
+    dtypes = "float32, bfloat16 and float16" if op.startswith("feature_stats") else "float32"
+    return f"sparsekd._C {native.isa()} for {dtypes}; pure-torch reference for other dtypes"
 
 
 def register() -> None:
     """Make the compiled kernels what ``torch.ops.sparsekd.*`` runs on CPU tensors."""
     if native is None:
         return
-    for op in (linear, linear_grad_input, linear_grad_values, conv2d, conv2d_grad_input, conv2d_grad_values):
+    layers = (linear, linear_grad_input, linear_grad_values, conv2d, conv2d_grad_input, conv2d_grad_values)
+    for op in (*layers, feature_stats, feature_stats_grad, match_maps, kd):
         # Not register_kernel: its wrapper imports torch._dynamo at the first call, seconds most processes can save.
         torch.library.impl(f"sparsekd::{op.__name__}", "cpu", op)
 
@@ -143,6 +152,74 @@ def conv2d_grad_values(
         row_ptr.data_ptr(), col_idx.data_ptr(), col_idx.shape[0], dvalues.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return dvalues
+
+
+def feature_stats(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    if not _native_maps(features):
+        return feature_stats_reference(features)
+    features = [f.contiguous(memory_format=memory_format(f)) for f in features]
+    batch = features[0].shape[0]
+    means = torch.empty(batch, sum(f.shape[1] for f in features))
+    energy = torch.empty(batch, sum(f.shape[2] * f.shape[3] for f in features))
+    layers = [_map_layer(f, 0) for f in features]
+    native.feature_stats(layers, batch, means.data_ptr(), energy.data_ptr(), torch.get_num_threads())
+    return means, energy
+
+
+def feature_stats_grad(features: Sequence[Tensor], grad_means: Tensor, grad_energy: Tensor) -> list[Tensor]:
+    if not _native_maps(features):
+        return feature_stats_grad_reference(features, grad_means, grad_energy)
+    features = [f.contiguous(memory_format=memory_format(f)) for f in features]
+    grad_means, grad_energy = grad_means.contiguous(), grad_energy.contiguous()
+    grads = [torch.empty_like(f) for f in features]
+    layers = [_map_layer(f, grad.data_ptr()) for f, grad in zip(features, grads, strict=True)]
+    native.feature_stats_grad(
+        layers, features[0].shape[0], grad_means.data_ptr(), grad_energy.data_ptr(), torch.get_num_threads()
+    )
+    return grads
+
+
+def match_maps(
+    attention: Tensor | None,
+    teacher: Tensor,
+    student: Tensor,
+    teacher_sizes: Sequence[int],
+    student_sizes: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _native(attention, teacher, student) or not student.numel() or not teacher.numel():
+        return match_maps_reference(attention, teacher, student, teacher_sizes, student_sizes)
+    teacher, student = teacher.contiguous(), student.contiguous()
+    attention = None if attention is None else attention.contiguous()
+    loss, grad_student = student.new_empty(()), torch.empty_like(student)
+    grad_attention = student.new_empty(0) if attention is None else torch.empty_like(attention)
+    native.match_maps(
+        student.shape[0], 0 if attention is None else attention.data_ptr(),
+        teacher.data_ptr(), teacher_sizes, student.data_ptr(), student_sizes,
+        loss.data_ptr(), grad_attention.data_ptr(), grad_student.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return loss, grad_attention, grad_student
+
+
+def kd(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    if not _native(student, teacher) or not student.numel():
+        return kd_reference(student, teacher, temperature)
+    student, teacher = student.contiguous(), teacher.contiguous()
+    loss, grad = student.new_empty(()), torch.empty_like(student)
+    native.kd_loss(
+        *student.shape, student.data_ptr(), teacher.data_ptr(), temperature,
+        loss.data_ptr(), grad.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return loss, grad
+
+
+def _native_maps(features: Sequence[Tensor]) -> bool:
+    """Whether the compiled kernels take all of these; of an empty map the means are NaN, which torch knows."""
+    return all(str(f.dtype)[6:] in native.ELEMENTS and f.numel() for f in features)
+
+
+def _map_layer(f: Tensor, grad: int) -> tuple[int, int, int, bool, int, int]:
+    last = memory_format(f) == torch.channels_last
+    return f.data_ptr(), grad, native.ELEMENTS[str(f.dtype)[6:]], last, f.shape[1], f.shape[2] * f.shape[3]
 
 
 def _native(*operands: Tensor | None) -> bool:

@@ -1,0 +1,97 @@
+// Vec16 from and to 16 elements of float, bfloat16 or float16; half types are rounded to nearest even.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline Vec16 load16(const float* p) { return Vec16::load(p); }
+inline Vec16 load16_first(const float* p, int n) { return Vec16::load_first(p, n); }
+inline void store16(float* p, Vec16 v) { v.store(p); }
+inline void store16_first(float* p, Vec16 v, int n) { v.store_first(p, n); }
+
+#ifdef __AVX512F__
+inline __m256i half_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void half_store(void* p, __m256i bits) { _mm256_storeu_si256(static_cast<__m256i*>(p), bits); }
+
+inline Vec16 load16(const Bfloat16* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half_load(p)), 16))};
+}
+inline Vec16 load16(const Float16* p) { return {_mm512_cvtph_ps(half_load(p))}; }
+inline void store16(Bfloat16* p, Vec16 a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
+  half_store(p, _mm512_cvtepi32_epi16(kept));
+}
+inline void store16(Float16* p, Vec16 a) { half_store(p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT)); }
+#else
+// Without a branch, so that the loops over 16 elements become vector instructions.
+inline uint32_t float_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float bits_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline float to_float(Bfloat16 h) { return bits_float(static_cast<uint32_t>(h.bits) << 16); }
+inline float to_float(Float16 h) {
+  const uint32_t magnitude = static_cast<uint32_t>(h.bits & 0x7fff) << 13, sign = (h.bits & 0x8000u) << 16;
+  const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;  // infinity and NaN
+  return bits_float(float_bits(bits_float(magnitude) * 0x1p112f) | special | sign);
+}
+inline void from_float(Bfloat16* h, float x) {
+  const uint32_t bits = float_bits(x), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  h->bits = static_cast<uint16_t>(x == x ? rounded : 0x7fc0u);
+}
+inline void from_float(Float16* h, float x) {
+  const uint32_t bits = float_bits(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = ((magnitude + 0xfffu + ((magnitude >> 13) & 1u)) >> 13) - (112u << 10);
+  const uint32_t subnormal = float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u;  // the addition rounds
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x47800000u ? 0x7c00u : half;  // from 2^16
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  h->bits = static_cast<uint16_t>(half | sign);
+}
+template <class Half>
+inline Vec16 load16(const Half* p) {
+  float lane[16];
+  for (int i = 0; i < 16; ++i) lane[i] = to_float(p[i]);
+  return Vec16::load(lane);
+}
+template <class Half>
+inline void store16(Half* p, Vec16 v) {
+  float lane[16];
+  v.store(lane);
+  for (int i = 0; i < 16; ++i) from_float(p + i, lane[i]);
+}
+#endif
+
+// n <= 16 elements, the other lanes are zero; touches no memory beyond them.
+template <class Half>
+inline Vec16 load16_first(const Half* p, int n) {
+  Half lane[16] = {};
+  memcpy(lane, p, sizeof(Half) * static_cast<unsigned>(n));
+  return load16(lane);
+}
+template <class Half>
+inline void store16_first(Half* p, Vec16 v, int n) {
+  Half lane[16];
+  store16(lane, v);
+  memcpy(p, lane, sizeof(Half) * static_cast<unsigned>(n));
+}
+
+}  // namespace
