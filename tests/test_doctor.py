@@ -61,7 +61,8 @@ def bare(tmp_path: Path) -> Machine:
         raise NVMLError("Shared Library Not Found")
 
     nvml = SimpleNamespace(NVMLError=NVMLError, nvmlInit=fail)
-    return Machine(powercap=tmp_path / "p", hwmon=tmp_path / "h", events=tmp_path / "e", nvml=nvml)
+    paths = {name: tmp_path / name for name in ("powercap", "hwmon", "events", "cpuinfo")}
+    return Machine(**paths, container_marks=(), nvml=nvml)
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +120,7 @@ def test_every_energy_source_has_its_reason_and_fix(bare):
 
 
 def test_a_readable_counter(bare, tmp_path):
-    zone = tmp_path / "p" / "intel-rapl:0"
+    zone = bare.powercap / "intel-rapl:0"
     zone.mkdir(parents=True)
     (zone / "name").write_text("package-0\n")
     (zone / "max_energy_range_uj").write_text("262143328850\n")
@@ -130,8 +131,7 @@ def test_a_readable_counter(bare, tmp_path):
         (zone / "energy_uj").write_text(str(int(moment[0] / 0.004) * 400_000))  # 100 W, every 4 ms
 
     sleep(0.0)
-    machine = Machine(powercap=tmp_path / "p", hwmon=bare.hwmon, events=bare.events, nvml=bare.nvml)
-    machine = Machine(**{**vars(machine), "clock": lambda: moment[0], "sleep": sleep})
+    machine = Machine(**{**vars(bare), "clock": lambda: moment[0], "sleep": sleep})
     text = doctor.report(doctor.collect(importer(ALL_THERE), machine))
     assert "readable: package-0, updated every 4 ms" in lines_of(text, "energy rapl")
     assert "not readable" in lines_of(text, "energy perf")

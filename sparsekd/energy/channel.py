@@ -72,6 +72,8 @@ class Machine:
     powercap: Path = Path("/sys/class/powercap")
     hwmon: Path = Path("/sys/class/hwmon")
     events: Path = Path("/sys/bus/event_source/devices")
+    cpuinfo: Path = Path("/proc/cpuinfo")
+    container_marks: tuple[Path, ...] = (Path("/.dockerenv"), Path("/run/.containerenv"))
     nvml: Any = None
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     perf_open: Callable[[int, int, int], int] = perf_event_open

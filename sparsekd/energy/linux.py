@@ -1,11 +1,12 @@
 """Counters the Linux kernel shows: powercap (RAPL), perf energy events, hwmon rails.
 
 Formats: kernel Documentation/power/powercap/powercap.rst, Documentation/hwmon/sysfs-interface.rst (energy in uJ, power
-in uW, voltage in mV, current in mA), /sys/bus/event_source/devices/power (scale in joules).
+in uW, voltage in mV, current in mA), /sys/bus/event_source/devices/power (scale: joules of one count).
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections import Counter
@@ -21,10 +22,15 @@ _ZONE = re.compile(r"(?P<control>intel-rapl(?:-mmio)?):(?P<package>\d+)(?P<sub>:
 # Rails that hold everything below them, so that nothing is counted twice; the first entry that matches is taken.
 _WHOLE_RAILS = ("ina3221/VDD_IN", "ina3221/POM_5V_IN", "amd_energy/Esocket*", "power_meter/*")
 
-_NO_RAPL = (
-    "on bare metal load it with `sudo modprobe intel_rapl_msr`; a container hides it (docker run --security-opt "
-    "systempaths=unconfined); a virtual machine does not have it: measure on the host"
-)
+
+def _missing(machine: Machine, module: str) -> str:
+    """Why a machine shows no counter of its processor, and the way out."""
+    info = machine.cpuinfo.read_text() if machine.cpuinfo.exists() else ""
+    if re.search(r"^flags\s*:.*\bhypervisor\b", info, re.MULTILINE):
+        return "this is a virtual machine, to which its host shows no energy counter: measure on the host"
+    if any(mark.exists() for mark in machine.container_marks):
+        return "a container hides it: `docker run --security-opt systempaths=unconfined`, or measure outside"
+    return f"on x86 bare metal load it with `sudo modprobe {module}`"
 
 
 def _text(path: Path, fix: str) -> str:
@@ -71,16 +77,16 @@ def open_rapl(machine: Machine, domains: Sequence[str] | None) -> Source:
     core and uncore lie inside package, psys around it, and intel-rapl-mmio shows the same package once more: counting
     any of them too would count joules twice.
     """
-    root = machine.powercap
+    root, missing = machine.powercap, _missing(machine, "intel_rapl_msr")
     zones: dict[str, list[tuple[str, Path, bool]]] = {}
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         if match := _ZONE.match(path.name):
             zones.setdefault(match["control"], []).append((match["package"], path, match["sub"] is not None))
     chosen = zones.get("intel-rapl") or zones.get("intel-rapl-mmio")
     if not chosen:
-        raise CounterError(f"no RAPL zone under {root}: {_NO_RAPL}")
+        raise CounterError(f"no RAPL zone under {root}: {missing}")
     if not (chosen[0][1] / "name").exists():
-        raise CounterError(f"the RAPL zones under {root} are empty: {_NO_RAPL}")
+        raise CounterError(f"the RAPL zones under {root} are empty: {missing}")
     fix = f"`sudo chmod a+r {root}/intel-rapl*/energy_uj` (until the next boot; a udev rule for powercap keeps it)"
     package_names = {number: _text(path / "name", fix) for number, path, is_sub in chosen if not is_sub}
     channels = []
@@ -91,7 +97,7 @@ def open_rapl(machine: Machine, domains: Sequence[str] | None) -> Source:
             wrap = _number(path / "max_energy_range_uj", 1e-6, fix)
             channels.append(_file_channel(name, path / "energy_uj", 1e-6, fix, wrap=wrap))
     if not channels:
-        raise CounterError(f"{root} has RAPL zones, but neither package nor dram among them: {_NO_RAPL}")
+        raise CounterError(f"{root} has RAPL zones, but neither package nor dram among them: {missing}")
     return Source("rapl", _selected(channels, domains, root))
 
 
@@ -99,8 +105,8 @@ def open_perf(machine: Machine, domains: Sequence[str] | None) -> Source:
     """The perf events power/energy-pkg/ and power/energy-ram/, one per socket: 64-bit counts that do not wrap."""
     root = machine.events / "power"
     if not (root / "type").exists():
-        raise CounterError(f"no perf energy events: {root} is missing (x86 on bare metal has it)")
-    fix = "`sudo sysctl kernel.perf_event_paranoid=0`, or give the process CAP_PERFMON"
+        raise CounterError(f"no perf energy events, {root} is missing: {_missing(machine, 'rapl')}")
+    fix = "`sudo sysctl kernel.perf_event_paranoid=0` (until the next boot)"
     fds: list[int] = []
     channels = []
     try:
@@ -110,7 +116,7 @@ def open_perf(machine: Machine, domains: Sequence[str] | None) -> Source:
             if not (root / "events" / event).exists():
                 continue
             config = _event_config(_text(root / "events" / event, fix))
-            scale = float(_text(root / "events" / f"{event}.scale", fix))
+            scale = _joules_per_count(root / "events" / event, fix)
             for cpu in cpus:
                 fds.append(_perf_fd(machine, kind, config, cpu, event, fix))
                 channels.append(Channel(f"{domain}@cpu{cpu}", _perf_reader(fds[-1], scale)))
@@ -125,10 +131,19 @@ def open_perf(machine: Machine, domains: Sequence[str] | None) -> Source:
     return Source("perf", channels, close=lambda: _close_all(fds))
 
 
+def _joules_per_count(event: Path, fix: str) -> float:
+    unit = _text(event.with_name(f"{event.name}.unit"), fix)
+    if unit != "Joules":
+        raise CounterError(f"{event}.unit should hold Joules, got {unit[:40]!r}")
+    return float(_text(event.with_name(f"{event.name}.scale"), fix))
+
+
 def _perf_fd(machine: Machine, kind: int, config: int, cpu: int, event: str, fix: str) -> int:
     try:
         return machine.perf_open(kind, config, cpu)
     except PermissionError as error:
+        if error.errno == errno.EPERM:  # of a seccomp filter; the kernel's own check says EACCES
+            fix = "a container forbids the call: `docker run --cap-add PERFMON`"
         raise CounterError(f"perf_event_open(power/{event}/) is not allowed to this user: {fix}") from error
     except OSError as error:
         raise CounterError(f"perf_event_open(power/{event}/) failed: {error}") from error
@@ -177,7 +192,10 @@ def open_hwmon(machine: Machine, domains: Sequence[str] | None) -> Source:
     for chip in sorted(root.iterdir()) if root.is_dir() else []:
         found.extend(_rails(chip))
     if not found:
-        raise CounterError(f"no energy or power rail under {root}")
+        raise CounterError(
+            f"no energy or power rail under {root}; there is one on a Jetson (JetPack 5 or newer) and, after "
+            "`sudo modprobe acpi_power_meter`, on servers whose firmware measures"
+        )
     if domains is None:
         for pattern in _WHOLE_RAILS:
             if any(fnmatch(c.name, pattern) for c in found):

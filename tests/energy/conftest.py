@@ -1,0 +1,8 @@
+import pytest
+
+from .hardware import Board
+
+
+@pytest.fixture
+def board() -> Board:
+    return Board()
