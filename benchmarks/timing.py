@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -62,7 +63,7 @@ def machine() -> dict[str, Any]:
     from sparsekd import _C
 
     return {
-        "cpu": _C.cpu_name(),
+        "cpu": f"{_C.cpu_name()} ({_cpu_model()})",
         "isa": _C.isa(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -73,6 +74,13 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _cpu_model() -> str:
+    """Family and model: virtual machines give one name to several generations of a processor."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    found = dict(re.findall(r"^(cpu family|model|CPU implementer|CPU part)\s*: (.*)$", info, re.MULTILINE))
+    return ", ".join(f"{key.split()[-1]} {value}" for key, value in found.items()) or platform.machine()
 
 
 def write_json(path: str | Path, command: str, rows: list[dict[str, Any]]) -> None:

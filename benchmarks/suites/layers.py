@@ -14,6 +14,7 @@ from benchmarks.contest import Case, Contest, Setup, agree
 from benchmarks.suites.networks import sources
 from benchmarks.suites.students import infer
 from benchmarks.suites.training import agree_gradients
+from sparsekd import BlockSparse
 from sparsekd.nn import SparseConv2d, SparseLinear
 
 
@@ -98,6 +99,31 @@ def step(setup: Setup, layer: Layer, density: float) -> Contest:
     ours(x).backward(gradient)
     dense(x).backward(gradient)
     agree_gradients(layer.id, nn.Sequential(ours), nn.Sequential(dense))
+    return Contest(calls, {}, {"ours": {"weights_share": ours.density}})
+
+
+def gradient(setup: Setup, layer: Layer, density: float, of: str) -> Contest:
+    """One gradient kernel alone, of the "input" or of the "weight"; the forward pass is done once."""
+    ours = sparse_of(layer.build().to(setup.device), density)
+    dense = ours.to_dense()
+    x = torch.randn(layer.input, device=setup.device, requires_grad=of == "input")
+    for one in (dense, ours):
+        one.requires_grad_(of == "weight")
+        if one.bias is not None:
+            one.bias.requires_grad_(False)
+    outputs = {"dense": dense(x), "ours": ours(x)}
+    gradient = torch.randn_like(outputs["dense"])
+    weights = {"dense": dense.weight, "ours": ours.values}
+
+    def call(name: str) -> Callable[[], Tensor]:
+        wanted = x if of == "input" else weights[name]
+        return lambda: torch.autograd.grad(outputs[name], wanted, gradient, retain_graph=True)[0]
+
+    calls = {name: call(name) for name in outputs}
+    expected = calls["dense"]()
+    if of == "weight":
+        expected = BlockSparse.from_dense(expected, ours.pattern, mask=ours.block_mask()).values
+    agree(f"{layer.id}: gradient of the {of}", calls["ours"](), expected)
     return Contest(calls, {}, {"ours": {"weights_share": ours.density}})
 
 
