@@ -72,18 +72,20 @@ def pattern_for(layer: Layer, device: torch.device) -> BlockPattern:
     return BlockPattern(*(max(side, 16) for side in sides))
 
 
-MASKS = ("square", "shared", "free")
+MASKS = ("wide", "square", "shared", "free")
 
 
-def mask_of(layer: Layer, pattern: BlockPattern, density: float, kind: str, group: int = 128) -> torch.Tensor:
+def mask_of(layer: Layer, pattern: BlockPattern, density: float, kind: str) -> torch.Tensor:
     """A seeded block mask in which every row block keeps the same number of blocks.
 
-    "free": each block for itself; "shared": the same for every ``group`` outputs (`row_group`: what the forward pass
-    likes); "square": the same for every ``group`` outputs and ``group`` inputs (what both gradients like, too).
+    "free": each block for itself; "shared": the same for every 128 outputs (`Grouping(rows=128)`: what the forward pass
+    likes); "square": and for every 128 inputs (what both gradients like, too); "wide": square with 256, so that the
+    widest tile, of 128 pixels x 256 channels, multiplies no zeros.
     """
+    group = 256 if kind == "wide" else 128
     grid = pattern.grid((layer.k, layer.c, layer.kernel, layer.kernel))
     tall = 1 if kind == "free" else max(group // pattern.bh, 1)
-    broad = max(group // pattern.bw, 1) if kind == "square" else 1
+    broad = max(group // pattern.bw, 1) if kind in ("square", "wide") else 1
     rows, columns = -(-grid[0] // tall), -(-grid[1] // broad)
     generator = torch.Generator().manual_seed(0)
     ranks = torch.rand(rows, columns * grid[2] * grid[3], generator=generator).argsort(1).argsort(1)

@@ -99,6 +99,8 @@ class Plan:
                 fastest = choices[0]
             named = {str(choice): round(time, 2) for choice, time in times.items()}
             self.measured[key] = Measured(fastest, round(times[fastest], 2), round(dense, 2), named)
+        if _measuring is not None:
+            _measuring.append(self.measured[key])
         return self.measured[key].choice
 
     def save(self) -> None:
@@ -144,20 +146,23 @@ def gpu_medians(functions: Sequence[Callable[[], object]]) -> list[float]:
     return [sorted(column)[ROUNDS // 2] for column in zip(*times, strict=True)]
 
 
-_measuring = False
+_measuring: list[Measured] | None = None
 
 
 def is_measuring() -> bool:
-    return _measuring
+    return _measuring is not None
 
 
 @contextmanager
-def measuring() -> Iterator[None]:
-    """Inside, a layer that has no measured choice is timed with every candidate before it runs."""
+def measuring() -> Iterator[list[Measured]]:
+    """Inside, a layer that has no measured choice is timed with every candidate before it runs.
+
+    Yields what is found out, one entry for each op that runs.
+    """
     global _measuring
-    before, _measuring = _measuring, True
+    before, _measuring = _measuring, []
     try:
-        yield
+        yield _measuring
     finally:
         _measuring = before
 

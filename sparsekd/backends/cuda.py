@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..blocks import BlockSparse
 from ..ops.conv2d import (
     conv2d_grad_input_reference,
     conv2d_grad_values_reference,
@@ -92,6 +93,33 @@ def prewarm(model: torch.nn.Module, *inputs: Tensor, backward: bool = True) -> d
     plan = _plan_of(inputs[0].device)
     plan.save()
     return plan.measured
+
+
+def measure(run: Callable[..., Tensor], *operands: Tensor | None) -> Any:
+    """Time every candidate of the one op in ``run(*operands)``; its ``Measured``, None where nothing is timed."""
+    if not uses_triton():
+        run(*operands)
+        return None
+    from sparsekd.kernels import _plan
+
+    with _plan.measuring() as found:
+        run(*operands)
+    return found[-1]
+
+
+def save_plan(device: torch.device) -> None:
+    """Keep what was measured on a device for other processes."""
+    if uses_triton():
+        _plan_of(device).save()
+
+
+def why_reference(blocks: BlockSparse, groups: int = 1) -> str | None:
+    """Why the forward pass of a weight runs on the reference, or None."""
+    rows, cols = blocks.shape[:2]
+    why = refusal(blocks.values, _weight(rows, cols, blocks.values, groups=groups))
+    if why is None and not uses_triton():
+        why = cuda_driver.why_not(blocks.values.dtype, blocks.values.device)
+    return why
 
 
 def refusal(values: Tensor, weight: Any) -> str | None:

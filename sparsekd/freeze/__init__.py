@@ -34,13 +34,14 @@ from .. import checkpoint
 from ..backends import cpu
 from ..blocks import BlockPattern, BlockSparse
 from ..nn import SPARSE_TYPES
+from .cuda import FrozenCudaModel, freeze_on_gpu
 from .layer import FORMATS, FrozenLayer
 from .measure import Options, choose_all, geometry_of, time_networks, why_dense
 from .network import FrozenModel, assemble, check_no_nan, check_outputs, deviation, runner
 from .plan import Geometry, LayerPlan, Plan
 from .sites import LAYERS, Site, clone, find_eager_sites, find_sites, trace
 
-__all__ = ["FrozenModel", "Geometry", "LayerPlan", "Plan", "freeze", "load_frozen"]
+__all__ = ["FrozenCudaModel", "FrozenModel", "Geometry", "LayerPlan", "Plan", "freeze", "load_frozen"]
 
 
 def freeze(
@@ -53,12 +54,14 @@ def freeze(
     tolerance: float | None = None,
     layer_ms: float = 60.0,
 ) -> FrozenModel:
-    """A copy of ``model`` for inference on this CPU: BatchNorm folded, bias, residual add and ReLU fused, and every
+    """A copy of ``model`` for inference where it is: BatchNorm folded, bias, residual add and ReLU fused, and every
     block-sparse layer run sparse where, and only where, that measured faster than torch's dense layer.
 
     Args:
-        model: any module on the CPU, with or without block-sparse layers; left as it is. One that torch.fx cannot trace
-            keeps its own forward, its layers are chosen one by one without fusion, and the plan says so.
+        model: any module, with or without block-sparse layers; left as it is. One that torch.fx cannot trace keeps its
+            own forward, its layers are chosen one by one without fusion, and the plan says so. On a GPU the planner of
+            ``backends.cuda`` chooses, and the network runs as a CUDA graph (cuda.py); the options from ``threads`` to
+            ``memory_format`` and ``layer_ms`` are for the CPU.
         example_inputs: the tensor, or the tensors, of one call. The batch size should be the one to be served: that is
             what is timed. Later calls may have any batch size, the other dimensions stay.
         threads: threads to measure with, and that our kernels then use. Default: those torch uses now; later calls
@@ -70,15 +73,18 @@ def freeze(
         layer_ms: milliseconds to measure one layer for, in each memory format.
 
     Raises:
-        TypeError, ValueError: inputs that are no CPU tensors, a model elsewhere, NaN or infinite weights.
+        TypeError, ValueError: inputs that are no tensors, or elsewhere than the model, NaN or infinite weights.
         RuntimeError: the frozen outputs differ from the model's.
     """
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"sparsekd.freeze: tolerance must be positive, got {tolerance}; None takes that of the dtype")
     inputs = _as_inputs(example_inputs)
+    on_gpu = _on_gpu(inputs)
+    if on_gpu:
+        _check_gpu_options(threads, min_gain, memory_format)
     if memory_format not in (None, *FORMATS):
         raise ValueError(f"sparsekd.freeze: memory_format must be one of {list(FORMATS)}, got {memory_format!r}")
-    _check_parameters(model)
+    _check_parameters(model, inputs[0].device)
     model = _prepare(model)
     with torch.no_grad(), _torch_threads(threads):
         expected = model(*clone(inputs))
@@ -86,6 +92,10 @@ def freeze(
         traced, note = _trace_that_agrees(model, inputs, expected, tolerance)
         sites = find_eager_sites(model, inputs) if traced is None else find_sites(traced, inputs)
         source: nn.Module = model if traced is None else traced
+        record = _record(model, traced, sites, inputs)
+        if on_gpu:
+            notes = _notes(model, sites, note, missing="")
+            return freeze_on_gpu(model, source, sites, inputs, expected, record, notes, tolerance)
         choices = choose_all(source, sites, memory_format, Options(threads, min_gain, layer_ms / 1e3))
         networks = {layout: assemble(source, sites, layers) for layout, (layers, _) in choices.items()}
         network_us = time_networks({"unfrozen": model, **{name: runner(one) for name, one in networks.items()}}, inputs)
@@ -96,9 +106,9 @@ def freeze(
             threads=torch.get_num_threads(),
             isa=isa(),
             network_us=network_us,
-            notes=_notes(model, sites, note),
+            notes=_notes(model, sites, note, cpu.missing),
         )
-        frozen = FrozenModel(networks[fastest], plan, _record(model, traced, sites, inputs))
+        frozen = FrozenModel(networks[fastest], plan, record)
         check_outputs(frozen, traced, expected, inputs, tolerance)
     return frozen
 
@@ -149,16 +159,36 @@ def _as_inputs(example: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     for x in inputs:
         if not isinstance(x, Tensor):
             raise TypeError(f"sparsekd.freeze: example_inputs must be a tensor or several, got {type(x).__name__}")
-        if not x.is_cpu:
-            raise ValueError(f"sparsekd.freeze: expected inputs on the CPU, got one on {x.device}; use x.cpu()")
+        if x.device != inputs[0].device or x.device.type not in ("cpu", "cuda"):
+            raise ValueError(
+                f"sparsekd.freeze: expected all inputs on the CPU, or all on one GPU, got one on {x.device}"
+            )
     return inputs
 
 
-def _check_parameters(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if not parameter.is_cpu:
+def _on_gpu(inputs: tuple[Tensor, ...]) -> bool:
+    return any(x.is_cuda for x in inputs)
+
+
+def _check_gpu_options(threads: int | None, min_gain: float, memory_format: str | None) -> None:
+    for name, given, only in (
+        ("threads", threads, (None,)),
+        ("min_gain", min_gain, (1.0,)),
+        ("memory_format", memory_format, (None, "channels_last")),
+    ):
+        if given not in only:
             raise ValueError(
-                f"sparsekd.freeze: expected a model on the CPU, got {name} on {parameter.device}; use model.cpu()"
+                f"sparsekd.freeze: {name} is for the CPU; on a GPU the planner chooses, in channels_last, got {given!r}"
+            )
+
+
+def _check_parameters(model: nn.Module, device: torch.device) -> None:
+    where = "the CPU" if device.type == "cpu" else str(device)
+    for name, parameter in model.named_parameters():
+        if parameter.device != device:
+            raise ValueError(
+                f"sparsekd.freeze: expected a model on {where} like its inputs, got {name} on {parameter.device}; "
+                f"use model.to({str(device)!r})"
             )
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
             raise ValueError(
@@ -208,15 +238,15 @@ def isa() -> str | None:
     return None if cpu.native is None else cpu.native.isa()
 
 
-def _notes(model: nn.Module, sites: Sequence[Site], note: str) -> tuple[str, ...]:
+def _notes(model: nn.Module, sites: Sequence[Site], note: str, missing: str) -> tuple[str, ...]:
     notes = []
     if note:
         notes.append(f"{note}: layers were chosen one by one, nothing is fused or folded")
     sparse = [name for name, module in model.named_modules() if type(module) in SPARSE_TYPES]
     if not sparse:
         notes.append("no block-sparse layer, nothing to choose: sparsekd.sparsify or a pruning method makes some")
-    elif cpu.native is None:
-        notes.append(f"every layer stays dense: {cpu.missing}")
+    elif missing:
+        notes.append(f"every layer stays dense: {missing}")
     found = {site.target for site in sites}
     left = [name for name, module in model.named_modules() if type(module) in LAYERS and name not in found]
     if left:

@@ -65,7 +65,7 @@ def _choose(
 ) -> tuple[FrozenLayer, LayerPlan]:
     """The faster of the dense and the sparse layer in one memory format, and what was measured."""
     build = partial(FrozenLayer, geometry, weight, bias, memory_format=layout, threads=options.threads)
-    x, residual = _random_operands(geometry, weight, layout)
+    x, residual = random_operands(geometry, weight, layout)
     layers = {"dense": build(sparse=False)}
     why = why_dense(weight)
     if not why:
@@ -80,7 +80,7 @@ def _choose(
         gain, surely = statistics.median(gains), gains[len(gains) // 4]
         chosen = "sparse" if surely > options.min_gain else "dense"
         why = f"sparse is {gain:.2f}x as fast" + ("" if chosen == "sparse" or gain < 1 else ", within the noise")
-    pattern, density = (str(weight.pattern), _density(weight)) if isinstance(weight, BlockSparse) else (None, 1.0)
+    pattern, density = (str(weight.pattern), density_of(weight)) if isinstance(weight, BlockSparse) else (None, 1.0)
     us = (medians["dense"], medians.get("sparse"))
     return layers[chosen], LayerPlan(site.name, geometry, pattern, density, *us, chosen, why)
 
@@ -96,11 +96,11 @@ def why_dense(weight: Tensor | BlockSparse) -> str:
     return ""
 
 
-def _density(weight: BlockSparse) -> float:
+def density_of(weight: BlockSparse) -> float:
     return int(weight.block_sizes().sum()) / max(math.prod(weight.shape), 1)
 
 
-def _random_operands(geometry: Geometry, weight: Tensor | BlockSparse, layout: str) -> tuple[Tensor, Tensor | None]:
+def random_operands(geometry: Geometry, weight: Tensor | BlockSparse, layout: str) -> tuple[Tensor, Tensor | None]:
     """Input and residual at the example's shape, from a generator of our own: the caller's is left alone."""
     dtype = weight.values.dtype if isinstance(weight, BlockSparse) else weight.dtype
     generator = torch.Generator().manual_seed(0)

@@ -46,15 +46,20 @@ class FrozenModel(nn.Module):
         if len(inputs) != len(self._inputs):
             raise TypeError(f"sparsekd.FrozenModel: expected {len(self._inputs)} input tensors, got {len(inputs)}")
         for x, (shape, dtype) in zip(inputs, self._inputs, strict=True):
-            if not isinstance(x, Tensor) or x.dtype != dtype or not x.is_cpu:
+            if not isinstance(x, Tensor) or x.dtype != dtype or not self._on_device(x):
                 got = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-                raise TypeError(f"sparsekd.FrozenModel: expected a {dtype} tensor on the CPU, got {got}")
+                raise TypeError(
+                    f"sparsekd.FrozenModel: expected a {dtype} tensor on the device it was frozen on, got {got}"
+                )
             if x.shape[1:] != shape[1:] or x.dim() != len(shape):
                 want = ", ".join(["N", *map(str, shape[1:])]) if shape else ""
                 raise ValueError(
                     f"sparsekd.FrozenModel: expected an input of shape [{want}], got {tuple(x.shape)}; "
                     "freeze again with an example of this size"
                 )
+
+    def _on_device(self, x: Tensor) -> bool:
+        return x.is_cpu
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one file that `load_frozen` reads: tensors and JSON, complete or not at all.

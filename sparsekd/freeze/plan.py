@@ -77,7 +77,7 @@ class Plan:
     """Every convolution and linear layer of a frozen network, in order; ``print(plan)`` shows a table.
 
     threads: those it was measured with. network_us: median of one call of the whole network for each variant measured;
-    "unfrozen" is the model that was handed in. notes: what a reader has to know.
+    "unfrozen" is the model that was handed in. notes: what a reader has to know. device: "cpu", or the name of the GPU.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -86,6 +86,7 @@ class Plan:
     isa: str | None
     network_us: dict[str, float]
     notes: tuple[str, ...] = ()
+    device: str = "cpu"
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
@@ -112,6 +113,7 @@ class Plan:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         timed = ", ".join(f"{name} {us:.0f} us" for name, us in self.network_us.items())
         kernels = f"sparsekd._C {self.isa}" if self.isa else "no compiled kernels"
+        kernels = kernels if self.device == "cpu" else f"{self.device} in CUDA graphs"
         lines.append(f"{self.memory_format}, {self.threads} threads, {kernels}; whole network: {timed}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
