@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.contest import Case, Contest, Pace, Setup, energy_info, measure, replay, report, seconds_info
+from benchmarks.shapes import BATCHES
 from sparsekd import __version__, energy
 from sparsekd.backends import cpu
 
@@ -23,7 +24,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
     group.addoption("--threads", type=int, help="threads of torch and of the CPU kernels (default: torch's)")
     group.addoption("--density", type=float, action="append", help="share of weights kept; repeat for several")
-    group.addoption("--batch", type=int, action="append", help="batch size of the built-in networks; repeatable")
+    group.addoption("--batch", type=int, action="append", help="batch size of the built-in networks and of --layers")
+    group.addoption(
+        "--layers", action="append", default=[], choices=["all", *BATCHES], help="all layers of a network; repeatable"
+    )
     group.addoption("--model", metavar="MODULE:FACTORY", help="your network instead of the built-in ones")
     group.addoption(
         "--input-shape", action="append", default=[], metavar="N,C,H,W", help="of --model; once for each input tensor"
@@ -60,6 +64,8 @@ def setup_of(config: pytest.Config) -> Setup:
         quick=option.quick,
         densities=tuple(option.density or ((0.3,) if option.quick else default.densities)),
         batches=tuple(option.batch or ((64,) if option.quick else default.batches)),
+        layers=tuple(BATCHES if "all" in option.layers else option.layers),
+        layer_batches=tuple(option.batch or ()),
         model=option.model,
         input_shapes=shapes,
         exclude=tuple(option.exclude),

@@ -25,6 +25,8 @@ class Setup:
     quick: bool = False
     densities: tuple[float, ...] = (0.5, 0.3, 0.1)
     batches: tuple[int, ...] = (1, 64, 512)
+    layers: tuple[str, ...] = ()
+    layer_batches: tuple[int, ...] = ()
     model: str | None = None
     input_shapes: tuple[tuple[int, ...], ...] = ()
     exclude: tuple[str, ...] = ()

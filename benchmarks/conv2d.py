@@ -11,52 +11,23 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.shapes import BATCHES, CONVS, Conv
 from benchmarks.timing import compare, machine, write_json
 from sparsekd import _C, BlockPattern, BlockSparse
 
-
-@dataclass(frozen=True)
-class Layer:
-    group: str
-    channels: int
-    size: int
-    out_channels: int
-    kernel: int
-    stride: int = 1
-
-    def __str__(self) -> str:
-        kernel = f"{self.kernel}x{self.kernel}/{self.stride}"
-        return f"{self.channels}->{self.out_channels} {kernel} at {self.size}x{self.size}"
-
-
-LAYERS = [
-    *(Layer("resnet50", *sizes) for sizes in [
-        (64, 56, 64, 3), (64, 56, 256, 1), (256, 56, 64, 1), (256, 56, 512, 1, 2), (128, 56, 128, 3, 2),
-        (128, 28, 128, 3), (512, 28, 128, 1), (128, 28, 512, 1), (256, 14, 256, 3), (1024, 14, 256, 1),
-        (256, 14, 1024, 1), (512, 7, 512, 3), (2048, 7, 512, 1), (512, 7, 2048, 1),
-    ]),
-    *(Layer("cifar", *sizes) for sizes in [
-        (16, 32, 16, 3), (64, 32, 64, 3), (32, 16, 32, 3), (128, 16, 128, 3), (64, 8, 64, 3), (256, 8, 256, 3),
-    ]),
-    *(Layer("recommender", *sizes) for sizes in [
-        (8, 16, 32, 3), (32, 16, 32, 3), (32, 16, 64, 3, 2), (32, 16, 64, 1, 2), (64, 8, 64, 3), (64, 8, 128, 3, 2),
-        (64, 8, 128, 1), (128, 4, 128, 3),
-    ]),
-]  # fmt: skip
-BATCHES = {"resnet50": [1, 16], "cifar": [1, 64], "recommender": [1, 64, 512]}
-QUICK = {"resnet50": [1], "cifar": [64], "recommender": [1, 512]}
+QUICK = {"resnet50": [1], "cifar": [64], "mobilenetv2": [1], "recommender": [1, 512]}
 
 
 class Case:
     """One layer with its tensors, and the six calls that are timed."""
 
-    def __init__(self, layer: Layer, batch: int, density: float) -> None:
+    def __init__(self, layer: Conv, batch: int, density: float) -> None:
         torch.manual_seed(0)
         pad = layer.kernel // 2
         dense = torch.randn(layer.out_channels, layer.channels, layer.kernel, layer.kernel)
@@ -124,7 +95,7 @@ def channels_last(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-def measure(layer: Layer, batch: int, density: float, seconds: float, clock: Callable[[], float]) -> dict[str, Any]:
+def measure(layer: Conv, batch: int, density: float, seconds: float, clock: Callable[[], float]) -> dict[str, Any]:
     case = Case(layer, batch, density)
     case.check()
     calls: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
@@ -139,7 +110,7 @@ def measure(layer: Layer, batch: int, density: float, seconds: float, clock: Cal
     return row
 
 
-def print_row(layer: Layer, row: dict[str, Any]) -> None:
+def print_row(layer: Conv, row: dict[str, Any]) -> None:
     cells = [f"{layer.group:12} {layer!s:26} {row['batch']:4} {row['density']:5.2f}"]
     for name in ("forward", "grad_input", "grad_values"):
         r = row[name]
@@ -150,7 +121,7 @@ def print_row(layer: Layer, row: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer batches, density 0.3 only, short samples")
-    parser.add_argument("--group", choices=sorted(BATCHES), help="only these layers")
+    parser.add_argument("--group", choices=sorted(QUICK), help="only these layers")
     parser.add_argument("--density", type=float, action="append", help="may be repeated; default 0.5 0.3 0.1")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--cpu-time", action="store_true", help="one thread, CPU time: for a machine that is not idle")
@@ -166,7 +137,7 @@ def main() -> None:
     print(f"{'':12} {'layer':26} {'n':>4} {'dens.':>5}" + "".join(f" | {heading}" for _ in range(3)))
     print(f"{'':50}" + "".join(f" | {name:30}" for name in ("forward", "gradient of input", "gradient of values")))
     rows = []
-    for layer in LAYERS:
+    for layer in CONVS:
         if args.group not in (None, layer.group):
             continue
         for batch in (QUICK if args.quick else BATCHES)[layer.group]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import sparsekd
-from benchmarks import gate, paper_tables, timing, zeus_check
+from benchmarks import gate, paper_tables, shapes, timing, zeus_check
 from benchmarks.contest import Replay, Setup, agree, energy_info, seconds_info
 from benchmarks.gate import Figure, judge
 from benchmarks.suites import embeddings, layers, losses, students, training
@@ -284,6 +284,16 @@ def test_the_full_suites_have_distinct_ids_and_both_networks():
         assert len(set(ids)) == len(ids)
     ids = " ".join(case.id for case in students.cases(Setup()))
     assert "rating-cnn-n512" in ids and "wrn-16-2-n64" in ids
+
+
+def test_the_layers_of_a_network_are_measured_at_the_batches_asked_for():
+    found = layers._layers(Setup(layers=("mlp", "cifar"), layer_batches=(1, 16)))
+    assert len({layer.id for layer in found}) == len(found) == 2 * (len(shapes.LINEARS) + 9)
+    (one,) = [layer for layer in found if layer.id == "cifar-64-64-16x16-k3s1-n16"]
+    assert one.input == (16, 64, 16, 16) and one.build()(torch.rand(one.input)).shape == one.input
+    assert {shape.group for shape in (*shapes.CONVS, *shapes.LINEARS)} == set(shapes.BATCHES)
+    every = layers.cases(Setup(layers=tuple(shapes.BATCHES)))
+    assert len({case.id for case in every}) == len(every)
 
 
 def test_masked_and_compacted_keep_the_weights_that_they_say():

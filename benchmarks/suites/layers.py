@@ -1,4 +1,5 @@
-"""Single layers, forward and a step of training; with --model the layers of that network at their real inputs."""
+"""Single layers, forward and a step of training: some of several networks, with --layers all of one (shapes.py), with
+--model the layers of that network at their real inputs."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsekd
+from benchmarks import shapes
 from benchmarks.contest import Case, Contest, Setup, agree
 from benchmarks.suites.networks import sources
 from benchmarks.suites.students import infer
@@ -54,8 +56,7 @@ LAYERS = [
 
 def cases(setup: Setup) -> list[Case]:
     found = []
-    layers = _layers_of_model(setup) if setup.model else QUICK if setup.quick else LAYERS
-    for layer in layers:
+    for layer in _layers(setup):
         for d in setup.densities:
             names = ("dense", "ours", "dense_frozen", "ours_frozen")
             found.append(Case(f"forward-{layer.id}-d{d:g}", names, partial(forward, setup, layer, d)))
@@ -130,6 +131,32 @@ def gradient(setup: Setup, layer: Layer, density: float, of: str) -> Contest:
 def _gradients(layer: nn.Module, x: Tensor, gradient: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     wanted = [x, *layer.parameters()]
     return lambda: torch.autograd.grad(layer(x), wanted, gradient)
+
+
+def _layers(setup: Setup) -> list[Layer]:
+    if setup.model:
+        return _layers_of_model(setup)
+    if setup.layers:
+        return _layers_of_groups(setup)
+    return QUICK if setup.quick else LAYERS
+
+
+def _layers_of_groups(setup: Setup) -> list[Layer]:
+    """Every layer of shapes.py whose group was asked for, at --batch or the batches of its group."""
+    found = []
+    for shape in (*shapes.CONVS, *shapes.LINEARS):
+        if shape.group not in setup.layers:
+            continue
+        for n in setup.layer_batches or shapes.BATCHES[shape.group]:
+            if isinstance(shape, shapes.Linear):
+                found.append(
+                    linear(f"{shape.group}-{shape.inputs}-{shape.outputs}-n{n}", n, shape.inputs, shape.outputs)
+                )
+                continue
+            c, k, image = shape.channels, shape.out_channels, shape.size
+            id = f"{shape.group}-{c}-{k}-{image}x{image}-k{shape.kernel}s{shape.stride}-n{n}"
+            found.append(conv(id, n, c, k, image, shape.kernel, shape.stride))
+    return found
 
 
 def _layers_of_model(setup: Setup) -> list[Layer]:
