@@ -220,9 +220,21 @@ def test_table_3_gives_the_change_against_sad(kept):
     assert cells(text, "paper: CIFAR-100", "SS-SAD") == ["70 %", "top-1 73.71 %", "-2.33 %"]
     # 1.5 against 1.2 is 25 % more error: worse, so negative
     assert cells(text, "ours: movies-social", "LTH-SAD") == ["55 %", "MSE 1.5000", "-25.00 %"]
-    assert "teacher" not in text
+    assert "Ours on CIFAR-100: not run yet; `sparsekd run cifar100" in text
     assert "CIFAR-100 with WRN-40-2" in text
     assert "QUICK RUN" in text
+
+
+def test_table_3_has_our_cifar_rows_by_accuracy_and_says_what_they_saw(kept, tmp_path):
+    rows = [network("teacher"), network("SAD", accuracy=0.5), network("LTH-SAD", 0.4, accuracy=0.45)]
+    rows += [{**rows[2], "seed": 1, "metrics": {**rows[2]["metrics"], "accuracy": 0.47}}]
+    task = {"name": "cifar100", "kind": "images", "train_rows_used": 2000, "pixels": 16}
+    results = {**kept[0].results, "task": task, "protocol": {"protocol": "reduced", "seeds": [0, 1]}, "rows": rows}
+    (tmp_path / "zzz.json").write_text(json.dumps({**results, "baselines": []}))
+    text = paper_tables.table_3(paper_tables.load([tmp_path]))
+    assert cells(text, "ours: cifar100", "LTH-SAD") == ["60 %", "top-1 46.00 ± 1.41 %", "-8.00 %"]
+    assert "2000 training images of 50000, 16x16 pixels, protocol reduced" in text and "not run yet" not in text
+    assert text.index("ours: cifar100") < text.index("ours: movies-social")
 
 
 def test_table_4_puts_ours_below_theirs_with_the_baselines(kept):
@@ -253,7 +265,7 @@ def test_without_joules_nothing_is_estimated(kept):
 def test_tables_without_results_say_what_to_run(tmp_path, capsys):
     assert paper_tables.main([str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "Ours: not run yet; `sparsekd run" in out
+    assert "not run yet; `sparsekd run" in out and "not run for categorical" in out
     assert paper_tables.main([str(tmp_path / "none.json")]) == 1
     assert "does not exist" in capsys.readouterr().err
 
