@@ -3,9 +3,9 @@
     python -m benchmarks.gpu_aot                    # all of them; keeps benchmarks/results/gpu_aot.{json,md}
     python -m benchmarks.gpu_aot --quick --out ''   # the widest of each family; what the tests run
 
-Asserted of each: tensor-core instructions (wgmma on sm_90, tcgen05 on sm_100, mma on sm_80; none for float32 without
-tf32), 16-byte asynchronous copies, no bytes of stack (so no spilled register), shared memory within the device's limit.
-Occupancy is what registers, warps and shared memory allow, not a measurement.
+Asserted of each: tensor-core instructions (wgmma on sm_90, tcgen05 on sm_100, mma on sm_80, mfma on gfx942; none for
+float32 without tf32), 16-byte asynchronous copies (CUDA), no bytes of stack (so no spilled register), shared memory
+within the device's limit. Occupancy is what registers, warps and shared memory allow, not a measurement.
 """
 
 from __future__ import annotations
@@ -23,16 +23,22 @@ from typing import Any, NamedTuple
 
 import triton
 from sparsekd.kernels._block_products import _block_products_kernel
-from sparsekd.kernels._cost import sums
+from sparsekd.kernels._cost import shared_bytes, sums
 from sparsekd.kernels._gather_gemm import _gather_gemm_kernel, _sum_parts_kernel
 from sparsekd.kernels._tiles import FAMILIES, Tile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 RESULTS = Path(__file__).parent / "results"
+GFX942 = 942  # AMD MI300, among the compute capabilities of NVIDIA
 # Shared memory a program may have, that of a processor, registers and warps of a processor.
-LIMITS = {80: (166912, 167936, 65536, 64), 90: (232448, 233472, 65536, 64), 100: (232448, 233472, 65536, 64)}
-TENSOR_CORES = {80: r"\bmma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
+LIMITS = {
+    80: (166912, 167936, 65536, 64),
+    90: (232448, 233472, 65536, 64),
+    100: (232448, 233472, 65536, 64),
+    GFX942: (65536, 65536 + 1024, 131072, 32),
+}
+TENSOR_CORES = {80: r"\bmma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma", GFX942: r"v_mfma"}
 DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
 BLOCKS = ((64, 64), (64, 32), (16, 16))  # where the width of a block shapes the code: one slot, half a slot, the least
 
@@ -61,8 +67,10 @@ class Config(NamedTuple):
 def configurations(quick: bool, capability: int) -> Iterator[Config]:
     """Every tile of every family and direction, each with the variants that change its code; quick: the widest tile."""
     for (kind, family), tiles in FAMILIES.items():
-        fitting = [tile for tile in tiles if tile.since <= capability]
         for direction in ("grad_values",) if kind == "products" else ("forward", "grad_input"):
+            size = 2 if family == "half" else 4
+            fitting = [t for t in tiles if t.since <= capability]
+            fitting = [t for t in fitting if shared_bytes(direction, t, size) <= LIMITS[capability][0]]
             for tile in fitting[:1] if quick else fitting:
                 yield from _variants(direction, family, tile, quick)
 
@@ -87,8 +95,8 @@ def compile_config(config: Config, capability: int) -> dict[str, Any]:
     kernel = _block_products_kernel if config.direction == "grad_values" else _gather_gemm_kernel
     began = time.perf_counter()
     compiled = _compile(kernel, _constants(config), config, capability)
-    registers, stack = _resources(compiled.asm["cubin"])
-    ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
+    registers, stack = _resources(compiled)
+    assembly, shared = compiled.asm.get("ptx") or compiled.asm["amdgcn"], compiled.metadata.shared
     return {
         "config": str(config),
         "kernel": f"{config.direction} {config.family} {config.tile}",
@@ -97,10 +105,10 @@ def compile_config(config: Config, capability: int) -> dict[str, Any]:
         "stack_bytes": stack,
         "shared_bytes": shared,
         "programs_per_processor": _occupancy(config.tile.warps, registers, shared, capability),
-        "tensor_core_instructions": len(re.findall(TENSOR_CORES[capability], ptx)),
-        "other_mma_instructions": len(re.findall(r"\bmma\.sync", ptx)) if capability > 80 else 0,
-        "async_copies_16_bytes": len(re.findall(r"cp\.async\.cg", ptx)),
-        "async_copies_narrow": len(re.findall(r"cp\.async\.ca", ptx)),
+        "tensor_core_instructions": len(re.findall(TENSOR_CORES[capability], assembly)),
+        "other_mma_instructions": len(re.findall(r"\bmma\.sync", assembly)) if capability > 80 else 0,
+        "async_copies_16_bytes": len(re.findall(r"cp\.async\.cg", assembly)),
+        "async_copies_narrow": len(re.findall(r"cp\.async\.ca", assembly)),
         "compile_seconds": round(time.perf_counter() - began, 2),
     }
 
@@ -111,15 +119,16 @@ def complaints(row: dict[str, Any], config: Config) -> list[str]:
     left = sums(config.direction, config.tile)[0]
     if config.family != "ieee":
         # A wgmma needs 64 rows on the left and 4 warps; smaller products take mma.sync.
-        wide = row["sm"] == 80 or left >= 64
+        wide = row["sm"] in (80, GFX942) or left >= 64
         count = row["tensor_core_instructions"] + (0 if wide else row["other_mma_instructions"])
         if not count:
             found.append("no tensor-core instruction")
-    if not row["async_copies_16_bytes"] + row["async_copies_narrow"]:
+    cuda = row["sm"] != GFX942
+    if cuda and not row["async_copies_16_bytes"] + row["async_copies_narrow"]:
         found.append("no asynchronous copy")
     # Where a trip's operands hold 16 bytes for each thread; below that a thread copies what there is.
     a_piece = min(sums(config.direction, config.tile)[:2]) * _depth(config) * 2 // (32 * config.tile.warps)
-    if config.family == "half" and a_piece >= 16 and not row["async_copies_16_bytes"]:
+    if cuda and config.family == "half" and a_piece >= 16 and not row["async_copies_16_bytes"]:
         found.append("no 16-byte asynchronous copy")
     if row["stack_bytes"]:
         found.append(f"{row['stack_bytes']} bytes of stack")
@@ -142,7 +151,7 @@ def compile_sum(capability: int, activation: str | None) -> dict[str, Any]:
         constants |= {"bias_ptr": None, "residual_ptr": None}
     config = Config("sum_parts", "half", "bf16", Tile(0, 0, 0, 4, 3), (64, 64))
     compiled = _compile(_sum_parts_kernel, constants, config, capability)
-    registers, stack = _resources(compiled.asm["cubin"])
+    registers, stack = _resources(compiled)
     return {"config": f"sum_parts {activation}", "sm": capability, "registers": registers, "stack_bytes": stack}
 
 
@@ -177,14 +186,20 @@ def _compile(kernel: Any, constants: dict[str, Any], config: Config, capability:
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=divisible)
     options = {"num_warps": config.tile.warps, "num_stages": config.tile.stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    target = GPUTarget("hip", "gfx942", 64) if capability == GFX942 else GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=options)
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack) of the one kernel in a cubin."""
+def _resources(compiled: Any) -> tuple[int, int]:
+    """(registers, bytes of stack) of a compiled kernel."""
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        names = ("vgpr_count", "agpr_count", "private_segment_fixed_size", "vgpr_spill_count")
+        vector, matrix, stack, spills = (int(re.search(rf"\.{name}:\s*(\d+)", text)[1]) for name in names)  # type: ignore[index]
+        return vector + matrix, stack + 4 * spills
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(compiled.asm["cubin"])
         file.flush()
         out = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", out)
@@ -195,15 +210,19 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 def _occupancy(warps: int, registers: int, shared: int, capability: int) -> int:
     _, total, register_file, most_warps = LIMITS[capability]
-    per_warp = -(-registers // 8) * 8 * 32
+    per_warp = -(-registers // 8) * 8 * (64 if capability == GFX942 else 32)
     return min(most_warps // warps, register_file // (per_warp * warps), total // (shared + 1024))
+
+
+def _name(capability: int) -> str:
+    return "gfx942" if capability == GFX942 else f"sm_{capability}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown with a line for each tile and device: the worst of its variants."""
     header = (
         "kernel and tile",
-        "sm",
+        "device",
         "variants",
         "registers",
         "stack",
@@ -219,7 +238,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         fewest = min(row["programs_per_processor"] for row in some)
         cores = min(row["tensor_core_instructions"] or row["other_mma_instructions"] for row in some)
         copies = min(row["async_copies_16_bytes"] + row["async_copies_narrow"] for row in some)
-        lines.append(f"| {' | '.join(map(str, (kernel, capability, len(some), *worst, fewest, cores, copies)))} |")
+        lines.append(
+            f"| {' | '.join(map(str, (kernel, _name(capability), len(some), *worst, fewest, cores, copies)))} |"
+        )
     return "\n".join(lines)
 
 
@@ -238,10 +259,12 @@ def main() -> None:
             row = compile_config(config, capability)
             rows.append(row)
             found = complaints(row, config)
-            wrong += [f"sm_{capability} {config}: {complaint}" for complaint in found]
-            print(f"sm_{capability} {config}: {row['registers']} registers, {'; '.join(found) or 'good'}", flush=True)
+            wrong += [f"{_name(capability)} {config}: {complaint}" for complaint in found]
+            print(
+                f"{_name(capability)} {config}: {row['registers']} registers, {'; '.join(found) or 'good'}", flush=True
+            )
         sums_rows = [compile_sum(capability, activation) for activation in (None, "silu")]
-        wrong += [f"sm_{capability} {row['config']}: stack" for row in sums_rows if row["stack_bytes"]]
+        wrong += [f"{_name(capability)} {row['config']}: stack" for row in sums_rows if row["stack_bytes"]]
     print(table(rows))
     if options.out:
         stem = Path(options.out)

@@ -26,13 +26,13 @@ def compiled(*options):
     return found.stdout.count("good")
 
 
-@pytest.mark.parametrize("sm", [80, 90, 100])
+@pytest.mark.parametrize("sm", [80, 90, 100, 942])
 def test_the_widest_tile_of_each_family(sm):
     assert compiled("--quick", "--sm", str(sm)) >= 12
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sm", [80, 90, 100])
+@pytest.mark.parametrize("sm", [80, 90, 100, 942])
 def test_every_configuration_that_may_be_chosen(sm):
     assert compiled("--sm", str(sm)) >= 150
 
