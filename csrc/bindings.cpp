@@ -17,6 +17,7 @@ using namespace pybind11::literals;
 namespace {
 
 using sparsekd::Activation;
+using sparsekd::Bfloat16;
 using sparsekd::Blocks;
 using sparsekd::Conv2dGeometry;
 using sparsekd::Conv2dShape;
@@ -30,7 +31,10 @@ const T* in(Address address) {
   return reinterpret_cast<const T*>(address);
 }
 
-float* out(Address address) { return reinterpret_cast<float*>(address); }
+template <class T = float>
+T* out(Address address) {
+  return reinterpret_cast<T*>(address);
+}
 
 Blocks blocks(Address row_ptr, Address col_idx, int64_t nnzb) {
   return {in<int32_t>(row_ptr), in<int32_t>(col_idx), nnzb};
@@ -73,12 +77,16 @@ Conv2dShape make_shape(int64_t n, int64_t c, int64_t h, int64_t w, int64_t k, in
 
 // Multiply-adds on `threads` threads at once for `seconds`: the sum of every thread's best burst, in 1e9 operations a
 // second. Bursts of some 30 microseconds, so that other processes' time slices do not count.
-double peak_gflops(int threads, double seconds) {
+double peak_gflops(int threads, double seconds, const std::string& dtype) {
   using Clock = std::chrono::steady_clock;
+  if (dtype != "float32" && dtype != "bfloat16")
+    throw py::value_error("sparsekd._C.peak_gflops: dtype must be float32 or bfloat16, got '" + dtype + "'");
   struct Work {
     double seconds;
+    double (*burst)(int64_t, float*);
     std::vector<double> best;
-  } work{seconds, std::vector<double>(static_cast<size_t>(threads))};
+  } work{seconds, dtype == "float32" ? sparsekd::kernels().fma_burst : sparsekd::kernels().bf16.burst,
+         std::vector<double>(static_cast<size_t>(threads))};
   sparsekd::parallel_for(
       threads, threads,
       [](void* context, int64_t item) {
@@ -90,7 +98,7 @@ double peak_gflops(int threads, double seconds) {
         double best = 0;
         while (std::chrono::duration<double>(now - begin).count() < work.seconds) {
           const auto start = now;
-          const double operations = sparsekd::kernels().fma_burst(20000, sink);
+          const double operations = work.burst(20000, sink);
           now = Clock::now();
           best = std::max(best, operations / std::chrono::duration<double>(now - start).count());
         }
@@ -108,8 +116,46 @@ void bind_machine(py::module_& m) {
   m.def("use_isa", &sparsekd::use_isa, "name"_a, "Uses another instruction set from now on.");
   m.def("openmp", &sparsekd::openmp_name, "The OpenMP library in use and its thread limit.");
   m.def("cpu_name", &sparsekd::cpu_name);
-  m.def("peak_gflops", &peak_gflops, "threads"_a, "seconds"_a = 0.05, py::call_guard<py::gil_scoped_release>(),
-        "Measured fp32 multiply-add peak of the instruction set in use.");
+  m.def("peak_gflops", &peak_gflops, "threads"_a, "seconds"_a = 0.05, "dtype"_a = "float32",
+        py::call_guard<py::gil_scoped_release>(),
+        "Measured multiply-add peak of the kernels for `dtype` (float32 or bfloat16) in the instruction set in use.");
+}
+
+template <class T>
+void def_conv2d(py::module_& m, const char* name) {
+  m.def(
+      name,
+      [](const Conv2dShape& shape, Address x, bool x_channels_last, Address values, Address row_ptr, Address col_idx,
+         int64_t nnzb, Address bias, Address residual, Address y, bool y_channels_last, int activation, int threads) {
+        const Activation act = to_activation(activation);
+        py::gil_scoped_release release;
+        sparsekd::conv2d<T>(shape, {in<T>(x), x_channels_last}, in<T>(values), blocks(row_ptr, col_idx, nnzb),
+                            {in<float>(bias), in<T>(residual), act}, {out<T>(y), y_channels_last}, threads);
+      },
+      "shape"_a, "x"_a, "x_channels_last"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "bias"_a, "residual"_a,
+      "y"_a, "y_channels_last"_a, "activation"_a, "threads"_a);
+}
+
+template <class T>
+void def_packed_conv2d(py::module_& m, const char* name) {
+  using Layer = PackedConv2d<T>;
+  py::class_<Layer>(m, name)
+      .def(py::init([](const Conv2dShape& shape, Address values, Address row_ptr, Address col_idx, int64_t nnzb,
+                       Address bias, int activation) {
+             return std::make_unique<Layer>(shape, in<T>(values), blocks(row_ptr, col_idx, nnzb), in<float>(bias),
+                                            to_activation(activation));
+           }),
+           "shape"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "bias"_a = 0, "activation"_a = 0)
+      .def(
+          "run",
+          [](const Layer& self, Address x, bool x_channels_last, Address residual, Address y, bool y_channels_last,
+             int threads, int64_t n) {
+            Conv2dGeometry geometry = self.shape().geometry;
+            if (n >= 0) geometry.n = n;
+            py::gil_scoped_release release;
+            self.run(geometry, {in<T>(x), x_channels_last}, in<T>(residual), {out<T>(y), y_channels_last}, threads);
+          },
+          "x"_a, "x_channels_last"_a, "residual"_a, "y"_a, "y_channels_last"_a, "threads"_a, "n"_a = -1);
 }
 
 void bind_conv2d(py::module_& m) {
@@ -125,17 +171,8 @@ void bind_conv2d(py::module_& m) {
       .def_property_readonly("p", [](const Conv2dShape& s) { return s.geometry.p; })
       .def_property_readonly("q", [](const Conv2dShape& s) { return s.geometry.q; });
 
-  m.def(
-      "conv2d_f32",
-      [](const Conv2dShape& shape, Address x, bool x_channels_last, Address values, Address row_ptr, Address col_idx,
-         int64_t nnzb, Address bias, Address residual, Address y, bool y_channels_last, int activation, int threads) {
-        const Activation act = to_activation(activation);
-        py::gil_scoped_release release;
-        sparsekd::conv2d(shape, {in<float>(x), x_channels_last}, in<float>(values), blocks(row_ptr, col_idx, nnzb),
-                         {in<float>(bias), in<float>(residual), act}, {out(y), y_channels_last}, threads);
-      },
-      "shape"_a, "x"_a, "x_channels_last"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "bias"_a, "residual"_a,
-      "y"_a, "y_channels_last"_a, "activation"_a, "threads"_a);
+  def_conv2d<float>(m, "conv2d_f32");
+  def_conv2d<Bfloat16>(m, "conv2d_bf16");
   m.def(
       "conv2d_grad_input_f32",
       [](const Conv2dShape& shape, Address dy, bool dy_channels_last, Address values, Address row_ptr, Address col_idx,
@@ -157,41 +194,58 @@ void bind_conv2d(py::module_& m) {
       "shape"_a, "x"_a, "x_channels_last"_a, "dy"_a, "dy_channels_last"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a,
       "dvalues"_a, "threads"_a);
 
-  py::class_<PackedConv2d>(m, "PackedConv2d")
-      .def(py::init([](const Conv2dShape& shape, Address values, Address row_ptr, Address col_idx, int64_t nnzb,
-                       Address bias, int activation) {
-             return std::make_unique<PackedConv2d>(shape, in<float>(values), blocks(row_ptr, col_idx, nnzb),
-                                                   in<float>(bias), to_activation(activation));
-           }),
-           "shape"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "bias"_a = 0, "activation"_a = 0)
-      .def(
-          "run",
-          [](const PackedConv2d& self, Address x, bool x_channels_last, Address residual, Address y,
-             bool y_channels_last, int threads, int64_t n) {
-            Conv2dGeometry geometry = self.shape().geometry;
-            if (n >= 0) geometry.n = n;
-            py::gil_scoped_release release;
-            self.run(geometry, {in<float>(x), x_channels_last}, in<float>(residual), {out(y), y_channels_last},
-                     threads);
-          },
-          "x"_a, "x_channels_last"_a, "residual"_a, "y"_a, "y_channels_last"_a, "threads"_a, "n"_a = -1);
+  def_packed_conv2d<float>(m, "PackedConv2d");
+  def_packed_conv2d<Bfloat16>(m, "PackedConv2dBf16");
 }
 
 // A linear layer's tensors are channels_last: a sample's features lie together.
-void bind_linear(py::module_& m) {
+template <class T>
+void def_linear(py::module_& m, const char* name) {
   m.def(
-      "linear_f32",
+      name,
       [](Address x, int64_t batch, int64_t in_features, Address values, Address row_ptr, Address col_idx, int64_t nnzb,
          int64_t bh, int64_t bw, Address bias, Address residual, Address y, int64_t out_features, int activation,
          int threads) {
         const Activation act = to_activation(activation);
         py::gil_scoped_release release;
-        sparsekd::conv2d(sparsekd::linear_shape(batch, in_features, out_features, bh, bw), {in<float>(x), true},
-                         in<float>(values), blocks(row_ptr, col_idx, nnzb), {in<float>(bias), in<float>(residual), act},
-                         {out(y), true}, threads);
+        sparsekd::conv2d<T>(sparsekd::linear_shape(batch, in_features, out_features, bh, bw), {in<T>(x), true},
+                            in<T>(values), blocks(row_ptr, col_idx, nnzb), {in<float>(bias), in<T>(residual), act},
+                            {out<T>(y), true}, threads);
       },
       "x"_a, "batch"_a, "in_features"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "bh"_a, "bw"_a, "bias"_a,
       "residual"_a, "y"_a, "out_features"_a, "activation"_a, "threads"_a);
+}
+
+template <class T>
+struct PackedLinear : PackedConv2d<T> {
+  using PackedConv2d<T>::PackedConv2d;
+};
+
+template <class T>
+void def_packed_linear(py::module_& m, const char* name) {
+  using Layer = PackedLinear<T>;
+  py::class_<Layer>(m, name)
+      .def(py::init([](int64_t in_features, int64_t out_features, int64_t bh, int64_t bw, Address values,
+                       Address row_ptr, Address col_idx, int64_t nnzb, Address bias, int activation) {
+             return std::make_unique<Layer>(sparsekd::linear_shape(1, in_features, out_features, bh, bw), in<T>(values),
+                                            blocks(row_ptr, col_idx, nnzb), in<float>(bias), to_activation(activation));
+           }),
+           "in_features"_a, "out_features"_a, "bh"_a, "bw"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a,
+           "bias"_a = 0, "activation"_a = 0)
+      .def(
+          "run",
+          [](const Layer& self, Address x, int64_t batch, Address residual, Address y, int threads) {
+            Conv2dGeometry geometry = self.shape().geometry;
+            geometry.w = geometry.q = batch;
+            py::gil_scoped_release release;
+            self.run(geometry, {in<T>(x), true}, in<T>(residual), {out<T>(y), true}, threads);
+          },
+          "x"_a, "batch"_a, "residual"_a, "y"_a, "threads"_a);
+}
+
+void bind_linear(py::module_& m) {
+  def_linear<float>(m, "linear_f32");
+  def_linear<Bfloat16>(m, "linear_bf16");
   m.def(
       "linear_grad_input_f32",
       [](Address dy, int64_t batch, int64_t out_features, Address values, Address row_ptr, Address col_idx,
@@ -215,27 +269,8 @@ void bind_linear(py::module_& m) {
       "x"_a, "batch"_a, "in_features"_a, "dy"_a, "out_features"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "bh"_a, "bw"_a,
       "dvalues"_a, "threads"_a);
 
-  struct PackedLinear : PackedConv2d {
-    using PackedConv2d::PackedConv2d;
-  };
-  py::class_<PackedLinear>(m, "PackedLinear")
-      .def(py::init([](int64_t in_features, int64_t out_features, int64_t bh, int64_t bw, Address values,
-                       Address row_ptr, Address col_idx, int64_t nnzb, Address bias, int activation) {
-             return std::make_unique<PackedLinear>(sparsekd::linear_shape(1, in_features, out_features, bh, bw),
-                                                   in<float>(values), blocks(row_ptr, col_idx, nnzb), in<float>(bias),
-                                                   to_activation(activation));
-           }),
-           "in_features"_a, "out_features"_a, "bh"_a, "bw"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a,
-           "bias"_a = 0, "activation"_a = 0)
-      .def(
-          "run",
-          [](const PackedLinear& self, Address x, int64_t batch, Address residual, Address y, int threads) {
-            Conv2dGeometry geometry = self.shape().geometry;
-            geometry.w = geometry.q = batch;
-            py::gil_scoped_release release;
-            self.run(geometry, {in<float>(x), true}, in<float>(residual), {out(y), true}, threads);
-          },
-          "x"_a, "batch"_a, "residual"_a, "y"_a, "threads"_a);
+  def_packed_linear<float>(m, "PackedLinear");
+  def_packed_linear<Bfloat16>(m, "PackedLinearBf16");
 }
 
 // One layer's tuple: features, grad, element, channels_last, channels, pixels. Columns of means and energy follow from

@@ -1,14 +1,34 @@
 #include "conv2d.h"
 
+#include <type_traits>
+
 #include "dispatch.h"
 
 namespace sparsekd {
 
 namespace {
 
-BlockWeight block_weight(const Conv2dShape& shape, const Blocks& blocks) {
+BlockWeight block_weight(const Conv2dShape& shape, const Blocks& blocks, int depth = 1) {
   const Conv2dGeometry& g = shape.geometry;
-  return {blocks.row_ptr, blocks.col_idx, blocks.nnzb, shape.bh, shape.bw, g.k, g.c / g.groups, g.r * g.s, g.groups};
+  return {blocks.row_ptr, blocks.col_idx, blocks.nnzb, shape.bh, shape.bw, g.k,
+          g.c / g.groups, g.r * g.s,      g.groups,    depth};
+}
+
+template <class T>
+Conv2dKernel<T> forward_kernel() {
+  if constexpr (std::is_same_v<T, float>)
+    return {kernels().conv2d_f32, 1};
+  else
+    return {kernels().bf16.conv2d, kernels().bf16.depth};
+}
+
+// Strip weights of T in words: as floats, or as they are, `depth` to a word.
+template <class T>
+void pack_words(StripSet& strips, const BlockWeight& weight, const T* values, float* words) {
+  if (weight.depth == 1)
+    strips.pack(weight, values, words);
+  else
+    strips.pack(weight, values, reinterpret_cast<T*>(words));
 }
 
 // The strips of the call in progress. One per thread, so that repeated calls allocate nothing.
@@ -24,26 +44,34 @@ float* packed_weights(const StripSet& strips) {
   return weights.data();
 }
 
-const float* strip_weights(StripSet& strips, const BlockWeight& weight, const float* values) {
-  if (strips.in_place()) return values;
+template <class T>
+const float* strip_weights(StripSet& strips, const BlockWeight& weight, const T* values) {
+  if (strips.in_place() && sizeof(T) * weight.depth == sizeof(float)) return reinterpret_cast<const float*>(values);
   float* packed = packed_weights(strips);
-  strips.pack(weight, values, packed);
+  pack_words(strips, weight, values, packed);
   return packed;
 }
 
 }  // namespace
 
-void conv2d(const Conv2dShape& shape, Tensor4d x, const float* values, const Blocks& blocks, const Epilogue& epilogue,
-            MutableTensor4d y, int threads) {
-  const BlockWeight weight = block_weight(shape, blocks);
+template <class T>
+void conv2d(const Conv2dShape& shape, Tensor4d<const T> x, const T* values, const Blocks& blocks,
+            const Epilogue<T>& epilogue, Tensor4d<T> y, int threads) {
+  const Conv2dKernel<T> kernel = forward_kernel<T>();
+  const BlockWeight weight = block_weight(shape, blocks, kernel.depth);
   StripSet& strips = call_strips(weight);
   const float* weights = strip_weights(strips, weight, values);
-  kernels().conv2d_f32({shape.geometry, strips.strips(), weights, x.data, x.channels_last, epilogue.bias,
-                        epilogue.residual, y.data, y.channels_last, epilogue.activation, threads});
+  kernel.run({shape.geometry, strips.strips(), weights, x.data, x.channels_last, epilogue.bias, epilogue.residual,
+              y.data, y.channels_last, epilogue.activation, threads});
 }
 
-void conv2d_grad_input(const Conv2dShape& shape, Tensor4d dy, const float* values, const Blocks& blocks,
-                       MutableTensor4d dx, int threads) {
+template void conv2d(const Conv2dShape&, Tensor4d<const float>, const float*, const Blocks&, const Epilogue<float>&,
+                     Tensor4d<float>, int);
+template void conv2d(const Conv2dShape&, Tensor4d<const Bfloat16>, const Bfloat16*, const Blocks&,
+                     const Epilogue<Bfloat16>&, Tensor4d<Bfloat16>, int);
+
+void conv2d_grad_input(const Conv2dShape& shape, Tensor4d<const float> dy, const float* values, const Blocks& blocks,
+                       Tensor4d<float> dx, int threads) {
   const BlockWeight weight = block_weight(shape, blocks);
   StripSet& strips = call_strips(weight);
   const float* weights = strip_weights(strips, weight, values);
@@ -51,8 +79,8 @@ void conv2d_grad_input(const Conv2dShape& shape, Tensor4d dy, const float* value
       {shape.geometry, strips.strips(), weights, dy.data, dy.channels_last, dx.data, dx.channels_last, threads});
 }
 
-void conv2d_grad_values(const Conv2dShape& shape, Tensor4d x, Tensor4d dy, const Blocks& blocks, float* dvalues,
-                        int threads) {
+void conv2d_grad_values(const Conv2dShape& shape, Tensor4d<const float> x, Tensor4d<const float> dy,
+                        const Blocks& blocks, float* dvalues, int threads) {
   const BlockWeight weight = block_weight(shape, blocks);
   StripSet& strips = call_strips(weight);
   float* dweights = strips.in_place() ? dvalues : packed_weights(strips);
@@ -65,27 +93,28 @@ Conv2dShape linear_shape(int64_t batch, int64_t in_features, int64_t out_feature
   return {{1, in_features, 1, batch, out_features, 1, batch, 1, 1, 1, 1, 0, 0, 1, 1, 1}, bh, bw};
 }
 
-PackedConv2d::PackedConv2d(const Conv2dShape& shape, const float* values, const Blocks& blocks, const float* bias,
-                           Activation activation)
-    : shape_(shape), activation_(activation) {
+template <class T>
+PackedConv2d<T>::PackedConv2d(const Conv2dShape& shape, const T* values, const Blocks& blocks, const float* bias,
+                              Activation activation)
+    : shape_(shape), activation_(activation), kernel_(forward_kernel<T>()) {
   const Conv2dGeometry& g = shape.geometry;
   row_ptr_.assign(blocks.row_ptr, blocks.row_ptr + (g.k + shape.bh - 1) / shape.bh + 1);
   col_idx_.assign(blocks.col_idx, blocks.col_idx + blocks.nnzb);
   if (bias != nullptr) bias_.assign(bias, bias + g.k);
-  const BlockWeight weight = block_weight(shape, {row_ptr_.data(), col_idx_.data(), blocks.nnzb});
+  const BlockWeight weight = block_weight(shape, {row_ptr_.data(), col_idx_.data(), blocks.nnzb}, kernel_.depth);
   strips_.build(weight);
   weights_.resize(static_cast<size_t>(strips_.strips().num_weights));
-  if (strips_.in_place())
-    weights_.assign(values, values + weights_.size());
-  else
-    strips_.pack(weight, values, weights_.data());
+  pack_words(strips_, weight, values, weights_.data());
 }
 
-void PackedConv2d::run(const Conv2dGeometry& geometry, Tensor4d x, const float* residual, MutableTensor4d y,
-                       int threads) const {
-  kernels().conv2d_f32({geometry, strips_.strips(), weights_.data(), x.data, x.channels_last,
-                        bias_.empty() ? nullptr : bias_.data(), residual, y.data, y.channels_last, activation_,
-                        threads});
+template <class T>
+void PackedConv2d<T>::run(const Conv2dGeometry& geometry, Tensor4d<const T> x, const T* residual, Tensor4d<T> y,
+                          int threads) const {
+  kernel_.run({geometry, strips_.strips(), weights_.data(), x.data, x.channels_last,
+               bias_.empty() ? nullptr : bias_.data(), residual, y.data, y.channels_last, activation_, threads});
 }
+
+template class PackedConv2d<float>;
+template class PackedConv2d<Bfloat16>;
 
 }  // namespace sparsekd

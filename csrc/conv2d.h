@@ -13,6 +13,12 @@ struct Conv2dShape {
   int64_t bh, bw;
 };
 
+template <class T>
+struct Conv2dKernel {
+  void (*run)(const Conv2dForward<T>&);
+  int depth;
+};
+
 // The blocks of one layer: values is const for forward and gradient of the input, written for the gradient of the
 // values.
 struct Blocks {
@@ -21,42 +27,43 @@ struct Blocks {
   int64_t nnzb;
 };
 
+template <class T>
 struct Tensor4d {
-  const float* data;
+  T* data;
   bool channels_last;
 };
 
-struct MutableTensor4d {
-  float* data;
-  bool channels_last;
-};
-
+template <class T>
 struct Epilogue {
   const float* bias;
-  const float* residual;
+  const T* residual;
   Activation activation;
 };
 
-void conv2d(const Conv2dShape& shape, Tensor4d x, const float* values, const Blocks& blocks, const Epilogue& epilogue,
-            MutableTensor4d y, int threads);
-void conv2d_grad_input(const Conv2dShape& shape, Tensor4d dy, const float* values, const Blocks& blocks,
-                       MutableTensor4d dx, int threads);
-void conv2d_grad_values(const Conv2dShape& shape, Tensor4d x, Tensor4d dy, const Blocks& blocks, float* dvalues,
-                        int threads);
+// T: float or Bfloat16, whose sums are floats.
+template <class T>
+void conv2d(const Conv2dShape& shape, Tensor4d<const T> x, const T* values, const Blocks& blocks,
+            const Epilogue<T>& epilogue, Tensor4d<T> y, int threads);
+void conv2d_grad_input(const Conv2dShape& shape, Tensor4d<const float> dy, const float* values, const Blocks& blocks,
+                       Tensor4d<float> dx, int threads);
+void conv2d_grad_values(const Conv2dShape& shape, Tensor4d<const float> x, Tensor4d<const float> dy,
+                        const Blocks& blocks, float* dvalues, int threads);
 
 // A linear layer is a 1 x 1 convolution over one image whose width is the batch.
 Conv2dShape linear_shape(int64_t batch, int64_t in_features, int64_t out_features, int64_t bh, int64_t bw);
 
 // A layer with its own copy of the weights as strips, for inference. run() may be called from several threads at once.
+// T: float or Bfloat16. A layer of the latter stays with the instruction set in use when it was packed.
+template <class T>
 class PackedConv2d {
  public:
-  PackedConv2d(const Conv2dShape& shape, const float* values, const Blocks& blocks, const float* bias,
+  PackedConv2d(const Conv2dShape& shape, const T* values, const Blocks& blocks, const float* bias,
                Activation activation);
   PackedConv2d(const PackedConv2d&) = delete;
   PackedConv2d& operator=(const PackedConv2d&) = delete;
 
   const Conv2dShape& shape() const { return shape_; }
-  void run(const Conv2dGeometry& geometry, Tensor4d x, const float* residual, MutableTensor4d y, int threads) const;
+  void run(const Conv2dGeometry& geometry, Tensor4d<const T> x, const T* residual, Tensor4d<T> y, int threads) const;
 
  private:
   Conv2dShape shape_;
@@ -65,6 +72,7 @@ class PackedConv2d {
   std::vector<float> bias_;
   std::vector<float> weights_;
   StripSet strips_;
+  Conv2dKernel<T> kernel_;
 };
 
 }  // namespace sparsekd

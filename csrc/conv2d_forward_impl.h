@@ -11,13 +11,24 @@ using sparsekd::Conv2dForward;
 
 constexpr int kTileRowsMax = 8;  // base pointers that still fit in general registers
 
+// What the loops do with a word of weights and a word of input. T is the type of x, residual and y.
+template <class T_>
+struct FloatWords {
+  using T = T_;
+  static constexpr int kDepth = 1;
+  static Vec16 madd(Vec16 weight, Vec16 x, Vec16 sum) { return Vec16::fma(weight, x, sum); }
+  // The same with one word of input for all lanes.
+  static Vec16 madd(Vec16 weight, const float* x, Vec16 sum) { return madd(weight, Vec16::broadcast(x), sum); }
+};
+
 // One register tile: a strip of 16 output rows x (A image rows x B pixels).
+template <class Words>
 struct ForwardTile {
-  const float* input[kTileRowsMax];     // packed input of the first pixel of every image row
-  float* output[kTileRowsMax];          // its output, when written directly
-  const float* residual[kTileRowsMax];  // or null
-  const int32_t* offsets;               // [count]
-  const float* weights;                 // [count][16], weight_stride apart
+  const float* input[kTileRowsMax];                 // packed input of the first pixel of every image row
+  typename Words::T* output[kTileRowsMax];          // its output, when written directly
+  const typename Words::T* residual[kTileRowsMax];  // or null
+  const int32_t* offsets;                           // [count]
+  const float* weights;                             // [count][16], weight_stride apart
   int64_t weight_stride;
   int64_t count;
   const float* bias;      // [16]
@@ -27,8 +38,8 @@ struct ForwardTile {
 };
 
 // Hands finished accumulators over: to the buffer, or with residual and activation to the output.
-template <int A, int B>
-inline void finish_tile(const ForwardTile& t, const Vec16 (&acc)[A * B]) {
+template <class Words, int A, int B>
+inline void finish_tile(const ForwardTile<Words>& t, const Vec16 (&acc)[A * B]) {
   if (t.buffer != nullptr) {
 #pragma GCC unroll 32
     for (int i = 0; i < A * B; ++i) acc[i].store(t.buffer + i * kStripRows);
@@ -39,13 +50,13 @@ inline void finish_tile(const ForwardTile& t, const Vec16 (&acc)[A * B]) {
 #pragma GCC unroll 32
     for (int b = 0; b < B; ++b) {
       Vec16 v = acc[a * B + b];
-      if (t.residual[a] != nullptr) v = Vec16::add(v, Vec16::load(t.residual[a] + b * t.output_stride));
-      t.bounds.clamp(v).store(t.output[a] + b * t.output_stride);
+      if (t.residual[a] != nullptr) v = Vec16::add(v, load16(t.residual[a] + b * t.output_stride));
+      store16(t.output[a] + b * t.output_stride, t.bounds.clamp(v));
     }
 }
 
-template <int A, int B>
-void forward_tile(const ForwardTile& t) {
+template <class Words, int A, int B>
+void forward_tile(const ForwardTile<Words>& t) {
   Vec16 acc[A * B];
   const float* input[A];
   const Vec16 bias = Vec16::load(t.bias);
@@ -62,15 +73,14 @@ void forward_tile(const ForwardTile& t) {
 #pragma GCC unroll 8
     for (int a = 0; a < A; ++a)
 #pragma GCC unroll 32
-      for (int b = 0; b < B; ++b)
-        acc[a * B + b] = Vec16::fma(weight, Vec16::broadcast(input[a] + o + b), acc[a * B + b]);
+      for (int b = 0; b < B; ++b) acc[a * B + b] = Words::madd(weight, input[a] + o + b, acc[a * B + b]);
   }
-  finish_tile<A, B>(t, acc);
+  finish_tile<Words, A, B>(t, acc);
 }
 
 // Few pixels: U columns at once keep the multiply-adds independent, and U weight loads in flight.
-template <int A, int U>
-void forward_few(const ForwardTile& t) {
+template <class Words, int A, int U>
+void forward_few(const ForwardTile<Words>& t) {
   Vec16 acc[U][A];
 #pragma GCC unroll 8
   for (int u = 0; u < U; ++u)
@@ -83,34 +93,33 @@ void forward_few(const ForwardTile& t) {
     for (int u = 0; u < U; ++u, w += t.weight_stride) {
       const Vec16 weight = Vec16::load(w);
 #pragma GCC unroll 4
-      for (int a = 0; a < A; ++a)
-        acc[u][a] = Vec16::fma(weight, Vec16::broadcast(t.input[a] + t.offsets[i + u]), acc[u][a]);
+      for (int a = 0; a < A; ++a) acc[u][a] = Words::madd(weight, t.input[a] + t.offsets[i + u], acc[u][a]);
     }
   for (; i < t.count; ++i, w += t.weight_stride)
 #pragma GCC unroll 4
-    for (int a = 0; a < A; ++a)
-      acc[0][a] = Vec16::fma(Vec16::load(w), Vec16::broadcast(t.input[a] + t.offsets[i]), acc[0][a]);
+    for (int a = 0; a < A; ++a) acc[0][a] = Words::madd(Vec16::load(w), t.input[a] + t.offsets[i], acc[0][a]);
 #pragma GCC unroll 8
   for (int u = 1; u < U; ++u)
 #pragma GCC unroll 4
     for (int a = 0; a < A; ++a) acc[0][a] = Vec16::add(acc[0][a], acc[u][a]);
-  finish_tile<A, 1>(t, acc[0]);
+  finish_tile<Words, A, 1>(t, acc[0]);
 }
 
-using ForwardTileFn = void (*)(const ForwardTile&);
+template <class Words>
+using ForwardTileFn = void (*)(const ForwardTile<Words>&);
 
-template <int A, int B>
-ForwardTileFn find_cols(int64_t b) {
-  if (b == B) return forward_tile<A, B>;
-  if constexpr (B > 1) return find_cols<A, B - 1>(b);
+template <class Words, int A, int B>
+ForwardTileFn<Words> find_cols(int64_t b) {
+  if (b == B) return forward_tile<Words, A, B>;
+  if constexpr (B > 1) return find_cols<Words, A, B - 1>(b);
   return nullptr;
 }
 
 // The kernel of an a x b tile; a * b <= Vec16::kTilePixels.
-template <int A = 1>
-ForwardTileFn find_forward_tile(int64_t a, int64_t b) {
-  if (a == A) return find_cols<A, Vec16::kTilePixels / A>(b);
-  if constexpr (A < kTileRowsMax && A < Vec16::kTilePixels) return find_forward_tile<A + 1>(a, b);
+template <class Words, int A = 1>
+ForwardTileFn<Words> find_forward_tile(int64_t a, int64_t b) {
+  if (a == A) return find_cols<Words, A, Vec16::kTilePixels / A>(b);
+  if constexpr (A < kTileRowsMax && A < Vec16::kTilePixels) return find_forward_tile<Words, A + 1>(a, b);
   return nullptr;
 }
 
@@ -124,11 +133,11 @@ inline TileShape choose_tile(int64_t cols) {
   return {min64(kTileRowsMax, Vec16::kTilePixels / b), b};
 }
 
-template <int A = 1>
-ForwardTileFn find_few_tile(int64_t a) {
+template <class Words, int A = 1>
+ForwardTileFn<Words> find_few_tile(int64_t a) {
   constexpr int kChains = Vec16::kTilePixels < 8 ? Vec16::kTilePixels : 8;
-  if (a == A) return forward_few<A, (A < kChains ? kChains / A : 1)>;
-  if constexpr (A < 4 && A < kChains) return find_few_tile<A + 1>(a);
+  if (a == A) return forward_few<Words, A, (A < kChains ? kChains / A : 1)>;
+  if constexpr (A < 4 && A < kChains) return find_few_tile<Words, A + 1>(a);
   return nullptr;
 }
 
@@ -139,9 +148,10 @@ enum class Source {
   kPixels,    // where it lies, [image][pixel][channel]: 1 x 1, any stride; tiles of single pixels
 };
 
+template <class Words>
 struct ForwardCall {
-  Conv2dForward args;
-  Conv2dGeometry g;
+  Conv2dForward<typename Words::T> args;
+  Conv2dGeometry g;  // c counts words
   Layout layout;
   Source source;
   const int32_t* offsets;  // [num_columns]
@@ -149,7 +159,8 @@ struct ForwardCall {
 };
 
 // Writes finished pixels from [pixel][16] for outputs that lie [pixel][row], where a strip is ragged or scattered.
-inline void store_pixels(const ForwardCall& call, const Strip& strip, const float* buffer, int64_t pixel,
+template <class Words>
+inline void store_pixels(const ForwardCall<Words>& call, const Strip& strip, const float* buffer, int64_t pixel,
                          int64_t count) {
   const int64_t k = call.g.k;
   for (int64_t i = 0; i < count; ++i) {
@@ -157,22 +168,25 @@ inline void store_pixels(const ForwardCall& call, const Strip& strip, const floa
     if (strip.rows == nullptr) {
       Vec16 v = Vec16::load(buffer + i * kStripRows);
       const int64_t at = base + strip.row;
-      if (call.args.residual) v = Vec16::add(v, Vec16::load_first(call.args.residual + at, strip.lanes));
-      activate(v, call.args.activation).store_first(call.args.y + at, strip.lanes);
+      if (call.args.residual) v = Vec16::add(v, load16_first(call.args.residual + at, strip.lanes));
+      store16_first(call.args.y + at, activate(v, call.args.activation), strip.lanes);
       continue;
     }
-    alignas(64) float lanes[kStripRows];
-    Vec16::load(buffer + i * kStripRows).store(lanes);
-    if (call.args.residual)
-      for (int lane = 0; lane < strip.lanes; ++lane) lanes[lane] += call.args.residual[base + strip.rows[lane]];
-    activate(Vec16::load(lanes), call.args.activation).store(lanes);
+    typename Words::T lanes[kStripRows] = {};
+    Vec16 v = Vec16::load(buffer + i * kStripRows);
+    if (call.args.residual) {
+      for (int lane = 0; lane < strip.lanes; ++lane) lanes[lane] = call.args.residual[base + strip.rows[lane]];
+      v = Vec16::add(v, load16(static_cast<const typename Words::T*>(lanes)));
+    }
+    store16(lanes, activate(v, call.args.activation));
     for (int lane = 0; lane < strip.lanes; ++lane) call.args.y[base + strip.rows[lane]] = lanes[lane];
   }
 }
 
 // The same for outputs that lie [row][pixel]: `count` neighbouring pixels of one image.
-inline void store_rows(const ForwardCall& call, const Strip& strip, const float* buffer, int64_t image, int64_t pixel,
-                       int64_t count) {
+template <class Words>
+inline void store_rows(const ForwardCall<Words>& call, const Strip& strip, const float* buffer, int64_t image,
+                       int64_t pixel, int64_t count) {
   const int64_t area = call.g.p * call.g.q;
   for (int64_t i = 0; i < count; i += 16) {
     const int n = static_cast<int>(min64(16, count - i));
@@ -182,19 +196,20 @@ inline void store_rows(const ForwardCall& call, const Strip& strip, const float*
     for (int lane = 0; lane < strip.lanes; ++lane) {
       const int64_t at = (image * call.g.k + row_of(strip, lane)) * area + pixel + i;
       Vec16 out = v[lane];
-      if (call.args.residual) out = Vec16::add(out, Vec16::load_first(call.args.residual + at, n));
-      activate(out, call.args.activation).store_first(call.args.y + at, n);
+      if (call.args.residual) out = Vec16::add(out, load16_first(call.args.residual + at, n));
+      store16_first(call.args.y + at, activate(out, call.args.activation), n);
     }
   }
 }
 
 // All strips of [strips.begin, strips.end) on one register tile: `rows` image rows from `first_row` of the band,
 // `cols` pixels from `col`.
-inline void forward_strips(const ForwardCall& call, const Band& band, const float* input, int64_t first_row,
-                           int64_t rows, int64_t col, int64_t cols, Range strips, ForwardTileFn kernel) {
+template <class Words>
+inline void forward_strips(const ForwardCall<Words>& call, const Band& band, const float* input, int64_t first_row,
+                           int64_t rows, int64_t col, int64_t cols, Range strips, ForwardTileFn<Words> kernel) {
   const Conv2dGeometry& g = call.g;
   alignas(64) float buffer[Vec16::kTilePixels * kStripRows];
-  ForwardTile tile;
+  ForwardTile<Words> tile;
   int64_t image[kTileRowsMax], pixel[kTileRowsMax];
   const bool pixels = call.source == Source::kPixels;  // then a "row" of the tile is one pixel
   const int64_t per_row = pixels ? band.cols : 1;
@@ -250,7 +265,8 @@ inline void forward_strips(const ForwardCall& call, const Band& band, const floa
   }
 }
 
-inline void forward_band(const ForwardCall& call, const Band& band, const float* input, Range strips) {
+template <class Words>
+inline void forward_band(const ForwardCall<Words>& call, const Band& band, const float* input, Range strips) {
   const bool pixels = call.source == Source::kPixels;
   const TileShape shape = pixels ? choose_tile(1) : choose_tile(band.cols);
   const int64_t num_rows = band.images * band.rows * (pixels ? band.cols : 1), num_cols = pixels ? 1 : band.cols;
@@ -258,16 +274,22 @@ inline void forward_band(const ForwardCall& call, const Band& band, const float*
   const Cuts cols{num_cols, ceil_div(num_cols, shape.cols)};
   for (int64_t i = 0; i < rows.count; ++i)
     for (int64_t j = 0; j < cols.count; ++j) {
-      ForwardTileFn kernel = pixels ? find_few_tile(rows.size(i)) : nullptr;
-      if (kernel == nullptr) kernel = find_forward_tile(rows.size(i), cols.size(j));
+      ForwardTileFn<Words> kernel = pixels ? find_few_tile<Words>(rows.size(i)) : nullptr;
+      if (kernel == nullptr) kernel = find_forward_tile<Words>(rows.size(i), cols.size(j));
       forward_strips(call, band, input, rows.begin(i), rows.size(i), cols.begin(j), cols.size(j), strips, kernel);
     }
 }
 
+template <class Words>
+using ForwardInput = Input<typename Words::T, Words::kDepth>;
+
 // Packing costs about as much as using every channel once, so it pays unless few strips share it; tiles of single
 // pixels in turn need long columns lists to hide their set-up. Measured on 1 x 1 layers, see README.md.
-inline Source choose_source(const Conv2dForward& args, const Conv2dGeometry& g) {
-  if (is_pointwise(g) && !args.x_channels_last) return Source::kChannels;
+template <class Words>
+inline Source choose_source(const Conv2dForward<typename Words::T>& args, const Conv2dGeometry& g,
+                            const ForwardInput<Words>& in) {
+  if (sizeof(typename Words::T) * Words::kDepth != sizeof(float) || !in.full_words()) return Source::kPacked;
+  if (Words::kDepth == 1 && is_pointwise(g) && !args.x_channels_last) return Source::kChannels;
   const bool single_tap = g.r == 1 && g.s == 1 && g.pad_h == 0 && g.pad_w == 0;
   if (!single_tap || !args.x_channels_last) return Source::kPacked;
   constexpr int64_t kUses = 2, kManyChannels = 128, kFewPixels = 16;
@@ -296,7 +318,8 @@ inline Range strip_chunk(const Strips& strips, int64_t chunks, int64_t chunk) {
   return range;
 }
 
-inline void gather_bias(const Conv2dForward& args, float* bias) {
+template <class T>
+inline void gather_bias(const Conv2dForward<T>& args, float* bias) {
   for (int32_t i = 0; i < args.strips.count; ++i)
     for (int lane = 0; lane < kStripRows; ++lane) {
       const Strip& strip = args.strips.strip[i];
@@ -304,13 +327,16 @@ inline void gather_bias(const Conv2dForward& args, float* bias) {
     }
 }
 
-void conv2d_forward(const Conv2dForward& args) {
-  ForwardCall call{args,    flatten_pointwise(args.geometry, args.x_channels_last && args.y_channels_last),
-                   {},      Source::kPacked,
-                   nullptr, nullptr};
-  const Conv2dGeometry& g = call.g;
+template <class Words>
+void conv2d_forward(const Conv2dForward<typename Words::T>& args) {
+  ForwardCall<Words> call{args,    flatten_pointwise(args.geometry, args.x_channels_last && args.y_channels_last),
+                          {},      Source::kPacked,
+                          nullptr, nullptr};
+  Conv2dGeometry& g = call.g;
   if (g.n * g.p * g.q * g.k == 0) return;
-  call.source = choose_source(args, g);
+  const ForwardInput<Words> x{args.x, args.x_channels_last, g.c, g.c / g.groups};
+  g.c = g.groups * x.group_words();
+  call.source = choose_source<Words>(args, g, x);
   const int64_t taps = g.r * g.s, group_channels = g.c / g.groups;
   const int64_t bytes =
       4 * (args.strips.count * kStripRows + args.strips.num_columns + taps * group_channels + 2 * layout_memory(g));
@@ -334,11 +360,11 @@ void conv2d_forward(const Conv2dForward& args) {
   const int64_t chunks = min64(args.strips.count, ceil_div(args.threads, size.count()));
   parallel_workers(args.threads, size.count() * chunks, [&](int64_t item, bool first) {
     const Band band = size.band(g, item / chunks);
-    const float* input = args.x;
+    const float* input = reinterpret_cast<const float*>(args.x);
     if (call.source == Source::kPacked) {
       float* packed = static_cast<float*>(
           scratch(sparsekd::kScratchInput, sizeof(float) * static_cast<size_t>(call.layout.size())));
-      pack_input(args.x, args.x_channels_last, g, call.layout, band, first, packed);
+      pack_input(x, g, call.layout, band, first, packed);
       input = packed;
     }
     forward_band(call, band, input, strip_chunk(args.strips, chunks, item % chunks));

@@ -133,7 +133,8 @@ inline void grad_values_band(const GradValuesCall& call, const Band& band, float
   float* x = static_cast<float*>(scratch(sparsekd::kScratchInput, sizeof(float) * static_cast<size_t>(l.size())));
   float* dy = static_cast<float*>(scratch(
       sparsekd::kScratchOutput, sizeof(float) * kStripRows * static_cast<size_t>(band.images * band.rows * band.cols)));
-  pack_input(call.args.x, call.args.x_channels_last, g, l, band, !accumulate, x);
+  const Input<float> input{call.args.x, call.args.x_channels_last, g.c, g.c / g.groups};
+  pack_input(input, g, l, band, !accumulate, x);
   const int64_t step = choose_step(band.cols), rest = band.cols % step;
   for (int32_t s = 0; s < call.args.strips.count; ++s) {
     const Strip& strip = call.args.strips.strip[s];

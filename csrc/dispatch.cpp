@@ -14,12 +14,26 @@ namespace sparsekd {
 
 namespace {
 
+#ifdef SPARSEKD_X86
+const KernelTable& avx512_bf16() {
+  static const KernelTable table = [] {
+    KernelTable table = kAvx512Kernels;
+    table.isa = "avx512_bf16";
+    table.bf16 = kAvx512Bf16Kernels;
+    return table;
+  }();
+  return table;
+}
+#endif
+
 std::vector<const KernelTable*> available() {
   std::vector<const KernelTable*> tables;
 #ifdef SPARSEKD_X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512dq")) {
+    if (__builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512_bf16());
     tables.push_back(&kAvx512Kernels);
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&kAvx2Kernels);
 #endif
 #ifdef SPARSEKD_AARCH64

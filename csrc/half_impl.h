@@ -4,11 +4,12 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernel_table.h"
+
 namespace {
 
-struct Bfloat16 {
-  uint16_t bits;
-};
+using sparsekd::Bfloat16;
+
 struct Float16 {
   uint16_t bits;
 };
@@ -84,14 +85,52 @@ inline void store16(Half* p, Vec16 v) {
 template <class Half>
 inline Vec16 load16_first(const Half* p, int n) {
   Half lane[16] = {};
+#ifdef __AVX512BW__
+  half_store(lane, _mm256_maskz_loadu_epi16(Vec16::first(n), p));
+#else
   memcpy(lane, p, sizeof(Half) * static_cast<unsigned>(n));
+#endif
   return load16(lane);
 }
 template <class Half>
 inline void store16_first(Half* p, Vec16 v, int n) {
   Half lane[16];
   store16(lane, v);
+#ifdef __AVX512BW__
+  _mm256_mask_storeu_epi16(p, Vec16::first(n), half_load(lane));
+#else
   memcpy(p, lane, sizeof(Half) * static_cast<unsigned>(n));
+#endif
 }
+
+// n <= 16 elements that lie `stride` apart; the other lanes are zero.
+inline Vec16 load16_strided(const float* p, int64_t stride, int n) { return Vec16::load_strided(p, stride, n); }
+template <class Half>
+inline Vec16 load16_strided(const Half* p, int64_t stride, int n) {
+  Half lane[16] = {};
+  for (int i = 0; i < n; ++i) lane[i] = p[i * stride];
+  return load16(lane);
+}
+
+// Lane i: element i of `rows` <= 2 rows side by side as one 32-bit word, a missing row as zeros.
+template <class Half>
+inline Vec16 load16_words(const Half* p, int64_t row_stride, int rows, int64_t stride, int n) {
+  uint32_t word[16] = {};
+  for (int row = 0; row < rows; ++row, p += row_stride)
+    for (int i = 0; i < n; ++i) word[i] |= static_cast<uint32_t>(p[i * stride].bits) << (16 * row);
+  Vec16 v;
+  memcpy(&v, word, sizeof v);
+  return v;
+}
+#ifdef __AVX512BW__
+inline Vec16 load16_words(const Bfloat16* p, int64_t row_stride, int rows, int64_t stride, int n) {
+  if (stride != 1) return load16_words<Bfloat16>(p, row_stride, rows, stride, n);
+  const auto row = [&](int i) {
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(Vec16::first(n), p + i * row_stride));
+  };
+  const __m512i high = rows > 1 ? _mm512_slli_epi32(row(1), 16) : _mm512_setzero_si512();
+  return {_mm512_castsi512_ps(_mm512_or_si512(row(0), high))};
+}
+#endif
 
 }  // namespace

@@ -12,7 +12,8 @@ namespace sparsekd {
 constexpr int kStripRows = 16;
 
 // Up to 16 output rows that share one list of input columns. A column is one (tap, channel) pair of the weight,
-// numbered (r * S + s) * Cg + channel with the channel counted inside the group.
+// numbered (r * S + s) * Cg + channel with the channel counted inside the group. Types narrower than a float come in
+// words of 32 bits, kDepth neighbouring channels each; columns, channels, weights and offsets then all count words.
 struct Strip {
   int64_t weights;      // offset in floats of [count][16] weights, `Strips::weight_stride` apart
   int32_t first;        // first column in Strips::columns
@@ -41,15 +42,20 @@ struct Conv2dGeometry {
 // What follows bias and residual. `_C.ACTIVATIONS` names them to Python.
 enum class Activation : int32_t { kNone, kRelu, kRelu6, kSilu };
 
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+template <class T>
 struct Conv2dForward {
   Conv2dGeometry geometry;
   Strips strips;
-  const float* weights;
-  const float* x;
+  const float* weights;  // words: floats, or Bf16Kernels::depth values of T
+  const T* x;
   bool x_channels_last;
-  const float* bias;      // [k] or null
-  const float* residual;  // same format as y, or null
-  float* y;
+  const float* bias;  // [k] or null
+  const T* residual;  // same format as y, or null
+  T* y;
   bool y_channels_last;
   Activation activation;
   int threads;
@@ -150,24 +156,32 @@ struct AttentionKernels {
   void (*kd_loss)(const KdLoss&);
 };
 
+struct Bf16Kernels {
+  int depth;  // channels in a word of the weights and of the packed input: 2, or 1 converted to floats
+  void (*conv2d)(const Conv2dForward<Bfloat16>&);
+  double (*burst)(int64_t rounds, float* sink);  // like KernelTable::fma_burst
+};
+
 struct KernelTable {
   const char* isa;
-  void (*conv2d_f32)(const Conv2dForward&);
+  void (*conv2d_f32)(const Conv2dForward<float>&);
   void (*conv2d_grad_input_f32)(const Conv2dGradInput&);
   void (*conv2d_grad_values_f32)(const Conv2dGradValues&);
   AttentionKernels attention;
   // Multiply-adds on registers, `rounds` times a fixed amount, seeded from and written to sink [32]; returns the number
   // of floating point operations.
   double (*fma_burst)(int64_t rounds, float* sink);
+  Bf16Kernels bf16;
 };
 
 extern const KernelTable kScalarKernels;
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
 extern const KernelTable kNeonKernels;
+extern const Bf16Kernels kAvx512Bf16Kernels;  // the rest comes from kAvx512Kernels
 
 // Memory of the calling thread, 64-byte aligned, kept and grown from call to call. Slots do not overlap.
-enum ScratchSlot { kScratchCall, kScratchInput, kScratchOutput, kScratchSum, kScratchSlots };
+enum ScratchSlot { kScratchCall, kScratchInput, kScratchOutput, kScratchWords, kScratchSum, kScratchSlots };
 void* scratch(ScratchSlot slot, size_t bytes);
 
 // Runs body(context, item) for items 0..items-1 on up to `threads` OpenMP threads; with one thread it is a plain

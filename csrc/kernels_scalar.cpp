@@ -5,6 +5,13 @@
 #include "conv2d_impl.h"
 
 namespace sparsekd {
-extern const KernelTable kScalarKernels = {Vec16::kIsa,        conv2d_forward, conv2d_grad_input,
-                                           conv2d_grad_values, kAttention,     fma_burst};
+extern const KernelTable kScalarKernels = {
+    Vec16::kIsa,
+    conv2d_forward<FloatWords<float>>,
+    conv2d_grad_input,
+    conv2d_grad_values,
+    kAttention,
+    madd_burst<FloatWords<float>>,
+    {FloatWords<Bfloat16>::kDepth, conv2d_forward<FloatWords<Bfloat16>>, madd_burst<FloatWords<Bfloat16>>},
+};
 }

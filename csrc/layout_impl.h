@@ -7,10 +7,14 @@
 // 2. Order: [channel][row phase][column phase][image][row][column]. The pitches are the same for all bands of a call,
 // so
 //    a (tap, channel) column of the weight is one constant offset (`fill_offsets`).
-// 3. Padding is stored as zeros, shared between neighbours: a row's right padding is the next row's left padding, an
+// 3. An element is one 32-bit word: a float, or kDepth narrower channels of one pixel side by side (a pair of
+// Bfloat16), the
+//    last word of a group filled up with zeros. Sizes and offsets below count words, and so does Conv2dGeometry::c.
+// 4. Padding is stored as zeros, shared between neighbours: a row's right padding is the next row's left padding, an
 //    image's lower padding the next image's upper one.
 #pragma once
 
+#include "half_impl.h"
 #include "kernel_table.h"
 
 namespace {
@@ -138,43 +142,62 @@ inline void zero_floats(float* p, int64_t n) {
   if (i < n) Vec16::zero().store_first(p + i, static_cast<int>(n - i));
 }
 
-// Copies n floats that lie `stride` apart.
-inline void copy_floats(float* p, const float* source, int64_t stride, int64_t n) {
+// Copies n elements that lie `stride` apart, to floats or from floats.
+template <class To, class From>
+inline void copy_floats(To* p, const From* source, int64_t stride, int64_t n) {
   if (stride == 1) {
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16) Vec16::load(source + i).store(p + i);
-    if (i < n) Vec16::load_first(source + i, static_cast<int>(n - i)).store_first(p + i, static_cast<int>(n - i));
+    for (; i + 16 <= n; i += 16) store16(p + i, load16(source + i));
+    if (i < n) store16_first(p + i, load16_first(source + i, static_cast<int>(n - i)), static_cast<int>(n - i));
     return;
   }
   for (int64_t i = 0; i < n; i += 16) {
     const int have = static_cast<int>(min64(16, n - i));
-    Vec16::load_strided(source + i * stride, stride, have).store_first(p + i, have);
+    store16_first(p + i, load16_strided(source + i * stride, stride, have), have);
+  }
+}
+
+// One row of words from the planes of `channels` <= kDepth channels, `channel_stride` apart; n pixels, `stride` apart.
+template <int kDepth, class T>
+inline void copy_words(float* p, const T* source, int64_t channel_stride, int64_t channels, int64_t stride, int64_t n) {
+  if constexpr (kDepth == 1) {
+    copy_floats(p, source, stride, n);
+  } else {
+    for (int64_t i = 0; i < n; i += 16) {
+      const int have = static_cast<int>(min64(16, n - i));
+      const T* at = source + i * stride;
+      load16_words(at, channel_stride, static_cast<int>(channels), stride, have).store_first(p + i, have);
+    }
   }
 }
 
 // Reads `rows` <= 16 vectors of `cols` <= 16 floats and writes `cols` vectors of `rows` floats.
-inline void transpose_tile(const float* source, int64_t source_stride, int rows, int cols, float* target,
+template <class From, class To>
+inline void transpose_tile(const From* source, int64_t source_stride, int rows, int cols, To* target,
                            int64_t target_stride) {
-  if (rows <= 8) {
-    Vec16 v[8];
-    for (int i = 0; i < 8; ++i) v[i] = i < rows ? Vec16::load_first(source + i * source_stride, cols) : Vec16::zero();
-    return Vec16::store_transposed8(v, target, target_stride, cols, rows);
+  if constexpr (sizeof(To) == sizeof(float)) {
+    if (rows <= 8) {
+      Vec16 v[8];
+      for (int i = 0; i < 8; ++i) v[i] = i < rows ? load16_first(source + i * source_stride, cols) : Vec16::zero();
+      return Vec16::store_transposed8(v, target, target_stride, cols, rows);
+    }
   }
   Vec16 v[16];
   if (rows == 16 && cols == 16) {
-    for (int i = 0; i < 16; ++i) v[i] = Vec16::load(source + i * source_stride);
+    for (int i = 0; i < 16; ++i) v[i] = load16(source + i * source_stride);
     Vec16::transpose(v);
-    for (int i = 0; i < 16; ++i) v[i].store(target + i * target_stride);
+    for (int i = 0; i < 16; ++i) store16(target + i * target_stride, v[i]);
     return;
   }
-  for (int i = 0; i < 16; ++i) v[i] = i < rows ? Vec16::load_first(source + i * source_stride, cols) : Vec16::zero();
+  for (int i = 0; i < 16; ++i) v[i] = i < rows ? load16_first(source + i * source_stride, cols) : Vec16::zero();
   Vec16::transpose(v);
   for (int i = 0; i < 16; ++i)
-    if (i < cols) v[i].store_first(target + i * target_stride, rows);
+    if (i < cols) store16_first(target + i * target_stride, v[i], rows);
 }
 
 // The same for any numbers of rows and columns.
-inline void transpose_floats(const float* source, int64_t source_stride, int64_t rows, int64_t cols, float* target,
+template <class From, class To>
+inline void transpose_floats(const From* source, int64_t source_stride, int64_t rows, int64_t cols, To* target,
                              int64_t target_stride) {
   for (int64_t j = 0; j < cols; j += 16)
     for (int64_t i = 0; i < rows; i += 16)
@@ -211,18 +234,63 @@ inline Rows input_rows(const Layout& l, const Band& band, int64_t image, int64_t
           l.h.stride};
 }
 
-inline void pack_plane(const float* x, const Conv2dGeometry& g, const Layout& l, const Rows& rows,
-                       const Columns& columns, float* plane) {
-  const int64_t count = columns.count();
+// What a call reads its input from: kDepth channels make one word.
+template <class T, int kDepth = 1>
+struct Input {
+  const T* x;
+  bool channels_last;
+  int64_t channels, group_channels;  // elements, not words
+
+  bool full_words() const { return kDepth == 1 || group_channels % kDepth == 0; }
+  int64_t group_words() const { return ceil_div(group_channels, kDepth); }
+  // The first channel of a word.
+  int64_t channel(int64_t word) const { return word / group_words() * group_channels + word % group_words() * kDepth; }
+  // How many channels a word holds.
+  int64_t held(int64_t word) const { return min64(kDepth, group_channels - word % group_words() * kDepth); }
+};
+
+template <class T, int kDepth>
+inline void pack_plane(const Input<T, kDepth>& in, const T* x, int64_t word, const Conv2dGeometry& g, const Layout& l,
+                       const Rows& rows, const Columns& columns, float* plane) {
+  const int64_t count = columns.count(), area = g.h * g.w;
   for (int64_t i = 0; i < rows.valid.begin; ++i) zero_floats(plane + i * l.pitch, count);
-  const float* source = x + rows.y * g.w + columns.first;
+  const T* source = x + in.channel(word) * area + rows.y * g.w + columns.first;
   for (int64_t i = rows.valid.begin; i < rows.valid.end; ++i, source += rows.y_step * g.w)
-    copy_floats(plane + i * l.pitch, source, l.w.stride, count);
+    copy_words<kDepth>(plane + i * l.pitch, source, area, in.held(word), l.w.stride, count);
   for (int64_t i = rows.valid.end; i < rows.count; ++i) zero_floats(plane + i * l.pitch, count);
 }
 
-inline void pack_pixels(const float* x, const Conv2dGeometry& g, const Layout& l, const Rows& rows,
-                        const Columns& columns, float* planes) {
+// Pixels whose words are not all full, `stride` apart, to [pixel][word].
+template <class T, int kDepth>
+inline void fill_words(const Input<T, kDepth>& in, const T* source, int64_t stride, int64_t count, float* words) {
+  const int64_t total = in.channels / in.group_channels * in.group_words();
+  for (int64_t i = 0; i < count; ++i, source += stride)
+    for (int64_t word = 0; word < total; ++word, ++words) {
+      T lanes[kDepth] = {};
+      for (int64_t j = 0; j < in.held(word); ++j) lanes[j] = source[in.channel(word) + j];
+      memcpy(words, lanes, sizeof *words);
+    }
+}
+
+// `count` pixels, `stride` elements apart, to one row of words of every channel plane.
+template <class T, int kDepth>
+inline void pack_row(const Input<T, kDepth>& in, const T* source, int64_t stride, int64_t count, const Layout& l,
+                     float* target) {
+  if constexpr (kDepth == 1) {
+    transpose_floats(source, stride, count, l.channels, target, l.channel);
+  } else if (in.full_words()) {
+    transpose_floats(reinterpret_cast<const float*>(source), stride / kDepth, count, l.channels, target, l.channel);
+  } else {
+    float* words =
+        static_cast<float*>(scratch(sparsekd::kScratchWords, sizeof(float) * static_cast<size_t>(count * l.channels)));
+    fill_words(in, source, stride, count, words);
+    transpose_floats(words, l.channels, count, l.channels, target, l.channel);
+  }
+}
+
+template <class T, int kDepth>
+inline void pack_pixels(const Input<T, kDepth>& in, const T* x, const Conv2dGeometry& g, const Layout& l,
+                        const Rows& rows, const Columns& columns, float* planes) {
   const int64_t count = columns.count();
   for (int64_t i = 0; i < rows.count; ++i) {
     float* target = planes + i * l.pitch;
@@ -231,31 +299,31 @@ inline void pack_pixels(const float* x, const Conv2dGeometry& g, const Layout& l
       continue;
     }
     const int64_t y = rows.y + (i - rows.valid.begin) * rows.y_step;
-    transpose_floats(x + (y * g.w + columns.first) * g.c, l.w.stride * g.c, count, g.c, target, l.channel);
+    pack_row(in, x + (y * g.w + columns.first) * in.channels, l.w.stride * in.channels, count, l, target);
   }
 }
 
 // Packs the input that the outputs of `band` read. `fresh` says that the memory may hold anything; else it was packed
 // for an earlier band of this call, and columns that are padding in both stay zero.
-inline void pack_input(const float* x, bool channels_last, const Conv2dGeometry& g, const Layout& l, const Band& band,
+template <class T, int kDepth>
+inline void pack_input(const Input<T, kDepth>& in, const Conv2dGeometry& g, const Layout& l, const Band& band,
                        bool fresh, float* packed) {
   const bool padded = l.w.reach > 0 || l.w.pad > 0 || l.h.reach > 0 || l.h.pad > 0;
   const bool moved = band.cols < g.q && padded;
   if ((fresh && padded) || moved) zero_floats(packed, l.size());
   for (int64_t image = 0; image < band.images; ++image) {
-    const float* source = x + (band.image + image) * g.c * g.h * g.w;
+    const T* source = in.x + (band.image + image) * in.channels * g.h * g.w;
     for (int64_t a = 0; a < l.h.phases; ++a)
       for (int64_t b = 0; b < l.w.phases; ++b) {
         const Rows rows = input_rows(l, band, image, a);
         const Columns columns = input_columns(l, band, b);
         if (columns.count() == 0) continue;
         float* plane = packed + (a * l.w.phases + b) * l.plane + l.row(image, 0) + columns.valid.begin;
-        if (channels_last) {
-          pack_pixels(source, g, l, rows, columns, plane);
+        if (in.channels_last) {
+          pack_pixels(in, source, g, l, rows, columns, plane);
           continue;
         }
-        for (int64_t c = 0; c < g.c; ++c)
-          pack_plane(source + c * g.h * g.w, g, l, rows, columns, plane + c * l.channel);
+        for (int64_t c = 0; c < g.c; ++c) pack_plane(in, source, c, g, l, rows, columns, plane + c * l.channel);
       }
   }
 }

@@ -30,7 +30,7 @@ void StripSet::build(const BlockWeight& weight) {
   strips_.clear();
   columns_.clear();
   rows_.clear();
-  in_place_ = weight.bh % kStripRows == 0 && weight.bw == 1;
+  in_place_ = weight.bh % kStripRows == 0 && weight.bw == weight.depth && weight.columns % weight.depth == 0;
   in_place_ ? build_in_place(weight) : build_packed(weight);
   view_.strip = strips_.data();
   view_.count = static_cast<int32_t>(strips_.size());
@@ -48,7 +48,7 @@ void StripSet::build_in_place(const BlockWeight& w) {
 
 void StripSet::build_packed(const BlockWeight& w) {
   const int64_t group_rows = w.rows / w.groups;
-  slot_.assign(static_cast<size_t>(w.taps * w.columns), -1);
+  slot_.assign(static_cast<size_t>(w.taps * w.words()), -1);
   std::vector<int32_t> empty;
   for (int64_t group = 0; group < w.groups; ++group) {
     for (int64_t row = group * group_rows; row < (group + 1) * group_rows; ++row) {
@@ -90,7 +90,7 @@ void StripSet::close_strip(const BlockWeight& w, int32_t group) {
     for (int32_t block = w.row_ptr[i]; block < w.row_ptr[i + 1]; ++block) {
       const int64_t tap = w.col_idx[block] / column_blocks, c = w.col_idx[block] % column_blocks * w.bw;
       for (int64_t j = c; j < std::min(c + w.bw, w.columns); ++j) {
-        const int32_t column = static_cast<int32_t>(tap * w.columns + j);
+        const int32_t column = static_cast<int32_t>(tap * w.words() + j / w.depth);
         if (slot_[column] >= 0) continue;
         slot_[column] = 0;
         columns_.push_back(column);
@@ -105,31 +105,6 @@ void StripSet::close_strip(const BlockWeight& w, int32_t group) {
   open_.resize(kStripRows, -1);
   rows_.insert(rows_.end(), open_.begin(), open_.end());
   open_.clear();
-}
-
-// Calls body(index into values, index into strip weights) for every weight that exists.
-template <class Visit>
-void StripSet::visit(const BlockWeight& w, const Visit& body) {
-  const int64_t column_blocks = (w.columns + w.bw - 1) / w.bw;
-  for (size_t s = 0; s < strips_.size(); ++s) {
-    const Strip& strip = strips_[s];
-    const int32_t* columns = columns_.data() + strip.first;
-    for (int32_t j = 0; j < strip.count; ++j) slot_[columns[j]] = j;
-    for (int32_t lane = 0; lane < strip.lanes; ++lane) {
-      const int64_t row = rows_[s * kStripRows + lane], i = row / w.bh;
-      for (int32_t block = w.row_ptr[i]; block < w.row_ptr[i + 1]; ++block) {
-        const int64_t tap = w.col_idx[block] / column_blocks, c = w.col_idx[block] % column_blocks * w.bw;
-        const int64_t value = (block * w.bh + row % w.bh) * w.bw;
-        for (int64_t j = c; j < std::min(c + w.bw, w.columns); ++j)
-          body(value + j - c, strip.weights + slot_[tap * w.columns + j] * kStripRows + lane);
-      }
-    }
-  }
-}
-
-void StripSet::pack(const BlockWeight& weight, const float* values, float* packed) {
-  std::memset(packed, 0, sizeof(float) * static_cast<size_t>(view_.num_weights));
-  visit(weight, [&](int64_t value, int64_t strip_weight) { packed[strip_weight] = values[value]; });
 }
 
 void StripSet::unpack(const BlockWeight& weight, const float* packed, float* values) {

@@ -1,6 +1,8 @@
 // From the stored blocks of a weight to the strips the kernels walk, and back for gradients.
 #pragma once
 
+#include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "kernel_table.h"
@@ -14,9 +16,12 @@ struct BlockWeight {
   const int32_t* col_idx;
   int64_t nnzb, bh, bw;
   int64_t rows, columns, taps, groups;
+  int64_t depth = 1;  // neighbouring columns that share a 32-bit word of a strip
+
+  int64_t words() const { return (columns + depth - 1) / depth; }
 };
 
-// Blocks of 16 m x 1 already are strips: their values are used where they lie. All other shapes are packed: 16 rows
+// Blocks of 16 m x depth already are strips: their values are used where they lie. All other shapes are packed: 16 rows
 // that have any blocks, the union of their columns, zeros where one of them lacks a column.
 class StripSet {
  public:
@@ -25,8 +30,11 @@ class StripSet {
   const Strips& strips() const { return view_; }
   // True when `values` itself holds the strips' weights.
   bool in_place() const { return in_place_; }
-  // values [nnzb, bh, bw] <-> strip weights [num_weights]; only needed when not in place.
-  void pack(const BlockWeight& weight, const float* values, float* packed);
+  // values [nnzb, bh, bw] to strip weights [num_weights] words of `depth` packed elements; needed when not in place, or
+  // when the two types differ.
+  template <class T, class Packed>
+  void pack(const BlockWeight& weight, const T* values, Packed* packed);
+  // And back, when not in place.
   void unpack(const BlockWeight& weight, const float* packed, float* values);
 
  private:
@@ -44,5 +52,49 @@ class StripSet {
   std::vector<int32_t> open_;  // rows of the strip being built
   std::vector<int32_t> slot_;  // column -> position in the current strip
 };
+
+inline float to_float(float value) { return value; }
+inline float to_float(Bfloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+inline void convert(float from, float& to) { to = from; }
+inline void convert(Bfloat16 from, Bfloat16& to) { to = from; }
+inline void convert(Bfloat16 from, float& to) { to = to_float(from); }
+
+template <class T, class Packed>
+void StripSet::pack(const BlockWeight& weight, const T* values, Packed* packed) {
+  if (in_place_) {
+    for (int64_t i = 0; i < view_.num_weights * weight.depth; ++i) convert(values[i], packed[i]);
+    return;
+  }
+  std::fill_n(packed, view_.num_weights * weight.depth, Packed{});
+  visit(weight, [&](int64_t value, int64_t at) { convert(values[value], packed[at]); });
+}
+
+// Calls body(index into values, index into the elements of the strip weights) for every weight that exists.
+template <class Visit>
+void StripSet::visit(const BlockWeight& w, const Visit& body) {
+  const int64_t column_blocks = (w.columns + w.bw - 1) / w.bw;
+  for (size_t s = 0; s < strips_.size(); ++s) {
+    const Strip& strip = strips_[s];
+    const int32_t* columns = columns_.data() + strip.first;
+    for (int32_t j = 0; j < strip.count; ++j) slot_[columns[j]] = j;
+    for (int32_t lane = 0; lane < strip.lanes; ++lane) {
+      const int64_t row = rows_[s * kStripRows + lane], i = row / w.bh;
+      for (int32_t block = w.row_ptr[i]; block < w.row_ptr[i + 1]; ++block) {
+        const int64_t tap = w.col_idx[block] / column_blocks, c = w.col_idx[block] % column_blocks * w.bw;
+        const int64_t value = (block * w.bh + row % w.bh) * w.bw;
+        for (int64_t j = c; j < std::min(c + w.bw, w.columns); ++j) {
+          const int64_t word = strip.weights + slot_[tap * w.words() + j / w.depth] * kStripRows + lane;
+          body(value + j - c, word * w.depth + j % w.depth);
+        }
+      }
+    }
+  }
+}
 
 }  // namespace sparsekd

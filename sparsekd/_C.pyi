@@ -7,7 +7,7 @@ def isa() -> str: ...
 def use_isa(name: str) -> None: ...
 def openmp() -> str: ...
 def cpu_name() -> str: ...
-def peak_gflops(threads: int, seconds: float = 0.05) -> float: ...
+def peak_gflops(threads: int, seconds: float = 0.05, dtype: str = "float32") -> float: ...
 
 ACTIVATIONS: dict[str, int]  # {"none": 0, "relu": 1, "relu6": 2, "silu": 3}: the `activation` of forward calls
 
@@ -70,7 +70,27 @@ class PackedLinear:
     ) -> None: ...
     def run(self, x: int, batch: int, residual: int, y: int, threads: int) -> None: ...
 
+class PackedConv2dBf16(PackedConv2d): ...  # bf16 values, x, residual and y; float32 bias
+class PackedLinearBf16(PackedLinear): ...
+
 def conv2d_f32(
+    shape: Conv2dShape,
+    x: int,
+    x_channels_last: bool,
+    values: int,
+    row_ptr: int,
+    col_idx: int,
+    nnzb: int,
+    bias: int,
+    residual: int,
+    y: int,
+    y_channels_last: bool,
+    activation: int,
+    threads: int,
+) -> None: ...
+
+# bf16: values, x, residual and y are bf16, bias is float32.
+def conv2d_bf16(
     shape: Conv2dShape,
     x: int,
     x_channels_last: bool,
@@ -110,6 +130,23 @@ def conv2d_grad_values_f32(
     threads: int,
 ) -> None: ...
 def linear_f32(
+    x: int,
+    batch: int,
+    in_features: int,
+    values: int,
+    row_ptr: int,
+    col_idx: int,
+    nnzb: int,
+    bh: int,
+    bw: int,
+    bias: int,
+    residual: int,
+    y: int,
+    out_features: int,
+    activation: int,
+    threads: int,
+) -> None: ...
+def linear_bf16(
     x: int,
     batch: int,
     in_features: int,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
 from sparsekd import _C
 
-KNOWN_ISAS = ("avx512", "avx2", "neon", "scalar")
+KNOWN_ISAS = ("avx512_bf16", "avx512", "avx2", "neon", "scalar")
 
 
 @pytest.fixture
@@ -211,6 +211,97 @@ def test_activations(isa, channels_last, block, isa_restored):
         torch.testing.assert_close(y.double(), want, equal_nan=True, **exact)
 
 
+def guarded(tensor):
+    """A copy between NaNs, so that a read past either end is seen."""
+    storage = torch.full((tensor.numel() + 128,), float("nan"), dtype=tensor.dtype)
+    inner = storage[64 : 64 + tensor.numel()].as_strided(tensor.shape, tensor.stride(), 64)
+    inner.copy_(tensor)
+    return inner
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("pair", [False, True], ids=["own-block", "16x2"])
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+@pytest.mark.parametrize("isa", KNOWN_ISAS)
+def test_conv2d_bf16_errs_at_most_twice_as_much_as_torch(isa, case, pair, channels_last, isa_restored):
+    if isa not in _C.isas():
+        pytest.skip(f"this CPU has no {isa}")
+    _C.use_isa(isa)
+    n, c, h, w, k, (r, s), stride, padding, dilation, groups, block, density, dead_rows = CONVOLUTIONS[case]
+    blocks = Blocks(k, c // groups, r, s, *((16, 2) if pair else block), density, 0, dead_rows)
+    blocks.values = blocks.values.bfloat16()
+    weight, geometry = blocks.dense.bfloat16(), (stride, padding, dilation, groups)
+    shape = _C.Conv2dShape(
+        n=n, c=c, h=h, w=w, k=k, r=r, s=s, stride_h=stride[0], stride_w=stride[1], pad_h=padding[0], pad_w=padding[1],
+        dil_h=dilation[0], dil_w=dilation[1], groups=groups, bh=blocks.bh, bw=blocks.bw,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = guarded(torch.randn(n, c, h, w, generator=generator).bfloat16().contiguous(memory_format=layout))
+    bias = torch.randn(k, generator=generator).bfloat16()
+    bias32 = bias.float()
+    theirs = F.conv2d(x, weight, bias, *geometry)
+    residual = torch.randn(theirs.shape, generator=generator).bfloat16().contiguous(memory_format=layout)
+    want = F.conv2d(x.double(), weight.double(), bias.double(), *geometry) + residual.double()
+    theirs = (theirs + residual).double()
+    for threads, act in ((1, "none"), (2, "relu")):
+        y = unwritten(*want.shape, channels_last=channels_last).to(torch.bfloat16, memory_format=layout)
+        pointers = (*blocks.pointers, bias32.data_ptr())
+        _C.conv2d_bf16(shape, x.data_ptr(), channels_last, *pointers, residual.data_ptr(), y.data_ptr(), channels_last,
+                       _C.ACTIVATIONS[act], threads)  # fmt: skip
+        packed = unwritten(*want.shape, channels_last=channels_last).to(torch.bfloat16, memory_format=layout)
+        frozen = _C.PackedConv2dBf16(shape, *pointers, _C.ACTIVATIONS[act])
+        frozen.run(x.data_ptr(), channels_last, residual.data_ptr(), packed.data_ptr(), channels_last, threads)
+        assert torch.equal(y, packed)
+        if not y.numel():
+            continue
+        error, limit = (activations64(out)[act] - activations64(want)[act] for out in (y.double(), theirs))
+        assert error.abs().max() <= 2 * limit.abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3, 40])
+@pytest.mark.parametrize("block", [(16, 1), (16, 2), (8, 3)], ids=["16x1", "16x2", "8x3"])
+@pytest.mark.parametrize("isa", KNOWN_ISAS)
+def test_linear_bf16_errs_at_most_twice_as_much_as_torch(isa, block, batch, isa_restored):
+    if isa not in _C.isas():
+        pytest.skip(f"this CPU has no {isa}")
+    _C.use_isa(isa)
+    for in_features in (69, 70):
+        blocks = Blocks(52, in_features, 1, 1, *block, density=0.4, seed=3)
+        blocks.values = blocks.values.bfloat16()
+        weight = blocks.dense.bfloat16().reshape(52, in_features)
+        x = guarded(torch.randn(batch, in_features, generator=torch.Generator().manual_seed(4)).bfloat16())
+        y = unwritten(batch, 52).bfloat16()
+        _C.linear_bf16(x.data_ptr(), batch, in_features, *blocks.pointers, *block, 0, 0, y.data_ptr(), 52, 0, 2)
+        packed = unwritten(batch, 52).bfloat16()
+        _C.PackedLinearBf16(in_features, 52, *block, *blocks.pointers).run(x.data_ptr(), batch, 0, packed.data_ptr(), 1)
+        assert torch.equal(y, packed)
+        want = x.double() @ weight.double().T
+        if batch:
+            limit = 2 * (F.linear(x, weight).double() - want).abs().max() + 1e-6
+            assert (y.double() - want).abs().max() <= limit
+
+
+def test_bf16_output_is_rounded_to_nearest_even(isa_restored):
+    """bf16 to float and back moves nothing; sums on a tie go to the even neighbour."""
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    ulp = torch.tensor([1.0, 1.0078125, -1.0, -1.0078125])
+    row_ptr = torch.zeros(2, dtype=torch.int32)
+    shape = _C.Conv2dShape(n=1, c=1, h=1, w=65536, k=1, r=1, s=1)
+    for isa in _C.isas():
+        _C.use_isa(isa)
+        y = torch.empty_like(every)
+        arguments = (0, row_ptr.data_ptr(), 0, 0)
+        _C.conv2d_bf16(shape, y.data_ptr(), False, *arguments, 0, every.data_ptr(), y.data_ptr(), False, 0, 1)
+        torch.testing.assert_close(y, every, rtol=0, atol=0, equal_nan=True)
+        for half in (0.00390625, -0.00390625, 0.0039, float("inf")):
+            bias, residual = torch.tensor([half]), ulp.bfloat16()
+            small, y = _C.Conv2dShape(n=1, c=1, h=1, w=4, k=1, r=1, s=1), torch.empty(4, dtype=torch.bfloat16)
+            _C.conv2d_bf16(small, y.data_ptr(), False, *arguments, bias.data_ptr(), residual.data_ptr(), y.data_ptr(),
+                           False, 0, 1)  # fmt: skip
+            assert torch.equal(y, (ulp + half).bfloat16())
+
+
 def test_unknown_activation_is_refused():
     with pytest.raises(ValueError, match="ACTIVATIONS"):
         _C.linear_f32(0, 0, 1, 0, 0, 0, 0, 16, 1, 0, 0, 0, 1, len(_C.ACTIVATIONS), 1)
@@ -254,11 +345,14 @@ def tool_output(*command):
 @pytest.mark.skipif("kernels_avx512.cpp" not in object_files(), reason="no x86-64 build tree in this checkout")
 def test_wide_registers_stay_in_their_own_kernels():
     """Code outside the kernels of an instruction set runs before the CPU is asked, so it must not need one."""
-    allowed = {"kernels_avx512.cpp": {"y", "z"}, "kernels_avx2.cpp": {"y"}}
+    wide = {"y", "z"}
+    allowed = {"kernels_avx512_bf16.cpp": wide, "kernels_avx512.cpp": wide, "kernels_avx2.cpp": {"y"}}
     for name, path in object_files().items():
-        used = set(re.findall(r"%([yz])mm", tool_output("objdump", "-d", "--no-show-raw-insn", str(path))))
+        code = tool_output("objdump", "-d", "--no-show-raw-insn", str(path))
+        used = set(re.findall(r"%([yz])mm", code))
         assert used <= allowed.get(name, set()), f"{name} uses {used}"
         assert name not in allowed or used == allowed[name]
+        assert ("vdpbf16ps" in code) == (name == "kernels_avx512_bf16.cpp"), name
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")

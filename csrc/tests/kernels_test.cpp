@@ -77,8 +77,8 @@ class Image {
   float& at(int64_t n, int64_t c, int64_t y, int64_t x) const {
     return memory_.floats()[last_ ? ((n * h_ + y) * w_ + x) * c_ + c : ((n * c_ + c) * h_ + y) * w_ + x];
   }
-  Tensor4d in() const { return {memory_.floats(), last_}; }
-  MutableTensor4d out() const { return {memory_.floats(), last_}; }
+  Tensor4d<const float> in() const { return {memory_.floats(), last_}; }
+  Tensor4d<float> out() const { return {memory_.floats(), last_}; }
   template <class Random>
   void fill(Random& random) const {
     for (size_t i = 0; i < memory_.bytes() / sizeof(float); ++i) memory_.floats()[i] = random();
@@ -236,7 +236,7 @@ struct Check {
     };
     {
       const Image y(l.n, l.k, l.p(), l.q(), set.y_last, set.side);
-      conv2d(l.shape(), x.in(), weight.values.floats(), weight.blocks(), {}, y.out(), set.threads);
+      conv2d<float>(l.shape(), x.in(), weight.values.floats(), weight.blocks(), {}, y.out(), set.threads);
       expect(" forward", bare, y);
     }
     for (const Activation activation : {Activation::kNone, Activation::kRelu, Activation::kRelu6, Activation::kSilu}) {
@@ -250,11 +250,11 @@ struct Check {
       });
       const Image y(l.n, l.k, l.p(), l.q(), set.y_last, set.side);
       if (activation == Activation::kRelu) {
-        const PackedConv2d packed(l.shape(), weight.values.floats(), weight.blocks(), bias.floats(), activation);
+        const PackedConv2d<float> packed(l.shape(), weight.values.floats(), weight.blocks(), bias.floats(), activation);
         packed.run(l.shape().geometry, x.in(), dy.in().data, y.out(), set.threads);
       } else {
-        conv2d(l.shape(), x.in(), weight.values.floats(), weight.blocks(), {bias.floats(), dy.in().data, activation},
-               y.out(), set.threads);
+        conv2d<float>(l.shape(), x.in(), weight.values.floats(), weight.blocks(),
+                      {bias.floats(), dy.in().data, activation}, y.out(), set.threads);
       }
       expect(" forward fused", fused, y);
     }

@@ -1,7 +1,7 @@
 """CPU kernels: hands pointers and sizes to ``sparsekd._C``. Operands were checked in ``sparsekd/ops``.
 
-The compiled kernels take float32, those of feature maps half types too. Other dtypes, and machines without the compiled
-module, run the pure-torch reference.
+The compiled kernels take float32 and bfloat16, gradients of layers float32 alone, those of feature maps float16 too.
+Other dtypes, and machines without the compiled module, run the pure-torch reference.
 """
 
 from __future__ import annotations
@@ -40,7 +40,12 @@ def describe(op: str) -> str:
     """What runs ``op`` on the CPU, and why."""
     if native is None:
         return f"pure-torch reference: {missing}"
-    dtypes = "float32, bfloat16 and float16" if op.startswith("feature_stats") else "float32"
+    dtypes = "float32"
+    if op.startswith("feature_stats"):
+        dtypes = "float32, bfloat16 and float16"
+    elif hasattr(native, f"{op}_bf16"):
+        how = "vdpbf16ps" if native.isa() == "avx512_bf16" else "converted to float32 on its way in and out"
+        dtypes = f"float32 and bfloat16 ({how})"
     return f"sparsekd._C {native.isa()} for {dtypes}; pure-torch reference for other dtypes"
 
 
@@ -57,13 +62,14 @@ def register() -> None:
 def linear(
     x: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, bias: Tensor | None, out_features: int
 ) -> Tensor:
-    if not _native(x, values, bias):
+    kernel = _kernel("linear", x, values, bias)
+    if kernel is None:
         return linear_reference(x, values, row_ptr, col_idx, bias, out_features)
     x, values, row_ptr, col_idx = (t.contiguous() for t in (x, values, row_ptr, col_idx))
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
     y = x.new_empty(*x.shape[:-1], out_features)
     weight = (values.data_ptr(), row_ptr.data_ptr(), col_idx.data_ptr(), *values.shape)
-    native.linear_f32(
+    kernel(
         x.data_ptr(), _rows(x), x.shape[-1], *weight, 0 if bias is None else bias.data_ptr(), 0,
         y.data_ptr(), out_features, 0, torch.get_num_threads(),
     )  # fmt: skip
@@ -71,23 +77,23 @@ def linear(
 
 
 def linear_grad_input(grad: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, in_features: int) -> Tensor:
-    if not _native(grad, values):
+    kernel = _kernel("linear_grad_input", grad, values)
+    if kernel is None:
         return linear_grad_input_reference(grad, values, row_ptr, col_idx, in_features)
     grad, values, row_ptr, col_idx = (t.contiguous() for t in (grad, values, row_ptr, col_idx))
     dx = grad.new_empty(*grad.shape[:-1], in_features)
     weight = (values.data_ptr(), row_ptr.data_ptr(), col_idx.data_ptr(), *values.shape)
-    native.linear_grad_input_f32(
-        grad.data_ptr(), _rows(grad), grad.shape[-1], *weight, dx.data_ptr(), in_features, torch.get_num_threads()
-    )
+    kernel(grad.data_ptr(), _rows(grad), grad.shape[-1], *weight, dx.data_ptr(), in_features, torch.get_num_threads())
     return dx
 
 
 def linear_grad_values(grad: Tensor, x: Tensor, row_ptr: Tensor, col_idx: Tensor, bh: int, bw: int) -> Tensor:
-    if not _native(grad, x):
+    kernel = _kernel("linear_grad_values", grad, x)
+    if kernel is None:
         return linear_grad_values_reference(grad, x, row_ptr, col_idx, bh, bw)
     grad, x, row_ptr, col_idx = (t.contiguous() for t in (grad, x, row_ptr, col_idx))
     dvalues = x.new_empty(col_idx.shape[0], bh, bw)
-    native.linear_grad_values_f32(
+    kernel(
         x.data_ptr(), _rows(x), x.shape[-1], grad.data_ptr(), grad.shape[-1],
         row_ptr.data_ptr(), col_idx.data_ptr(), col_idx.shape[0], bh, bw, dvalues.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -103,16 +109,17 @@ def conv2d(
     out_channels: int,
     *geometry: Any,
 ) -> Tensor:
-    if not _native(x, values, bias):
+    kernel = _kernel("conv2d", x, values, bias)
+    if kernel is None:
         return conv2d_reference(x, values, row_ptr, col_idx, bias, out_channels, *geometry)
     layout = memory_format(x)
     x = x.contiguous(memory_format=layout)
     values, row_ptr, col_idx = (t.contiguous() for t in (values, row_ptr, col_idx))
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
     shape = _shape(x.shape, out_channels, values.shape[1:], *geometry)
     y = _empty(x, (x.shape[0], out_channels, shape.p, shape.q), layout)
     last = layout == torch.channels_last
-    native.conv2d_f32(
+    kernel(
         shape, x.data_ptr(), last, values.data_ptr(), row_ptr.data_ptr(), col_idx.data_ptr(), values.shape[0],
         0 if bias is None else bias.data_ptr(), 0, y.data_ptr(), last, 0, torch.get_num_threads(),
     )  # fmt: skip
@@ -122,7 +129,8 @@ def conv2d(
 def conv2d_grad_input(
     grad: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, input_shape: Sequence[int], *geometry: Any
 ) -> Tensor:
-    if not _native(grad, values):
+    kernel = _kernel("conv2d_grad_input", grad, values)
+    if kernel is None:
         return conv2d_grad_input_reference(grad, values, row_ptr, col_idx, input_shape, *geometry)
     layout = memory_format(grad)
     grad = grad.contiguous(memory_format=layout)
@@ -130,7 +138,7 @@ def conv2d_grad_input(
     shape = _shape(input_shape, grad.shape[1], values.shape[1:], *geometry)
     dx = _empty(grad, tuple(input_shape), layout)
     last = layout == torch.channels_last
-    native.conv2d_grad_input_f32(
+    kernel(
         shape, grad.data_ptr(), last, values.data_ptr(), row_ptr.data_ptr(), col_idx.data_ptr(), values.shape[0],
         dx.data_ptr(), last, torch.get_num_threads(),
     )  # fmt: skip
@@ -140,14 +148,15 @@ def conv2d_grad_input(
 def conv2d_grad_values(
     grad: Tensor, x: Tensor, row_ptr: Tensor, col_idx: Tensor, bh: int, bw: int, *geometry: Any
 ) -> Tensor:
-    if not _native(grad, x):
+    kernel = _kernel("conv2d_grad_values", grad, x)
+    if kernel is None:
         return conv2d_grad_values_reference(grad, x, row_ptr, col_idx, bh, bw, *geometry)
     x_layout, grad_layout = memory_format(x), memory_format(grad)
     x, grad = x.contiguous(memory_format=x_layout), grad.contiguous(memory_format=grad_layout)
     row_ptr, col_idx = row_ptr.contiguous(), col_idx.contiguous()
     shape = _shape(x.shape, grad.shape[1], (bh, bw), *geometry)
     dvalues = x.new_empty(col_idx.shape[0], bh, bw)
-    native.conv2d_grad_values_f32(
+    kernel(
         shape, x.data_ptr(), x_layout == torch.channels_last, grad.data_ptr(), grad_layout == torch.channels_last,
         row_ptr.data_ptr(), col_idx.data_ptr(), col_idx.shape[0], dvalues.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -225,6 +234,17 @@ def _map_layer(f: Tensor, grad: int) -> tuple[int, int, int, bool, int, int]:
 def _native(*operands: Tensor | None) -> bool:
     """Whether the compiled kernels take these. Mixed dtypes go to the reference, where torch refuses them."""
     return all(operand is None or operand.dtype == torch.float32 for operand in operands)
+
+
+_SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+def _kernel(op: str, *operands: Tensor | None) -> Any:
+    """The compiled ``op`` for the dtype of these, or None; mixed dtypes go to the reference: torch refuses them."""
+    first, *others = (operand.dtype for operand in operands if operand is not None)
+    if first not in _SUFFIXES or any(dtype != first for dtype in others):
+        return None
+    return getattr(native, f"{op}_{_SUFFIXES[first]}", None)
 
 
 def _shape(
