@@ -1,9 +1,9 @@
 """The command `sparsekd`: parses, calls one library function, prints what it returns.
 
-sparsekd run [movietweetings|movielens|movies] ...   train, prune, freeze, measure; see train.py
-sparsekd bench package.module:factory ...            your own networks, dense and frozen; see bench.py
-sparsekd report DIR                                  write the tables and plots of results.json again
-sparsekd doctor                                      what this machine offers, and why not more
+sparsekd run [movietweetings|movielens|movies|cifar100] ...   train, prune, freeze, measure; see train.py
+sparsekd bench package.module:factory ...                     your own networks, dense and frozen; see bench.py
+sparsekd report DIR                                           write the tables and plots of results.json again
+sparsekd doctor                                               what this machine offers, and why not more
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .train import RunConfig
 
 # Bad input, or a machine that cannot: one line and exit code 2. Anything else is our fault and shows its traceback.
 _EXPECTED = (ValueError, RuntimeError, OSError)
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: --stop-after came first
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run one command; the exit code is 0, 2 for bad input, 75 when --stop-after came first, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(arguments)
     try:
@@ -45,17 +46,37 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train a teacher, distil and prune students, freeze and measure them")
-    run.add_argument("task", nargs="?", default="movietweetings", help="movietweetings (default), movielens or movies")
+    run.add_argument(
+        "task", nargs="?", default="movietweetings", help="movietweetings (default), movielens, movies or cifar100"
+    )
     run.add_argument("--data", metavar="DIR", help="folder of the data files (movietweetings brings its own)")
     run.add_argument("--group", default="all", help="movies: numerical, social, textual, categorical or all (default)")
-    run.add_argument("--method", nargs="+", default=["all"], metavar="NAME", help="sp-sad, lth-sad, ss-sad or all")
     run.add_argument(
-        "--density", nargs="+", type=float, default=[0.45], metavar="D", help="shares of the weights to keep (0.45)"
+        "--method",
+        nargs="+",
+        default=["all"],
+        metavar="NAME",
+        help="sp-sad, lth-sad, ss-sad; ablations kd, at, random, magnitude; all (cifar100: with the ablations)",
     )
+    run.add_argument(
+        "--density",
+        nargs="+",
+        type=float,
+        metavar="D",
+        help="shares of the weights to keep (0.45; cifar100: 0.7 0.5 0.4 0.3 0.2)",
+    )
+    run.add_argument("--teacher", metavar="NAME", help="cifar100: wrn-40-2 (default), resnet-34, ...")
+    run.add_argument("--student", metavar="NAME", help="cifar100: wrn-16-2 (default), resnet-18, mobilenet-v2, ...")
+    run.add_argument("--recipe", default="ours", help="cifar100: ours (default), or paper for its Table 2")
+    run.add_argument("--protocol", default="full", help="cifar100: full (default), or reduced for a CPU")
     run.add_argument("--seeds", type=int, default=1, metavar="N", help="how many seeds (1)")
     run.add_argument("--quick", action="store_true", help="less data and fewer epochs: to see it work, not to quote")
     run.add_argument("--out", metavar="DIR", help="folder for everything that is written (runs/<task>)")
     run.add_argument("--threads", type=int, metavar="N", help="threads of torch and of the kernels")
+    run.add_argument("--device", help="cpu or cuda for training (cifar100: cuda where there is one)")
+    run.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="autocast (cifar100 on cuda: on)")
+    run.add_argument("--no-measure", action="store_true", help="train only: --remeasure freezes and times later")
+    run.add_argument("--stop-after", type=float, metavar="MIN", help="stop after so many minutes; exit code 75")
     run.add_argument("--fresh", action="store_true", help="begin anew instead of going on with what --out holds")
     run.add_argument("--remeasure", action="store_true", help="time the finished networks again, without training")
     bench = commands.add_parser("bench", help="time your own networks: dense, dense frozen, block-sparse frozen")
@@ -84,20 +105,55 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     config = train.RunConfig(
         task=options.task,
         data_dir=options.data,
-        methods=tuple(train.METHODS) if "all" in options.method else tuple(options.method),
-        densities=tuple(options.density),
+        options=_networks(options),
+        methods=_methods(options),
+        densities=tuple(options.density or ((0.7, 0.5, 0.4, 0.3, 0.2) if options.task == "cifar100" else (0.45,))),
         seeds=options.seeds,
         quick=options.quick,
+        recipe=options.recipe,
+        protocol=options.protocol,
         out=options.out,
         threads=options.threads,
+        device=options.device,
+        bf16=options.bf16,
+        measure=not options.no_measure,
         fresh=options.fresh,
         remeasure=options.remeasure,
+        stop_after=options.stop_after,
         command=shlex.join(["sparsekd", *(a for a in arguments if a != "--fresh")]),
     )
     for one in _by_group(config, options.group):
-        results, folder = train.run(one)
+        try:
+            results, folder = train.run(one)
+        except train.OutOfTime as stopped:
+            print(f"sparsekd: time is up ({stopped}); the same command goes on from there.", file=sys.stderr)
+            return TRY_AGAIN
+        if train.rank():  # rank 0 of torchrun prints
+            continue
         print(f"\n{results['task']['name']}\n\n{report.tables(results)}\n\nresults.json, report.md and plots: {folder}")
     return 0
+
+
+def _methods(options: argparse.Namespace) -> tuple[str, ...]:
+    from . import train
+
+    if "all" not in options.method:
+        return tuple(options.method)
+    return (*train.METHODS, *(train.ABLATIONS if options.task == "cifar100" else ()))
+
+
+def _networks(options: argparse.Namespace) -> dict[str, Any]:
+    """Options of the reader that name teacher and student."""
+    if not (options.teacher or options.student):
+        return {}
+    if options.task != "cifar100":
+        raise ValueError(f"sparsekd run: --teacher and --student belong to the task cifar100, got {options.task}")
+    from . import models
+
+    pair = (options.teacher or "wrn-40-2", options.student or "wrn-16-2")
+    for name in pair:
+        models.classifier(name)  # raises for one there is not
+    return {"networks": pair}
 
 
 def _by_group(config: RunConfig, group: str) -> list[RunConfig]:

@@ -26,6 +26,7 @@ from .ops.attention import kd, layer_stats, match_maps, split_layers
 
 __all__ = [
     "SAD",
+    "AttentionTransfer",
     "Distiller",
     "FeatureTap",
     "Losses",
@@ -86,6 +87,13 @@ def attention_transfer_loss(student_features: Sequence[Tensor], teacher_features
     teacher_energy = layer_stats([f.detach() for f in teacher_features])[1]
     sizes = _sizes(student_features)
     return match_maps(None, teacher_energy.to(student_energy.dtype), student_energy, sizes, sizes)
+
+
+class AttentionTransfer(nn.Module):
+    """`attention_transfer_loss` as a module that a `Distiller` can take for its `matching`."""
+
+    def forward(self, teacher_features: Sequence[Tensor], student_features: Sequence[Tensor]) -> Tensor:
+        return attention_transfer_loss(student_features, teacher_features)
 
 
 def _check_same_shape(function: str, student: Tensor, teacher: Tensor) -> None:
@@ -409,6 +417,8 @@ class Distiller(nn.Module):
     for `task="regression"` (mean squared error, also to the teacher); [B, classes] for `task="classification"`
     (cross-entropy, KD at `temperature`).
     teacher_taps, student_taps: names of the modules whose outputs SAD compares (see `FeatureTap`), used if beta > 0.
+    matching: what compares them instead of a new SAD of width `dim`: a module (teacher features, student features) ->
+    scalar, e.g. `AttentionTransfer()`.
     example_inputs: a tuple of inputs, needed if beta > 0: both networks run once, in eval mode, to learn the channels.
 
     The teacher is put into eval mode and runs without gradients in every call, and not at all if alpha and beta are 0.
@@ -430,6 +440,7 @@ class Distiller(nn.Module):
         beta: float = 200.0,
         temperature: float = 4.0,
         dim: int = 128,
+        matching: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if task not in ("regression", "classification"):
@@ -443,7 +454,7 @@ class Distiller(nn.Module):
         # In tuples, so that torch registers neither network as a part of this module.
         self._networks = (teacher, student)
         self._taps: tuple[FeatureTap, FeatureTap] | None = None
-        self.sad: SAD | None = None
+        self.sad: nn.Module | None = None
         if beta > 0:
             if not isinstance(example_inputs, (tuple, list)):
                 raise TypeError(
@@ -452,7 +463,7 @@ class Distiller(nn.Module):
                 )
             self._taps = (FeatureTap(teacher, teacher_taps), FeatureTap(student, student_taps))
             teacher_features, student_features = (_example_features(tap, example_inputs) for tap in self._taps)
-            self.sad = SAD.from_features(teacher_features, student_features, dim)
+            self.sad = matching or SAD.from_features(teacher_features, student_features, dim)
 
     @property
     def teacher(self) -> nn.Module:

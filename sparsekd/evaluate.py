@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import baselines, energy
@@ -16,10 +17,7 @@ from .data import Split, Task
 from .freeze import freeze
 from .nn import SPARSE_TYPES, BlockSparseLayer
 
-__all__ = ["count_parameters", "errors", "freeze_for", "kept_share", "predict", "speed"]
-
-# One output each: they are a first-order model and a sum, and a block of 16 outputs would be mostly padding.
-NOT_PRUNED = ("linear", "cnn.head")
+__all__ = ["count_parameters", "errors", "freeze_for", "kept_share", "not_pruned", "predict", "scores", "speed"]
 
 
 @contextmanager
@@ -34,9 +32,18 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def predict(model: nn.Module, part: Split, batch_size: int = 512) -> Tensor:
-    """Predictions [N] of a whole part, in evaluation mode."""
+    """Predictions [N], or logits [N, classes], of a whole part, in evaluation mode; on the CPU, in float32."""
     with _evaluating(model):
-        return torch.cat([model(*inputs) for inputs, _ in part.batches(batch_size)])
+        return torch.cat([model(*inputs) for inputs, _ in part.batches(batch_size)]).float().cpu()
+
+
+def scores(prediction: Tensor, task: Task, part: Split) -> dict[str, float]:
+    """{"mae", "mse"} of predictions [N] clipped to the range of the target; {"accuracy", "cross_entropy"} of logits."""
+    if task.kind != "images":
+        return dict(zip(("mae", "mse"), errors(prediction, task, part), strict=True))
+    target = part.target.cpu()
+    accuracy = (prediction.argmax(1) == target).double().mean()
+    return {"accuracy": float(accuracy), "cross_entropy": float(F.cross_entropy(prediction, target))}
 
 
 def errors(prediction: Tensor, task: Task, part: Split) -> tuple[float, float]:
@@ -45,10 +52,16 @@ def errors(prediction: Tensor, task: Task, part: Split) -> tuple[float, float]:
     return score.mae, score.mse
 
 
+def not_pruned(model: nn.Module) -> tuple[str, ...]:
+    """Patterns of the layers that the methods leave alone: `model.not_pruned`, none without it."""
+    return getattr(model, "not_pruned", ())
+
+
 def kept_share(model: nn.Module) -> float:
     """Kept share of the weights that the methods may prune; 1 for a dense model."""
-    sparse: list[Any] = [layer for _, layer in named_layers(model, SPARSE_TYPES, None, NOT_PRUNED)]
-    dense: list[Any] = [layer for _, layer in named_layers(model, (nn.Conv2d, nn.Linear), None, NOT_PRUNED)]
+    leave = not_pruned(model)
+    sparse: list[Any] = [layer for _, layer in named_layers(model, SPARSE_TYPES, None, leave)]
+    dense: list[Any] = [layer for _, layer in named_layers(model, (nn.Conv2d, nn.Linear), None, leave)]
     loose = sum(layer.weight.numel() for layer in dense)
     kept = sum(layer.num_kept for layer in sparse) + loose
     return kept / (sum(layer.num_weights for layer in sparse) + loose)

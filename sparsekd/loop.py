@@ -2,13 +2,14 @@
 
 `fit` is the loop of the README with a learning rate, a validation and a state file. Shuffles follow from (seed, epoch),
 and everything else that matters is in the state file, so that a run which was killed ends with the same bits as one
-which was not.
+which was not. On several ranks (torchrun) each takes its share of every batch, and rank 0 writes the files.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,31 +17,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from . import checkpoint, energy
+from . import checkpoint, distributed, energy
 from .data import Recipe, Split, Task
-from .distill import Distiller
-from .evaluate import NOT_PRUNED, errors, kept_share, predict
+from .distill import AttentionTransfer, Distiller, FeatureTap
+from .evaluate import kept_share, not_pruned, predict, scores
 from .methods import METHODS, Method
-from .pruning import LinearSchedule
+from .recipes import Network
 
-__all__ = ["Network", "best_epoch", "check_same_settings", "fit", "plan", "recalibrate"]
+__all__ = ["OutOfTime", "Runtime", "check_same_settings", "fit", "picked_epoch", "rank", "recalibrate"]
 
 RECALIBRATION = 10  # batches
 
 
-@dataclass(frozen=True)
-class Network:
-    """One network to train: its name in the report, its folder, how it learns."""
+class OutOfTime(Exception):
+    """The time that was given is over; what has been done is on disk."""
 
-    name: str
-    folder: str
-    recipe: Recipe
-    alpha: float = 0.0
-    beta: float = 0.0
-    method: str | None = None
-    density: float | None = None
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how a network trains, which must not change what it learns (but for the rounding of `bf16`).
+
+    device    of the networks and of the data.
+    bf16      autocast to bfloat16.
+    deadline  time.monotonic() after which the epoch that runs is the last of this call.
+    """
+
+    device: str = "cpu"
+    bf16: bool = False
+    deadline: float = math.inf
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16)
+
+
+def rank() -> int:
+    """This process's place among those of torchrun; 0 without it."""
+    return dist.get_rank() if distributed.num_ranks() > 1 else 0
 
 
 def fit(
@@ -52,52 +67,62 @@ def fit(
     seed: int = 0,
     folder: Path,
     settings: dict[str, Any] | None = None,
+    runtime: Runtime | None = None,
 ) -> list[dict[str, Any]]:
     """Train `model` in place; returns what happened in each epoch.
 
-    `folder` gets model.safetensors, the best epoch, and state.safetensors, from which the same call (with the same
-    `settings`) goes on after a kill. The best epoch has the smallest validation MSE of those at the final density.
+    `folder` gets the picked epoch of every density of the network (`network.file`), and state.safetensors, from which
+    the same call (with the same `settings`) goes on after a kill. Raises OutOfTime after the epoch in which the
+    deadline of `runtime` passed, RuntimeError where training diverges.
     """
-    recipe, settings = network.recipe, settings or {}
+    recipe, settings, runtime = network.recipe, settings or {}, runtime or Runtime()
+    distributed.broadcast(model)
     trainee = _trainee(model, task, network, teacher, seed)  # prunes `model`, so it comes before the optimizer
     method = trainee if isinstance(trainee, Method) else None
-    optimizer = torch.optim.AdamW(
-        [*model.parameters(), *trainee.parameters()], lr=recipe.lr, weight_decay=recipe.weight_decay
-    )
+    optimizer = _optimizer([*model.parameters(), *trainee.parameters()], recipe)
     if method:
         method.attach(optimizer)
     parts = {"model": model, "trainee": trainee, "optimizer": optimizer}
     epochs = _resume(folder / "state.safetensors", parts, settings)
     for epoch in _progress(range(len(epochs) + 1, recipe.epochs + 1), recipe.epochs, f"{network.name} seed {seed}"):
-        with energy.EnergyMeter("cpu") as meter:
-            losses = _train_epoch(model, trainee, optimizer, task, recipe, epoch, seed)
+        with energy.EnergyMeter(runtime.device) as meter:
+            losses = _train_epoch(model, trainee, optimizer, task, recipe, epoch, seed, runtime)
         if not math.isfinite(losses["loss"]):
             raise RuntimeError(
                 f"sparsekd.train: {network.name} diverged in epoch {epoch} (loss {losses['loss']}); lower the learning "
                 f"rate ({recipe.lr:g}) or the weights of the distillation (alpha {network.alpha:g}, beta "
                 f"{network.beta:g})"
             )
-        recalibrate(model, task.train, recipe.batch_size, _shuffle(seed, epoch))
-        val_mae, val_mse = errors(predict(model, task.val), task, task.val)
+        _share_buffers(model, trainee)
+        if recipe.recalibrate:
+            recalibrate(model, task.train, recipe.batch_size, _shuffle(seed, epoch))
+        with runtime.autocast():
+            found = scores(predict(model, task.val), task, task.val)
         epochs.append(
             {
                 "epoch": epoch,
                 **losses,
-                "val_mae": val_mae,
-                "val_mse": val_mse,
+                **{f"val_{name}": value for name, value in found.items()},
                 "density": kept_share(model),
-                "final_density": method is None or epoch > _last_prune(method),
+                "level": _level(method, epoch),
                 "pruned": False,
+                "rewound": False,
                 "seconds": meter.reading.seconds,
                 "step_ms": 1e3 * meter.reading.seconds / math.ceil(len(task.train) / recipe.batch_size),
                 "joules": meter.reading.joules,
             }
         )
-        if epochs[-1] is best_epoch(epochs):
-            checkpoint.save(model, folder / "model.safetensors", epoch=epoch, val_mse=val_mse, **settings)
-        if method:
-            epochs[-1]["pruned"] = method.after_epoch(epoch) is not None
-        _save_state(folder / "state.safetensors", parts, epochs, settings)
+        for density in network.densities or (1.0,):
+            if rank() == 0 and epochs[-1] is picked_epoch(epochs, density, recipe.select, task.metric):
+                checkpoint.save(
+                    model, folder / network.file(density), epoch=epoch, **_selection(epochs[-1]), **settings
+                )
+        event = method.after_epoch(epoch) if method else None
+        epochs[-1] |= {"pruned": event is not None, "rewound": event is not None and event.rewound}
+        if rank() == 0:
+            _save_state(folder / "state.safetensors", parts, epochs, settings)
+        if epoch < recipe.epochs and _is_over(runtime.deadline):
+            raise OutOfTime(f"{network.name} seed {seed}: {epoch} of {recipe.epochs} epochs")
     return epochs
 
 
@@ -109,25 +134,82 @@ def _train_epoch(
     recipe: Recipe,
     epoch: int,
     seed: int,
+    runtime: Runtime,
 ) -> dict[str, float]:
     """One epoch; the mean of every term of the loss."""
-    first, last = _round(trainee, epoch, recipe.epochs)
+    cycle = _cycle(trainee, epoch, recipe)
     steps = math.ceil(len(task.train) / recipe.batch_size)
-    sums, taken = torch.zeros(4), 0
+    sums, taken = torch.zeros(4, device=runtime.device), 0
+    trained = [*model.parameters(), *trainee.parameters()]
     model.train()
-    for inputs, target in task.train.batches(recipe.batch_size, _shuffle(seed, epoch)):
-        done = (epoch - first + taken / steps) / (last - first + 1)  # share of the round that is over
+    batches = task.train.batches(recipe.batch_size, _shuffle(seed, epoch), rank(), distributed.num_ranks())
+    for inputs, target in batches:
         for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * 0.5 * (1 + math.cos(math.pi * done))
+            group["lr"] = _learning_rate(recipe, epoch, taken / steps, cycle)
         optimizer.zero_grad()
-        losses = trainee.loss(inputs, target)
+        with runtime.autocast():
+            losses = trainee.loss(inputs, target)
         losses.total.backward()
+        distributed.average_gradients(trained)
         optimizer.step()
         if isinstance(trainee, Method):
             trainee.after_step()
         sums += torch.stack([losses.total.detach(), losses.task, losses.kd, losses.sad])
         taken += 1
-    return dict(zip(("loss", "task", "kd", "sad"), (sums / max(taken, 1)).tolist(), strict=True))
+    if distributed.num_ranks() > 1:
+        dist.all_reduce(sums)
+    means = sums / max(taken, 1) / distributed.num_ranks()
+    return dict(zip(("loss", "task", "kd", "sad"), means.tolist(), strict=True))
+
+
+def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    nesterov = recipe.optimizer == "nesterov"
+    return torch.optim.SGD(parameters, lr=recipe.lr, momentum=0.9, nesterov=nesterov, weight_decay=recipe.weight_decay)
+
+
+def _learning_rate(recipe: Recipe, epoch: int, done: float, cycle: tuple[int, int]) -> float:
+    """At the share `done` of `epoch`, in a cycle of the epochs `cycle[0] .. cycle[1]`."""
+    if recipe.milestones is not None:
+        return recipe.lr * 0.1 ** sum(epoch > milestone for milestone in recipe.milestones)
+    over = (epoch - cycle[0] + done) / (cycle[1] - cycle[0] + 1)
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * over))
+
+
+def _cycle(trainee: Method | Distiller, epoch: int, recipe: Recipe) -> tuple[int, int]:
+    """First and last epoch of the learning-rate cycle that `epoch` is in."""
+    if not isinstance(trainee, Method) or recipe.restart == "never":
+        return 1, recipe.epochs
+    stage = trainee.round(epoch)  # a rewound ticket, and a new stage, begin a new one
+    first, last = stage.first, stage.last
+    for prune, _ in trainee.prunes() if recipe.restart == "prune" else ():
+        first, last = (max(first, prune + 1), last) if prune < epoch else (first, min(last, prune))
+    return first, last
+
+
+def _level(method: Method | None, epoch: int) -> float:
+    """Density that the schedule asks for during `epoch`."""
+    gone = 0.0 if method is None else max((share for prune, share in method.prunes() if prune < epoch), default=0.0)
+    return round(1 - gone, 6)
+
+
+def _selection(epoch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in epoch.items() if name.startswith("val_")}
+
+
+def _share_buffers(*modules: nn.Module | Method) -> None:
+    """Batch norm statistics of rank 0 for every rank: each has seen other rows."""
+    for module in modules:
+        distributed.broadcast(module.distiller if isinstance(module, Method) else module)
+
+
+def _is_over(deadline: float) -> bool:
+    """Whether rank 0 says so: all ranks stop after the same epoch."""
+    over = [time.monotonic() > deadline]
+    if distributed.num_ranks() > 1:
+        dist.broadcast_object_list(over, src=0)
+    return over[0]
 
 
 def _shuffle(seed: int, epoch: int) -> torch.Generator:
@@ -154,9 +236,16 @@ def recalibrate(model: nn.Module, part: Split, batch_size: int, generator: torch
     model.train()
 
 
-def best_epoch(epochs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The first epoch of smallest validation MSE among those at the final density; None before there is one."""
-    return min((e for e in epochs if e["final_density"]), key=lambda e: e["val_mse"], default=None)
+def picked_epoch(epochs: Sequence[dict[str, Any]], density: float, select: str, metric: str) -> dict[str, Any] | None:
+    """The epoch a network is kept from among those at `density`: the last, or the first of the best validation
+    `metric`; None before there is one."""
+    at_density = [epoch for epoch in epochs if epoch["level"] == round(density, 6)]
+    if not at_density:
+        return None
+    if select == "last":
+        return at_density[-1]
+    best = max if metric == "accuracy" else min
+    return best(at_density, key=lambda epoch: epoch[f"val_{metric}"])
 
 
 def _trainee(
@@ -164,52 +253,50 @@ def _trainee(
 ) -> Method | Distiller:
     """What computes the loss of this network: the distillation alone, or a method around it."""
     torch.manual_seed(1_000 + seed)  # the SAD meta-network
+    kind: Any = "classification" if task.kind == "images" else "regression"
+    examples = task.train.examples(2)
     if network.alpha == network.beta == 0 or teacher is None:
-        distiller = Distiller(model, model, (), (), alpha=0.0, beta=0.0)
+        distiller = Distiller(model, model, (), (), task=kind, alpha=0.0, beta=0.0)
     else:
-        taps: tuple[Any, Any] = (teacher.tap_names, model.tap_names)
-        examples = tuple(x[:2] for x in task.train.inputs)
-        distiller = Distiller(teacher, model, *taps, example_inputs=examples, alpha=network.alpha, beta=network.beta)
-    if network.method is None or network.density is None:
+        taps: Any = (teacher.tap_names, model.tap_names)
+        matching = None
+        if network.features == "at":
+            taps, matching = _pairs(teacher, model, examples), AttentionTransfer()
+        distiller = Distiller(
+            teacher,
+            model,
+            *taps,
+            example_inputs=examples,
+            task=kind,
+            alpha=network.alpha,
+            beta=network.beta,
+            matching=matching,
+        )
+    if network.method is None or network.schedule is None:
         return distiller
-    schedule, options = plan(network.method, 1 - network.density, network.recipe.epochs)
     return METHODS[network.method](
         distiller,
-        schedule,
+        network.schedule,
         epochs=network.recipe.epochs,
-        exclude=NOT_PRUNED,
+        exclude=not_pruned(model) or None,
         seed=seed,
-        example_inputs=tuple(x[:2] for x in task.train.inputs),
-        **options,
+        example_inputs=examples,
+        **network.options,
     )
 
 
-def plan(method: str, removed: float, epochs: int) -> tuple[LinearSchedule, dict[str, Any]]:
-    """When to prune: the schedule that has removed the share `removed` after at most two thirds of the epochs.
-
-    Three equal steps up to half of the epochs (SP-SAD, LTH-SAD). SS-SAD removes its first step in a ticket of a third
-    of the epochs, and the two others in the next third.
-    """
-    if method == "ss-sad":
-        ticket = max(2, epochs // 3)
-        every = max(1, ticket // 2)
-        schedule = LinearSchedule(removed / 3, every, final=removed, start=removed / 3)
-        return schedule, {"initial": LinearSchedule(removed / 3, every, final=removed / 3), "initial_epochs": ticket}
-    prunes = min(3, epochs - 1)
-    return LinearSchedule(removed / prunes, max(1, epochs // (2 * prunes)), final=removed), {}
-
-
-def _round(trainee: Method | Distiller, epoch: int, epochs: int) -> tuple[int, int]:
-    """First and last epoch of the learning-rate cycle: a rewound ticket, and a new stage, begin a new one."""
-    if not isinstance(trainee, Method):
-        return 1, epochs
-    found = trainee.round(epoch)
-    return found.first, found.last
-
-
-def _last_prune(method: Method) -> int:
-    stage = method.stages[-1]
-    return method.epochs - stage.epochs + stage.schedule.prunes * stage.schedule.every
+@torch.no_grad()
+def _pairs(teacher: nn.Module, student: nn.Module, examples: tuple[Tensor, ...]) -> tuple[list[str], list[str]]:
+    """Taps that attention transfer lays side by side: the last one of each size of map that both networks have."""
+    last: list[dict[torch.Size, str]] = []
+    for network in (teacher, student):
+        names: Any = network.tap_names
+        tap = FeatureTap(network, names)
+        was_training = network.training
+        last.append({feature.shape[2:]: name for name, feature in zip(names, tap.eval()(*examples)[1], strict=True)})
+        network.train(was_training)
+    common = [size for size in last[0] if size in last[1]]
+    return [last[0][size] for size in common], [last[1][size] for size in common]
 
 
 def _save_state(path: Path, parts: dict[str, Any], epochs: list[dict[str, Any]], settings: dict[str, Any]) -> None:

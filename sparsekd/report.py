@@ -4,7 +4,8 @@
       schema, command, task, protocol   what was run, on which data (sha256), how, on which machine
       baselines  [{name, mae, mse, setting}]                         predictors that a network has to beat
       rows       [{name, method, seed, target_density, metrics, epochs, ...}]    one for each trained network
-      summary    [{name, method, target_density, seeds, mean: {}, sd: {}}]       over seeds; sd is None for one seed
+      summary    [{name, method, target_density, seeds, selected, mean: {}, sd: {}}]
+                 over seeds, sd is None for one; selected: this density of the method did best on the validation part
 
 A metric that was not measured is null in the JSON and "not measured" in the tables, never 0.
 """
@@ -32,9 +33,15 @@ PAPER_TABLE_4 = {
 }
 
 # (heading, metric, scale, format) of the two tables of networks.
-_ACCURACY = (
-    ("MAE", "mae", 1.0, ".4f"),
-    ("MSE", "mse", 1.0, ".4f"),
+_QUALITY = {
+    "mse": (("MAE", "mae", 1.0, ".4f"), ("MSE", "mse", 1.0, ".4f")),
+    "accuracy": (("test accuracy %", "accuracy", 100.0, ".2f"), ("validation %", "val_accuracy", 100.0, ".2f")),
+}
+_INTRODUCTION = {
+    "mse": "Test errors (predictions clipped to the range of the target):",
+    "accuracy": "Networks on the test part:",
+}
+_COST = (
     ("weights kept %", "weights_kept", 100.0, ".1f"),
     ("parameters", "parameters", 1.0, ".0f"),
     ("file kB", "file_bytes", 1e-3, ".1f"),
@@ -65,7 +72,21 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "sd": {m: statistics.stdev(v) if v and len(v) > 1 else None for m, v in known.items()},
             }
         )
-    return summary
+    chosen = [_best_on_validation(entries) for entries in _by_name(summary).values()]
+    return [{**entry, "selected": any(entry is one for one in chosen)} for entry in summary]
+
+
+def _best_on_validation(entries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The density of a method that did best on the validation part; None where there is no choice."""
+    known = [entry for entry in entries if entry["mean"].get("val_accuracy") is not None]
+    if len(entries) < 2 or len(known) < len(entries):
+        return None
+    return max(known, key=lambda entry: entry["mean"]["val_accuracy"])
+
+
+def metric_of(results: Mapping[str, Any]) -> str:
+    """What the networks are judged by: "accuracy" of images, "mse" of everything else."""
+    return "accuracy" if results["task"].get("kind") == "images" else "mse"
 
 
 def write(results: Mapping[str, Any], folder: str | Path, plots: bool = True) -> list[Path]:
@@ -78,7 +99,7 @@ def write(results: Mapping[str, Any], folder: str | Path, plots: bool = True) ->
     paths = [folder / "results.json", folder / "report.md"]
     checkpoint.write_atomically(paths[0], (json.dumps(results, indent=1) + "\n").encode())
     checkpoint.write_atomically(paths[1], markdown(results).encode())
-    return paths + (plot(results, folder) if plots else [])
+    return paths + (plot(results, folder) if plots and metric_of(results) == "mse" else [])
 
 
 def read(folder: str | Path) -> dict[str, Any]:
@@ -121,7 +142,10 @@ def tables(results: Mapping[str, Any]) -> str:
     """The result tables as Markdown that is aligned, so that a terminal shows it well too."""
     summary = results.get("summary") or summarise(results["rows"])
     accuracy = _table(*_accuracy_table(results, summary))
-    parts = ["Test errors (predictions clipped to the range of the target):", accuracy]
+    parts = [
+        _INTRODUCTION[metric_of(results)],
+        accuracy,
+    ]
     seeds = {len(entry["seeds"]) for entry in summary}
     if seeds - {1}:
         parts.append("Mean ± standard deviation over seeds.")
@@ -136,12 +160,13 @@ def tables(results: Mapping[str, Any]) -> str:
 
 
 def _accuracy_table(results: Mapping[str, Any], summary: Sequence[Mapping[str, Any]]) -> tuple[list[str], _Rows]:
+    columns = (*_QUALITY[metric_of(results)], *_COST)
     rows = []
     for score in results["baselines"]:
         name = f"{score['name']} ({score['setting']})" if score.get("setting") else score["name"]
-        rows.append([name, f"{score['mae']:.4f}", f"{score['mse']:.4f}"] + [""] * (len(_ACCURACY) - 2))
-    rows += [[_label(entry), *(_cell(entry, *column[1:]) for column in _ACCURACY)] for entry in summary]
-    return ["model", *(heading for heading, *_ in _ACCURACY)], rows
+        rows.append([name, f"{score['mae']:.4f}", f"{score['mse']:.4f}"] + [""] * (len(columns) - 2))
+    rows += [[_label(entry), *(_cell(entry, *column[1:]) for column in columns)] for entry in summary]
+    return ["model", *(heading for heading, *_ in columns)], rows
 
 
 def _speed_table(summary: Sequence[Mapping[str, Any]]) -> tuple[list[str], _Rows]:

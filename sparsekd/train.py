@@ -2,13 +2,14 @@
 
     results, folder = run(RunConfig("movietweetings", methods=("lth-sad",)))
 
-`run` reads top to bottom; the training loop itself is in loop.py, what a trained network is worth in evaluate.py.
+`run` reads top to bottom; what is trained is in recipes.py, the training loop in loop.py, what a trained network is
+worth in evaluate.py.
 
     runs/movietweetings/
       results.json report.md *.png       see report.py
-      seed0/<network>/model.safetensors  the best epoch; sparse layers as their kept blocks
+      seed0/<network>/model.safetensors  the picked epoch; sparse layers as their kept blocks, a file a density
       seed0/<network>/state.safetensors  where to go on after a kill, while it trains
-      seed0/<network>/row.json           its row of the report, once finished
+      seed0/<network>/rows.json          its rows of the report, once finished
 
 A run that was stopped goes on after the last finished epoch of the network in training, with the same numbers as if it
 had never stopped.
@@ -16,48 +17,63 @@ had never stopped.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
+import math
 import os
 import platform
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from . import __version__, backends, baselines, checkpoint, data, models, report
 from .blocks import check_density
-from .data import Recipe, Task
-from .evaluate import NOT_PRUNED, count_parameters, errors, freeze_for, kept_share, predict, speed
-from .loop import RECALIBRATION, Network, best_epoch, check_same_settings, fit, plan
+from .convert import named_layers
+from .data import Task
+from .evaluate import count_parameters, freeze_for, kept_share, not_pruned, predict, scores, speed
+from .loop import RECALIBRATION, OutOfTime, Runtime, check_same_settings, fit, picked_epoch, rank
 from .methods import METHODS
+from .nn import SPARSE_TYPES
+from .recipes import ABLATIONS, PROTOCOLS, RECIPES, Choice, Network, networks
 
-__all__ = ["METHODS", "RunConfig", "folder_of", "networks", "run"]
+__all__ = ["ABLATIONS", "METHODS", "OutOfTime", "RunConfig", "folder_of", "rank", "run"]
 
 QUICK_ROWS = 8_000  # the latest train rows, all that --quick uses
+QUICK_IMAGES = {"images": 200, "validation": 200, "test": 500, "pixels": 8}
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """What `run` does.
 
-    task       "movietweetings", "movielens" or "movies"; `options` go to `data.load` (movies: group="social").
+    task       a name out of `data.NAMES`; `options` go to `data.load` (movies: group="social"; cifar100: networks=...).
     data_dir   folder of the data files, None for the embedded ones.
-    methods    names out of METHODS.
+    methods    names out of METHODS and recipes.ABLATIONS.
     densities  shares of the prunable weights to keep, in (0, 1]; each below 1 makes a student of every method (1 is the
                SAD row that every run has).
     seeds      how many; seed s initialises all students of that seed alike.
     quick      fewer rows, fewer epochs, short timings: to see it work, not to quote.
-    out        folder of everything that is written; default runs/<task>, or runs/<task>-quick.
+    recipe     images: "ours", or "paper" for Table 2 of arXiv 2401.10484 to the letter.
+    protocol   images: "full", or "reduced" for what a CPU can do: see `recipes.PROTOCOLS`.
+    out        folder of everything that is written; default runs/<task>, with the recipe and protocol that differ.
     threads    of torch and of the kernels; None leaves torch's choice.
+    device     "cpu" or "cuda" for training; None: cuda for images where there is one. Frozen networks are for the CPU.
+    bf16       autocast; None: for images on cuda.
+    measure    freeze and time the networks; False leaves that to a later call with `remeasure`.
     fresh      throw away what an earlier run left in `out`, instead of going on with it.
     remeasure  freeze and time finished networks again, as they are: on a quiet machine, or with other threads.
+    stop_after minutes after which `run` raises OutOfTime; the same call goes on from there.
     """
 
     task: str = "movietweetings"
@@ -67,10 +83,16 @@ class RunConfig:
     densities: tuple[float, ...] = (0.45,)
     seeds: int = 1
     quick: bool = False
+    recipe: str = "ours"
+    protocol: str = "full"
     out: str | None = None
     threads: int | None = None
+    device: str | None = None
+    bf16: bool | None = None
+    measure: bool = True
     fresh: bool = False
     remeasure: bool = False
+    stop_after: float | None = None
     command: str = "sparsekd.train.run"
 
     def __post_init__(self) -> None:
@@ -78,12 +100,25 @@ class RunConfig:
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         for density in self.densities:
             check_density("sparsekd run", density)
+        known = (*METHODS, *ABLATIONS)
         for method in self.methods:
-            if method not in METHODS:
-                raise ValueError(f"sparsekd run: method must be one of {', '.join(METHODS)}, got {method!r}")
-        for name, value in (("seeds", self.seeds), ("threads", self.threads)):
-            if value is not None and value < 1:
-                raise ValueError(f"sparsekd run: {name} must be at least 1, got {value}")
+            if method not in known:
+                raise ValueError(f"sparsekd run: method must be one of {', '.join(known)}, got {method!r}")
+        for name, choices in (("recipe", RECIPES), ("protocol", tuple(PROTOCOLS))):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"sparsekd run: {name} must be one of {', '.join(choices)}, got {value!r}")
+            if value != choices[0] and self.task != "cifar100":
+                raise ValueError(f"sparsekd run: --{name} {value} belongs to the task cifar100, got {self.task}")
+        for name, number in (("seeds", self.seeds), ("threads", self.threads)):
+            if number is not None and number < 1:
+                raise ValueError(f"sparsekd run: {name} must be at least 1, got {number}")
+        if self.stop_after is not None and not self.stop_after > 0:
+            raise ValueError(f"sparsekd run: stop_after must be more than 0 minutes, got {self.stop_after}")
+
+    @property
+    def choice(self) -> Choice:
+        return Choice(self.methods, self.densities, self.quick, self.recipe, self.protocol)
 
 
 def _print(line: str) -> None:
@@ -93,69 +128,79 @@ def _print(line: str) -> None:
 def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[str, Any], Path]:
     """Do everything `config` asks for; returns the contents of results.json and the folder it lies in.
 
-    Raises ValueError and FileNotFoundError for bad input, RuntimeError where training diverges, and KeyboardInterrupt
-    on Ctrl-C; whatever had finished is on disk, and the same call goes on from there.
+    Raises ValueError and FileNotFoundError for bad input, RuntimeError where training diverges, OutOfTime when
+    `stop_after` is over and KeyboardInterrupt on Ctrl-C; whatever had finished is on disk (results.json included), and
+    the same call goes on from there.
     """
+    deadline = math.inf if config.stop_after is None else time.monotonic() + 60 * config.stop_after
     if config.threads:
         torch.set_num_threads(config.threads)
-    task = data.load(config.task, config.data_dir, **config.options)
-    if config.quick:
-        task = _shortened(task)
+    task = _load(config)
+    runtime = _runtime(config, task, deadline)
+    task = task.to(runtime.device)
     out = folder_of(config, task)
-    if config.fresh:
+    if config.fresh and rank() == 0:
         _clear(out)
     # First: what these need is missing before anything was trained, or not at all.
     scores = [dataclasses.asdict(score) for score in baselines.run(task)]
     report.check_plots()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for seed in range(config.seeds):
         teacher: nn.Module | None = None
-        for network in networks(task, config):
-            row, model = _finished(task, network, config, seed, teacher, out / f"seed{seed}" / network.folder, say)
+        for network in networks(task, config.choice):
+            folder = out / f"seed{seed}" / network.folder
+            found, model = _finished(task, network, config, runtime, seed, teacher, folder, say)
             teacher = model if teacher is None else teacher  # the first network is the teacher
-            rows.append(row)
-    results = {
-        "command": config.command,
-        "task": _describe_task(task),
-        "protocol": _describe_protocol(task, config),
-        "baselines": scores,
-        "rows": rows,
-    }
-    report.write(results, out)
+            rows += found
+            results = {
+                "command": config.command,
+                "task": _describe_task(task),
+                "protocol": _describe_protocol(task, config, runtime),
+                "baselines": scores,
+                "rows": rows,
+            }
+            if rank() == 0:
+                report.write(results, out, plots=False)
+    if rank() == 0:
+        report.write(results, out)
+    _wait()
     return report.read(out), out
 
 
 def folder_of(config: RunConfig, task: Task) -> Path:
-    return Path(config.out or Path("runs") / (task.name + ("-quick" if config.quick else "")))
+    differs = [config.recipe] * (config.recipe != "ours") + [config.protocol] * (config.protocol != "full")
+    return Path(config.out or Path("runs") / "-".join([task.name, *differs, *["quick"] * config.quick]))
 
 
-def networks(task: Task, config: RunConfig) -> list[Network]:
-    """The teacher, the dense student without and with distillation (SAD), and a student per method and density."""
-    teacher, student = _recipes(task, config.quick)
-    weights = (ALPHA, BETA)
-    found = [
-        Network("teacher", "teacher", teacher),
-        Network("student", "student", student),
-        Network("SAD", "sad", student, *weights),
-    ]
-    for method in config.methods:
-        for density in (d for d in config.densities if d < 1):
-            folder = f"{method}-{density:g}"
-            found.append(Network(method.upper(), folder, student, *weights, method, density))
-    return found
+def _load(config: RunConfig) -> Task:
+    options = dict(config.options)
+    if config.task == "cifar100":
+        protocol = PROTOCOLS[config.protocol]
+        options |= {name: getattr(protocol, name) for name in ("images", "validation", "test", "pixels")}
+        options |= QUICK_IMAGES if config.quick else {}
+    task = data.load(config.task, config.data_dir, **options)
+    return _shortened(task) if config.quick and task.kind != "images" else task
 
 
-# The weights of KD and SAD in the loss. On the validation part of the movies task alpha 1 with beta 0 and 10 are within
-# the spread of seeds, beta 100 is worse. The paper's beta of 50 to 200 belongs to a cross-entropy on CIFAR-100.
-ALPHA, BETA = 1.0, 10.0
+def _runtime(config: RunConfig, task: Task, deadline: float) -> Runtime:
+    """Where to train; joins the other ranks if torchrun started this process."""
+    wanted = config.device or ("cuda" if task.kind == "images" and torch.cuda.is_available() else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("sparsekd run: no CUDA device can be used here, `sparsekd doctor` says why; --device cpu")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    bf16 = device.type == "cuda" and task.kind == "images" if config.bf16 is None else config.bf16
+    return Runtime(str(device), bf16, deadline)
 
 
-def _recipes(task: Task, quick: bool) -> tuple[Recipe, Recipe]:
-    """Of the teacher and of every student: one optimiser and one number of epochs for all students, pruned or not."""
-    teacher, student = task.teacher_recipe, task.student_recipe
-    # A lottery ticket is trained again after its last rewinding; in fewer than 6 epochs SS-SAD has no room to prune.
-    epochs = 6 if quick else max(2 * student.epochs, 6)
-    return teacher, dataclasses.replace(student, epochs=epochs)
+def _wait() -> None:
+    """Until every rank is here: what rank 0 wrote is then there for all."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def _shortened(task: Task) -> Task:
@@ -168,41 +213,57 @@ def _finished(
     task: Task,
     network: Network,
     config: RunConfig,
+    runtime: Runtime,
     seed: int,
     teacher: nn.Module | None,
     folder: Path,
     say: Callable[[str], None],
-) -> tuple[dict[str, Any], nn.Module]:
-    """Row of the report and trained network; trains where an earlier run has not."""
+) -> tuple[list[dict[str, Any]], nn.Module]:
+    """Rows of the report and the trained network; trains where an earlier run has not."""
     settings = {
         "task": task.name,
         "data": task.meta.get("sha256"),
         "train_rows": len(task.train),
+        "sizes": task.sizes,
+        "networks": task.networks,
         "seed": seed,
         "quick": config.quick,
         **dataclasses.asdict(network),
     }
-    row_path, model_path = folder / "row.json", folder / "model.safetensors"
-    row = json.loads(row_path.read_text()) if row_path.is_file() else None
-    if row:
-        check_same_settings(row_path, row["settings"], settings)
-        epochs = row["epochs"]
+    path = folder / "rows.json"
+    rows = json.loads(path.read_text()) if path.is_file() else []
+    if rows:
+        check_same_settings(path, rows[0]["settings"], settings)
+        epochs = rows[0]["epochs"]
     else:
-        model = _fresh(task, network, seed)
-        epochs = fit(model, task, network, teacher=teacher, seed=seed, folder=folder, settings=settings)
-    model = checkpoint.load(_fresh(task, network, seed), model_path)
-    if row and not config.remeasure:
-        return row, model
-    row = _row(model, task, network, seed, epochs, settings, model_path, config.quick)
-    checkpoint.write_atomically(row_path, json.dumps(row, indent=1).encode())
-    (folder / "state.safetensors").unlink(missing_ok=True)
-    say(_summary(row))
-    return row, model
+        model = _fresh(task, network, seed).to(runtime.device)
+        epochs = fit(
+            model, task, network, teacher=teacher, seed=seed, folder=folder, settings=settings, runtime=runtime
+        )
+    _wait()
+    if rank() == 0 and (not rows or config.remeasure):
+        if rows and time.monotonic() > runtime.deadline:
+            raise OutOfTime(f"{network.name} seed {seed}: not measured again")
+        measure = config.measure or config.remeasure
+        rows = [
+            _row(task, network, density, seed, epochs, settings, folder, config.quick, measure, runtime)
+            for density in network.densities or (None,)
+        ]
+        checkpoint.write_atomically(path, json.dumps(rows, indent=1).encode())
+        (folder / "state.safetensors").unlink(missing_ok=True)
+        for row in rows:
+            say(_summary(row))
+    _wait()
+    last = network.densities[-1] if network.densities else None
+    model = checkpoint.load(_fresh(task, network, seed), folder / network.file(last))
+    return json.loads(path.read_text()), model.to(runtime.device)
 
 
 def _fresh(task: Task, network: Network, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return models.teacher(task) if network.folder == "teacher" else models.student(task)
+    model = models.teacher(task) if network.folder == "teacher" else models.student(task)
+    # Convolutions run on channels_last images, and a weight that is laid out as they are need not be reordered.
+    return model.to(memory_format=torch.channels_last) if task.kind == "images" else model  # type: ignore[call-overload]
 
 
 def _clear(out: Path) -> None:
@@ -210,68 +271,98 @@ def _clear(out: Path) -> None:
     for folder in out.glob("seed*"):
         if re.fullmatch(r"seed\d+", folder.name) and folder.is_dir():
             shutil.rmtree(folder)
-    for name in ("results.json", "report.md", "loss.png", "accuracy.png", "latency.png"):
+    for name in ("results.json", "report.md", "report.html", "loss.png", "accuracy.png", "latency.png"):
         (out / name).unlink(missing_ok=True)
 
 
 def _row(
-    model: nn.Module,
     task: Task,
     network: Network,
+    density: float | None,
     seed: int,
     epochs: list[dict[str, Any]],
     settings: dict[str, Any],
-    model_path: Path,
+    folder: Path,
     quick: bool,
+    measure: bool,
+    runtime: Runtime,
 ) -> dict[str, Any]:
-    """The row of the report: errors of the frozen network on test, sizes, training cost, speed and energy."""
-    best = best_epoch(epochs)
-    assert best is not None
-    frozen = freeze_for(model, task, *((1, 64), 15.0) if quick else ((1, 64, 512), 60.0))
-    prediction, reference = predict(frozen[max(frozen)], task.test, max(frozen)), predict(model, task.test)
+    """One row of the report: errors on test, sizes, training cost; of the frozen network, speed and energy."""
+    path = folder / network.file(density)
+    model = checkpoint.load(_fresh(task, network, seed), path)
+    picked = picked_epoch(epochs, 1.0 if density is None else density, network.recipe.select, task.metric)
+    assert picked is not None
+    with runtime.autocast():
+        reference = predict(model.to(runtime.device), task.test)
+    spent = epochs[: picked["epoch"]] if len(network.densities) > 1 else epochs  # what came after is of other rows
+    joules = [epoch["joules"] for epoch in spent]
+    metrics = {
+        **scores(reference, task, task.test),
+        **{name: value for name, value in picked.items() if name.startswith("val_")},
+        "weights_kept": kept_share(model),
+        "parameters": count_parameters(model),
+        "file_bytes": path.stat().st_size,
+        "train_seconds": sum(epoch["seconds"] for epoch in spent),
+        "train_joules": None if None in joules else sum(joules),
+        "step_ms_first": spent[0]["step_ms"],
+        "step_ms_last": spent[-1]["step_ms"],
+    }
+    found, note, plan = _frozen(model.cpu(), task, network, quick) if measure else ({}, "", {})
+    return {
+        "name": network.name,
+        "method": network.method,
+        "seed": seed,
+        "target_density": density,
+        "best_epoch": picked["epoch"],
+        "metrics": {**metrics, **found},
+        "energy_note": note,
+        "plan": plan,
+        "blocks": kept_blocks(model) if seed == 0 else {},
+        "epochs": epochs if density in (None, *network.densities[:1]) else [],  # of a sweep once
+        "settings": settings,
+    }
+
+
+def _frozen(model: nn.Module, task: Task, network: Network, quick: bool) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """What the frozen network scores on test and costs, where the joules come from, its plan for each batch size."""
+    task = task.to("cpu")
+    batches = (1, 64) if quick or task.kind == "images" else (1, 64, 512)
+    frozen = freeze_for(model, task, batches, 15.0 if quick else 60.0)
+    reference, prediction = predict(model, task.test), predict(frozen[max(frozen)], task.test, max(frozen))
     difference = float((prediction - reference).abs().max())
     if difference > 1e-3:
         raise RuntimeError(
             f"sparsekd.train: the frozen {network.name} predicts up to {difference:.2g} beside the trained one: "
             "a fault of sparsekd.freeze on this machine; please report it with the output of sparsekd doctor"
         )
-    mae, mse = errors(prediction, task, task.test)
-    joules = [epoch["joules"] for epoch in epochs]
-    measured, note = speed(model, frozen, task, quick)
     metrics = {
-        "mae": mae,
-        "mse": mse,
-        "mse_unfrozen": errors(reference, task, task.test)[1],
+        **scores(prediction, task, task.test),
+        f"{task.metric}_unfrozen": scores(reference, task, task.test)[task.metric],
         "frozen_difference": difference,
-        "val_mse": best["val_mse"],
-        "weights_kept": kept_share(model),
-        "parameters": count_parameters(model),
-        "file_bytes": model_path.stat().st_size,
-        "train_seconds": sum(epoch["seconds"] for epoch in epochs),
-        "train_joules": None if None in joules else sum(joules),
-        "step_ms_first": epochs[0]["step_ms"],
-        "step_ms_last": epochs[-1]["step_ms"],
-        **measured,
     }
-    return {
-        "name": network.name,
-        "method": network.method,
-        "seed": seed,
-        "target_density": network.density,
-        "best_epoch": best["epoch"],
-        "metrics": metrics,
-        "energy_note": note,
-        "plan": {str(batch): net.plan.to_dict() for batch, net in frozen.items()},
-        "epochs": epochs,
-        "settings": settings,
-    }
+    measured, note = speed(model, frozen, task, quick)
+    return {**metrics, **measured}, note, {str(batch): net.plan.to_dict() for batch, net in frozen.items()}
+
+
+def kept_blocks(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Which blocks each sparse layer keeps: layer -> {"shape": [row blocks, columns], "bits": packed row by row}."""
+    found = {}
+    for name, layer in named_layers(model, SPARSE_TYPES):
+        mask = layer.block_mask().cpu().flatten(1)
+        packed = np.packbits(mask.numpy())
+        found[name] = {"shape": list(mask.shape), "bits": base64.b64encode(packed.tobytes()).decode()}
+    return found
 
 
 def _summary(row: dict[str, Any]) -> str:
     metrics = row["metrics"]
     density = "" if row["target_density"] is None else f" @ {row['target_density']:g}"
+    if "accuracy" in metrics:
+        found = f"test accuracy {metrics['accuracy']:.2%}"
+    else:
+        found = f"test MSE {metrics['mse']:.4f}, MAE {metrics['mae']:.4f}"
     return (
-        f"seed {row['seed']}  {row['name']}{density}: test MSE {metrics['mse']:.4f}, MAE {metrics['mae']:.4f}, "
+        f"seed {row['seed']}  {row['name']}{density}: {found}, "
         f"{metrics['weights_kept']:.1%} of the weights, trained in {metrics['train_seconds']:.0f} s"
     )
 
@@ -287,29 +378,38 @@ def _describe_task(task: Task) -> dict[str, Any]:
     }
 
 
-def _describe_protocol(task: Task, config: RunConfig) -> dict[str, Any]:
+def _describe_protocol(task: Task, config: RunConfig, runtime: Runtime) -> dict[str, Any]:
     """How the numbers were made, for a reader of the JSON."""
-    teacher, student = _recipes(task, config.quick)
-    return {
+    trained = networks(task, config.choice)
+    images = task.kind == "images"
+    described: dict[str, Any] = {
         "quick": config.quick,
         "seeds": list(range(config.seeds)),
-        "optimizer": "AdamW; cosine decay to 0 over all epochs; LTH-SAD begins the cosine anew at every rewinding, "
-        "SS-SAD at its second stage too",
-        "teacher": dataclasses.asdict(teacher),
-        "student": dataclasses.asdict(student),
-        "budget": "every student, dense or pruned, trains for the same number of epochs with the same optimizer",
-        "loss": "MSE + alpha * KD + beta * SAD",
-        "distillation": {n.name: {"alpha": n.alpha, "beta": n.beta} for n in networks(task, config) if n.beta},
-        "schedules": {
-            f"{method} @ {density:g}": _describe_schedule(method, density, student.epochs)
-            for method in config.methods
-            for density in config.densities
-            if density < 1
-        },
-        "selection": "epoch of smallest validation MSE among those at the final density; the test part is used once, "
-        "for the frozen network of that epoch",
-        "not_pruned": list(NOT_PRUNED),
-        "batch_norm": f"statistics of {RECALIBRATION} training batches, taken before each validation with dropout off",
+        "loss": "task + alpha * KD + beta * features; the task is the cross-entropy of a class, else the squared error",
+        "teacher": _settings_of(trained[0]),
+        "students": {network.folder: _settings_of(network) for network in trained[1:]},
+        "not_pruned": list(not_pruned(models.student(task))),
+    }
+    if images:
+        described |= {
+            "networks": task.networks,
+            "recipe": config.recipe,
+            "protocol": config.protocol,
+            "augmentation": f"crop after padding by {task.sizes['pixels'] // 8}, mirror",
+            "selection": "last epoch; of the densities that of the best validation accuracy (marked); the test part is "
+            "used once for each row",
+            "precision": "bf16 autocast" if runtime.bf16 else "float32",
+            "trained_on": torch.cuda.get_device_name() if runtime.device.startswith("cuda") else "cpu",
+        }
+    else:
+        described |= {
+            "budget": "every student, dense or pruned, trains for the same number of epochs with the same optimizer",
+            "selection": "epoch of smallest validation MSE among those at the final density; the test part is used "
+            "once, for the frozen network of that epoch",
+            "batch_norm": f"statistics of {RECALIBRATION} training batches, taken before each validation with dropout "
+            "off",
+        }
+    return described | {
         "threads": f"{torch.get_num_threads()} in the latest timing",
         "machine": machine_line(),
         "kernels": {op: where["cpu"] for op, where in backends.describe().items()},
@@ -317,14 +417,21 @@ def _describe_protocol(task: Task, config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _describe_schedule(method: str, density: float, epochs: int) -> str:
-    schedule, options = plan(method, 1 - density, epochs)
-    text = f"{schedule.prunes} prunes of {schedule.rate:.3g} every {schedule.every} epochs"
-    if not options:
-        return text
-    initial, length = options["initial"], options["initial_epochs"]
-    ticket = f"ticket of {length} epochs with {initial.prunes} prune of {initial.rate:.3g} after {initial.every}"
-    return f"{ticket}, then {text}"
+def _settings_of(network: Network) -> str:
+    """Recipe and schedule of a network in one line."""
+    recipe = network.recipe
+    rate = "cosine to 0" if recipe.milestones is None else f"x 0.1 after epochs {list(recipe.milestones)}"
+    again = {"rewind": ", anew at every rewinding and stage", "prune": ", anew at every prune", "never": ""}
+    text = f"{recipe.epochs} epochs of batch {recipe.batch_size}, {recipe.optimizer}, lr {recipe.lr:g} {rate}"
+    text += (again[recipe.restart] if network.method else "") + f", weight decay {recipe.weight_decay:g}"
+    if recipe.dropout or recipe.input_dropout:
+        text += f", dropout {recipe.dropout:g} and {recipe.input_dropout:g} on the input"
+    if network.alpha or network.beta:
+        text += f"; alpha {network.alpha:g}, beta {network.beta:g} ({network.features})"
+    if network.schedule is not None:
+        text += f"; {network.method}: {network.schedule}"
+        text += "".join(f", {name} {value}" for name, value in network.options.items())
+    return text
 
 
 def machine_line() -> str:

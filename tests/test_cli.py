@@ -10,7 +10,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_limits
 
-from sparsekd import cli, data, models, train
+from sparsekd import cli, data, models, recipes, train
 from sparsekd.data import Recipe, Split, Task
 
 
@@ -65,14 +65,24 @@ def failure(capsys, *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["netflix"], "name must be one of movietweetings, movielens, movies, got 'netflix'"),
+        (["netflix"], "name must be one of movietweetings, movielens, movies, cifar100, got 'netflix'"),
         (["movielens", "--data", "/no/such/folder"], "/no/such/folder"),
         (["movies", "--group", "colour"], "group must be one of"),
         (["movietweetings", "--group", "social"], "--group belongs to the task movies"),
         (["--density", "0"], "density must lie in (0, 1], got 0.0"),
         (["--density", "0.4", "1.5"], "density must lie in (0, 1], got 1.5"),
         (["--density", "nan"], "density must lie in (0, 1]"),
-        (["--method", "dropout"], "method must be one of sp-sad, lth-sad, ss-sad, got 'dropout'"),
+        (
+            ["--method", "dropout"],
+            "sp-sad, lth-sad, ss-sad, kd, at, random, magnitude, got 'dropout'",
+        ),
+        (["cifar100"], "no data_dir was given"),
+        (["cifar100", "--student", "vgg"], "the network must be one of wrn-40-2"),
+        (["cifar100", "--recipe", "best"], "recipe must be one of ours, paper, got 'best'"),
+        (["movies", "--protocol", "reduced"], "--protocol reduced belongs to the task cifar100"),
+        (["--student", "wrn-16-2"], "--teacher and --student belong to the task cifar100"),
+        (["--device", "cuda:9"], "no CUDA device can be used here"),
+        (["--stop-after", "0"], "stop_after must be more than 0 minutes"),
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
         (["--threads", "-2"], "threads must be at least 1, got -2"),
     ],
@@ -181,7 +191,7 @@ def test_other_settings_do_not_mix(capsys, tmp_path, tiny, monkeypatch):
     arguments = ["run", "--quick", "--method", "sp-sad", "--out", str(tmp_path)]
     assert cli.main(arguments) == 0
     capsys.readouterr()
-    monkeypatch.setattr(train, "ALPHA", 0.5)
+    monkeypatch.setattr(recipes, "ALPHA", 0.5)
     line = failure(capsys, *arguments, "--threads", "1").replace("\n", " ")
     assert "alpha" in line and "--fresh" in line
     assert cli.main([*arguments, "--fresh"]) == 0

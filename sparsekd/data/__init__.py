@@ -1,24 +1,31 @@
-"""Readers of real rating data. `load(name)` gives a `Task`: tensors, splits and provenance; nothing is downloaded."""
+"""Readers of real data. `load(name)` gives a `Task`: tensors, splits and provenance; nothing is downloaded."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
-from . import movielens, movies, movietweetings, sources
+from . import cifar100, movielens, movies, movietweetings, sources
 from .task import Recipe, Split, Task
 
 __all__ = ["NAMES", "Recipe", "Split", "Task", "load"]
 
-_READERS = {"movietweetings": movietweetings.load, "movielens": movielens.load, "movies": movies.load}
+_READERS = {
+    "movietweetings": movietweetings.load,
+    "movielens": movielens.load,
+    "movies": movies.load,
+    "cifar100": cifar100.load,
+}
 NAMES = tuple(_READERS)
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None, **options: Any) -> Task:
-    """Read a task: "movietweetings" (ships with sparsekd), "movielens", or "movies" (`group=` picks its features).
+    """Read a task: "movietweetings" (ships with sparsekd), "movielens", "movies" (`group=` picks its features) or
+    "cifar100" (see `cifar100.load` for its options).
 
-    data_dir  folder with the files, or with the set's own folder (ml-latest-small/, imdb5000/ and tmdb5000/); default
-              $SPARSEKD_DATA_<NAME>, then $SPARSEKD_DATA, then the embedded copy where there is one.
+    data_dir  folder with the files, or with the set's own folder (ml-latest-small/, imdb5000/ and tmdb5000/,
+              cifar-100-binary/ or cifar-100-python/); default $SPARSEKD_DATA_<NAME>, then $SPARSEKD_DATA, then the
+              embedded copy where there is one.
 
     Raises ValueError (unknown name or option, bad contents) or FileNotFoundError.
 

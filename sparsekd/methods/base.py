@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ..blocks import BlockPattern
 from ..distill import Distiller, Losses
-from ..pruning import Grouping, LinearSchedule, Pruner
+from ..pruning import Grouping, Pruner, Schedule
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Stage:
 
     name: Literal["ticket", "distil"]
     epochs: int
-    schedule: LinearSchedule
+    schedule: Schedule
     rewinds: bool  # whether survivors go back to theta0 at every prune
 
 
@@ -80,7 +80,7 @@ class Method:
     def __init__(
         self,
         distiller: Distiller,
-        schedule: LinearSchedule,
+        schedule: Schedule,
         *,
         epochs: int,
         granularity: Literal["block", "filter", "unstructured"] = "block",
@@ -113,7 +113,7 @@ class Method:
             rewindable=any(stage.rewinds for stage in self.stages),
         )
 
-    def _plan(self, schedule: LinearSchedule, epochs: int) -> list[Stage]:
+    def _plan(self, schedule: Schedule, epochs: int) -> list[Stage]:
         """The stages of this method, one after the other, ``epochs`` long together."""
         raise NotImplementedError
 
@@ -186,6 +186,17 @@ class Method:
             for prune in _prune_epochs(stage, first):
                 first, last = (prune + 1, last) if prune < epoch else (first, min(last, prune))
         return Round(stage.name, first, last)
+
+    def prunes(self) -> list[tuple[int, float]]:
+        """(epoch, share removed) of every prune of the plan; it comes after that epoch."""
+        found, gone = [], 0.0
+        for epoch in range(1, self.epochs + 1):
+            stage, first = self._stage_of(epoch)
+            target = stage.schedule.removed_after(epoch - first + 1)
+            if target > gone:
+                found.append((epoch, target))
+                gone = target
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and JSON values, no pickle. Save the student's and the optimizer's ``state_dict()`` beside it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..pruning import LinearSchedule
+from ..pruning import Schedule
 from .base import Method, Stage
 
 
@@ -14,5 +14,5 @@ class LTHSAD(Method):
 
     name = "lth-sad"
 
-    def _plan(self, schedule: LinearSchedule, epochs: int) -> list[Stage]:
+    def _plan(self, schedule: Schedule, epochs: int) -> list[Stage]:
         return [Stage("distil", epochs, schedule, rewinds=True)]

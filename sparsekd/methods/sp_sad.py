@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..pruning import LinearSchedule
+from ..pruning import Schedule
 from .base import Method, Stage
 
 
@@ -16,5 +16,5 @@ class SPSAD(Method):
     name = "sp-sad"
     scope = "layer"
 
-    def _plan(self, schedule: LinearSchedule, epochs: int) -> list[Stage]:
+    def _plan(self, schedule: Schedule, epochs: int) -> list[Stage]:
         return [Stage("distil", epochs, schedule, rewinds=False)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..distill import Distiller
-from ..pruning import LinearSchedule
+from ..pruning import LinearSchedule, Schedule
 from .base import Method, Stage
 
 
@@ -17,7 +17,8 @@ class SSSAD(Method):
 
     Args:
         schedule: of the second stage; its ``start`` is the share that the first stage removes.
-        initial: schedule of the first stage; default: the same rate and interval, up to ``schedule.start``.
+        initial: schedule of the first stage; default: the same rate (listed: one prune) and interval, up to
+            ``schedule.start``.
         initial_epochs: length of the first stage; default: one interval of training after its last prune.
         epochs: both stages together; the rest as in :class:`Method`.
     """
@@ -27,23 +28,24 @@ class SSSAD(Method):
     def __init__(
         self,
         distiller: Distiller,
-        schedule: LinearSchedule,
+        schedule: Schedule,
         *,
         epochs: int,
-        initial: LinearSchedule | None = None,
+        initial: Schedule | None = None,
         initial_epochs: int | None = None,
         **options: Any,
     ) -> None:
         self._initial, self._initial_epochs = initial, initial_epochs
         super().__init__(distiller, schedule, epochs=epochs, **options)
 
-    def _plan(self, schedule: LinearSchedule, epochs: int) -> list[Stage]:
+    def _plan(self, schedule: Schedule, epochs: int) -> list[Stage]:
         if schedule.start == 0.0:
             raise ValueError(
                 "SSSAD: schedule.start is the share that the first stage removes, got 0; "
                 "e.g. LinearSchedule(rate=0.05, every=20, final=0.7, start=0.25)"
             )
-        initial = self._initial or LinearSchedule(schedule.rate, schedule.every, final=schedule.start)
+        rate = schedule.rate if isinstance(schedule, LinearSchedule) else schedule.start
+        initial = self._initial or LinearSchedule(rate, schedule.every, final=schedule.start)
         if initial.final != schedule.start:
             raise ValueError(
                 f"SSSAD: the second stage starts at {schedule.start} but the first ends at {initial.final}; "

@@ -61,9 +61,13 @@ def classifier(name: str, classes: int = 100) -> Classifier:
 
 def teacher(task: Task) -> nn.Module:
     """The large network of a task, freshly initialised (torch's global generator)."""
+    if task.networks:
+        return classifier(task.networks[0], task.sizes["classes"])
     return build(task, TEACHER, task.teacher_recipe)
 
 
 def student(task: Task) -> nn.Module:
     """The small network of a task, freshly initialised (torch's global generator)."""
+    if task.networks:
+        return classifier(task.networks[1], task.sizes["classes"])
     return build(task, STUDENT, task.student_recipe)

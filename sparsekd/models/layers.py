@@ -11,7 +11,10 @@ class Classifier(nn.Module):
     """Images [B, 3, H, W] -> logits [B, classes]; the last layer is `head`.
 
     `tap_names` are the modules whose outputs are the post-activation feature maps to distil, shallow to deep.
+    `not_pruned` are the first and the last layer: small, and everything else depends on them.
     """
+
+    not_pruned: tuple[str, ...] = ("stem", "head")
 
     @property
     def tap_names(self) -> tuple[str, ...]:

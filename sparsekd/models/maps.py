@@ -36,6 +36,10 @@ class Shape:
     blocks: tuple[int, int] = (1, 1)
 
 
+# One output each: they are a first-order model and a sum, and a block of 16 outputs would be mostly padding.
+NOT_PRUNED = ("linear", "cnn.head")
+
+
 class MapCNN(nn.Module):
     """Residual network on interaction maps: left [B, C*S], right [B, C*S] -> [B]."""
 
@@ -71,6 +75,8 @@ class MapCNN(nn.Module):
 class RatingCNN(nn.Module):
     """Rating of an item: (user_features [B, Fu], item_features [B, Fi], prior [B]) -> [B]."""
 
+    not_pruned = NOT_PRUNED
+
     def __init__(self, sizes: dict[str, int], shape: Shape, dropout: float = 0.0):
         super().__init__()
         width = shape.maps * shape.side
@@ -90,6 +96,8 @@ class RatingCNN(nn.Module):
 
 class FeatureCNN(nn.Module):
     """Target from one feature vector: features [B, F] -> [B]. `mean` is where the prediction starts."""
+
+    not_pruned = NOT_PRUNED
 
     def __init__(
         self, sizes: dict[str, int], shape: Shape, mean: float, dropout: float = 0.0, input_dropout: float = 0.0

@@ -12,6 +12,8 @@ from .layers import BasicBlock, Classifier, start_he
 class ResNet(Classifier):
     """Images [B, 3, H, W] -> logits [B, classes]; `blocks` says how many blocks each stage has. Taps: every block."""
 
+    not_pruned = ("stem.0", "head")
+
     def __init__(self, blocks: Sequence[int], classes: int = 100, widths: Sequence[int] = (64, 128, 256, 512)):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())

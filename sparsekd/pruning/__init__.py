@@ -13,14 +13,16 @@ pruned convolutions and linear layers (no biases, no batch norm), shares are of 
 
 from .grouping import Grouping
 from .pruner import Pruner
-from .schedule import LinearSchedule
+from .schedule import LinearSchedule, ListedSchedule, Schedule
 from .scores import choose_units, lamp_scores, layer_ranks, magnitude_scores, random_scores
 from .surgery import drop_blocks
 
 __all__ = [
     "Grouping",
     "LinearSchedule",
+    "ListedSchedule",
     "Pruner",
+    "Schedule",
     "choose_units",
     "drop_blocks",
     "lamp_scores",

@@ -52,3 +52,48 @@ class LinearSchedule:
                 f"{last_prune}, and at least one epoch must follow, got {epochs} epochs; "
                 f"train {last_prune + 1} epochs, prune more at a time or more often, or lower final"
             )
+
+
+@dataclass(frozen=True)
+class ListedSchedule:
+    """Every ``every`` epochs, prune to the next of ``targets``: shares of the ORIGINAL weights that are then gone.
+
+    >>> ListedSchedule((0.3, 0.5, 0.6), every=10).removed_after(epoch=25)
+    0.5
+    """
+
+    targets: tuple[float, ...]
+    every: int
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        shares = (self.start, *self.targets)
+        if not self.targets or list(shares) != sorted(set(shares)) or not shares[0] >= 0 or not shares[-1] < 1:
+            raise ValueError(
+                f"ListedSchedule: targets must rise from above start ({self.start}) to below 1, got {self.targets}"
+            )
+        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
+            raise ValueError(f"ListedSchedule: every must be a positive number of epochs, got {self.every!r}")
+
+    @property
+    def final(self) -> float:
+        return self.targets[-1]
+
+    @property
+    def prunes(self) -> int:
+        return len(self.targets)
+
+    def removed_after(self, epoch: int) -> float:
+        """Share of the original weights that is to be gone after epoch ``epoch`` (counted from 1)."""
+        return (self.start, *self.targets)[min(epoch // self.every, self.prunes)]
+
+    def check_reaches(self, epochs: int) -> None:
+        """Raise ValueError unless the last prune comes before the last of ``epochs`` epochs."""
+        if self.prunes * self.every >= epochs:
+            raise ValueError(
+                f"ListedSchedule: {self.prunes} prunes every {self.every} epochs end after epoch "
+                f"{self.prunes * self.every}, and at least one epoch must follow, got {epochs} epochs"
+            )
+
+
+Schedule = LinearSchedule | ListedSchedule
