@@ -90,12 +90,28 @@ def test_two_runs_are_bit_equal():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_types_are_as_exact_as_torch(dtype):
+    """y and the gradients of x and of the kept values."""
     case = Conv("half", c=32)
     x, blocks, bias = (t if isinstance(t, BlockSparse) else t.to(dtype) for t in operands(case))
-    exact = F.conv2d(x.double(), blocks.to_dense().to(dtype).double(), bias.double(), **case.geometry)
-    torch_error = (F.conv2d(x, blocks.to_dense().to(dtype), bias, **case.geometry).double() - exact).abs().max()
-    error = (run(case, x, blocks, blocks.values.to(dtype), bias).double() - exact).abs().max()
-    assert error <= 2 * torch_error + 1e-6
+    values, dense = blocks.values.to(dtype), blocks.to_dense().to(dtype)
+    grad = torch.randn(case.n, case.k, *case.image).to(dtype)
+
+    def kept(gradient):
+        return BlockSparse.from_dense(gradient, case.pattern, mask=blocks.mask()).values
+
+    def answers(function, x, weight, bias):
+        x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        y = function(x, weight, bias)
+        return [t.double() for t in (y.detach(), *torch.autograd.grad(y, (x, weight), grad.to(y.dtype)))]
+
+    def theirs(*tensors):
+        y, dx, dweight = answers(lambda x, w, b: F.conv2d(x, w, b, **case.geometry), *tensors)
+        return y, dx, kept(dweight)
+
+    exact, torch_answers = theirs(x.double(), dense.double(), bias.double()), theirs(x, dense, bias)
+    ours = answers(lambda x, v, b: run(case, x, blocks, v, b), x, values, bias)
+    for got, want, limit in zip(ours, exact, torch_answers, strict=True):
+        assert (got - want).abs().max() <= 2 * (limit - want).abs().max() + 1e-6
 
 
 @pytest.mark.parametrize("case", [CONVS[0], CONVS[4], CONVS[20], CONVS[23]], ids=lambda case: case.id)

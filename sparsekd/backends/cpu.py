@@ -1,13 +1,13 @@
 """CPU kernels: hands pointers and sizes to ``sparsekd._C``. Operands were checked in ``sparsekd/ops``.
 
-The compiled kernels take float32 and bfloat16, gradients of layers float32 alone, those of feature maps float16 too.
-Other dtypes, and machines without the compiled module, run the pure-torch reference.
+The compiled kernels take float32; bfloat16 in the forward pass of layers; feature maps in all half types. Other half
+types are converted around a float32 kernel. float64, and machines without the compiled module, run the reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch  # before _C: its OpenMP run time is the one the kernels then share
@@ -45,7 +45,9 @@ def describe(op: str) -> str:
         dtypes = "float32, bfloat16 and float16"
     elif hasattr(native, f"{op}_bf16"):
         how = "vdpbf16ps" if native.isa() == "avx512_bf16" else "converted to float32 on its way in and out"
-        dtypes = f"float32 and bfloat16 ({how})"
+        dtypes = f"float32 and bfloat16 ({how}), float16 as float32"
+    elif hasattr(native, f"{op}_f32"):
+        dtypes = "float32, bfloat16 and float16 as float32"
     return f"sparsekd._C {native.isa()} for {dtypes}; pure-torch reference for other dtypes"
 
 
@@ -54,9 +56,26 @@ def register() -> None:
     if native is None:
         return
     layers = (linear, linear_grad_input, linear_grad_values, conv2d, conv2d_grad_input, conv2d_grad_values)
-    for op in (*layers, feature_stats, feature_stats_grad, match_maps, kd):
+    for op in (*map(_halves_in_float32, layers), feature_stats, feature_stats_grad, match_maps, kd):
         # Not register_kernel: its wrapper imports torch._dynamo at the first call, seconds most processes can save.
         torch.library.impl(f"sparsekd::{op.__name__}", "cpu", op)
+
+
+def _halves_in_float32(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``op``, with half types that have no kernel of their own converted and the result rounded once."""
+
+    @wraps(op)
+    def run(first: Tensor, *rest: Any) -> Tensor:
+        dtype = first.dtype
+        operands = [x for x in (first, *rest) if isinstance(x, Tensor) and x.is_floating_point()]
+        one_half = dtype in (torch.bfloat16, torch.float16) and all(x.dtype == dtype for x in operands)
+        if not one_half or _kernel(op.__name__, *operands) is not None:
+            return op(first, *rest)
+        return op(first.float(), *(x.float() if isinstance(x, Tensor) and x.dtype == dtype else x for x in rest)).to(
+            dtype
+        )
+
+    return run
 
 
 def linear(
