@@ -8,7 +8,7 @@
 #   layers     each layer, direction and density against cuDNN, batch 32
 #   layers256  the same with batch 256
 #   layers1    the same with batch 1, forward only
-#   network    whole-network inference in CUDA graphs
+#   network    whole-network inference in CUDA graphs, as trained and frozen
 #   training   a training step in a CUDA graph
 #   energy     joules of inference: windows of 5 s, interleaved, idle measured
 #   table      the short table of everything in DIR
@@ -67,7 +67,7 @@ stage_tests() {
 }
 
 stage_layers() { run -m benchmarks.gpu_layers --batch 32 --out "$out"; }
-stage_layers256() { run -m benchmarks.gpu_layers --batch 256 --mask square --out "$out"; }
+stage_layers256() { run -m benchmarks.gpu_layers --batch 256 --mask wide square --out "$out"; }
 stage_layers1() { run -m benchmarks.gpu_layers --batch 1 --direction forward --out "$out"; }
 
 stage_network() {

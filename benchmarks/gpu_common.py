@@ -137,6 +137,9 @@ def _rehearse_on_cpu() -> None:
         for name in (op, f"{op}_grad_input", f"{op}_grad_values"):
             _override.impl(name, getattr(cuda, name), "CPU", allow_override=True)
     _plan.gpu_medians = _rehearsed_medians
+    freezing = sys.modules["sparsekd.freeze"]
+    freezing._on_gpu = lambda inputs: True  # type: ignore[attr-defined]
+    sys.modules["sparsekd.freeze.cuda"].capture = lambda run, inputs: run  # type: ignore[attr-defined]
 
 
 _override: Any = None  # lives as long as the process, as the ops do

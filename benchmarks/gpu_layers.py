@@ -82,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="*", default=list(common.BATCHES))
     parser.add_argument("--density", type=float, nargs="*", default=list(common.DENSITIES))
-    parser.add_argument("--mask", nargs="*", default=["square", "free"], choices=common.MASKS)
+    parser.add_argument("--mask", nargs="*", default=["wide", "free"], choices=common.MASKS)
     parser.add_argument("--direction", nargs="*", default=list(common.DIRECTIONS), choices=common.DIRECTIONS)
     parser.add_argument("--layer", nargs="*")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])

@@ -1,6 +1,6 @@
 """Whole networks: inference and training steps in CUDA graphs, dense against sparse, in time or in joules.
 
-    python -m benchmarks.gpu_network infer --network resnet50 --batch 256
+    python -m benchmarks.gpu_network infer --network resnet50 --batch 256     # and frozen: folded, fused, in a graph
     python -m benchmarks.gpu_network train --network wrn-28-10 --batch 128
     python -m benchmarks.gpu_network energy --network vgg16 --density 0.3      # windows of 5 s, interleaved, idle net
 
@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 
+from sparsekd import freeze
 from sparsekd.nn import SparseConv2d
 
 from . import gpu_common as common
@@ -172,7 +174,7 @@ def main() -> None:
     parser.add_argument("--network", default="resnet50", choices=NETWORKS)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--density", type=float, nargs="*", default=[0.5, 0.3, 0.1])
-    parser.add_argument("--mask", default="square", choices=common.MASKS)
+    parser.add_argument("--mask", default="wide", choices=common.MASKS)
     parser.add_argument("--window", type=float, default=5.0, help="seconds of an energy window")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--cooldown", type=float, default=5.0)
@@ -186,6 +188,8 @@ def main() -> None:
     before = common.facts(device)
     x, models = twins(options, device)
     steps = {name: (training if options.what == "train" else inference)(model, x) for name, model in models.items()}
+    if options.what == "infer":
+        steps |= {f"{name}, frozen": partial(freeze(model, x), x) for name, model in models.items()}
     rows = joules(steps, options) if options.what == "energy" else seconds(steps)
     for row in rows:
         row |= {"network": options.network, "batch": options.batch, "mask": options.mask}

@@ -818,11 +818,11 @@ def energy(blocks):
 
 def test_a_student_pruned_for_a_gpu_runs_on_a_cpu_and_in_its_blocks():
     grouping = Grouping.for_device("cuda")
-    net = nn.Sequential(nn.Conv2d(64, 256, 3, padding=1), nn.ReLU(), nn.Conv2d(256, 40, 1))
+    net = nn.Sequential(nn.Conv2d(64, 512, 3, padding=1), nn.ReLU(), nn.Conv2d(512, 40, 1))
     pruner = Pruner(net, pattern=BlockPattern.for_device("cuda"), grouping=grouping)
     pruner.prune_to(0.5)
     first = net[0].blocks
-    sets = first.mask().view(2, -1, *first.mask().shape[1:])  # two groups of 128 channels
+    sets = first.mask().view(2, -1, *first.mask().shape[1:])  # two groups of 256 channels
     assert (sets == sets[:, :1]).all() and len(set(first.mask().flatten(1).sum(1).tolist())) == 1
     x = torch.randn(2, 64, 5, 5)
     want = nn.functional.conv2d(x, first.to_dense(), net[0].bias, padding=1)
