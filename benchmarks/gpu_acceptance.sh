@@ -4,7 +4,7 @@
 #   benchmarks/gpu_acceptance.sh [--rehearse] [--links] [--out DIR] [stage ...]
 #
 #   build      pip install -e . without network; with --links, or where that fails, a tree of links to the sources
-#   tests      the Triton tests on this GPU, compiled for it
+#   tests      the tests of the kernels, Triton and CUDA C++, on this GPU, compiled for it
 #   layers     each layer, direction and density against cuDNN, batch 32
 #   layers256  the same with batch 256
 #   layers1    the same with batch 1, forward only
@@ -62,8 +62,9 @@ stage_build() {
 
 stage_tests() {
   local some=()
-  ((${#rehearse[@]})) && some=(-k "table or mask or every_path")
-  timeout 540 "$python" -m pytest -q -p no:cacheprovider tests/test_triton.py ${some[@]+"${some[@]}"}
+  ((${#rehearse[@]})) && some=(-k "table or mask or every_path or frozen or captured or steady or Linear")
+  timeout 540 "$python" -m pytest -q -p no:cacheprovider tests/test_triton.py tests/test_cuda_native.py \
+    tests/test_cuda_modules.py tests/test_freeze_cuda.py ${some[@]+"${some[@]}"}
 }
 
 stage_layers() { run -m benchmarks.gpu_layers --batch 32 --out "$out"; }

@@ -3,7 +3,8 @@
     python -m benchmarks.gpu_layers --batch 32 --out results/gpu
 
 `speedup` is dense / fastest kernel of ours, `auto` dense / the path the planner takes, both against a dense layer that
-pays nothing to make its weight dense. Stops politely when `--seconds` are over and says what is left.
+pays nothing to make its weight dense; `native_us` is the CUDA C++ kernel's. Stops politely when `--seconds` are over
+and says what is left.
 """
 
 from __future__ import annotations
@@ -37,6 +38,20 @@ def sparse_call(layer: common.Layer, direction: str, x, blocks, grad):
     return lambda: ops.conv2d_grad_values(grad, x, *index, *blocks.values.shape[1:], *geometry)
 
 
+def native_call(layer: common.Layer, x, blocks, grad):
+    """The forward pass in CUDA C++, or None where it was not built."""
+    from sparsekd.kernels import _index
+
+    from sparsekd.backends import cuda, cuda_driver
+
+    if cuda_driver.why_not(x.dtype, x.device) is not None:
+        return None
+    pairs = tuple((size, size) for size in (layer.kernel, layer.stride, layer.padding, 1))
+    weight = _index.Weight(layer.k, layer.c, *blocks.values.shape[1:], *pairs, 1)
+    mask, out = cuda.Mask(blocks.row_ptr, blocks.col_idx, weight), torch.empty_like(grad)
+    return lambda: cuda._native(x, blocks.values, mask, out, None, None, None)
+
+
 def measure(layer: common.Layer, batch: int, density: float, kind: str, direction: str, device, dtype) -> dict:
     """One row: microseconds of dense, of the path chosen, of every candidate."""
     from sparsekd.kernels import _plan
@@ -50,7 +65,9 @@ def measure(layer: common.Layer, batch: int, density: float, kind: str, directio
     with _plan.measuring():
         call()
     (found,) = plan.measured.values()
-    dense, auto = common.medians([dense_call(layer, direction, x, weight, grad), call])
+    native = native_call(layer, x, blocks, grad) if direction == "forward" else None
+    calls = [dense_call(layer, direction, x, weight, grad), call, *([native] if native else [])]
+    dense, auto, *native_us = common.medians(calls)
     ours = {name: time for name, time in found.candidates.items() if name.startswith("triton")}
     fastest = min(ours, key=ours.__getitem__)
     flops = 2 * batch * layer.out_image**2 * layer.k * layer.c * layer.kernel**2
@@ -70,6 +87,7 @@ def measure(layer: common.Layer, batch: int, density: float, kind: str, directio
         "speedup": digits(dense / ours[fastest]),
         "auto": digits(dense / auto),
         "share_of_ideal": digits(dense / ours[fastest] * density),
+        "native_us": round(native_us[0], 2) if native_us else None,
         "candidates": found.candidates,
     }
 

@@ -55,13 +55,13 @@ def launches(emulation, monkeypatch):
     return launched
 
 
-def run(case, dtype, *, residual=False, activation=None, first=None):
+def run(case, dtype, *, residual=False, activation=None, first=None, device="cpu"):
     """(got, exact, torch's own) of a forward pass with bias; ``first`` replaces the first input."""
     blocks, _ = random_weight(case)
-    values = blocks.values.to(dtype)
+    values, index = blocks.values.to(device, dtype), (blocks.row_ptr.to(device), blocks.col_idx.to(device))
     shape = (case.n, case.c, *case.image) if isinstance(case, Conv) else (*case.batch, case.inputs)
-    x, bias = torch.randn(shape).to(dtype), torch.randn(case.weight_shape[0]).to(dtype)
-    dense = replace(blocks, values=values).to_dense()
+    x, bias = (torch.randn(size).to(device, dtype) for size in (shape, case.weight_shape[:1]))
+    dense = replace(blocks, values=values, row_ptr=index[0], col_idx=index[1]).to_dense()
     if first is not None:
         x.view(-1)[0] = first
 
@@ -70,15 +70,15 @@ def run(case, dtype, *, residual=False, activation=None, first=None):
         y = F.linear(*operands) if isinstance(case, Linear) else F.conv2d(*operands, **case.geometry)
         return backend.ACTIVATIONS[activation](y + added.to(kind) if residual else y)
 
-    added = torch.zeros(())
-    added = torch.randn(torchs(torch.float32).shape).to(dtype)
+    added = torch.zeros((), device=device)
+    added = torch.randn(torchs(torch.float32).shape).to(device, dtype)
     fused = {"residual": added if residual else None, "activation": activation}
-    index = (values, blocks.row_ptr, blocks.col_idx, bias, case.weight_shape[0])
+    weight = (values, *index, bias, case.weight_shape[0])
     if isinstance(case, Linear):
-        return backend.linear(x, *index, **fused), torchs(torch.float64), torchs(dtype)
+        return backend.linear(x, *weight, **fused), torchs(torch.float64), torchs(dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     geometry = (case.kernel, case.stride, case.padding, case.dilation, case.groups)
-    return backend.conv2d(x, *index, *geometry, **fused), torchs(torch.float64), torchs(dtype)
+    return backend.conv2d(x, *weight, *geometry, **fused), torchs(torch.float64), torchs(dtype)
 
 
 def assert_as_exact_as_torch(got, exact, peer):
@@ -182,6 +182,5 @@ def test_gpu_every_case(case, monkeypatch):
     if cuda_driver.why_not():
         pytest.skip(cuda_driver.why_not())
     monkeypatch.setattr(backend, "uses_triton", lambda: False)
-    with torch.device("cuda"):
-        got, exact, peer = run(case, torch.float16)
-    assert_as_exact_as_torch(got, exact, peer)
+    for dtype in HALVES:
+        assert_as_exact_as_torch(*run(case, dtype, residual=True, activation="silu", device="cuda"))
