@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .backends import cuda
 from .blocks import BlockPattern, check_density
 from .nn import SPARSE_TYPES, BlockSparseLayer, SparseConv2d, SparseLinear
 
@@ -30,7 +31,9 @@ def sparsify(
 
     Layers that are block-sparse already stay as they are. A layer that the model holds under several names is replaced
     under all of them; a weight that two layers share cannot be (it would come apart), and is refused.
-    A grouped convolution whose groups are lower than a block (depthwise ones) stays dense unless ``include`` names it.
+    Unless ``include`` names them, layers that sparsity would make slower stay dense: a grouped convolution whose groups
+    are lower than a block (depthwise ones), and on a GPU, with blocks that its kernels take, a layer whose channels
+    they do not take (the three of an image, ten classes).
     """
     check_density("sparsekd.sparsify", density)
     if isinstance(model, (nn.Linear, nn.Conv2d)):
@@ -91,10 +94,16 @@ def _refuse_tied(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def _fits(layer: nn.Module, pattern: BlockPattern | None) -> bool:
-    if not isinstance(layer, nn.Conv2d) or layer.groups == 1:
-        return True
-    bh = (pattern or BlockPattern.for_device(layer.weight.device, layer.weight.dtype)).bh
-    return (layer.out_channels // layer.groups) % bh == 0
+    weight: Any = layer.weight
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    pattern = pattern or BlockPattern.for_device(weight.device, weight.dtype)
+    if groups > 1 and (weight.shape[0] // groups) % pattern.bh:
+        return False
+    return not _on_gpu(layer) or cuda.takes(weight.shape, pattern, groups)
+
+
+def _on_gpu(layer: nn.Module) -> bool:
+    return layer.weight.is_cuda  # type: ignore[union-attr, return-value]
 
 
 __all__ = ["BlockSparseLayer", "densify", "named_layers", "sparsify"]

@@ -1,5 +1,7 @@
 """sparsify and densify: in place, by module name."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -38,6 +40,16 @@ def test_sparsify_changes_the_model_in_place():
 def test_include_and_exclude_name_modules():
     net = sparsekd.sparsify(model(), include=["body.*", "head"], exclude=["head"])
     assert [name for name, kind in kinds(net).items() if kind is SparseConv2d] == ["body.0"]
+
+
+def test_on_a_gpu_layers_whose_channels_its_kernels_refuse_stay_dense(monkeypatch):
+    monkeypatch.setattr(sys.modules["sparsekd.convert"], "_on_gpu", lambda layer: True)
+    gpu = BlockPattern.for_device("cuda")
+    dense = {"stem": nn.Conv2d, "body.0": SparseConv2d, "depthwise": nn.Conv2d, "head": nn.Linear}
+    assert kinds(sparsekd.sparsify(model(), gpu)) == dense
+    assert kinds(sparsekd.sparsify(model(), gpu, include=["head"]))["head"] is SparseLinear
+    # Blocks for a CPU, in a model that trains on a GPU: there no layer is faster, and all are wanted.
+    assert kinds(sparsekd.sparsify(model(), BlockPattern(16, 1)))["stem"] is SparseConv2d
 
 
 def test_densify_is_the_inverse():

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..blocks import BlockSparse
+from ..blocks import BlockPattern, BlockSparse
 from ..ops.conv2d import (
     conv2d_grad_input_reference,
     conv2d_grad_values_reference,
@@ -120,6 +120,16 @@ def why_reference(blocks: BlockSparse, groups: int = 1) -> str | None:
     if why is None and not uses_triton():
         why = cuda_driver.why_not(blocks.values.dtype, blocks.values.device)
     return why
+
+
+def takes(shape: Sequence[int], pattern: BlockPattern, groups: int = 1) -> bool:
+    """Whether a layer ``[K, C / groups, ...]`` is worth these blocks: False where they suit the kernels, its channels
+    do not. (Blocks for other devices are the reference's in any layer.)"""
+    from sparsekd.kernels import _index, _tiles
+
+    whole = _index.Weight(pattern.bh, pattern.bw, pattern.bh, pattern.bw)
+    layer = _index.Weight(shape[0], shape[1], pattern.bh, pattern.bw, groups=groups)
+    return _tiles.why_not(whole) is not None or _tiles.why_not(layer) is None
 
 
 def refusal(values: Tensor, weight: Any) -> str | None:
