@@ -34,7 +34,8 @@ def predict(layer: common.Layer, batch: int, density: float, kind: str, directio
     problem = _plan.Problem(direction, "bfloat16", "half", batch, (image, image), weight, density)
     values = torch.empty(0, pattern.bh, pattern.bw, dtype=torch.bfloat16)
     tile, ours = min(cuda.tiles(problem, known, values), key=lambda pair: pair[1])
-    device = _cost.DEVICES["NVIDIA H200"]
+    device, table = _cost.DEVICES["NVIDIA H200"], known.table(direction, tile)
+    depth = tile.bm if direction == "grad_values" else table.slot
     dense = _cost.dense_seconds(_cost.dense_flops(problem), _cost.moved_bytes(problem), "half", device)
     return {
         "layer": layer.id,
@@ -47,8 +48,8 @@ def predict(layer: common.Layer, batch: int, density: float, kind: str, directio
         "predicted_speedup": round(dense / ours, 2),
         "tile": str(tile),
         "parts": tile.splits,
-        "fill": round(known.table(direction, tile).fill, 3),
-        "tile_cap": round(_cost.cap(direction, tile, device), 3),
+        "fill": round(table.fill, 3),
+        "tile_cap": round(_cost.cap(direction, tile, device, depth), 3),
     }
 
 
@@ -65,7 +66,10 @@ def main() -> None:
         for direction in common.DIRECTIONS
     )
     rows = [predict(*case) for case in cases]
-    assumed = {name: getattr(_cost, name) for name in ("DENSE_SHARE", "KERNEL_SHARE", "BYTES_SHARE", "LAUNCH")}
+    assumed = {
+        name: getattr(_cost, name)
+        for name in ("DENSE_SHARE", "KERNEL_SHARE", "BYTES_SHARE", "LAUNCH", "TRIP_INSTRUCTIONS")
+    }
     device = _cost.DEVICES["NVIDIA H200"]._asdict()
     with open(options.out, "w") as file:
         json.dump({"kind": "prediction", "device": device, "assumed": assumed, "rows": rows}, file, indent=1)

@@ -2,8 +2,8 @@
 
 Model of one Hopper processor and clock, per 16 reduced channels of a ``left x right`` tile: the tensor cores need
 ``left * right / 128`` cycles (4096 FLOP a clock in 16-bit types); shared memory, 128 bytes a clock, is read ``left /
-64`` times (64 rows of the left, and all of the right) and written once. The slower of the two counts. L2 feeds all
-processors together. Nothing here was fitted to a measurement of these kernels.
+64`` times (64 rows of the left, and all of the right) and written once; four schedulers issue what a trip of the loop
+holds. The slowest counts. L2 feeds all processors together. Nothing here was fitted to a measurement of these kernels.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ DEVICES = {
     "NVIDIA A100-SXM4-80GB": Device("NVIDIA A100-SXM4-80GB", 108, 312e12, 2.0e12, 5e12, 166912, 80),
 }
 DENSE_SHARE = 0.65  # of the peak that dense convolution libraries are taken to reach
-KERNEL_SHARE = 0.8  # of its own cap that a tile is taken to reach: prologue, epilogue, address arithmetic
+KERNEL_SHARE = 0.8  # of its own cap that a tile is taken to reach: prologue, epilogue, waiting
+# Instructions of a warp in one trip of the loop, and for each 16 bytes that a thread copies in it: read off the sm_90
+# code of seven 16-bit tiles, 123 to 203 a trip of a gather, 314 to 397 of the products.
+TRIP_INSTRUCTIONS = {"forward": (89, 8.6), "grad_input": (80, 8.6), "grad_values": (163, 19.5)}
 BYTES_SHARE = 0.85  # of the memory bandwidth
 LAUNCH = 4e-6  # seconds from one kernel to the next
 FAMILY_RATE = {"half": 1.0, "tf32": 0.5, "ieee": 67 / 989}  # of the 16-bit peak
@@ -46,11 +49,13 @@ NO_GROUPS = 1 << 20
 
 
 class Work(NamedTuple):
-    """One call: programs, multiplications and additions of all of them (zeros included), bytes that must move."""
+    """One call: programs, multiplications and additions of all of them (zeros included), bytes that must move, and the
+    reduced channels of a trip."""
 
     programs: int
     flops: float
     bytes: float
+    depth: int
 
 
 def sums(direction: str, tile: Tile) -> tuple[int, int, int]:
@@ -60,14 +65,21 @@ def sums(direction: str, tile: Tile) -> tuple[int, int, int]:
     return (tile.bn, tile.bm, tile.bk) if tile.swapped else (tile.bm, tile.bn, tile.bk)
 
 
-def cap(direction: str, tile: Tile, device: Device) -> float:
-    """The share of the tensor-core peak that shared memory and L2 let a tile reach."""
-    left, right, _ = sums(direction, tile)
+def cap(direction: str, tile: Tile, device: Device, depth: int | None = None) -> float:
+    """The share of the tensor-core peak that shared memory, L2 and the schedulers let a tile of 16-bit operands reach.
+
+    depth: reduced channels of a trip, where the blocks are narrower than the tile allows.
+    """
+    left, right, deepest = sums(direction, tile)
+    trip = depth or deepest
     lefts = -(-left // 64)  # a wgmma takes 64 rows on the left, also where there are fewer
     compute = lefts * right / 2
     shared = lefts * (16 + right / 4) + (left + right) / 4
     l2 = left * right / (left + right) * device.l2_bytes_per_second / device.flops
-    return min(left * right / 128 / max(compute, shared), l2)
+    base, each = TRIP_INSTRUCTIONS[direction]
+    copies = (left + right) * trip * 2 / 16 / (32 * tile.warps)
+    issue = (base + each * copies) * tile.warps / 4 / (trip / 16)
+    return min(left * right / 128 / max(compute, shared, issue), l2)
 
 
 def shared_bytes(direction: str, tile: Tile, element_bytes: int) -> int:
@@ -78,7 +90,7 @@ def shared_bytes(direction: str, tile: Tile, element_bytes: int) -> int:
 
 def seconds(problem: Problem, work: Work, tile: Tile, device: Device) -> float:
     """Predicted seconds of one call of our kernel."""
-    rate = device.flops * FAMILY_RATE[problem.family] * cap(problem.direction, tile, device) * KERNEL_SHARE
+    rate = device.flops * FAMILY_RATE[problem.family] * cap(problem.direction, tile, device, work.depth) * KERNEL_SHARE
     idle = 1 / _filled(max(work.programs * tile.splits, 1), device.processors)
     moved = work.bytes / (device.bytes_per_second * BYTES_SHARE)
     return max(work.flops / rate * idle, moved) + LAUNCH * (2 if tile.splits > 1 else 1)
@@ -133,5 +145,5 @@ def arrange(problem: Problem, tile: Tile, table: StepTable, device: Device) -> t
         splits = max(filled, key=lambda parts: (filled[parts], -parts), default=1)
     # With few tiles the longest must start first; with many, those that share pixels belong together.
     group = NO_GROUPS if programs < 4 * device.processors else tile.group
-    work = Work(programs, 2.0 * left * right * depth * trips, moved_bytes(problem))
+    work = Work(programs, 2.0 * left * right * depth * trips, moved_bytes(problem), depth)
     return tile._replace(splits=splits, group=group), work

@@ -302,6 +302,18 @@ def test_the_model_prefers_wide_tiles_and_cuts_few_tiles_into_parts():
     assert small.splits > 1 and small.group == _cost.NO_GROUPS
 
 
+def test_the_model_counts_what_the_schedulers_issue():
+    """Blocks of 16 channels make four trips of one of 64: narrow tiles then issue more than they multiply."""
+    h200, wide, narrow = _cost.DEVICES["NVIDIA H200"], _tiles.GATHER_HALF[0], _tiles.GATHER_HALF[5]
+    assert _cost.cap("forward", narrow, h200, 16) < 0.6 * _cost.cap("forward", narrow, h200, 64)
+    assert _cost.cap("forward", wide, h200, 16) == _cost.cap("forward", wide, h200)  # L2 is what bounds it
+    problem, mask, _ = conv_problem(0.25, block=16)
+    tile, work = _cost.arrange(problem, narrow, mask.table("forward", narrow), h200)
+    assert work.depth == 16 and _cost.seconds(problem, work, tile, h200) > _cost.seconds(
+        problem, work._replace(depth=64), tile, h200
+    )
+
+
 def test_an_older_device_gets_no_tile_that_does_not_fit_it():
     (problem, mask, values), a100 = conv_problem(0.25), _cost.DEVICES["NVIDIA A100-SXM4-80GB"]
     with mock.patch.object(backend, "_device", lambda device: a100):
