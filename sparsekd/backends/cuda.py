@@ -33,7 +33,7 @@ from ..ops.conv2d import (
     output_size,
 )
 from ..ops.linear import linear_grad_input_reference, linear_grad_values_reference, linear_reference
-from . import cuda_driver
+from . import cuda_attention, cuda_driver
 
 MASKS_KEPT = 1024
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
@@ -46,6 +46,8 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
 
 def describe(op: str) -> str:
     """What runs ``op`` on CUDA devices, and why."""
+    if op in cuda_attention.OPS:
+        return cuda_attention.describe(op)
     if not uses_triton():
         why = "SPARSEKD_CUDA=native" if find_spec("triton") else "triton is not importable; pip install sparsekd[gpu]"
         missing = cuda_driver.why_not() if op in ("linear", "conv2d") else "CUDA C++ has the forward pass alone"
@@ -71,6 +73,7 @@ def register() -> None:
     """Make these functions what ``torch.ops.sparsekd.*`` runs on CUDA tensors."""
     for op in (linear, linear_grad_input, linear_grad_values, conv2d, conv2d_grad_input, conv2d_grad_values):
         torch.library.impl(f"sparsekd::{op.__name__}", "cuda", op)
+    cuda_attention.register()
 
 
 def prewarm(model: torch.nn.Module, *inputs: Tensor, backward: bool = True) -> dict[str, Any]:
