@@ -139,7 +139,7 @@ def steps(case, dtype):
 )
 def test_a_second_run_asks_the_host_nothing(case, choice, monkeypatch):
     monkeypatch.setattr(_plan.Plan, "choose", lambda self, problem, guess: choice)
-    monkeypatch.setattr(backend, "_allows_tf32", lambda conv: False)
+    monkeypatch.setattr(backend, "allows_tf32", lambda conv: False)
     backend._masks.clear()
     # Interpreted kernels read their operands on the host; launches themselves are what Triton's launcher does.
     for module in (_gather_gemm, _block_products) if DEVICE == "cpu" else ():

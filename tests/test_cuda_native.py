@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -136,6 +137,44 @@ def test_without_a_driver_a_launch_says_so(monkeypatch):
     assert re.search("was not built|no CUDA driver", cuda_driver.why_not())
     with pytest.raises(RuntimeError, match=r"gather_gemm cannot run: no CUDA driver"):
         cuda_driver.launch("gather_gemm", cuda_driver.Arguments(), 1, 1, 0, torch.device("cpu"))
+
+
+def test_a_launch_sets_the_context_and_says_what_the_driver_says(monkeypatch):
+    """The boundary to the driver: order of the calls, the grid, and its refusals by their text."""
+    called = []
+
+    class Driver:
+        def __getattr__(self, name):
+            def call(*arguments):
+                called.append((name, *arguments))
+                return refused.get(name, 0)
+
+            return call
+
+        def cuGetErrorString(self, code, text):
+            text._obj.value = b"out of shared memory"
+
+    refused = {}
+    monkeypatch.setattr(cuda_driver, "_driver", lambda: (Driver(), None))
+    monkeypatch.setattr(cuda_driver, "_fatbin", lambda: SOURCES / "gather_gemm.cu")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mock.Mock(cuda_stream=77))
+    for cached in (cuda_driver._context, cuda_driver._module, cuda_driver._function):
+        cached.cache_clear()
+    for _ in range(2):
+        cuda_driver.launch("kernel", cuda_driver.Arguments(), 5, 128, 65536, torch.device("cpu"))
+    names = [name for name, *_ in called]
+    assert names == [
+        *("cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent", "cuModuleLoadData", "cuModuleGetFunction"),
+        *("cuFuncSetAttribute", "cuLaunchKernel", "cuCtxSetCurrent", "cuLaunchKernel"),
+    ]
+    launched = called[-1]
+    assert launched[2:9] == (5, 1, 1, 128, 1, 1, 65536) and launched[9].value == 77 and called[0][2] == 3
+    refused["cuLaunchKernel"] = 1
+    with pytest.raises(RuntimeError, match=r"kernel: the CUDA driver says out of shared memory \(1\)"):
+        cuda_driver.launch("kernel", cuda_driver.Arguments(), 5, 128, 65536, torch.device("cpu"))
+    for cached in (cuda_driver._context, cuda_driver._module, cuda_driver._function):
+        cached.cache_clear()
 
 
 def test_a_wrong_choice_of_kernels_is_refused(monkeypatch):

@@ -66,6 +66,7 @@ def captured(monkeypatch, tmp_path):
     if not GPU:
         monkeypatch.setattr(freezing, "_on_gpu", lambda inputs: True)
     monkeypatch.setattr(_plan, "gpu_medians", falling_times)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     yield shapes
     backend._plan_of.cache_clear()
 
@@ -126,6 +127,14 @@ def test_what_cannot_be_asked_of_a_gpu_is_refused(captured, tmp_path):
         frozen.save(tmp_path / "net.frozen")
     with pytest.raises(TypeError, match="on the device it was frozen on"):
         frozen(x.to("meta"))
+
+
+def test_outputs_may_differ_as_tf32_does_where_torch_takes_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for allowed, tolerance in ((True, on_cuda.TF32_TOLERANCE), (False, None)):
+        monkeypatch.setattr(backend, "allows_tf32", lambda conv, allowed=allowed: allowed)
+        assert on_cuda.tolerance_of({"y": torch.zeros(2)}) == tolerance
+        assert on_cuda.tolerance_of(torch.zeros(2, dtype=torch.bfloat16)) is None
 
 
 def test_inputs_elsewhere_than_the_model_are_refused():

@@ -118,7 +118,7 @@ def assert_as_exact_as_torch(case, dtype, *, bias=True, close=1e-4):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CONV_CASES, **by_id)
 def test_conv2d_forward_and_gradients(case, dtype, monkeypatch):
-    monkeypatch.setattr(backend, "_allows_tf32", lambda conv: False)
+    monkeypatch.setattr(backend, "allows_tf32", lambda conv: False)
     choose(monkeypatch, TRITON)
     assert_as_exact_as_torch(case, dtype, bias=case.id != "3x3")
 
@@ -135,7 +135,7 @@ BLOCKS = [(16, 32), (32, 16), (48, 16), (16, 48), (64, 64), (128, 32)]
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block[0]}x{block[1]}")
 def test_blocks_lower_and_higher_than_a_tile(block, monkeypatch):
-    monkeypatch.setattr(backend, "_allows_tf32", lambda conv: False)
+    monkeypatch.setattr(backend, "allows_tf32", lambda conv: False)
     choose(monkeypatch, TRITON)
     case = Conv("block", n=1, c=48, k=144, image=(3, 4), pattern=BlockPattern(*block), density=0.3)
     assert_as_exact_as_torch(case, torch.float32)
@@ -175,7 +175,7 @@ def test_every_tile(direction, family, tile):
 def test_parts_and_orders_change_nothing_but_rounding(splits, group, monkeypatch):
     """Walks cut into parts (more parts than steps, too), any order of tiles, two runs bit-equal."""
     case = Conv("parts", n=2, c=32, k=48, image=(5, 4), pattern=BlockPattern(16, 16), density=0.15)
-    monkeypatch.setattr(backend, "_allows_tf32", lambda conv: False)
+    monkeypatch.setattr(backend, "allows_tf32", lambda conv: False)
     choose(monkeypatch, _plan.Choice("triton", _tiles.Tile(16, 16, 16, 4, 2, splits=splits, group=group)))
     assert_as_exact_as_torch(case, torch.float32)
     x, values, blocks = operands(case, torch.float32)
@@ -253,7 +253,7 @@ PATHS = [_plan.DENSE, _plan.COMPACT, TRITON]
 @pytest.mark.parametrize("choice", PATHS, ids=str)
 @pytest.mark.parametrize("stride", [(1, 1), (2, 1)])
 def test_every_path_computes_the_same_conv2d(choice, stride, monkeypatch):
-    monkeypatch.setattr(backend, "_allows_tf32", lambda conv: False)
+    monkeypatch.setattr(backend, "allows_tf32", lambda conv: False)
     choose(monkeypatch, choice)
     case = Conv("path", c=48, k=64, stride=stride, image=(5, 6), pattern=BlockPattern(16, 16), density=0.1)
     assert_as_exact_as_torch(case, torch.float32)
@@ -268,7 +268,7 @@ def test_every_path_computes_the_same_linear(choice, monkeypatch):
 
 @pytest.mark.parametrize("case", [Conv("groups", groups=2, c=32), Conv("ragged", c=24, k=40)], **by_id)
 def test_the_dense_path_takes_groups_and_ragged_blocks(case, monkeypatch):
-    monkeypatch.setattr(backend, "_allows_tf32", lambda conv: False)
+    monkeypatch.setattr(backend, "allows_tf32", lambda conv: False)
     choose(monkeypatch, _plan.DENSE)
     assert_as_exact_as_torch(replace(case, pattern=BlockPattern(16, 16)), torch.float32)
 

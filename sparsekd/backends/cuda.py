@@ -604,12 +604,12 @@ def _weight(
 def _family(x: Tensor, conv: bool) -> str:
     from sparsekd.kernels import _tiles
 
-    family = _tiles.family(str(x.dtype).removeprefix("torch."), x.dtype == torch.float32 and _allows_tf32(conv))
+    family = _tiles.family(str(x.dtype).removeprefix("torch."), x.dtype == torch.float32 and allows_tf32(conv))
     assert family is not None  # refusal() said so
     return family
 
 
-def _allows_tf32(conv: bool) -> bool:
+def allows_tf32(conv: bool) -> bool:
     """torch's own switch: on for convolutions and off for products unless the user says otherwise."""
     backend: Any = torch.backends.cudnn.conv if hasattr(torch.backends.cudnn, "conv") else None
     if backend is not None and hasattr(backend, "fp32_precision"):

@@ -113,7 +113,9 @@ def launch(
         raise RuntimeError(f"sparsekd: {name} cannot run: {reason}")
     pointers = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.pointer(arguments), ctypes.c_void_p))
     stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-    function = _function(name, shared_bytes, torch.cuda.current_device())
+    index = torch.cuda.current_device()
+    _check(name, driver.cuCtxSetCurrent(_context(index)))  # a thread that is new to CUDA has none yet
+    function = _function(name, shared_bytes, index)
     _check(name, driver.cuLaunchKernel(function, programs, 1, 1, threads, 1, 1, shared_bytes, stream, pointers, None))
 
 
@@ -131,6 +133,15 @@ def _driver() -> tuple[Any, str | None]:
         return ctypes.CDLL("libcuda.so.1"), None
     except OSError as error:
         return None, f"no CUDA driver ({error})"
+
+
+@lru_cache(maxsize=16)
+def _context(index: int) -> ctypes.c_void_p:
+    """The primary context of a device: the one torch uses."""
+    driver, device, context = _driver()[0], ctypes.c_int(), ctypes.c_void_p()
+    _check("cuDeviceGet", driver.cuDeviceGet(ctypes.byref(device), index))
+    _check("cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
+    return context
 
 
 @lru_cache(maxsize=16)

@@ -34,7 +34,7 @@ from .. import checkpoint
 from ..backends import cpu
 from ..blocks import BlockPattern, BlockSparse
 from ..nn import SPARSE_TYPES
-from .cuda import FrozenCudaModel, freeze_on_gpu
+from .cuda import FrozenCudaModel, freeze_on_gpu, tolerance_of
 from .layer import FORMATS, FrozenLayer
 from .measure import Options, choose_all, geometry_of, time_networks, why_dense
 from .network import FrozenModel, assemble, check_no_nan, check_outputs, deviation, runner
@@ -89,6 +89,7 @@ def freeze(
     with torch.no_grad(), _torch_threads(threads):
         expected = model(*clone(inputs))
         check_no_nan(expected)
+        tolerance = tolerance_of(expected) if on_gpu and tolerance is None else tolerance
         traced, note = _trace_that_agrees(model, inputs, expected, tolerance)
         sites = find_eager_sites(model, inputs) if traced is None else find_sites(traced, inputs)
         source: nn.Module = model if traced is None else traced

@@ -22,6 +22,7 @@ from .plan import Geometry, LayerPlan, Plan
 from .sites import Site, clone
 
 Call = Callable[..., Any]
+TF32_TOLERANCE = 1e-2  # 10 bits of mantissa, as float16, in every layer
 
 
 class CudaLayer(FrozenLayer):
@@ -100,6 +101,13 @@ class FrozenCudaModel(FrozenModel):
             "sparsekd.FrozenModel.save: choices and graphs of a GPU are not kept in files; save the model "
             "(sparsekd.checkpoint) and freeze it again, the plan file has the timings"
         )
+
+
+def tolerance_of(expected: Any) -> float | None:
+    """What outputs may differ by where the user says nothing: None, or TF32's where torch lets products take it."""
+    single = any(isinstance(y, Tensor) and y.dtype == torch.float32 for y in pytree.tree_leaves(expected))
+    tf32 = torch.cuda.is_available() and (backend.allows_tf32(conv=True) or backend.allows_tf32(conv=False))
+    return TF32_TOLERANCE if single and tf32 else None
 
 
 def freeze_on_gpu(
