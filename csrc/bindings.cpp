@@ -79,14 +79,18 @@ Conv2dShape make_shape(int64_t n, int64_t c, int64_t h, int64_t w, int64_t k, in
 // second. Bursts of some 30 microseconds, so that other processes' time slices do not count.
 double peak_gflops(int threads, double seconds, const std::string& dtype) {
   using Clock = std::chrono::steady_clock;
-  if (dtype != "float32" && dtype != "bfloat16")
-    throw py::value_error("sparsekd._C.peak_gflops: dtype must be float32 or bfloat16, got '" + dtype + "'");
+  const sparsekd::KernelTable& table = sparsekd::kernels();
+  const auto burst = dtype == "float32"    ? table.fma_burst
+                     : dtype == "bfloat16" ? table.bf16.burst
+                     : dtype == "int8"     ? table.int8.burst
+                                           : nullptr;
+  if (burst == nullptr)
+    throw py::value_error("sparsekd._C.peak_gflops: dtype must be float32, bfloat16 or int8, got '" + dtype + "'");
   struct Work {
     double seconds;
     double (*burst)(int64_t, float*);
     std::vector<double> best;
-  } work{seconds, dtype == "float32" ? sparsekd::kernels().fma_burst : sparsekd::kernels().bf16.burst,
-         std::vector<double>(static_cast<size_t>(threads))};
+  } work{seconds, burst, std::vector<double>(static_cast<size_t>(threads))};
   sparsekd::parallel_for(
       threads, threads,
       [](void* context, int64_t item) {
@@ -118,7 +122,8 @@ void bind_machine(py::module_& m) {
   m.def("cpu_name", &sparsekd::cpu_name);
   m.def("peak_gflops", &peak_gflops, "threads"_a, "seconds"_a = 0.05, "dtype"_a = "float32",
         py::call_guard<py::gil_scoped_release>(),
-        "Measured multiply-add peak of the kernels for `dtype` (float32 or bfloat16) in the instruction set in use.");
+        "Measured multiply-add peak of the kernels for `dtype` (float32, bfloat16 or int8) in the instruction set in "
+        "use.");
 }
 
 template <class T>
@@ -156,6 +161,89 @@ void def_packed_conv2d(py::module_& m, const char* name) {
             self.run(geometry, {in<T>(x), x_channels_last}, in<T>(residual), {out<T>(y), y_channels_last}, threads);
           },
           "x"_a, "x_channels_last"_a, "residual"_a, "y"_a, "y_channels_last"_a, "threads"_a, "n"_a = -1);
+}
+
+using sparsekd::ByteScale;
+using sparsekd::PackedConv2dInt8;
+
+std::unique_ptr<PackedConv2dInt8> make_int8(const Conv2dShape& shape, Address values, Address scale, Address row_ptr,
+                                            Address col_idx, int64_t nnzb, Address bias, int activation, float x_scale,
+                                            int x_zero, float y_scale, int y_zero) {
+  const ByteScale y{y_scale, y_zero};
+  return std::make_unique<PackedConv2dInt8>(shape, in<int8_t>(values), in<float>(scale), blocks(row_ptr, col_idx, nnzb),
+                                            in<float>(bias), to_activation(activation), ByteScale{x_scale, x_zero},
+                                            y_scale > 0 ? &y : nullptr);
+}
+
+void refuse_residual(const PackedConv2dInt8& layer, Address residual) {
+  if (residual != 0 && layer.bytes_out())
+    throw py::value_error(
+        "sparsekd._C: an int8 layer with u8 output takes no residual; leave y_scale at 0 for float output");
+}
+
+void bind_int8(py::module_& m) {
+  m.def(
+      "quantize_u8",
+      [](Address x, int64_t count, float scale, int zero, Address y, int threads) {
+        py::gil_scoped_release release;
+        struct Work {
+          const float* x;
+          int64_t count;
+          float inverse;
+          int zero;
+          uint8_t* y;
+        } work{in<float>(x), count, 1.0f / scale, zero, out<uint8_t>(y)};
+        static constexpr int64_t kPiece = 16384;
+        sparsekd::parallel_for(
+            threads, (count + kPiece - 1) / kPiece,
+            [](void* context, int64_t item) {
+              const Work& work = *static_cast<Work*>(context);
+              const int64_t begin = item * kPiece, n = std::min(kPiece, work.count - begin);
+              sparsekd::kernels().quantize(work.x + begin, n, work.inverse, work.zero, work.y + begin);
+            },
+            &work);
+      },
+      "x"_a, "count"_a, "scale"_a, "zero"_a, "y"_a, "threads"_a);
+  py::class_<PackedConv2dInt8>(m, "PackedConv2dInt8")
+      .def(py::init(&make_int8), "shape"_a, "values"_a, "scale"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "bias"_a,
+           "activation"_a, "x_scale"_a, "x_zero"_a, "y_scale"_a = 0.0f, "y_zero"_a = 0)
+      .def(
+          "run",
+          [](const PackedConv2dInt8& self, Address x, bool x_channels_last, Address residual, Address y,
+             bool y_channels_last, int threads, int64_t n) {
+            refuse_residual(self, residual);
+            Conv2dGeometry geometry = self.shape().geometry;
+            if (n >= 0) geometry.n = n;
+            py::gil_scoped_release release;
+            self.run(geometry, {in<uint8_t>(x), x_channels_last}, in<float>(residual), {out<void>(y), y_channels_last},
+                     threads);
+          },
+          "x"_a, "x_channels_last"_a, "residual"_a, "y"_a, "y_channels_last"_a, "threads"_a, "n"_a = -1);
+  struct PackedLinearInt8 : PackedConv2dInt8 {
+    using PackedConv2dInt8::PackedConv2dInt8;
+  };
+  py::class_<PackedLinearInt8>(m, "PackedLinearInt8")
+      .def(py::init([](int64_t in_features, int64_t out_features, int64_t bh, int64_t bw, Address values, Address scale,
+                       Address row_ptr, Address col_idx, int64_t nnzb, Address bias, int activation, float x_scale,
+                       int x_zero, float y_scale, int y_zero) {
+             const ByteScale y{y_scale, y_zero};
+             return std::make_unique<PackedLinearInt8>(
+                 sparsekd::linear_shape(1, in_features, out_features, bh, bw), in<int8_t>(values), in<float>(scale),
+                 blocks(row_ptr, col_idx, nnzb), in<float>(bias), to_activation(activation), ByteScale{x_scale, x_zero},
+                 y_scale > 0 ? &y : nullptr);
+           }),
+           "in_features"_a, "out_features"_a, "bh"_a, "bw"_a, "values"_a, "scale"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a,
+           "bias"_a, "activation"_a, "x_scale"_a, "x_zero"_a, "y_scale"_a = 0.0f, "y_zero"_a = 0)
+      .def(
+          "run",
+          [](const PackedLinearInt8& self, Address x, int64_t batch, Address residual, Address y, int threads) {
+            refuse_residual(self, residual);
+            Conv2dGeometry geometry = self.shape().geometry;
+            geometry.w = geometry.q = batch;
+            py::gil_scoped_release release;
+            self.run(geometry, {in<uint8_t>(x), true}, in<float>(residual), {out<void>(y), true}, threads);
+          },
+          "x"_a, "batch"_a, "residual"_a, "y"_a, "threads"_a);
 }
 
 void bind_conv2d(py::module_& m) {
@@ -358,5 +446,6 @@ PYBIND11_MODULE(_C, m) {
   bind_machine(m);
   bind_conv2d(m);
   bind_linear(m);
+  bind_int8(m);
   bind_attention(m);
 }

@@ -61,8 +61,18 @@ void conv2d(const Conv2dShape& shape, Tensor4d<const T> x, const T* values, cons
   const BlockWeight weight = block_weight(shape, blocks, kernel.depth);
   StripSet& strips = call_strips(weight);
   const float* weights = strip_weights(strips, weight, values);
-  kernel.run({shape.geometry, strips.strips(), weights, x.data, x.channels_last, epilogue.bias, epilogue.residual,
-              y.data, y.channels_last, epilogue.activation, threads});
+  kernel.run({shape.geometry,
+              strips.strips(),
+              weights,
+              x.data,
+              x.channels_last,
+              epilogue.bias,
+              epilogue.residual,
+              y.data,
+              y.channels_last,
+              epilogue.activation,
+              threads,
+              {}});
 }
 
 template void conv2d(const Conv2dShape&, Tensor4d<const float>, const float*, const Blocks&, const Epilogue<float>&,
@@ -110,11 +120,82 @@ PackedConv2d<T>::PackedConv2d(const Conv2dShape& shape, const T* values, const B
 template <class T>
 void PackedConv2d<T>::run(const Conv2dGeometry& geometry, Tensor4d<const T> x, const T* residual, Tensor4d<T> y,
                           int threads) const {
-  kernel_.run({geometry, strips_.strips(), weights_.data(), x.data, x.channels_last,
-               bias_.empty() ? nullptr : bias_.data(), residual, y.data, y.channels_last, activation_, threads});
+  kernel_.run({geometry,
+               strips_.strips(),
+               weights_.data(),
+               x.data,
+               x.channels_last,
+               bias_.empty() ? nullptr : bias_.data(),
+               residual,
+               y.data,
+               y.channels_last,
+               activation_,
+               threads,
+               {}});
 }
 
 template class PackedConv2d<float>;
 template class PackedConv2d<Bfloat16>;
+
+PackedConv2dInt8::PackedConv2dInt8(const Conv2dShape& shape, const int8_t* values, const float* scale,
+                                   const Blocks& blocks, const float* bias, Activation activation, ByteScale x,
+                                   const ByteScale* y)
+    : shape_(shape),
+      activation_(activation),
+      bytes_out_(y != nullptr),
+      x_(x),
+      y_(y != nullptr ? *y : ByteScale{1.0f, 0}),
+      kernels_(kernels().int8) {
+  const Conv2dGeometry& g = shape.geometry;
+  row_ptr_.assign(blocks.row_ptr, blocks.row_ptr + (g.k + shape.bh - 1) / shape.bh + 1);
+  col_idx_.assign(blocks.col_idx, blocks.col_idx + blocks.nnzb);
+  if (bias != nullptr) bias_.assign(bias, bias + g.k);
+  for (int64_t k = 0; k < g.k; ++k) scale_.push_back(scale[k] * x.scale);
+  const BlockWeight weight = block_weight(shape, {row_ptr_.data(), col_idx_.data(), blocks.nnzb}, kernels_.depth);
+  strips_.build(weight);
+  weights_.resize(static_cast<size_t>(strips_.strips().num_weights));
+  start_.assign(static_cast<size_t>(g.k), 0);
+  if (kernels_.depth == 2) {
+    strips_.pack(weight, values, reinterpret_cast<int16_t*>(weights_.data()));
+    return;
+  }
+  // The kernel multiplies x_u8 rather than x_u8 - zero, padding included.
+  int8_t* words = reinterpret_cast<int8_t*>(weights_.data());
+  strips_.pack(weight, values, words);
+  const Strips& strips = strips_.strips();
+  for (int32_t s = 0; s < strips.count; ++s) {
+    const Strip& strip = strips.strip[s];
+    for (int32_t lane = 0; lane < strip.lanes; ++lane) {
+      int32_t& start = start_[static_cast<size_t>(strip.rows ? strip.rows[lane] : strip.row + lane)];
+      for (int32_t j = 0; j < strip.count; ++j)
+        for (int i = 0; i < 4; ++i) start -= x.zero * words[(strip.weights + j * strips.weight_stride + lane) * 4 + i];
+    }
+  }
+}
+
+template <class Y>
+void PackedConv2dInt8::run_as(void (*kernel)(const Conv2dForward<uint8_t, Y>&), const Conv2dGeometry& geometry,
+                              Tensor4d<const uint8_t> x, const Y* residual, Tensor4d<void> y, int threads) const {
+  kernel({geometry,
+          strips_.strips(),
+          weights_.data(),
+          x.data,
+          x.channels_last,
+          bias_.empty() ? nullptr : bias_.data(),
+          residual,
+          static_cast<Y*>(y.data),
+          y.channels_last,
+          activation_,
+          threads,
+          {scale_.data(), start_.data(), x_.zero, 1.0f / y_.scale, y_.zero}});
+}
+
+void PackedConv2dInt8::run(const Conv2dGeometry& geometry, Tensor4d<const uint8_t> x, const float* residual,
+                           Tensor4d<void> y, int threads) const {
+  if (bytes_out_)
+    run_as<uint8_t>(kernels_.conv2d_byte, geometry, x, nullptr, y, threads);
+  else
+    run_as<float>(kernels_.conv2d_float, geometry, x, residual, y, threads);
+}
 
 }  // namespace sparsekd

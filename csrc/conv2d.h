@@ -75,4 +75,40 @@ class PackedConv2d {
   Conv2dKernel<T> kernel_;
 };
 
+// How the bytes of an int8 layer stand for real numbers: (u8 - zero) * scale.
+struct ByteScale {
+  float scale;
+  int zero;
+};
+
+// A layer whose weights are int8 values [nnzb, bh, bw], row k times scale[k], and whose input is u8. The output is
+// float, or u8 when `y` is given. It stays with the instruction set in use when it was packed; sums are exact integers.
+class PackedConv2dInt8 {
+ public:
+  PackedConv2dInt8(const Conv2dShape& shape, const int8_t* values, const float* scale, const Blocks& blocks,
+                   const float* bias, Activation activation, ByteScale x, const ByteScale* y);
+  PackedConv2dInt8(const PackedConv2dInt8&) = delete;
+  PackedConv2dInt8& operator=(const PackedConv2dInt8&) = delete;
+
+  const Conv2dShape& shape() const { return shape_; }
+  bool bytes_out() const { return bytes_out_; }
+  // y: float, or u8 and no residual.
+  void run(const Conv2dGeometry& geometry, Tensor4d<const uint8_t> x, const float* residual, Tensor4d<void> y,
+           int threads) const;
+
+ private:
+  template <class Y>
+  void run_as(void (*kernel)(const Conv2dForward<uint8_t, Y>&), const Conv2dGeometry& geometry,
+              Tensor4d<const uint8_t> x, const Y* residual, Tensor4d<void> y, int threads) const;
+
+  Conv2dShape shape_;
+  Activation activation_;
+  bool bytes_out_;
+  ByteScale x_, y_;
+  std::vector<int32_t> row_ptr_, col_idx_, start_;
+  std::vector<float> bias_, scale_, weights_;
+  StripSet strips_;
+  Int8Kernels kernels_;
+};
+
 }  // namespace sparsekd

@@ -11,11 +11,13 @@ using sparsekd::Conv2dForward;
 
 constexpr int kTileRowsMax = 8;  // base pointers that still fit in general registers
 
-// What the loops do with a word of weights and a word of input. T is the type of x, residual and y.
-template <class T_>
+// What the loops do with a word of weights and a word of input. X is the type of x, Y of residual and y.
+template <class T>
 struct FloatWords {
-  using T = T_;
+  using X = T;
+  using Y = T;
   static constexpr int kDepth = 1;
+  static constexpr bool kInteger = false;
   static Vec16 madd(Vec16 weight, Vec16 x, Vec16 sum) { return Vec16::fma(weight, x, sum); }
   // The same with one word of input for all lanes.
   static Vec16 madd(Vec16 weight, const float* x, Vec16 sum) { return madd(weight, Vec16::broadcast(x), sum); }
@@ -25,43 +27,74 @@ struct FloatWords {
 template <class Words>
 struct ForwardTile {
   const float* input[kTileRowsMax];                 // packed input of the first pixel of every image row
-  typename Words::T* output[kTileRowsMax];          // its output, when written directly
-  const typename Words::T* residual[kTileRowsMax];  // or null
+  typename Words::Y* output[kTileRowsMax];          // its output, when written directly
+  const typename Words::Y* residual[kTileRowsMax];  // or null
   const int32_t* offsets;                           // [count]
   const float* weights;                             // [count][16], weight_stride apart
   int64_t weight_stride;
   int64_t count;
-  const float* bias;      // [16]
+  const float* start;  // [16] words that sums start from
+  const float* scale;  // [16] and bias [16] make floats of integers
+  const float* bias;
   int64_t output_stride;  // floats from one pixel to the next
   float* buffer;          // [A * B][16], written when not null, instead of the output
   Bounds bounds;
 };
 
-// Hands finished accumulators over: to the buffer, or with residual and activation to the output.
+// Integers in the lanes of a Vec16.
+inline Vec16 add_integers(Vec16 a, Vec16 b) {
+  int32_t x[16], y[16];
+  memcpy(x, &a, sizeof x);
+  memcpy(y, &b, sizeof y);
+  for (int i = 0; i < 16; ++i) x[i] += y[i];
+  memcpy(&a, x, sizeof a);
+  return a;
+}
+
+template <class Words>
+inline Vec16 add_sums(Vec16 a, Vec16 b) {
+  return Words::kInteger ? add_integers(a, b) : Vec16::add(a, b);
+}
+
+// A finished sum as a float.
+template <class Words>
+inline Vec16 sum_value(const ForwardTile<Words>& t, Vec16 sum) {
+  if constexpr (!Words::kInteger) return sum;
+  int32_t integer[16];
+  memcpy(integer, &sum, sizeof integer);
+  float lane[16];
+  for (int i = 0; i < 16; ++i) lane[i] = static_cast<float>(integer[i]);
+  return Vec16::fma(Vec16::load(lane), Vec16::load(t.scale), Vec16::load(t.bias));
+}
+
+// Hands finished accumulators over: to the buffer, or with residual and activation to the output. Bytes always take the
+// way through the buffer.
 template <class Words, int A, int B>
 inline void finish_tile(const ForwardTile<Words>& t, const Vec16 (&acc)[A * B]) {
-  if (t.buffer != nullptr) {
+  if (sizeof(typename Words::Y) == 1 || t.buffer != nullptr) {
 #pragma GCC unroll 32
-    for (int i = 0; i < A * B; ++i) acc[i].store(t.buffer + i * kStripRows);
+    for (int i = 0; i < A * B; ++i) sum_value(t, acc[i]).store(t.buffer + i * kStripRows);
     return;
   }
+  if constexpr (sizeof(typename Words::Y) > 1) {
 #pragma GCC unroll 8
-  for (int a = 0; a < A; ++a)
+    for (int a = 0; a < A; ++a)
 #pragma GCC unroll 32
-    for (int b = 0; b < B; ++b) {
-      Vec16 v = acc[a * B + b];
-      if (t.residual[a] != nullptr) v = Vec16::add(v, load16(t.residual[a] + b * t.output_stride));
-      store16(t.output[a] + b * t.output_stride, t.bounds.clamp(v));
-    }
+      for (int b = 0; b < B; ++b) {
+        Vec16 v = sum_value(t, acc[a * B + b]);
+        if (t.residual[a] != nullptr) v = Vec16::add(v, load16(t.residual[a] + b * t.output_stride));
+        store16(t.output[a] + b * t.output_stride, t.bounds.clamp(v));
+      }
+  }
 }
 
 template <class Words, int A, int B>
 void forward_tile(const ForwardTile<Words>& t) {
   Vec16 acc[A * B];
   const float* input[A];
-  const Vec16 bias = Vec16::load(t.bias);
+  const Vec16 start = Vec16::load(t.start);
 #pragma GCC unroll 32
-  for (int i = 0; i < A * B; ++i) acc[i] = bias;
+  for (int i = 0; i < A * B; ++i) acc[i] = start;
 #pragma GCC unroll 8
   for (int a = 0; a < A; ++a) input[a] = t.input[a];
   const float* w = t.weights;
@@ -85,7 +118,7 @@ void forward_few(const ForwardTile<Words>& t) {
 #pragma GCC unroll 8
   for (int u = 0; u < U; ++u)
 #pragma GCC unroll 4
-    for (int a = 0; a < A; ++a) acc[u][a] = u == 0 ? Vec16::load(t.bias) : Vec16::zero();
+    for (int a = 0; a < A; ++a) acc[u][a] = u == 0 ? Vec16::load(t.start) : Vec16::zero();
   const float* w = t.weights;
   int64_t i = 0;
   for (; i + U <= t.count; i += U)
@@ -101,7 +134,7 @@ void forward_few(const ForwardTile<Words>& t) {
 #pragma GCC unroll 8
   for (int u = 1; u < U; ++u)
 #pragma GCC unroll 4
-    for (int a = 0; a < A; ++a) acc[0][a] = Vec16::add(acc[0][a], acc[u][a]);
+    for (int a = 0; a < A; ++a) acc[0][a] = add_sums<Words>(acc[0][a], acc[u][a]);
   finish_tile<Words, A, 1>(t, acc[0]);
 }
 
@@ -150,35 +183,47 @@ enum class Source {
 
 template <class Words>
 struct ForwardCall {
-  Conv2dForward<typename Words::T> args;
+  Conv2dForward<typename Words::X, typename Words::Y> args;
   Conv2dGeometry g;  // c counts words
   Layout layout;
   Source source;
   const int32_t* offsets;  // [num_columns]
-  const float* bias;       // [strips][16]
+  const float* start;      // [strips][16]
+  const float* scale;      // the same, when sums are integers
+  const float* bias;
 };
+
+// n <= 16 finished sums, to which `residual` elements are added if there are any: activation, type of y.
+template <class Words>
+inline void put(const ForwardCall<Words>& call, typename Words::Y* y, Vec16 v, const typename Words::Y* residual,
+                int n) {
+  if constexpr (sizeof *y == 1) {
+    const float zero = static_cast<float>(call.args.quantized.y_zero);
+    v = activate(v, call.args.activation);
+    store_bytes(y, Vec16::fma(v, Vec16::broadcast(&call.args.quantized.y_inverse), Vec16::broadcast(&zero)), n);
+  } else {
+    if (residual) v = Vec16::add(v, load16_first(residual, n));
+    store16_first(y, activate(v, call.args.activation), n);
+  }
+}
 
 // Writes finished pixels from [pixel][16] for outputs that lie [pixel][row], where a strip is ragged or scattered.
 template <class Words>
 inline void store_pixels(const ForwardCall<Words>& call, const Strip& strip, const float* buffer, int64_t pixel,
                          int64_t count) {
-  const int64_t k = call.g.k;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t base = (pixel + i) * k;
+  using Y = typename Words::Y;
+  const Y* residual = call.args.residual;
+  for (int64_t i = 0; i < count; ++i, buffer += kStripRows) {
+    const int64_t base = (pixel + i) * call.g.k;
     if (strip.rows == nullptr) {
-      Vec16 v = Vec16::load(buffer + i * kStripRows);
       const int64_t at = base + strip.row;
-      if (call.args.residual) v = Vec16::add(v, load16_first(call.args.residual + at, strip.lanes));
-      store16_first(call.args.y + at, activate(v, call.args.activation), strip.lanes);
+      put(call, call.args.y + at, Vec16::load(buffer), residual ? residual + at : nullptr, strip.lanes);
       continue;
     }
-    typename Words::T lanes[kStripRows] = {};
-    Vec16 v = Vec16::load(buffer + i * kStripRows);
-    if (call.args.residual) {
-      for (int lane = 0; lane < strip.lanes; ++lane) lanes[lane] = call.args.residual[base + strip.rows[lane]];
-      v = Vec16::add(v, load16(static_cast<const typename Words::T*>(lanes)));
-    }
-    store16(lanes, activate(v, call.args.activation));
+    Y lanes[kStripRows] = {};
+    if (residual)
+      for (int lane = 0; lane < strip.lanes; ++lane) lanes[lane] = residual[base + strip.rows[lane]];
+    put(call, lanes, Vec16::load(buffer), residual ? lanes : nullptr, kStripRows);
     for (int lane = 0; lane < strip.lanes; ++lane) call.args.y[base + strip.rows[lane]] = lanes[lane];
   }
 }
@@ -195,9 +240,7 @@ inline void store_rows(const ForwardCall<Words>& call, const Strip& strip, const
     Vec16::transpose(v);
     for (int lane = 0; lane < strip.lanes; ++lane) {
       const int64_t at = (image * call.g.k + row_of(strip, lane)) * area + pixel + i;
-      Vec16 out = v[lane];
-      if (call.args.residual) out = Vec16::add(out, load16_first(call.args.residual + at, n));
-      store16_first(call.args.y + at, activate(out, call.args.activation), n);
+      put(call, call.args.y + at, v[lane], call.args.residual ? call.args.residual + at : nullptr, n);
     }
   }
 }
@@ -239,10 +282,12 @@ inline void forward_strips(const ForwardCall<Words>& call, const Band& band, con
     tile.offsets = call.offsets + strip.first;
     tile.weights = call.args.weights + strip.weights;
     tile.count = strip.count;
+    tile.start = call.start + s * kStripRows;
+    tile.scale = call.scale + s * kStripRows;
     tile.bias = call.bias + s * kStripRows;
     // SiLU goes through the buffer: 28 inlined exponentials in each of the tiles would be mostly code.
-    const bool direct = call.args.y_channels_last && strip.rows == nullptr && strip.lanes == kStripRows &&
-                        call.args.activation != Activation::kSilu;
+    const bool direct = sizeof(typename Words::Y) > 1 && call.args.y_channels_last && strip.rows == nullptr &&
+                        strip.lanes == kStripRows && call.args.activation != Activation::kSilu;
     tile.buffer = direct ? nullptr : buffer;
     if (direct)
       for (int64_t a = 0; a < rows; ++a) {
@@ -281,14 +326,14 @@ inline void forward_band(const ForwardCall<Words>& call, const Band& band, const
 }
 
 template <class Words>
-using ForwardInput = Input<typename Words::T, Words::kDepth>;
+using ForwardInput = Input<typename Words::X, Words::kDepth>;
 
 // Packing costs about as much as using every channel once, so it pays unless few strips share it; tiles of single
 // pixels in turn need long columns lists to hide their set-up. Measured on 1 x 1 layers, see README.md.
 template <class Words>
-inline Source choose_source(const Conv2dForward<typename Words::T>& args, const Conv2dGeometry& g,
+inline Source choose_source(const Conv2dForward<typename Words::X, typename Words::Y>& args, const Conv2dGeometry& g,
                             const ForwardInput<Words>& in) {
-  if (sizeof(typename Words::T) * Words::kDepth != sizeof(float) || !in.full_words()) return Source::kPacked;
+  if (!in.in_place()) return Source::kPacked;
   if (Words::kDepth == 1 && is_pointwise(g) && !args.x_channels_last) return Source::kChannels;
   const bool single_tap = g.r == 1 && g.s == 1 && g.pad_h == 0 && g.pad_w == 0;
   if (!single_tap || !args.x_channels_last) return Source::kPacked;
@@ -318,34 +363,41 @@ inline Range strip_chunk(const Strips& strips, int64_t chunks, int64_t chunk) {
   return range;
 }
 
-template <class T>
-inline void gather_bias(const Conv2dForward<T>& args, float* bias) {
-  for (int32_t i = 0; i < args.strips.count; ++i)
-    for (int lane = 0; lane < kStripRows; ++lane) {
-      const Strip& strip = args.strips.strip[i];
-      bias[i * kStripRows + lane] = args.bias && lane < strip.lanes ? args.bias[row_of(strip, lane)] : 0.0f;
-    }
+// Words of every strip's rows; zeros of rows that are not there, and of null.
+inline void gather_rows(const Strips& strips, const void* rows, float* words) {
+  zero_floats(words, strips.count * kStripRows);
+  if (rows == nullptr) return;
+  for (int32_t i = 0; i < strips.count; ++i)
+    for (int lane = 0; lane < strips.strip[i].lanes; ++lane)
+      memcpy(words + i * kStripRows + lane, static_cast<const float*>(rows) + row_of(strips.strip[i], lane),
+             sizeof(float));
 }
 
 template <class Words>
-void conv2d_forward(const Conv2dForward<typename Words::T>& args) {
-  ForwardCall<Words> call{args,    flatten_pointwise(args.geometry, args.x_channels_last && args.y_channels_last),
-                          {},      Source::kPacked,
-                          nullptr, nullptr};
+void conv2d_forward(const Conv2dForward<typename Words::X, typename Words::Y>& args) {
+  ForwardCall<Words> call{};
+  call.args = args;
+  call.g = flatten_pointwise(args.geometry, args.x_channels_last && args.y_channels_last);
   Conv2dGeometry& g = call.g;
   if (g.n * g.p * g.q * g.k == 0) return;
-  const ForwardInput<Words> x{args.x, args.x_channels_last, g.c, g.c / g.groups};
+  const ForwardInput<Words> x{args.x, args.x_channels_last, g.c, g.c / g.groups, args.quantized.x_zero};
   g.c = g.groups * x.group_words();
   call.source = choose_source<Words>(args, g, x);
   const int64_t taps = g.r * g.s, group_channels = g.c / g.groups;
-  const int64_t bytes =
-      4 * (args.strips.count * kStripRows + args.strips.num_columns + taps * group_channels + 2 * layout_memory(g));
-  float* bias = static_cast<float*>(scratch(sparsekd::kScratchCall, static_cast<size_t>(bytes)));
-  int32_t* offsets = reinterpret_cast<int32_t*>(bias + args.strips.count * kStripRows);
+  const int64_t rows = args.strips.count * kStripRows, tables = Words::kInteger ? 3 : 1;
+  const int64_t bytes = 4 * (tables * rows + args.strips.num_columns + taps * group_channels + 2 * layout_memory(g));
+  float* start = static_cast<float*>(scratch(sparsekd::kScratchCall, static_cast<size_t>(bytes)));
+  gather_rows(args.strips, args.bias, start);
+  call.start = call.scale = call.bias = start;
+  if (Words::kInteger) {
+    gather_rows(args.strips, args.quantized.start, start + rows);
+    gather_rows(args.strips, args.quantized.scale, start + 2 * rows);
+    call.start = start + rows;
+    call.scale = start + 2 * rows;
+  }
+  int32_t* offsets = reinterpret_cast<int32_t*>(start + tables * rows);
   int32_t* table = offsets + args.strips.num_columns;
   int32_t* axes = table + taps * group_channels;
-  gather_bias(args, bias);
-  call.bias = bias;
   call.offsets = offsets;
 
   const Layout whole = make_layout(g, 1, g.p, g.q, axes);

@@ -15,9 +15,19 @@ namespace sparsekd {
 namespace {
 
 #ifdef SPARSEKD_X86
-const KernelTable& avx512_bf16() {
+const KernelTable& avx512_vnni() {
   static const KernelTable table = [] {
     KernelTable table = kAvx512Kernels;
+    table.isa = "avx512_vnni";
+    table.int8 = kAvx512VnniKernels;
+    return table;
+  }();
+  return table;
+}
+
+const KernelTable& avx512_bf16() {
+  static const KernelTable table = [] {
+    KernelTable table = avx512_vnni();
     table.isa = "avx512_bf16";
     table.bf16 = kAvx512Bf16Kernels;
     return table;
@@ -31,7 +41,10 @@ std::vector<const KernelTable*> available() {
 #ifdef SPARSEKD_X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq")) {
-    if (__builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512_bf16());
+    if (__builtin_cpu_supports("avx512vnni")) {
+      if (__builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512_bf16());
+      tables.push_back(&avx512_vnni());
+    }
     tables.push_back(&kAvx512Kernels);
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&kAvx2Kernels);

@@ -103,6 +103,18 @@ inline void store16_first(Half* p, Vec16 v, int n) {
 #endif
 }
 
+// Up to 16 bytes of floats rounded to 0..255, ties to even; NaN becomes 0.
+inline void store_bytes(uint8_t* p, Vec16 v, int n) {
+  const float low = 0.0f, high = 255.0f, round = 12582912.0f;  // 1.5 * 2^23: leaves the integer in the last bits
+  v = Vec16::min(Vec16::broadcast(&high), Vec16::max(Vec16::broadcast(&low), v));
+  v = Vec16::add(v, Vec16::broadcast(&round));
+  int32_t lane[16];
+  memcpy(lane, &v, sizeof lane);
+  uint8_t byte[16];
+  for (int i = 0; i < 16; ++i) byte[i] = static_cast<uint8_t>(lane[i]);
+  memcpy(p, byte, static_cast<unsigned>(n));
+}
+
 // n <= 16 elements that lie `stride` apart; the other lanes are zero.
 inline Vec16 load16_strided(const float* p, int64_t stride, int n) { return Vec16::load_strided(p, stride, n); }
 template <class Half>
@@ -112,25 +124,36 @@ inline Vec16 load16_strided(const Half* p, int64_t stride, int n) {
   return load16(lane);
 }
 
-// Lane i: element i of `rows` <= 2 rows side by side as one 32-bit word, a missing row as zeros.
-template <class Half>
-inline Vec16 load16_words(const Half* p, int64_t row_stride, int rows, int64_t stride, int n) {
+// An element as kDepth of them share a word: its bits, or where they would not fill it its distance from `zero`.
+template <int kDepth>
+inline uint32_t word_lane(Bfloat16 x, int) {
+  return x.bits;
+}
+template <int kDepth>
+inline uint32_t word_lane(uint8_t x, int zero) {
+  return kDepth == 4 ? x : static_cast<uint16_t>(x - zero);
+}
+
+// Lane i: element i of `rows` <= kDepth rows side by side as one 32-bit word, missing rows as zeros. Rows lie
+// `row_stride` apart, elements `stride`.
+template <int kDepth, class T>
+inline Vec16 load16_words(const T* p, int64_t row_stride, int rows, int64_t stride, int n, int zero) {
+#ifdef __AVX512BW__
+  if constexpr (sizeof(T) == 2)
+    if (stride == 1) {
+      const auto row = [&](int i) {
+        return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(Vec16::first(n), p + i * row_stride));
+      };
+      const __m512i high = rows > 1 ? _mm512_slli_epi32(row(1), 16) : _mm512_setzero_si512();
+      return {_mm512_castsi512_ps(_mm512_or_si512(row(0), high))};
+    }
+#endif
   uint32_t word[16] = {};
   for (int row = 0; row < rows; ++row, p += row_stride)
-    for (int i = 0; i < n; ++i) word[i] |= static_cast<uint32_t>(p[i * stride].bits) << (16 * row);
+    for (int i = 0; i < n; ++i) word[i] |= word_lane<kDepth>(p[i * stride], zero) << (32 / kDepth * row);
   Vec16 v;
   memcpy(&v, word, sizeof v);
   return v;
 }
-#ifdef __AVX512BW__
-inline Vec16 load16_words(const Bfloat16* p, int64_t row_stride, int rows, int64_t stride, int n) {
-  if (stride != 1) return load16_words<Bfloat16>(p, row_stride, rows, stride, n);
-  const auto row = [&](int i) {
-    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(Vec16::first(n), p + i * row_stride));
-  };
-  const __m512i high = rows > 1 ? _mm512_slli_epi32(row(1), 16) : _mm512_setzero_si512();
-  return {_mm512_castsi512_ps(_mm512_or_si512(row(0), high))};
-}
-#endif
 
 }  // namespace

@@ -46,19 +46,30 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
-template <class T>
+// Real values of an int8 layer: x = (x_u8 - x_zero) * x_scale, y = (y_u8 - y_zero) / y_inverse.
+struct Quantized {
+  const float* scale;    // [k], x_scale times the scale of the row's weights
+  const int32_t* start;  // [k], what sums start from
+  int x_zero;
+  float y_inverse;  // when y is u8
+  int y_zero;
+};
+
+// X float or Bfloat16 with Y alike, or uint8_t with Y float or uint8_t.
+template <class X, class Y = X>
 struct Conv2dForward {
   Conv2dGeometry geometry;
   Strips strips;
-  const float* weights;  // words: floats, or Bf16Kernels::depth values of T
-  const T* x;
+  const float* weights;  // words: floats, or Bf16Kernels::depth values of X
+  const X* x;
   bool x_channels_last;
   const float* bias;  // [k] or null
-  const T* residual;  // same format as y, or null
-  T* y;
+  const Y* residual;  // same format as y, or null; null when y is u8
+  Y* y;
   bool y_channels_last;
   Activation activation;
   int threads;
+  Quantized quantized;  // of uint8_t
 };
 
 struct Conv2dGradInput {
@@ -162,6 +173,13 @@ struct Bf16Kernels {
   double (*burst)(int64_t rounds, float* sink);  // like KernelTable::fma_burst
 };
 
+struct Int8Kernels {
+  int depth;  // channels in a word: 4, or 2 widened to 16 bits
+  void (*conv2d_float)(const Conv2dForward<uint8_t, float>&);
+  void (*conv2d_byte)(const Conv2dForward<uint8_t, uint8_t>&);
+  double (*burst)(int64_t rounds, float* sink);
+};
+
 struct KernelTable {
   const char* isa;
   void (*conv2d_f32)(const Conv2dForward<float>&);
@@ -172,12 +190,16 @@ struct KernelTable {
   // of floating point operations.
   double (*fma_burst)(int64_t rounds, float* sink);
   Bf16Kernels bf16;
+  Int8Kernels int8;
+  // target[i] = round(x[i] * inverse) + zero, ties to even, within 0..255
+  void (*quantize)(const float* x, int64_t n, float inverse, int zero, uint8_t* target);
 };
 
 extern const KernelTable kScalarKernels;
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
 extern const KernelTable kNeonKernels;
+extern const Int8Kernels kAvx512VnniKernels;
 extern const Bf16Kernels kAvx512Bf16Kernels;  // the rest comes from kAvx512Kernels
 
 // Memory of the calling thread, 64-byte aligned, kept and grown from call to call. Slots do not overlap.

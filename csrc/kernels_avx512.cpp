@@ -3,6 +3,7 @@
 
 #include "attention_impl.h"
 #include "conv2d_impl.h"
+#include "int8_impl.h"
 
 namespace sparsekd {
 extern const KernelTable kAvx512Kernels = {
@@ -13,5 +14,7 @@ extern const KernelTable kAvx512Kernels = {
     kAttention,
     madd_burst<FloatWords<float>>,
     {FloatWords<Bfloat16>::kDepth, conv2d_forward<FloatWords<Bfloat16>>, madd_burst<FloatWords<Bfloat16>>},
+    {2, conv2d_forward<ShortWords<float>>, conv2d_forward<ShortWords<uint8_t>>, madd_burst<ShortWords<float>>},
+    quantize,
 };
 }

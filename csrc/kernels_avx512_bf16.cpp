@@ -8,8 +8,10 @@ namespace {
 
 // Two neighbouring channels of one pixel times two weights, added to a float. Denormals count as zero.
 struct PairWords {
-  using T = sparsekd::Bfloat16;
+  using X = sparsekd::Bfloat16;
+  using Y = sparsekd::Bfloat16;
   static constexpr int kDepth = 2;
+  static constexpr bool kInteger = false;
   static Vec16 madd(Vec16 weight, Vec16 x, Vec16 sum) {
     return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(weight.v), reinterpret_cast<__m512bh>(x.v))};
   }

@@ -10,7 +10,8 @@
 // 3. An element is one 32-bit word: a float, or kDepth narrower channels of one pixel side by side (a pair of
 // Bfloat16), the
 //    last word of a group filled up with zeros. Sizes and offsets below count words, and so does Conv2dGeometry::c.
-// 4. Padding is stored as zeros, shared between neighbours: a row's right padding is the next row's left padding, an
+// 4. Padding is stored as zeros (of bytes: the zero point), shared between neighbours: a row's right padding is the
+// next row's left padding, an
 //    image's lower padding the next image's upper one.
 #pragma once
 
@@ -136,11 +137,13 @@ inline void fill_offsets(const Layout& l, int64_t groups, const Strips& strips, 
   }
 }
 
-inline void zero_floats(float* p, int64_t n) {
+inline void fill_floats(float* p, int64_t n, Vec16 value) {
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) Vec16::zero().store(p + i);
-  if (i < n) Vec16::zero().store_first(p + i, static_cast<int>(n - i));
+  for (; i + 16 <= n; i += 16) value.store(p + i);
+  if (i < n) value.store_first(p + i, static_cast<int>(n - i));
 }
+
+inline void zero_floats(float* p, int64_t n) { fill_floats(p, n, Vec16::zero()); }
 
 // Copies n elements that lie `stride` apart, to floats or from floats.
 template <class To, class From>
@@ -159,14 +162,15 @@ inline void copy_floats(To* p, const From* source, int64_t stride, int64_t n) {
 
 // One row of words from the planes of `channels` <= kDepth channels, `channel_stride` apart; n pixels, `stride` apart.
 template <int kDepth, class T>
-inline void copy_words(float* p, const T* source, int64_t channel_stride, int64_t channels, int64_t stride, int64_t n) {
+inline void copy_words(float* p, const T* source, int64_t channel_stride, int64_t channels, int64_t stride, int64_t n,
+                       int zero) {
   if constexpr (kDepth == 1) {
     copy_floats(p, source, stride, n);
   } else {
     for (int64_t i = 0; i < n; i += 16) {
       const int have = static_cast<int>(min64(16, n - i));
       const T* at = source + i * stride;
-      load16_words(at, channel_stride, static_cast<int>(channels), stride, have).store_first(p + i, have);
+      load16_words<kDepth>(at, channel_stride, static_cast<int>(channels), stride, have, zero).store_first(p + i, have);
     }
   }
 }
@@ -240,7 +244,17 @@ struct Input {
   const T* x;
   bool channels_last;
   int64_t channels, group_channels;  // elements, not words
+  int zero = 0;                      // what stands for 0 in bytes
 
+  // What padding is filled with: zeros, also where words hold distances from `zero`.
+  Vec16 padding() const {
+    const uint32_t word = kDepth == 4 ? 0x01010101u * static_cast<uint32_t>(zero) : 0;
+    float bits;
+    memcpy(&bits, &word, sizeof bits);
+    return Vec16::broadcast(&bits);
+  }
+  // Whether channels_last memory is words as it is.
+  bool in_place() const { return sizeof(T) * kDepth == sizeof(float) && full_words(); }
   bool full_words() const { return kDepth == 1 || group_channels % kDepth == 0; }
   int64_t group_words() const { return ceil_div(group_channels, kDepth); }
   // The first channel of a word.
@@ -253,11 +267,12 @@ template <class T, int kDepth>
 inline void pack_plane(const Input<T, kDepth>& in, const T* x, int64_t word, const Conv2dGeometry& g, const Layout& l,
                        const Rows& rows, const Columns& columns, float* plane) {
   const int64_t count = columns.count(), area = g.h * g.w;
-  for (int64_t i = 0; i < rows.valid.begin; ++i) zero_floats(plane + i * l.pitch, count);
+  const Vec16 padding = in.padding();
+  for (int64_t i = 0; i < rows.valid.begin; ++i) fill_floats(plane + i * l.pitch, count, padding);
   const T* source = x + in.channel(word) * area + rows.y * g.w + columns.first;
   for (int64_t i = rows.valid.begin; i < rows.valid.end; ++i, source += rows.y_step * g.w)
-    copy_words<kDepth>(plane + i * l.pitch, source, area, in.held(word), l.w.stride, count);
-  for (int64_t i = rows.valid.end; i < rows.count; ++i) zero_floats(plane + i * l.pitch, count);
+    copy_words<kDepth>(plane + i * l.pitch, source, area, in.held(word), l.w.stride, count, in.zero);
+  for (int64_t i = rows.valid.end; i < rows.count; ++i) fill_floats(plane + i * l.pitch, count, padding);
 }
 
 // Pixels whose words are not all full, `stride` apart, to [pixel][word].
@@ -266,9 +281,8 @@ inline void fill_words(const Input<T, kDepth>& in, const T* source, int64_t stri
   const int64_t total = in.channels / in.group_channels * in.group_words();
   for (int64_t i = 0; i < count; ++i, source += stride)
     for (int64_t word = 0; word < total; ++word, ++words) {
-      T lanes[kDepth] = {};
-      for (int64_t j = 0; j < in.held(word); ++j) lanes[j] = source[in.channel(word) + j];
-      memcpy(words, lanes, sizeof *words);
+      const T* at = source + in.channel(word);
+      load16_words<kDepth>(at, 1, static_cast<int>(in.held(word)), 1, 1, in.zero).store_first(words, 1);
     }
 }
 
@@ -278,7 +292,7 @@ inline void pack_row(const Input<T, kDepth>& in, const T* source, int64_t stride
                      float* target) {
   if constexpr (kDepth == 1) {
     transpose_floats(source, stride, count, l.channels, target, l.channel);
-  } else if (in.full_words()) {
+  } else if (in.in_place()) {
     transpose_floats(reinterpret_cast<const float*>(source), stride / kDepth, count, l.channels, target, l.channel);
   } else {
     float* words =
@@ -292,10 +306,11 @@ template <class T, int kDepth>
 inline void pack_pixels(const Input<T, kDepth>& in, const T* x, const Conv2dGeometry& g, const Layout& l,
                         const Rows& rows, const Columns& columns, float* planes) {
   const int64_t count = columns.count();
+  const Vec16 padding = in.padding();
   for (int64_t i = 0; i < rows.count; ++i) {
     float* target = planes + i * l.pitch;
     if (i < rows.valid.begin || i >= rows.valid.end) {
-      for (int64_t c = 0; c < g.c; ++c) zero_floats(target + c * l.channel, count);
+      for (int64_t c = 0; c < g.c; ++c) fill_floats(target + c * l.channel, count, padding);
       continue;
     }
     const int64_t y = rows.y + (i - rows.valid.begin) * rows.y_step;
@@ -310,7 +325,7 @@ inline void pack_input(const Input<T, kDepth>& in, const Conv2dGeometry& g, cons
                        bool fresh, float* packed) {
   const bool padded = l.w.reach > 0 || l.w.pad > 0 || l.h.reach > 0 || l.h.pad > 0;
   const bool moved = band.cols < g.q && padded;
-  if ((fresh && padded) || moved) zero_floats(packed, l.size());
+  if ((fresh && padded) || moved) fill_floats(packed, l.size(), in.padding());
   for (int64_t image = 0; image < band.images; ++image) {
     const T* source = in.x + (band.image + image) * in.channels * g.h * g.w;
     for (int64_t a = 0; a < l.h.phases; ++a)

@@ -62,6 +62,8 @@ inline float to_float(Bfloat16 value) {
 }
 
 inline void convert(float from, float& to) { to = from; }
+inline void convert(int8_t from, int8_t& to) { to = from; }
+inline void convert(int8_t from, int16_t& to) { to = from; }
 inline void convert(Bfloat16 from, Bfloat16& to) { to = from; }
 inline void convert(Bfloat16 from, float& to) { to = to_float(from); }
 

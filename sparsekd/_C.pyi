@@ -73,6 +73,48 @@ class PackedLinear:
 class PackedConv2dBf16(PackedConv2d): ...  # bf16 values, x, residual and y; float32 bias
 class PackedLinearBf16(PackedLinear): ...
 
+class PackedConv2dInt8:  # int8 values, float32 scale per output row and bias; x is u8
+    def __init__(
+        self,
+        shape: Conv2dShape,
+        values: int,
+        scale: int,
+        row_ptr: int,
+        col_idx: int,
+        nnzb: int,
+        bias: int,
+        activation: int,
+        x_scale: float,
+        x_zero: int,
+        y_scale: float = 0.0,  # 0: y and residual are float32; else y is u8 and there is no residual
+        y_zero: int = 0,
+    ) -> None: ...
+    def run(
+        self, x: int, x_channels_last: bool, residual: int, y: int, y_channels_last: bool, threads: int, n: int = -1
+    ) -> None: ...
+
+class PackedLinearInt8:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bh: int,
+        bw: int,
+        values: int,
+        scale: int,
+        row_ptr: int,
+        col_idx: int,
+        nnzb: int,
+        bias: int,
+        activation: int,
+        x_scale: float,
+        x_zero: int,
+        y_scale: float = 0.0,
+        y_zero: int = 0,
+    ) -> None: ...
+    def run(self, x: int, batch: int, residual: int, y: int, threads: int) -> None: ...
+
+def quantize_u8(x: int, count: int, scale: float, zero: int, y: int, threads: int) -> None: ...
 def conv2d_f32(
     shape: Conv2dShape,
     x: int,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
 from sparsekd import _C
 
-KNOWN_ISAS = ("avx512_bf16", "avx512", "avx2", "neon", "scalar")
+KNOWN_ISAS = ("avx512_bf16", "avx512_vnni", "avx512", "avx2", "neon", "scalar")
 
 
 @pytest.fixture
@@ -346,13 +346,14 @@ def tool_output(*command):
 def test_wide_registers_stay_in_their_own_kernels():
     """Code outside the kernels of an instruction set runs before the CPU is asked, so it must not need one."""
     wide = {"y", "z"}
-    allowed = {"kernels_avx512_bf16.cpp": wide, "kernels_avx512.cpp": wide, "kernels_avx2.cpp": {"y"}}
+    allowed = {f"kernels_avx512{more}.cpp": wide for more in ("", "_bf16", "_vnni")} | {"kernels_avx2.cpp": {"y"}}
     for name, path in object_files().items():
         code = tool_output("objdump", "-d", "--no-show-raw-insn", str(path))
         used = set(re.findall(r"%([yz])mm", code))
         assert used <= allowed.get(name, set()), f"{name} uses {used}"
         assert name not in allowed or used == allowed[name]
         assert ("vdpbf16ps" in code) == (name == "kernels_avx512_bf16.cpp"), name
+        assert ("vpdpbusd" in code) == (name == "kernels_avx512_vnni.cpp"), name
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")

@@ -55,8 +55,10 @@ def register() -> None:
     """Make the compiled kernels what ``torch.ops.sparsekd.*`` runs on CPU tensors."""
     if native is None:
         return
-    layers = (linear, linear_grad_input, linear_grad_values, conv2d, conv2d_grad_input, conv2d_grad_values)
-    for op in (*map(_halves_in_float32, layers), feature_stats, feature_stats_grad, match_maps, kd):
+    layers: list[Callable[..., Tensor]]
+    layers = [linear, linear_grad_input, linear_grad_values, conv2d, conv2d_grad_input, conv2d_grad_values]
+    ops: list[Callable] = [*map(_halves_in_float32, layers), feature_stats, feature_stats_grad, match_maps, kd]
+    for op in ops:
         # Not register_kernel: its wrapper imports torch._dynamo at the first call, seconds most processes can save.
         torch.library.impl(f"sparsekd::{op.__name__}", "cpu", op)
 
