@@ -131,10 +131,11 @@ class Contestant:
 def pace_of(config: pytest.Config, with_energy: bool) -> Pace:
     quick, option = config.option.quick, config.option
     if with_energy:
-        pace = Pace(0.1, 0.05, 6) if quick else Pace(1.0, 2.0, 9)
+        seconds, rounds = (0.1, 6) if quick else (1.0, 9)
     else:
-        pace = Pace(0.01, 0.01, 6) if quick else Pace(0.1, 0.2, 15)
-    return Pace(option.seconds or pace.seconds, pace.warmup, option.rounds or pace.rounds)
+        seconds, rounds = (0.01, 6) if quick else (0.1, 15)
+    seconds = option.seconds or seconds
+    return Pace(seconds, warmup=seconds if quick else 2 * seconds, rounds=option.rounds or rounds)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Distillation losses on feature maps, forward and backward: feature_stats, attention transfer, SAD.
+"""Distillation losses, forward and backward: feature_stats, attention transfer and SAD on feature maps, logits.
 
 `plain` is the formula in torch operations, each kept by autograd; `compiled` (--compile) is torch.compile of ours.
 """
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.contest import Case, Contest, Setup, agree
-from sparsekd.distill import SAD, attention_transfer_loss
+from sparsekd.distill import SAD, attention_transfer_loss, kd_loss
 from sparsekd.ops.attention import feature_stats
 
 # Channels and side of the feature maps, shallow to deep.
@@ -28,6 +28,7 @@ def cases(setup: Setup) -> list[Case]:
     return [
         Case(f"feature-stats-n{batch}", pair, lambda: _stats(setup, batch, maps)),
         Case(f"attention-transfer-n{batch}", pair, lambda: _transfer(setup, batch, maps)),
+        Case(f"logits-n{batch}", pair, lambda: _logits(setup, batch)),
         Case(f"sad-n{batch}", alone, lambda: _sad(setup, batch, maps)),
     ]
 
@@ -62,6 +63,17 @@ def _transfer(setup: Setup, batch: int, maps: Sequence[tuple[int, int]]) -> Cont
 
     calls = {"plain": plain, "ours": lambda: attention_transfer_loss(student, teacher)}
     return _contest(setup, calls, student)
+
+
+def _logits(setup: Setup, batch: int, classes: int = 100, temperature: float = 4.0) -> Contest:
+    student = torch.randn(batch, classes, device=setup.device, requires_grad=True)
+    teacher = torch.randn(batch, classes, device=setup.device)
+
+    def plain() -> Tensor:
+        logs, wanted = F.log_softmax(student / temperature, 1), F.softmax(teacher / temperature, 1)
+        return temperature**2 * F.kl_div(logs, wanted, reduction="batchmean")
+
+    return _contest(setup, {"plain": plain, "ours": lambda: kd_loss(student, teacher, temperature)}, [student])
 
 
 def _sad(setup: Setup, batch: int, maps: Sequence[tuple[int, int]]) -> Contest:
