@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from benchmarks.contest import Setup
 from sparsekd.bench import load
-from sparsekd.evaluate import NOT_PRUNED
 from sparsekd.models import STUDENT, RatingCNN
 
 
@@ -34,7 +33,7 @@ def sources(setup: Setup) -> list[Source]:
     found = []
     for batch in setup.batches:
         rows = partial(_random, *((batch, columns) for columns in _RATING_SIZES.values()), (batch,))  # the prior
-        found.append(Source(f"rating-cnn-n{batch}", _rating_cnn, rows, NOT_PRUNED))
+        found.append(Source(f"rating-cnn-n{batch}", _rating_cnn, rows, RatingCNN.not_pruned))
         if not setup.quick and batch <= 64:
             images = partial(_random, (batch, 3, 32, 32))
             found.append(Source(f"wrn-16-2-n{batch}", _wide_resnet, images, ("stem", "head")))
