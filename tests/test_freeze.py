@@ -791,6 +791,23 @@ def test_frozen_is_frozen():
 # ---- Files
 
 
+class Viewed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16 * 64, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x))
+        return self.linear(x.view(x.size(0), -1))
+
+
+@pytest.mark.parametrize("memory_format", [None, "contiguous", "channels_last"])
+def test_a_view_of_a_map_works_in_any_memory_format(memory_format):
+    model, x = Viewed().eval(), torch.randn(2, 3, 8, 8)
+    frozen = freeze(model, x, layer_ms=1.0, memory_format=memory_format)
+    torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 @gains
 @pytest.mark.parametrize("fresh", ["dense", "sparse"])
 def test_save_and_load(fresh, min_gain, tmp_path):

@@ -58,8 +58,19 @@ def trace(model: nn.Module, num_inputs: int) -> tuple[fx.GraphModule | None, str
         if node.op == "call_module" and isinstance(network.get_submodule(node.target), _NOTHING) and node.args:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif _is_view_of_sizes(node) and not any(_mutates(user, _module(network, user)) for user in node.users):
+            node.target = "reshape"  # the same where view works, and it works in channels_last too
     network.recompile()
     return network, ""
+
+
+def _module(network: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return network.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _is_view_of_sizes(node: fx.Node) -> bool:
+    reinterprets = any(isinstance(arg, torch.dtype) for arg in (*node.args, *node.kwargs.values()))
+    return node.op == "call_method" and node.target == "view" and not reinterprets
 
 
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)  # in eval mode
@@ -118,7 +129,7 @@ class _SiteFinder:
         self.taken: set[fx.Node] = set()
 
     def module(self, node: fx.Node) -> nn.Module | None:
-        return self.network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return _module(self.network, node)
 
     def is_layer(self, node: fx.Node) -> bool:
         module = self.module(node)
