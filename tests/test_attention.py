@@ -387,3 +387,16 @@ def test_a_loss_allocates_its_gradients_and_little_else(layout):
     allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
     maps = sum(f.numel() * f.element_size() for f in student)
     assert maps <= allocated < 1.15 * maps
+
+
+def test_statistics_are_float32_whatever_the_default_dtype():
+    x = torch.randn(2, 5, 7, 9)
+    expected = feature_stats(x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = feature_stats(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for ours, want in zip(got, expected, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, want)

@@ -189,8 +189,8 @@ def feature_stats(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         return feature_stats_reference(features)
     features = [f.contiguous(memory_format=memory_format(f)) for f in features]
     batch = features[0].shape[0]
-    means = torch.empty(batch, sum(f.shape[1] for f in features))
-    energy = torch.empty(batch, sum(f.shape[2] * f.shape[3] for f in features))
+    columns = (sum(f.shape[1] for f in features), sum(f.shape[2] * f.shape[3] for f in features))
+    means, energy = (features[0].new_empty(batch, n, dtype=torch.float32) for n in columns)
     layers = [_map_layer(f, 0) for f in features]
     native.feature_stats(layers, batch, means.data_ptr(), energy.data_ptr(), torch.get_num_threads())
     return means, energy
