@@ -116,7 +116,7 @@ def steps(case, dtype):
         return (
             lambda: backend.linear(x, values, *index, None, case.outputs),
             lambda: backend.linear_grad_input(grad, values, *index, case.inputs),
-            lambda: backend.linear_grad_values(grad, x, *index, 16, 16),
+            lambda: backend.linear_grad_values(grad, x, *index, *values.shape[1:]),
         )
     geometry = (case.kernel, case.stride, case.padding, case.dilation, case.groups)
     x = torch.randn(case.n, case.c, *case.image).to(DEVICE, dtype).contiguous(memory_format=torch.channels_last)
@@ -124,7 +124,7 @@ def steps(case, dtype):
     return (
         lambda: backend.conv2d(x, values, *index, None, case.k, *geometry),
         lambda: backend.conv2d_grad_input(grad, values, *index, x.shape, *geometry),
-        lambda: backend.conv2d_grad_values(grad, x, *index, 16, 16, *geometry),
+        lambda: backend.conv2d_grad_values(grad, x, *index, *values.shape[1:], *geometry),
     )
 
 
@@ -134,8 +134,10 @@ def steps(case, dtype):
     [
         Conv("steady", c=32, k=48, stride=(2, 1), image=(5, 4), pattern=BlockPattern(16, 16), density=0.2),
         Linear("steady", batch=(5,), inputs=32, outputs=48, pattern=BlockPattern(16, 16), density=0.4),
+        Conv("blocks-for-a-CPU", groups=2, c=12, k=32, pattern=BlockPattern(16, 1)),
+        Linear("blocks-for-a-CPU", batch=(5,), pattern=BlockPattern(16, 2)),
     ],
-    ids=lambda case: type(case).__name__,
+    ids=lambda case: f"{type(case).__name__}-{case.id}",
 )
 def test_a_second_run_asks_the_host_nothing(case, choice, monkeypatch):
     monkeypatch.setattr(_plan.Plan, "choose", lambda self, problem, guess: choice)

@@ -391,7 +391,7 @@ def test_measuring_times_every_candidate_and_the_choice_then_runs(monkeypatch):
     ],
     ids=lambda value: value.id if isinstance(value, Conv) else "",
 )
-def test_what_the_kernels_refuse_runs_on_the_reference(case, why):
+def test_what_the_kernels_refuse_runs_dense(case, why):
     _, values, _ = operands(case, torch.float32)
     weight = backend._weight(case.k, case.c, values, *geometry(case))
     reason = backend.refusal(values, weight)
@@ -400,7 +400,16 @@ def test_what_the_kernels_refuse_runs_on_the_reference(case, why):
     assert_as_exact_as_torch(case, torch.float32)
 
 
-def test_float64_runs_on_the_reference():
+@pytest.mark.parametrize("case", [*CONVS, *LINEARS], ids=lambda case: f"{type(case).__name__}-{case.id}")
+def test_blocks_for_any_device_run(case, monkeypatch):
+    """The cases as they are, most of them with blocks for a CPU; contiguous, where the kernels want channels_last."""
+    choose(monkeypatch, TRITON)
+    monkeypatch.setattr(backend, "allows_tf32", lambda conv: False)
+    monkeypatch.setattr(sys.modules[__name__], "last", lambda x: x)
+    assert_as_exact_as_torch(case, torch.float32)
+
+
+def test_float64_runs_dense():
     case = Conv("double", pattern=BlockPattern(16, 16))
     x, values, blocks = operands(case, torch.float64)
     assert "float64" in backend.refusal(values, backend._weight(case.k, case.c, values, *geometry(case)))
@@ -409,7 +418,7 @@ def test_float64_runs_on_the_reference():
 
 
 def test_describe_says_what_runs():
-    assert "Triton" in backend.describe("conv2d") and "reference otherwise" in backend.describe("conv2d")
+    assert "Triton" in backend.describe("conv2d") and "dense library otherwise" in backend.describe("conv2d")
     with mock.patch.object(backend, "uses_triton", lambda: False):
         assert "and CUDA C++ has the forward pass alone" in backend.describe("conv2d_grad_input")
 

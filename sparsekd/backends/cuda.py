@@ -3,7 +3,8 @@ library, and the dense library on the channels that any block touches. Operands 
 
     sparsekd.backends.cuda.prewarm(model, x)       # time the candidates once; kept in one JSON file
 
-Without Triton the forward pass of float16 and bfloat16 runs in CUDA C++ (cuda_driver.py), the rest on the reference.
+What no kernel takes (blocks for a CPU, say) runs dense, the weight made dense on the device. Without Triton the forward
+pass of float16 and bfloat16 runs in CUDA C++ (cuda_driver.py), the rest dense.
 
 The tables a kernel walks are built on the device when a mask is first seen (one synchronisation) and kept while the
 mask is in use. Run a model once before capturing it in a CUDA graph.
@@ -25,14 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..blocks import BlockPattern, BlockSparse
-from ..ops.conv2d import (
-    conv2d_grad_input_reference,
-    conv2d_grad_values_reference,
-    conv2d_reference,
-    memory_format,
-    output_size,
-)
-from ..ops.linear import linear_grad_input_reference, linear_grad_values_reference, linear_reference
+from ..ops.conv2d import memory_format, output_size
 from . import cuda_attention, cuda_driver
 
 MASKS_KEPT = 1024
@@ -52,11 +46,11 @@ def describe(op: str) -> str:
         why = "SPARSEKD_CUDA=native" if find_spec("triton") else "triton is not importable; pip install sparsekd[gpu]"
         missing = cuda_driver.why_not() if op in ("linear", "conv2d") else "CUDA C++ has the forward pass alone"
         if missing:
-            return f"pure-torch reference: {why}, and {missing}"
-        return f"CUDA C++ for float16 and bfloat16 ({why}), under the same conditions as Triton; reference otherwise"
+            return f"the dense library, the weight made dense: {why}, and {missing}"
+        return f"CUDA C++ for float16 and bfloat16 ({why}), where Triton would run; else the dense library"
     return (
         "sparsekd.kernels (Triton) or the dense library, whichever is faster, for float16, bfloat16 and float32 with "
-        "blocks in multiples of 16x16 and channels in multiples of 8; pure-torch reference otherwise"
+        "blocks in multiples of 16x16 and channels in multiples of 8; the dense library otherwise"
     )
 
 
@@ -116,8 +110,8 @@ def save_plan(device: torch.device) -> None:
         _plan_of(device).save()
 
 
-def why_reference(blocks: BlockSparse, groups: int = 1) -> str | None:
-    """Why the forward pass of a weight runs on the reference, or None."""
+def why_dense(blocks: BlockSparse, groups: int = 1) -> str | None:
+    """Why the dense library runs the forward pass of a weight, or None."""
     rows, cols = blocks.shape[:2]
     why = refusal(blocks.values, _weight(rows, cols, blocks.values, groups=groups))
     if why is None and not uses_triton():
@@ -127,7 +121,7 @@ def why_reference(blocks: BlockSparse, groups: int = 1) -> str | None:
 
 def takes(shape: Sequence[int], pattern: BlockPattern, groups: int = 1) -> bool:
     """Whether a layer ``[K, C / groups, ...]`` is worth these blocks: False where they suit the kernels, its channels
-    do not. (Blocks for other devices are the reference's in any layer.)"""
+    do not. (Blocks for other devices run dense in any layer.)"""
     from sparsekd.kernels import _index, _tiles
 
     whole = _index.Weight(pattern.bh, pattern.bw, pattern.bh, pattern.bw)
@@ -160,9 +154,9 @@ def linear(
 ) -> Tensor:
     """``act(x W^T + bias + residual)``; the last two are for frozen models, the op itself has neither."""
     weight = _weight(out_features, x.shape[-1], values)
-    if _runs_on_reference(values, weight, forward=True):
-        y = linear_reference(x, values, row_ptr, col_idx, bias, out_features)
-        return _finish(y, residual, activation)
+    if _runs_dense(values, weight, forward=True):
+        dense = _mask(row_ptr, col_idx, weight).dense(values).flatten(1)
+        return _finish(F.linear(x, dense, bias), residual, activation)
     rows, values = x.reshape(-1, x.shape[-1]).contiguous(), values.contiguous()
     added = None if residual is None else residual.reshape(-1, out_features).contiguous()
     if not uses_triton():
@@ -193,8 +187,8 @@ def linear(
 
 def linear_grad_input(grad: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, in_features: int) -> Tensor:
     weight = _weight(grad.shape[-1], in_features, values)
-    if _runs_on_reference(values, weight):
-        return linear_grad_input_reference(grad, values, row_ptr, col_idx, in_features)
+    if _runs_dense(values, weight):
+        return grad @ _mask(row_ptr, col_idx, weight).dense(values).flatten(1)
     from sparsekd.kernels import linear as kernel
 
     rows, values = grad.reshape(-1, grad.shape[-1]).contiguous(), values.contiguous()
@@ -218,8 +212,9 @@ def linear_grad_input(grad: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Te
 def linear_grad_values(grad: Tensor, x: Tensor, row_ptr: Tensor, col_idx: Tensor, bh: int, bw: int) -> Tensor:
     out = x.new_empty(col_idx.shape[0], bh, bw)
     weight = _weight(grad.shape[-1], x.shape[-1], out)
-    if _runs_on_reference(out, weight):
-        return linear_grad_values_reference(grad, x, row_ptr, col_idx, bh, bw)
+    if _runs_dense(out, weight):
+        grads, rows = (t.reshape(-1, t.shape[-1]) for t in (grad, x))
+        return _mask(row_ptr, col_idx, weight).pick(grads.T @ rows)
     from sparsekd.kernels import linear as kernel
 
     grads, rows = (t.reshape(-1, t.shape[-1]).contiguous() for t in (grad, x))
@@ -258,9 +253,11 @@ def conv2d(
     """``act(conv(x) + bias + residual)``; the last two are for frozen models, the op itself has neither."""
     geometry = (kernel_size, stride, padding, dilation, groups)
     weight = _weight(out_channels, x.shape[1] // groups, values, *geometry)
-    if _runs_on_reference(values, weight, forward=True):
-        y = conv2d_reference(x, values, row_ptr, col_idx, bias, out_channels, *geometry)
-        return _finish(y, residual, activation)
+    if _runs_dense(values, weight, forward=True):
+        layout = memory_format(x)
+        dense = _mask(row_ptr, col_idx, weight).dense(values).contiguous(memory_format=layout)
+        y = F.conv2d(x, dense, bias, stride, padding, dilation, groups)
+        return _finish(y, residual, activation).contiguous(memory_format=layout)
     layout, image = memory_format(x), output_size(x.shape[2:], kernel_size, stride, padding, dilation)
     x, values, added = _last(x), values.contiguous(), None if residual is None else _last(residual)
     mask, family = _mask(row_ptr, col_idx, weight), _family(x, conv=True)
@@ -290,8 +287,11 @@ def conv2d_grad_input(
     grad: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, input_shape: Sequence[int], *geometry: Any
 ) -> Tensor:
     weight = _weight(grad.shape[1], input_shape[1] // geometry[-1], values, *geometry)
-    if _runs_on_reference(values, weight):
-        return conv2d_grad_input_reference(grad, values, row_ptr, col_idx, input_shape, *geometry)
+    if _runs_dense(values, weight):
+        layout = memory_format(grad)
+        dense = _mask(row_ptr, col_idx, weight).dense(values).contiguous(memory_format=layout)
+        dx = _dense_gradients(grad, _empty(grad, input_shape, layout), dense, weight, (True, False, False))[0]
+        return dx.contiguous(memory_format=layout)
     from sparsekd.kernels import conv2d as kernel
 
     layout, grad, values = memory_format(grad), _last(grad), values.contiguous()
@@ -321,8 +321,10 @@ def conv2d_grad_values(
 ) -> Tensor:
     out = x.new_empty(col_idx.shape[0], bh, bw)
     weight = _weight(grad.shape[1], x.shape[1] // geometry[-1], out, *geometry)
-    if _runs_on_reference(out, weight):
-        return conv2d_grad_values_reference(grad, x, row_ptr, col_idx, bh, bw, *geometry)
+    if _runs_dense(out, weight):
+        like = _empty(x, (weight.rows, weight.cols, *weight.kernel), memory_format(x))
+        dense = _dense_gradients(grad, x, like, weight, (False, True, False))[1]
+        return _mask(row_ptr, col_idx, weight).pick(dense)
     from sparsekd.kernels import conv2d as kernel
 
     x, grad = _last(x), _last(grad)
@@ -347,8 +349,9 @@ def conv2d_grad_values(
     return _run("grad_values", family, mask, out, x.shape[0], (grad.shape[2], grad.shape[3]), run)
 
 
-def _runs_on_reference(values: Tensor, weight: Any, forward: bool = False) -> bool:
-    """Whether no kernel runs this: what none takes, and without Triton all but the forward pass of half types."""
+def _runs_dense(values: Tensor, weight: Any, forward: bool = False) -> bool:
+    """Whether the dense library alone runs this: what no kernel takes, and without Triton all but the forward pass of
+    half types. The weight is made dense without a synchronisation, so a CUDA graph holds it, too."""
     if refusal(values, weight) is not None:
         return True
     return not uses_triton() and not (forward and cuda_driver.why_not(values.dtype, values.device) is None)
@@ -644,5 +647,5 @@ def _last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+def _empty(like: Tensor, shape: Sequence[int], layout: torch.memory_format = torch.channels_last) -> Tensor:
+    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=layout)

@@ -75,7 +75,7 @@ def why_dense(geometry: Geometry, weight: Tensor | BlockSparse) -> str:
     """Why a layer cannot run sparse, or ""."""
     if not isinstance(weight, BlockSparse):
         return "not block-sparse"
-    return backend.why_reference(weight, geometry.groups) or ""
+    return backend.why_dense(weight, geometry.groups) or ""
 
 
 class FrozenCudaModel(FrozenModel):
