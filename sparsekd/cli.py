@@ -2,7 +2,7 @@
 
 sparsekd run [movietweetings|movielens|movies|cifar100] ...   train, prune, freeze, measure; see train.py
 sparsekd bench package.module:factory ...                     your own networks, dense and frozen; see bench.py
-sparsekd report DIR                                           write the tables and plots of results.json again
+sparsekd report DIR ...                                       one page about one or several runs
 sparsekd doctor                                               what this machine offers, and why not more
 """
 
@@ -93,8 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--exclude", nargs="+", metavar="NAME", help="layers that stay dense, as in 'stem.*'")
     bench.add_argument("--seconds", type=float, default=2.0, help="to measure one batch size for (2)")
     bench.add_argument("--json", metavar="FILE", help="write the rows too")
-    show = commands.add_parser("report", help="write the tables and plots of a finished run again")
-    show.add_argument("folder", metavar="DIR")
+    show = commands.add_parser("report", help="one page (HTML, Markdown, JSON) of one or several finished runs")
+    show.add_argument("folders", nargs="+", metavar="DIR", help="folders of runs, or their results.json")
+    show.add_argument("--out", metavar="DIR", help="where to write (the folder of a single run; report)")
     commands.add_parser("doctor", help="what this machine offers sparsekd, and why not more")
     return parser
 
@@ -130,7 +131,8 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             return TRY_AGAIN
         if train.rank():  # rank 0 of torchrun prints
             continue
-        print(f"\n{results['task']['name']}\n\n{report.tables(results)}\n\nresults.json, report.md and plots: {folder}")
+        tables = report.tables(results)
+        print(f"\n{results['task']['name']}\n\n{tables}\n\nresults.json, report.md and report.html: {folder}")
     return 0
 
 
@@ -204,9 +206,13 @@ def _bench(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 def _report(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from . import report
 
-    results = report.read(options.folder)
-    paths = report.write(results, options.folder)
-    print(f"{report.tables(results)}\n\nwritten: {', '.join(map(str, paths))}")
+    runs = [report.read(folder) for folder in options.folders]
+    if len(runs) == 1 and Path(options.folders[0]).is_dir() and not options.out:
+        paths = report.write(runs[0], options.folders[0])
+    else:
+        paths = report.merge(options.folders, options.out or "report")
+    tables = "\n\n".join(report.tables(run) for run in runs)
+    print(f"{tables}\n\nwritten: {', '.join(map(str, paths))}")
     return 0
 
 

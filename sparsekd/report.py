@@ -1,4 +1,4 @@
-"""The report of a run: `results.json` first, then everything else from it alone (Markdown, PNG, terminal).
+"""The report of a run: `results.json` first, then everything else from it alone (Markdown, HTML, terminal).
 
     results.json
       schema, command, task, protocol   what was run, on which data (sha256), how, on which machine
@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -89,17 +88,33 @@ def metric_of(results: Mapping[str, Any]) -> str:
     return "accuracy" if results["task"].get("kind") == "images" else "mse"
 
 
-def write(results: Mapping[str, Any], folder: str | Path, plots: bool = True) -> list[Path]:
-    """Write results.json (with a fresh summary), report.md and the plots; returns their paths.
-
-    Raises RuntimeError where matplotlib is missing, after the JSON and the Markdown are written.
-    """
-    folder = Path(folder)
+def write(results: Mapping[str, Any], folder: str | Path) -> list[Path]:
+    """Write results.json (with a fresh summary), report.md and report.html; returns their paths."""
     results = {**results, "schema": SCHEMA, "summary": summarise(results["rows"])}
-    paths = [folder / "results.json", folder / "report.md"]
-    checkpoint.write_atomically(paths[0], (json.dumps(results, indent=1) + "\n").encode())
-    checkpoint.write_atomically(paths[1], markdown(results).encode())
-    return paths + (plot(results, folder) if plots and metric_of(results) == "mse" else [])
+    path = Path(folder) / "results.json"
+    checkpoint.write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
+    return [path, *_render([results], Path(folder))]
+
+
+def merge(sources: Sequence[str | Path], folder: str | Path) -> list[Path]:
+    """One report of several runs (folders or result files): merged.json, report.md and report.html in `folder`.
+
+    Raises what `read` does.
+    """
+    runs = [read(source) for source in sources]
+    runs = [{**run, "summary": summarise(run["rows"])} for run in runs]
+    path = Path(folder) / "merged.json"
+    checkpoint.write_atomically(path, (json.dumps({"schema": SCHEMA, "runs": runs}, indent=1) + "\n").encode())
+    return [path, *_render(runs, Path(folder))]
+
+
+def _render(runs: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
+    from . import page
+
+    files = {"report.md": "\n".join(map(markdown, runs)), "report.html": page.html(runs)}
+    for name, text in files.items():
+        checkpoint.write_atomically(folder / name, text.encode())
+    return [folder / name for name in files]
 
 
 def read(folder: str | Path) -> dict[str, Any]:
@@ -130,10 +145,9 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"`{results['command']}`",
         tables({**results, "summary": summary}),
         "## Protocol",
-        "\n".join(f"- {key.replace('_', ' ')}: {_inline(value)}" for key, value in protocol.items()),
-        "\n".join(f"- {key.replace('_', ' ')}: {_inline(value)}" for key, value in task.items()),
-        "## Plots",
-        "![loss](loss.png)\n![accuracy against density](accuracy.png)\n![latency against density](latency.png)",
+        "\n".join(f"- {key.replace('_', ' ')}: {inline(value)}" for key, value in protocol.items()),
+        "\n".join(f"- {key.replace('_', ' ')}: {inline(value)}" for key, value in task.items()),
+        "Charts: report.html",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -141,7 +155,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 def tables(results: Mapping[str, Any]) -> str:
     """The result tables as Markdown that is aligned, so that a terminal shows it well too."""
     summary = results.get("summary") or summarise(results["rows"])
-    accuracy = _table(*_accuracy_table(results, summary))
+    accuracy = _table(*accuracy_table(results, summary))
     parts = [
         _INTRODUCTION[metric_of(results)],
         accuracy,
@@ -149,7 +163,7 @@ def tables(results: Mapping[str, Any]) -> str:
     seeds = {len(entry["seeds"]) for entry in summary}
     if seeds - {1}:
         parts.append("Mean ± standard deviation over seeds.")
-    parts += ["Inference, dense eager network against frozen one:", _table(*_speed_table(summary))]
+    parts += ["Inference, dense eager network against frozen one:", _table(*speed_table(summary))]
     parts += sorted({f"Energy: {row['energy_note']}." for row in results["rows"] if row.get("energy_note")})
     group = results["task"]["name"].removeprefix("movies-")
     if group in PAPER_TABLE_4:
@@ -159,17 +173,17 @@ def tables(results: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _accuracy_table(results: Mapping[str, Any], summary: Sequence[Mapping[str, Any]]) -> tuple[list[str], _Rows]:
+def accuracy_table(results: Mapping[str, Any], summary: Sequence[Mapping[str, Any]]) -> tuple[list[str], _Rows]:
     columns = (*_QUALITY[metric_of(results)], *_COST)
     rows = []
     for score in results["baselines"]:
         name = f"{score['name']} ({score['setting']})" if score.get("setting") else score["name"]
         rows.append([name, f"{score['mae']:.4f}", f"{score['mse']:.4f}"] + [""] * (len(columns) - 2))
-    rows += [[_label(entry), *(_cell(entry, *column[1:]) for column in columns)] for entry in summary]
+    rows += [[label(entry), *(_cell(entry, *column[1:]) for column in columns)] for entry in summary]
     return ["model", *(heading for heading, *_ in columns)], rows
 
 
-def _speed_table(summary: Sequence[Mapping[str, Any]]) -> tuple[list[str], _Rows]:
+def speed_table(summary: Sequence[Mapping[str, Any]]) -> tuple[list[str], _Rows]:
     batches = sorted({int(m.split("_")[-1]) for entry in summary for m in entry["mean"] if m.startswith("throughput_")})
     heading = ["model", "latency ms, dense", "frozen", "frozen / dense"]
     for batch in batches:
@@ -181,11 +195,11 @@ def _speed_table(summary: Sequence[Mapping[str, Any]]) -> tuple[list[str], _Rows
         cells.append(_cell(entry, "latency_ratio", 1.0, ".2f"))
         cells += [_cell(entry, f"throughput_{kind}_{batch}", 1.0, ".0f") for batch in batches for kind in _SPEED_NAMES]
         cells += [_cell(entry, f"joules_{kind}", 1e3, ".4g") for kind in _SPEED_NAMES]
-        rows.append([_label(entry), *cells])
+        rows.append([label(entry), *cells])
     return heading, rows
 
 
-def _label(entry: Mapping[str, Any]) -> str:
+def label(entry: Mapping[str, Any]) -> str:
     density = entry["target_density"]
     return entry["name"] if density is None else f"{entry['name']} @ {density:g}"
 
@@ -213,90 +227,12 @@ def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(heading), rule, *map(line, rows)])
 
 
-def _inline(value: Any) -> str:
+def inline(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "; ".join(f"{key} {_inline(inner)}" for key, inner in value.items())
+        return "; ".join(f"{key} {inline(inner)}" for key, inner in value.items())
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(_inline, value))
+        return ", ".join(map(inline, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def check_plots() -> None:
-    """Raise RuntimeError where matplotlib is missing: better before a run than after it."""
-    if find_spec("matplotlib") is None:
-        raise RuntimeError("sparsekd report: plots need matplotlib; pip install 'sparsekd[run]'")
-
-
-def plot(results: Mapping[str, Any], folder: str | Path) -> list[Path]:
-    """loss.png, accuracy.png and latency.png from the results alone."""
-    check_plots()
-    from matplotlib.figure import Figure  # the object interface: no global state, no display needed
-
-    drawings = {"loss.png": _draw_loss, "accuracy.png": _draw_accuracy, "latency.png": _draw_latency}
-    paths = []
-    for name, draw in drawings.items():
-        figure = Figure(figsize=(10, 4.2), layout="constrained")
-        draw(figure, results)
-        path = Path(folder) / name
-        figure.savefig(path, dpi=110)
-        paths.append(path)
-    return paths
-
-
-def _draw_loss(figure: Any, results: Mapping[str, Any]) -> None:
-    """Train and validation error of every network (first seed), with a dotted line at each pruning."""
-    left, right = figure.subplots(1, 2)
-    first_seed = min((row["seed"] for row in results["rows"]), default=0)
-    for row in results["rows"]:
-        if row["seed"] != first_seed or not row.get("epochs"):
-            continue
-        epochs = [e["epoch"] for e in row["epochs"]]
-        (line,) = left.plot(epochs, [e["task"] for e in row["epochs"]], label=_label(row), lw=1.4)
-        right.plot(epochs, [e["val_mse"] for e in row["epochs"]], color=line.get_color(), lw=1.4)
-        for event in (e for e in row["epochs"] if e["pruned"]):
-            for axis in (left, right):
-                axis.axvline(event["epoch"], color=line.get_color(), ls=":", lw=0.8)
-    left.set(xlabel="epoch", ylabel="training MSE", title="Training (dotted: pruned after this epoch)")
-    right.set(xlabel="epoch", ylabel="validation MSE", title="Validation")
-    left.legend(fontsize=7)
-
-
-def _draw_accuracy(figure: Any, results: Mapping[str, Any]) -> None:
-    """Test MSE of the finished students, and the best validation MSE at each density passed on the way."""
-    left, right = figure.subplots(1, 2)
-    for entry_rows in _by_name(summarise(results["rows"])).values():
-        points = sorted((e["mean"]["weights_kept"], e["mean"]["mse"], e["sd"]["mse"] or 0.0) for e in entry_rows)
-        x, y, sd = zip(*points, strict=True)
-        left.errorbar(x, y, sd, marker="o", capsize=3, label=entry_rows[0]["name"])
-    for score in results["baselines"]:
-        left.axhline(score["mse"], lw=0.8, ls="--", color="0.6")
-        left.annotate(score["name"], (0.02, score["mse"]), xycoords=("axes fraction", "data"), fontsize=6, color="0.4")
-    for name, rows in _by_name(results["rows"]).items():
-        best: dict[float, float] = {}
-        for epoch in (e for row in rows for e in row.get("epochs", ())):
-            best[epoch["density"]] = min(best.get(epoch["density"], float("inf")), epoch["val_mse"])
-        if len(best) > 1:
-            right.plot(*zip(*sorted(best.items()), strict=True), marker=".", label=name)
-    left.set(xlabel="share of weights kept", ylabel="test MSE", title="Frozen students")
-    right.set(xlabel="share of weights kept", ylabel="best validation MSE", title="On the way there")
-    for axis in (left, right):
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
-
-
-def _draw_latency(figure: Any, results: Mapping[str, Any]) -> None:
-    """Milliseconds at batch 1 against the share of weights kept; dense eager as a line."""
-    axis = figure.subplots()
-    names = _by_name([e for e in summarise(results["rows"]) if e["mean"].get("latency_ms_frozen") is not None])
-    for name, entries in names.items():
-        points = sorted((e["mean"]["weights_kept"], e["mean"]["latency_ms_frozen"]) for e in entries)
-        (line,) = axis.plot(*zip(*points, strict=True), marker="o", label=f"{name}, frozen")
-        for entry in entries:
-            axis.plot(entry["mean"]["weights_kept"], entry["mean"]["latency_ms_dense"], "x", color=line.get_color())
-    axis.set(xlabel="share of weights kept", ylabel="ms at batch 1", title="Latency (x: the dense network, eager)")
-    axis.set_ylim(bottom=0)
-    if names:
-        axis.legend(fontsize=7)
 
 
 def _by_name(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

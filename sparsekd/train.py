@@ -6,7 +6,7 @@
 worth in evaluate.py.
 
     runs/movietweetings/
-      results.json report.md *.png       see report.py
+      results.json report.md report.html see report.py
       seed0/<network>/model.safetensors  the picked epoch; sparse layers as their kept blocks, a file a density
       seed0/<network>/state.safetensors  where to go on after a kill, while it trains
       seed0/<network>/rows.json          its rows of the report, once finished
@@ -143,7 +143,6 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[st
         _clear(out)
     # First: what these need is missing before anything was trained, or not at all.
     scores = [dataclasses.asdict(score) for score in baselines.run(task)]
-    report.check_plots()
     rows: list[dict[str, Any]] = []
     for seed in range(config.seeds):
         teacher: nn.Module | None = None
@@ -160,9 +159,7 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[st
                 "rows": rows,
             }
             if rank() == 0:
-                report.write(results, out, plots=False)
-    if rank() == 0:
-        report.write(results, out)
+                report.write(results, out)
     _wait()
     return report.read(out), out
 
@@ -271,7 +268,7 @@ def _clear(out: Path) -> None:
     for folder in out.glob("seed*"):
         if re.fullmatch(r"seed\d+", folder.name) and folder.is_dir():
             shutil.rmtree(folder)
-    for name in ("results.json", "report.md", "report.html", "loss.png", "accuracy.png", "latency.png"):
+    for name in ("results.json", "report.md", "report.html"):
         (out / name).unlink(missing_ok=True)
 
 
@@ -345,10 +342,10 @@ def _frozen(model: nn.Module, task: Task, network: Network, quick: bool) -> tupl
 
 
 def kept_blocks(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Which blocks each sparse layer keeps: layer -> {"shape": [row blocks, columns], "bits": packed row by row}."""
+    """Which blocks each sparse layer keeps: layer -> {"shape": [row blocks, column blocks, ...], "bits": packed}."""
     found = {}
     for name, layer in named_layers(model, SPARSE_TYPES):
-        mask = layer.block_mask().cpu().flatten(1)
+        mask = layer.block_mask().cpu()
         packed = np.packbits(mask.numpy())
         found[name] = {"shape": list(mask.shape), "bits": base64.b64encode(packed.tobytes()).decode()}
     return found

@@ -386,7 +386,7 @@ def test_textual_without_scikit_learn_says_what_to_install(tmp_path, monkeypatch
 
 
 def test_unknown_names(tmp_path):
-    with pytest.raises(ValueError, match="name must be one of movietweetings, movielens, movies, got 'netflix'"):
+    with pytest.raises(ValueError, match="movietweetings, movielens, movies, cifar100, got 'netflix'"):
         data.load("netflix")
     with pytest.raises(ValueError, match=r"group must be one of .*, got 'sound'"):
         data.load("movies", tmp_path, group="sound")

@@ -1,0 +1,163 @@
+"""Small charts as inline SVG: lines, points with deviations, a Pareto front, event marks. No script, nothing fetched.
+
+Colours are the CSS classes `s0` .. `s7` of `STYLE`, which has them for light and dark.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+# Okabe & Ito's palette, which colour-blind readers can tell apart, darkened or lightened to stand out on either ground.
+_LIGHT = ("#0072b2", "#d55e00", "#009e73", "#b05c91", "#8a6d00", "#3a9bd0", "#555555", "#a8323e")
+_DARK = ("#58b4f0", "#ff9a52", "#3fd0a4", "#e79ccb", "#e6c33a", "#9fd8ff", "#b5b5b5", "#ff8590")
+SERIES = len(_LIGHT)
+
+
+def _palette(colours: Sequence[str]) -> str:
+    return " ".join(f"--s{index}: {colour};" for index, colour in enumerate(colours))
+
+
+STYLE = (
+    f":root {{ {_palette(_LIGHT)} }}\n"
+    f"@media (prefers-color-scheme: dark) {{ :root {{ {_palette(_DARK)} }} }}\n"
+    + "\n".join(f".s{i} {{ --c: var(--s{i}); }}" for i in range(SERIES))
+    + """
+svg { max-width: 100%; height: auto; display: block; }
+svg text { fill: currentColor; font: 12px system-ui, sans-serif; }
+svg .tick { font-size: 11px; opacity: .75; }
+svg .grid { stroke: currentColor; opacity: .13; }
+svg .axis { stroke: currentColor; opacity: .5; }
+svg .line { stroke: var(--c); fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+svg .spread { stroke: var(--c); stroke-width: 1.2; opacity: .6; }
+svg .dot { fill: var(--c); stroke: none; }
+svg .ring { fill: none; stroke: var(--c); stroke-width: 1.8; }
+svg .event { stroke: currentColor; opacity: .35; stroke-dasharray: 2 3; }
+svg .front { stroke: currentColor; fill: none; stroke-dasharray: 5 4; opacity: .6; }
+svg .level { stroke: var(--c, currentColor); stroke-dasharray: 6 4; opacity: .7; }
+svg .note { font-size: 11px; opacity: .8; }
+"""
+)
+
+
+@dataclass
+class Series:
+    """Points (x, y, spread or None, what a tooltip says) of one colour; `line` joins them, `hollow` draws rings."""
+
+    name: str
+    colour: int
+    points: Sequence[tuple[float, float, float | None, str]]
+    line: bool = True
+    hollow: bool = False
+
+
+@dataclass
+class Chart:
+    """One pair of axes. `levels` are horizontal lines, `events` vertical ones with a word, `front` a polyline."""
+
+    x_label: str
+    y_label: str
+    series: list[Series] = field(default_factory=list)
+    levels: list[tuple[str, int, float]] = field(default_factory=list)
+    events: list[tuple[float, str]] = field(default_factory=list)
+    front: Sequence[tuple[float, float]] = ()
+    x_from_zero: bool = False
+    width: int = 620
+    height: int = 340
+
+    def svg(self) -> str:
+        """The chart; "" without a single point."""
+        points = [point for series in self.series for point in series.points]
+        if not points:
+            return ""
+        x_values = [p[0] for p in points] + [0.0] * self.x_from_zero
+        y_values = [p[1] + sign * (p[2] or 0.0) for p in points for sign in (-1, 1)] + [y for _, _, y in self.levels]
+        self._x, self._y = _Scale(x_values, 58, self.width - 14), _Scale(y_values, self.height - 44, 22)
+        parts = [*self._axes(), *self._marks(), *(shape for one in self.series for shape in self._drawn(one))]
+        title = escape(f"{self.y_label} against {self.x_label}")
+        return (
+            f'<svg viewBox="0 0 {self.width} {self.height}" width="{self.width}" role="img" aria-label="{title}">'
+            + "".join(parts)
+            + "</svg>"
+        )
+
+    def _axes(self) -> list[str]:
+        left, right, bottom, top = 58, self.width - 14, self.height - 44, 22
+        parts = []
+        for value in self._y.ticks:
+            y = self._y(value)
+            parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            parts.append(f'<text class="tick" x="{left - 7}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+        for value in self._x.ticks:
+            x = self._x(value)
+            parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{value:g}</text>')
+        parts.append(f'<path class="axis" fill="none" d="M{left} {top}V{bottom}H{right}"/>')
+        middle = (left + right) / 2
+        parts.append(f'<text x="{middle}" y="{self.height - 8}" text-anchor="middle">{escape(self.x_label)}</text>')
+        parts.append(f'<text x="6" y="13">{escape(self.y_label)}</text>')
+        return parts
+
+    def _marks(self) -> list[str]:
+        left, right, bottom, top = 58, self.width - 14, self.height - 44, 22
+        parts = []
+        for x, word in self.events:
+            at = self._x(x)
+            parts.append(f'<line class="event" x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{bottom}"/>')
+            parts.append(f'<text class="note" x="{at + 3:.1f}" y="{top + 8}">{escape(word)}</text>')
+        for name, colour, y in self.levels:
+            at = self._y(y)
+            parts.append(
+                f'<line class="level s{colour}" x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}">'
+                f"<title>{escape(name)}</title></line>"
+            )
+        if len(self.front) > 1:
+            path = " ".join(f"{self._x(x):.1f},{self._y(y):.1f}" for x, y in self.front)
+            parts.append(f'<polyline class="front" points="{path}"/>')
+        return parts
+
+    def _drawn(self, series: Series) -> list[str]:
+        parts = []
+        if series.line and len(series.points) > 1:
+            path = " ".join(f"{self._x(x):.1f},{self._y(y):.1f}" for x, y, *_ in series.points)
+            parts.append(f'<polyline class="line" points="{path}"/>')
+        for x, y, spread, word in series.points:
+            at = (self._x(x), self._y(y))
+            if spread:
+                ends = (self._y(y - spread), self._y(y + spread))
+                parts.append(f'<path class="spread" d="M{at[0]:.1f} {ends[0]:.1f}V{ends[1]:.1f}"/>')
+            if word:
+                kind = "ring" if series.hollow else "dot"
+                parts.append(
+                    f'<circle class="{kind}" cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="4">'
+                    f"<title>{escape(word)}</title></circle>"
+                )
+        return [f'<g class="s{series.colour}">', *parts, "</g>"]
+
+
+class _Scale:
+    """Values to pixels, with round ticks; a little room on both sides."""
+
+    def __init__(self, values: Sequence[float], first: float, last: float):
+        low, high = min(values), max(values)
+        room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+        self.low, self.high = low - room * (low != 0), high + room
+        self.first, self.last = first, last
+        step = 10 ** math.floor(math.log10((self.high - self.low) / 4))
+        step *= next(factor for factor in (1, 2, 2.5, 5, 10) if (self.high - self.low) / (factor * step) <= 6)
+        start = math.ceil(self.low / step - 1e-9)
+        self.ticks = [round(k * step, 10) for k in range(start, math.floor(self.high / step + 1e-9) + 1)]
+
+    def __call__(self, value: float) -> float:
+        return self.first + (value - self.low) / (self.high - self.low) * (self.last - self.first)
+
+
+def pareto(points: Sequence[tuple[float, float]], higher_is_better: bool) -> list[tuple[float, float]]:
+    """Of (cost, quality) points those that no other beats in both, by rising cost."""
+    sign = 1 if higher_is_better else -1
+    front: list[tuple[float, float]] = []
+    for cost, quality in sorted(points, key=lambda point: (point[0], -sign * point[1])):
+        if not front or sign * quality > sign * front[-1][1]:
+            front.append((cost, quality))
+    return front

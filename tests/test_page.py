@@ -1,0 +1,163 @@
+"""The page shows every figure of the JSON, marks what happened in training, and needs nothing from outside."""
+
+import base64
+import re
+import struct
+import zlib
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from sparsekd import page, report
+from sparsekd.charts import Chart, Series, _Scale, pareto
+
+VOID = {"meta", "img", "br"}
+
+
+class Outline(HTMLParser):
+    """Tags that are balanced, and what they say."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.words = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        optional = {"tr", "td", "th"}
+        while self.open and self.open[-1] != tag and self.open[-1] in optional:
+            self.open.pop()
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    def all(self, tag, **attributes):
+        return [found for name, found in self.tags if name == tag and attributes.items() <= found.items()]
+
+
+def row(name, density, accuracy, epochs=(), seed=0, **metrics):
+    mask = np.zeros((2, 3, 3, 3), bool)
+    mask[0, 1] = True  # one input of the first 16 outputs, whole
+    bits = base64.b64encode(np.packbits(mask).tobytes()).decode()
+    metrics = {
+        "accuracy": accuracy,
+        "val_accuracy": accuracy,
+        "weights_kept": density or 1.0,
+        "parameters": 9,
+        **metrics,
+    }
+    return {
+        "name": name,
+        "method": None,
+        "seed": seed,
+        "target_density": density,
+        "metrics": {
+            "parameters": 9,
+            "file_bytes": 1,
+            "train_seconds": 1.0,
+            "step_ms_first": 1.0,
+            "step_ms_last": 1.0,
+            "latency_ms_dense": 2.0,
+            "latency_ms_frozen": density or 1.5,
+            "latency_ratio": 0.5,
+            "joules_frozen": None,
+            **metrics,
+        },
+        "energy_note": "not measured: no counter here",
+        "epochs": list(epochs),
+        "blocks": {"blocks.0.conv1": {"shape": [2, 3, 3, 3], "bits": bits}} if density else {},
+    }
+
+
+@pytest.fixture
+def run():
+    epochs = [
+        {"epoch": 1, "val_accuracy": 0.3, "density": 1.0, "pruned": True, "rewound": True},
+        {"epoch": 2, "val_accuracy": 0.1, "density": 0.5, "pruned": True, "rewound": False},
+        {"epoch": 3, "val_accuracy": 0.2, "density": 0.25, "pruned": False, "rewound": False},
+    ]
+    rows = [row("SAD", None, accuracy, epochs[:1], seed) for seed, accuracy in enumerate((0.7546, 0.7548))]
+    rows += [row("LTH-SAD", 0.5, 0.7312, epochs), row("LTH-SAD", 0.25, 0.7001)]
+    return {
+        "command": "sparsekd run cifar100 --data <DIR>",
+        "task": {"name": "cifar100", "kind": "images"},
+        "protocol": {"machine": "a machine & more", "quick": False},
+        "baselines": [],
+        "rows": rows,
+        "summary": report.summarise(rows),
+    }
+
+
+def test_tables_and_texts(run):
+    outline = Outline(page.html([run]))
+    cells = " ".join(outline.words)
+    for figure in ("75.47 ± 0.01", "73.12", "70.01", "not measured", "no counter here", "a machine & more", "<DIR>"):
+        assert figure in cells
+    (chosen,) = outline.all("tr", **{"class": "selected"})[:1]
+    assert chosen and len(outline.all("tr", **{"class": "selected"})) == 2  # in both tables
+    assert "Quality against latency" in cells and "Quality against energy" in cells
+
+
+def test_nothing_comes_from_outside(run):
+    text = page.html([run])
+    assert not re.findall(r'(?:src|href)="(?!data:)|@import|url\(|<script', text)
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_training_marks_prunes_and_rewinds(run):
+    words = Outline(page.html([run])).words
+    assert "50 % ↺" in words and "25 %" in words
+
+
+def test_block_maps_are_pictures_of_the_masks(run):
+    (first, _) = Outline(page.html([run])).all("img")
+    data = base64.b64decode(first["src"].removeprefix("data:image/png;base64,"))
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", data[16:24]) == (3, 2)
+    begin = data.index(b"IDAT") + 4
+    (length,) = struct.unpack(">I", data[begin - 8 : begin - 4])
+    pixels = np.frombuffer(zlib.decompress(data[begin : begin + length]), np.uint8).reshape(2, 13)[:, 4::4]
+    assert pixels.tolist() == [[0, 255, 0], [0, 0, 0]]
+    assert first["title"] == "17% kept"
+
+
+def test_several_runs_on_one_page(run, tmp_path):
+    other = {**run, "task": {"name": "movielens", "kind": "ratings"}, "rows": [], "baselines": []}
+    for name, one in (("a", run), ("b", {**other, "protocol": {"quick": True}})):
+        report.write(one, tmp_path / name)
+    paths = report.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "both")
+    assert [path.name for path in paths] == ["merged.json", "report.md", "report.html"]
+    words = Outline(paths[2].read_text()).words
+    assert "cifar100" in words and "movielens" in words and "A quick run: not to be quoted." in words
+    assert paths[1].read_text().count(": distilled, pruned, frozen") == 2
+
+
+def test_the_front_is_what_nothing_beats():
+    points = [(1.0, 70.0), (2.0, 69.0), (2.0, 72.0), (3.0, 72.0), (4.0, 75.0)]
+    assert pareto(points, higher_is_better=True) == [(1.0, 70.0), (2.0, 72.0), (4.0, 75.0)]
+    assert pareto(points, higher_is_better=False) == [(1.0, 70.0), (2.0, 69.0)]
+    assert pareto([], True) == []
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.0], [3.2, 3.9], [70.0], [0.0], [-5.0, 12345.0], [1e-5, 3e-5]])
+def test_ticks_are_round_and_inside(values):
+    scale = _Scale(values, 0.0, 100.0)
+    assert 2 <= len(scale.ticks) <= 7
+    assert all(-1e-6 <= scale(tick) <= 100 + 1e-6 for tick in scale.ticks)
+    assert all(0 <= scale(value) <= 100 for value in values)
+
+
+def test_points_lie_where_the_axes_say():
+    svg = Chart("x", "y", [Series("a", 0, [(0, 0, None, "low"), (10, 1, 0.5, "high")])]).svg()
+    (low, high) = re.findall(r'<circle class="dot" cx="([\d.]+)" cy="([\d.]+)"', svg)
+    assert float(low[0]) < float(high[0]) and float(low[1]) > float(high[1])
+    assert "<title>high</title>" in svg and Chart("x", "y").svg() == ""
