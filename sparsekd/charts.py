@@ -64,6 +64,7 @@ class Chart:
     events: list[tuple[float, str]] = field(default_factory=list)
     front: Sequence[tuple[float, float]] = ()
     x_from_zero: bool = False
+    x_whole: bool = False  # ticks at whole numbers
     width: int = 620
     height: int = 340
 
@@ -74,7 +75,8 @@ class Chart:
             return ""
         x_values = [p[0] for p in points] + [0.0] * self.x_from_zero
         y_values = [p[1] + sign * (p[2] or 0.0) for p in points for sign in (-1, 1)] + [y for _, _, y in self.levels]
-        self._x, self._y = _Scale(x_values, 58, self.width - 14), _Scale(y_values, self.height - 44, 22)
+        self._x = _Scale(x_values, 58, self.width - 14, self.x_whole)
+        self._y = _Scale(y_values, self.height - 44, 22)
         parts = [*self._axes(), *self._marks(), *(shape for one in self.series for shape in self._drawn(one))]
         title = escape(f"{self.y_label} against {self.x_label}")
         return (
@@ -139,13 +141,15 @@ class Chart:
 class _Scale:
     """Values to pixels, with round ticks; a little room on both sides."""
 
-    def __init__(self, values: Sequence[float], first: float, last: float):
+    def __init__(self, values: Sequence[float], first: float, last: float, whole: bool = False):
         low, high = min(values), max(values)
         room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
         self.low, self.high = low - room * (low != 0), high + room
         self.first, self.last = first, last
-        step = 10 ** math.floor(math.log10((self.high - self.low) / 4))
-        step *= next(factor for factor in (1, 2, 2.5, 5, 10) if (self.high - self.low) / (factor * step) <= 6)
+        power = 10.0 ** math.floor(math.log10((self.high - self.low) / 4))
+        power = max(1.0, power) if whole else power
+        factors = (1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)
+        step = power * next(factor for factor in factors if (self.high - self.low) / (factor * power) <= 6)
         start = math.ceil(self.low / step - 1e-9)
         self.ticks = [round(k * step, 10) for k in range(start, math.floor(self.high / step + 1e-9) + 1)]
 

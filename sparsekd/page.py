@@ -185,7 +185,7 @@ def _curves(run: Mapping[str, Any], colours: Mapping[str, int]) -> str:
     charts_of += [(_curve_title(row), [row]) for row in trained if row["target_density"] is not None]
     figures = []
     for title, rows in charts_of:
-        chart = Chart("epoch", label, width=400, height=250)
+        chart = Chart("epoch", label, x_whole=True, width=400, height=250)
         for row in rows:
             points = [(e["epoch"], scale * e[f"val_{metric}"], None, "") for e in row["epochs"]]
             chart.series.append(Series(row["name"], colours[row["name"]], points))
