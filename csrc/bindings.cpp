@@ -286,6 +286,25 @@ void bind_conv2d(py::module_& m) {
   def_packed_conv2d<Bfloat16>(m, "PackedConv2dBf16");
 }
 
+void bind_depthwise(py::module_& m) {
+  using sparsekd::PackedDepthwise;
+  py::class_<PackedDepthwise>(m, "PackedDepthwise")
+      .def(py::init([](const Conv2dShape& shape, Address weights, Address bias, int activation) {
+             if (shape.geometry.k != shape.geometry.c || shape.geometry.groups != shape.geometry.c)
+               throw py::value_error("sparsekd._C.PackedDepthwise: expected as many groups and outputs as channels");
+             return std::make_unique<PackedDepthwise>(shape, in<float>(weights), in<float>(bias),
+                                                      to_activation(activation));
+           }),
+           "shape"_a, "weights"_a, "bias"_a = 0, "activation"_a = 0)
+      .def(
+          "run",
+          [](const PackedDepthwise& self, Address x, Address residual, Address y, int threads, int64_t n) {
+            py::gil_scoped_release release;
+            self.run(n, in<float>(x), in<float>(residual), out(y), threads);
+          },
+          "x"_a, "residual"_a, "y"_a, "threads"_a, "n"_a);
+}
+
 // A linear layer's tensors are channels_last: a sample's features lie together.
 template <class T>
 void def_linear(py::module_& m, const char* name) {
@@ -445,6 +464,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels. Pointers are integers and nothing is checked here: call sparsekd.ops instead.";
   bind_machine(m);
   bind_conv2d(m);
+  bind_depthwise(m);
   bind_linear(m);
   bind_int8(m);
   bind_attention(m);

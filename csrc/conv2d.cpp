@@ -198,4 +198,20 @@ void PackedConv2dInt8::run(const Conv2dGeometry& geometry, Tensor4d<const uint8_
     run_as<float>(kernels_.conv2d_float, geometry, x, residual, y, threads);
 }
 
+PackedDepthwise::PackedDepthwise(const Conv2dShape& shape, const float* weights, const float* bias,
+                                 Activation activation)
+    : geometry_(shape.geometry), activation_(activation) {
+  const int64_t c = geometry_.c, taps = geometry_.r * geometry_.s;
+  weights_.resize(static_cast<size_t>(taps * c));
+  for (int64_t i = 0; i < taps * c; ++i) weights_[static_cast<size_t>(i % taps * c + i / taps)] = weights[i];
+  bias_.resize(static_cast<size_t>(c));
+  if (bias != nullptr) bias_.assign(bias, bias + c);
+}
+
+void PackedDepthwise::run(int64_t n, const float* x, const float* residual, float* y, int threads) const {
+  Conv2dGeometry geometry = geometry_;
+  geometry.n = n;
+  kernels().depthwise_f32({geometry, weights_.data(), x, bias_.data(), residual, y, activation_, threads});
+}
+
 }  // namespace sparsekd

@@ -111,4 +111,18 @@ class PackedConv2dInt8 {
   Int8Kernels kernels_;
 };
 
+// A depthwise layer with its own copy of the weights, for inference; tensors are channels_last.
+class PackedDepthwise {
+ public:
+  // weights [c][r][s], as torch keeps them
+  PackedDepthwise(const Conv2dShape& shape, const float* weights, const float* bias, Activation activation);
+
+  void run(int64_t n, const float* x, const float* residual, float* y, int threads) const;
+
+ private:
+  Conv2dGeometry geometry_;
+  Activation activation_;
+  std::vector<float> weights_, bias_;
+};
+
 }  // namespace sparsekd

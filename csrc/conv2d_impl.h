@@ -5,4 +5,5 @@
 #include "conv2d_forward_impl.h"
 #include "conv2d_grad_input_impl.h"
 #include "conv2d_grad_values_impl.h"
+#include "depthwise_impl.h"
 #include "madd_burst_impl.h"

@@ -180,11 +180,24 @@ struct Int8Kernels {
   double (*burst)(int64_t rounds, float* sink);
 };
 
+// A convolution of every channel with its own kernel, all tensors channels_last; geometry.k == c == groups.
+struct Depthwise {
+  Conv2dGeometry geometry;
+  const float* weights;  // [r][s][c]
+  const float* x;
+  const float* bias;      // [c]
+  const float* residual;  // or null
+  float* y;
+  Activation activation;
+  int threads;
+};
+
 struct KernelTable {
   const char* isa;
   void (*conv2d_f32)(const Conv2dForward<float>&);
   void (*conv2d_grad_input_f32)(const Conv2dGradInput&);
   void (*conv2d_grad_values_f32)(const Conv2dGradValues&);
+  void (*depthwise_f32)(const Depthwise&);
   AttentionKernels attention;
   // Multiply-adds on registers, `rounds` times a fixed amount, seeded from and written to sink [32]; returns the number
   // of floating point operations.

@@ -11,6 +11,7 @@ extern const KernelTable kScalarKernels = {
     conv2d_forward<FloatWords<float>>,
     conv2d_grad_input,
     conv2d_grad_values,
+    depthwise,
     kAttention,
     madd_burst<FloatWords<float>>,
     {FloatWords<Bfloat16>::kDepth, conv2d_forward<FloatWords<Bfloat16>>, madd_burst<FloatWords<Bfloat16>>},

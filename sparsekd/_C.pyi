@@ -54,6 +54,12 @@ class PackedConv2d:
         self, x: int, x_channels_last: bool, residual: int, y: int, y_channels_last: bool, threads: int, n: int = -1
     ) -> None: ...
 
+class PackedDepthwise:
+    """Channels_last only; weights are [C, 1, R, S]."""
+
+    def __init__(self, shape: Conv2dShape, weights: int, bias: int = 0, activation: int = 0) -> None: ...
+    def run(self, x: int, residual: int, y: int, threads: int, n: int) -> None: ...
+
 class PackedLinear:
     def __init__(
         self,

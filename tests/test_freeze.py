@@ -206,7 +206,19 @@ def test_float64_networks_stay_exact_and_dense():
     frozen = quick(model, x)
     torch.testing.assert_close(frozen(x), model(x), rtol=1e-12, atol=1e-12)
     if cpu.native is not None:
-        assert frozen.plan["head"].why == "kernels take float32, the layer is float64"
+        assert frozen.plan["head"].why == "kernels take float32 and bfloat16, the layer is float64"
+
+
+@needs_kernels
+def test_bfloat16_networks_run_on_the_kernels_of_bfloat16():
+    model = sparsekd.sparsify(trained(ResNet()), BlockPattern(16, 2), density=0.4, exclude=["stem.*"]).eval()
+    x = torch.randn(IMAGE)
+    frozen = quick(copy.deepcopy(model).bfloat16(), x.bfloat16())
+    assert {layer.chosen for layer in frozen.plan if layer.pattern} == {"sparse"}
+    got, want = frozen(x.bfloat16()), model(x)
+    assert got.dtype == torch.bfloat16 and (got - want).abs().max() < 0.05 * want.abs().max()
+    with pytest.raises(TypeError, match=r"expected bfloat16 \[N, 16, 12, 12\] on the CPU, got torch.float32"):
+        frozen.network.get_submodule("blocks.0.conv1")(torch.randn(1, 16, 12, 12))
 
 
 @gains
@@ -289,8 +301,9 @@ def test_a_residual_gives_its_memory_only_where_nobody_reads_it_again(forward, r
 
 def test_preactivation_keeps_the_norm_in_front():
     frozen = quick(trained(PreActivation(16, 16, 1)), torch.randn(1, 16, 6, 6))
-    assert calls(frozen) == ["BatchNorm2d", "relu", "frozen", "frozen", "frozen"]
-    assert [layer.geometry.fused for layer in frozen.plan] == ["", "bn+relu", "add"]
+    assert calls(frozen) == ["frozen"] * 4
+    assert [layer.geometry.kind for layer in frozen.plan] == ["norm", "conv2d", "conv2d", "conv2d"]
+    assert [layer.geometry.fused for layer in frozen.plan] == ["relu", "", "bn+relu", "add"]
 
 
 ACTIVATIONS = {
@@ -444,7 +457,7 @@ def test_a_layer_whose_weight_is_read_elsewhere_is_left_alone(tmp_path):
     model = trained(build())
     x = torch.randn(2, 16, 5, 5)
     frozen = quick(model, x)
-    assert (len(frozen.plan), frozen.plan.notes[-1].rsplit(" ", 1)[1]) == (0, "conv")
+    assert ([layer.name for layer in frozen.plan], frozen.plan.notes[-1].rsplit(" ", 1)[1]) == (["bn"], "conv")
     assert_frozen_equals(model, frozen, x)
     frozen.save(tmp_path / "frozen")
     assert torch.equal(load_frozen(tmp_path / "frozen", model)(x), frozen(x))
@@ -505,6 +518,48 @@ def test_a_bare_layer(min_gain):
     assert_frozen_equals(layer, quick(layer, torch.randn(1, 3, 5, 5), min_gain=min_gain), torch.randn(2, 3, 5, 5))
 
 
+DEPTHWISE = [
+    (nn.Conv2d(16, 16, 3, padding=1, groups=16), 9, 12),
+    (nn.Conv2d(37, 37, 3, 2, 1, groups=37, bias=False), 8, 23),
+    (nn.Conv2d(5, 5, (2, 5), (1, 2), (0, 3), (2, 1), groups=5), 7, 6),
+    (nn.Conv2d(48, 48, 5, padding=4, dilation=2, groups=48), 2, 3),
+    (nn.BatchNorm2d(21), 5, 7),
+    (nn.Conv2d(7, 37, 3, padding=1), 6, 6),
+    (nn.Linear(20, 33), None, None),
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", ["none", "relu6", "silu"])
+@pytest.mark.parametrize(("layer", "h", "w"), DEPTHWISE, ids=str)
+def test_native_kernels_compute_what_torch_does(layer, h, w, activation, residual):
+    layer = trained(nn.Sequential(layer))[0].eval()
+    conv = isinstance(layer, nn.Conv2d)
+    x = (
+        torch.randn(3, 20)
+        if h is None
+        else torch.randn(3, layer.weight.shape[0 if layer.weight.dim() == 1 else 1], h, w)
+    )
+    if conv and layer.groups > 1:
+        x = torch.randn(3, layer.in_channels, h, w)
+    site = Site("layer", "layer", tuple(x.shape), add="add" if residual and h and conv else None, activation=activation)
+    geometry = measure.geometry_of(site, layer)
+    weight, bias = measure.fold(site, layer, None)
+    want = layer(x)
+    add = torch.randn_like(want) if geometry.residual else None
+    for layout in ["contiguous", "channels_last"]:
+        if measure.why_dense(geometry, weight, layout):
+            assert layout == "contiguous" and geometry.depthwise
+            continue
+        for chosen in ("dense", "native"):
+            frozen = FrozenLayer(geometry, weight, bias, chosen=chosen, memory_format=layout, threads=2)
+            got = frozen(x, None if add is None else add.clone())
+            summed = want.double() if add is None else want.double() + add
+            expected = {"none": summed, "relu6": F.relu6(summed), "silu": F.silu(summed)}[activation]
+            torch.testing.assert_close(got, expected.float(), rtol=1e-4, atol=1e-4)
+
+
 # ---- The plan
 
 
@@ -515,12 +570,12 @@ def test_plan_says_what_was_measured_and_why():
     plan = frozen.plan
     assert [layer.name for layer in plan][:2] == ["stem.0", "blocks.0.conv1"]
     stem, conv = plan["stem.0"], plan["blocks.1.conv1"]
-    assert (stem.pattern, stem.sparse_us, stem.chosen, stem.why) == (None, None, "dense", "not block-sparse")
+    assert stem.pattern is None and stem.chosen in ("dense", "native") and stem.why.startswith("native is ")
     assert (conv.geometry.input, conv.geometry.weight, conv.pattern) == ((2, 16, 12, 12), (32, 16, 3, 3), "16x1")
     assert conv.density == pytest.approx(model.blocks[1].conv1.density)
     for layer in plan:
         assert layer.dense_us > 0
-        if layer.chosen == "sparse":
+        if layer.chosen != "dense":
             assert layer.sparse_us < layer.dense_us
             assert "x as fast" in layer.why
     assert set(plan.network_us) == {"unfrozen", "contiguous", "channels_last"}
@@ -556,8 +611,8 @@ def test_threads_are_set_back():
 def test_a_model_with_nothing_to_choose_says_so():
     model = trained(ResNet())
     frozen = quick(model, torch.randn(IMAGE))
-    assert {layer.chosen for layer in frozen.plan} == {"dense"}
-    assert "no block-sparse layer, nothing to choose" in str(frozen.plan)
+    assert "sparse" not in {layer.chosen for layer in frozen.plan}
+    assert "no block-sparse layer" in str(frozen.plan)
     assert_frozen_equals(model, frozen, torch.randn(IMAGE))
 
 

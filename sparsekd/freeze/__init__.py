@@ -21,6 +21,7 @@ state dict, and the file says which of its nodes to fuse. So no file can make `l
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -142,9 +143,9 @@ def load_frozen(path: str | os.PathLike[str], model: nn.Module, *, threads: int 
         ours = geometry_of(site, source.get_submodule(site.target))
         _check_same(path, "layer", {site.name: asdict(place.geometry)}, {site.name: asdict(ours)})
         weight, bias = _weight_and_bias(path, place, tensors)
-        sparse = place.chosen == "sparse" and not why_dense(weight)
+        chosen = "dense" if why_dense(place.geometry, weight, plan.memory_format) else place.chosen
         layers[site.name] = FrozenLayer(
-            place.geometry, weight, bias, sparse=sparse, memory_format=plan.memory_format, threads=threads
+            place.geometry, weight, bias, chosen=chosen, memory_format=plan.memory_format, threads=threads
         )
     network = assemble(source, sites, layers)
     network.load_state_dict({**network.state_dict(), **state["rest"]})
@@ -245,7 +246,7 @@ def _notes(model: nn.Module, sites: Sequence[Site], note: str, missing: str) -> 
         notes.append(f"{note}: layers were chosen one by one, nothing is fused or folded")
     sparse = [name for name, module in model.named_modules() if type(module) in SPARSE_TYPES]
     if not sparse:
-        notes.append("no block-sparse layer, nothing to choose: sparsekd.sparsify or a pruning method makes some")
+        notes.append("no block-sparse layer: sparsekd.sparsify or a pruning method makes some")
     elif missing:
         notes.append(f"every layer stays dense: {missing}")
     found = {site.target for site in sites}
@@ -301,8 +302,8 @@ def _weight_and_bias(
         values, index = tensors["values"], (tensors["row_ptr"], tensors["col_idx"])
         weight = BlockSparse(values, *index, geometry.weight, BlockPattern(*map(int, place.pattern.split("x"))))
         weight.validate()
-    channels = geometry.weight[1] * geometry.groups
-    whole = geometry.input[1 if geometry.kind == "conv2d" else -1] == channels and weight.shape == geometry.weight
+    channels = math.prod(geometry.weight[1:2]) * geometry.groups
+    whole = geometry.input[-1 if geometry.kind == "linear" else 1] == channels and weight.shape == geometry.weight
     if not whole or (bias is not None and (bias.shape, bias.dtype) != (geometry.weight[:1], values.dtype)):
         raise ValueError(f"sparsekd.load_frozen: {path} is damaged: the tensors of {place.name} do not fit {geometry}")
     return weight, bias
@@ -317,6 +318,6 @@ def _on_this_machine(plan: Plan) -> Plan:
     layers = plan.layers
     if cpu.native is None:
         layers = tuple(
-            replace(one, chosen="dense", why=cpu.missing) if one.chosen == "sparse" else one for one in layers
+            replace(one, chosen="dense", why=cpu.missing) if one.chosen != "dense" else one for one in layers
         )
     return replace(plan, layers=layers, notes=(*plan.notes, note))

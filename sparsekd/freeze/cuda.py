@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..backends import cuda as backend
 from ..blocks import BlockSparse
-from .layer import FrozenLayer, Run, _dense_linear, _torch_conv2d
+from .layer import FrozenLayer, Run, _dense_linear, _dense_norm, _torch_conv2d
 from .measure import density_of, fold, geometry_of, random_operands
 from .network import FrozenModel, assemble, check_outputs
 from .plan import Geometry, LayerPlan, Plan
@@ -32,6 +32,7 @@ class CudaLayer(FrozenLayer):
         nn.Module.__init__(self)
         self.geometry, self.why_dense = geometry, why_dense(geometry, weight)
         self.sparse = not self.why_dense
+        self.chosen = "sparse" if self.sparse else "dense"
         conv = geometry.kind == "conv2d"
         self.register_buffer("bias", bias)
         if isinstance(weight, BlockSparse) and self.sparse:
@@ -42,7 +43,8 @@ class CudaLayer(FrozenLayer):
             dense = weight.to_dense() if isinstance(weight, BlockSparse) else weight
             dense = dense.contiguous(memory_format=torch.channels_last) if conv else dense.contiguous()
             self.register_buffer("weight", dense)
-            self.run = (_torch_conv2d if conv else _dense_linear)(geometry, dense, bias)
+            torchs = {"conv2d": _torch_conv2d, "linear": _dense_linear, "norm": _dense_norm}
+            self.run = torchs[geometry.kind](geometry, dense, bias)
 
 
 def _sparse_conv2d(geometry: Geometry, weight: BlockSparse, bias: Tensor | None) -> Run:

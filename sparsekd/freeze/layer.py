@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backends import cpu
-from ..blocks import BlockSparse
+from ..blocks import BlockPattern, BlockSparse
 from .plan import Geometry
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+DTYPES = {torch.float32: "", torch.bfloat16: "Bf16"}  # of the compiled kernels -> the end of their names
 
 Run = Callable[..., Tensor]  # run(x, residual=None, reuse=False)
 
@@ -34,7 +36,7 @@ class FrozenLayer(nn.Module):
         weight: Tensor | BlockSparse,
         bias: Tensor | None,
         *,
-        sparse: bool,
+        chosen: str,
         memory_format: str,
         threads: int | None,
     ) -> None:
@@ -43,24 +45,23 @@ class FrozenLayer(nn.Module):
             values, row_ptr, col_idx = (x.contiguous() for x in (weight.values, weight.row_ptr, weight.col_idx))
             weight = replace(weight, values=values, row_ptr=row_ptr, col_idx=col_idx)
         bias = None if bias is None else bias.contiguous()
-        self.geometry, self.sparse = geometry, sparse
+        self.geometry, self.chosen = geometry, chosen
         self.pattern = weight.pattern if isinstance(weight, BlockSparse) else None
         self._mask = weight.mask() if isinstance(weight, BlockSparse) else None
         self.register_buffer("bias", bias)
-        conv = geometry.kind == "conv2d"
         self.run: Run
-        if sparse:
-            assert isinstance(weight, BlockSparse)
+        if isinstance(weight, BlockSparse) and chosen == "sparse":
             for name in ("values", "row_ptr", "col_idx"):
                 self.register_buffer(name, getattr(weight, name))
-            self.run = (_packed_conv2d if conv else _packed_linear)(geometry, weight, bias, memory_format, threads)
+            self.run = _packed(geometry, weight, bias, memory_format, threads)
         else:
             dense = weight.to_dense() if isinstance(weight, BlockSparse) else weight
-            dense = dense.contiguous(memory_format=FORMATS[memory_format]) if conv else dense.contiguous()
-            self.register_buffer("weight", dense)
-            onednn = memory_format == "channels_last" and _has_onednn(dense.dtype)
-            conv2d = _onednn_conv2d if onednn else _torch_conv2d
-            self.run = (conv2d if conv else _dense_linear)(geometry, dense, bias)
+            layout = FORMATS[memory_format] if geometry.kind == "conv2d" else torch.contiguous_format
+            self.register_buffer("weight", dense.contiguous(memory_format=layout))
+            if chosen == "native":
+                self.run = _packed(geometry, dense.contiguous(), bias, memory_format, threads)
+            else:
+                self.run = _dense(geometry, self.get_buffer("weight"), bias, memory_format)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
         return self.run(x, residual, reuse)
@@ -68,13 +69,37 @@ class FrozenLayer(nn.Module):
     def tensors(self) -> dict[str, Tensor | None]:
         """What a file keeps: the kept blocks of a block-sparse layer, also where dense was chosen, else the weight."""
         state = dict(self.named_buffers())
-        if self.pattern is not None and not self.sparse:
+        if self.pattern is not None and self.chosen != "sparse":
             blocks = BlockSparse.from_dense(state.pop("weight"), self.pattern, mask=self._mask)
             state |= {"values": blocks.values, "row_ptr": blocks.row_ptr, "col_idx": blocks.col_idx}
         return {"bias": None, **state}
 
     def extra_repr(self) -> str:
-        return f"{self.geometry}, fused={self.geometry.fused or None}, {'sparse' if self.sparse else 'dense'}"
+        return f"{self.geometry}, fused={self.geometry.fused or None}, {self.chosen}"
+
+
+def _dense(geometry: Geometry, weight: Tensor, bias: Tensor | None, memory_format: str) -> Run:
+    if geometry.kind == "linear":
+        return _dense_linear(geometry, weight, bias)
+    if geometry.kind == "norm":
+        return _dense_norm(geometry, weight, bias)
+    onednn = memory_format == "channels_last" and _has_onednn(weight.dtype)
+    return (_onednn_conv2d if onednn else _torch_conv2d)(geometry, weight, bias)
+
+
+def _packed(
+    geometry: Geometry, weight: Tensor | BlockSparse, bias: Tensor | None, memory_format: str, threads: int | None
+) -> Run:
+    """A dense weight is a block-sparse one that has every block, unless it is that of a depthwise convolution."""
+    if geometry.depthwise:
+        assert isinstance(weight, Tensor)
+        return _packed_conv2d(geometry, _depthwise_kernel(geometry, weight, bias), weight.dtype, memory_format, threads)
+    if isinstance(weight, Tensor):
+        weight = BlockSparse.from_dense(weight, BlockPattern.for_device("cpu", weight.dtype))
+    if geometry.kind == "linear":
+        return _packed_linear(geometry, weight, bias, threads)
+    kernel = _sparse_kernel(geometry, weight, bias)
+    return _packed_conv2d(geometry, kernel, weight.values.dtype, memory_format, threads)
 
 
 _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -152,6 +177,16 @@ def _has_onednn(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported())
 
 
+def _dense_norm(geometry: Geometry, scale: Tensor, shift: Tensor | None) -> Run:
+    assert shift is not None
+    scale, shift, activate = scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1), _IN_PLACE[geometry.activation]
+
+    def run(x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
+        return activate(torch.addcmul(shift, x, scale))
+
+    return run
+
+
 def _dense_linear(geometry: Geometry, weight: Tensor, bias: Tensor | None) -> Run:
     activate, linear = _IN_PLACE[geometry.activation], F.linear
 
@@ -164,61 +199,75 @@ def _dense_linear(geometry: Geometry, weight: Tensor, bias: Tensor | None) -> Ru
     return run
 
 
+def _shape(geometry: Geometry, bh: int, bw: int) -> Any:
+    r, s = geometry.weight[2:] if geometry.kind == "conv2d" else (1, 1)
+    (stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w) = geometry.stride, geometry.padding, geometry.dilation
+    h, w = geometry.padded_image
+    return cpu.native.Conv2dShape(
+        n=1, c=geometry.input[1], h=h, w=w, k=geometry.weight[0], r=r, s=s, stride_h=stride_h, stride_w=stride_w,
+        pad_h=pad_h, pad_w=pad_w, dil_h=dil_h, dil_w=dil_w, groups=geometry.groups, bh=bh, bw=bw,
+    )  # fmt: skip
+
+
+Kernel = Callable[[int, bool, int, int, int, int], None]  # (x, channels_last, residual, y, threads, n)
+
+
+def _sparse_kernel(geometry: Geometry, weight: BlockSparse, bias: Tensor | None) -> Kernel:
+    shape = _shape(geometry, weight.pattern.bh, weight.pattern.bw)
+    run = _pack("PackedConv2d", shape, weight=weight, bias=bias, activation=geometry.activation)
+    return lambda x, last, residual, y, threads, n: run(x, last, residual, y, last, threads, n)
+
+
+def _depthwise_kernel(geometry: Geometry, weight: Tensor, bias: Tensor | None) -> Kernel:
+    """A batch norm is the 1 x 1 case."""
+    pointers = (weight.data_ptr(), 0 if bias is None else bias.data_ptr())
+    run = cpu.native.PackedDepthwise(_shape(geometry, 1, 1), *pointers, cpu.native.ACTIVATIONS[geometry.activation]).run
+    return lambda x, last, residual, y, threads, n: run(x, residual, y, threads, n)
+
+
 def _packed_conv2d(
-    geometry: Geometry, weight: BlockSparse, bias: Tensor | None, memory_format: str, threads: int | None
+    geometry: Geometry, kernel: Kernel, dtype: torch.dtype, memory_format: str, threads: int | None
 ) -> Run:
     """A direct call of the compiled kernel, which reads and writes raw memory: what it cannot check is checked here."""
-    k, _, r, s = weight.shape
-    channels, (h, w) = geometry.input[1], geometry.padded_image
-    (stride_h, stride_w), (pad_h, pad_w) = geometry.stride, geometry.padding
-    shape = cpu.native.Conv2dShape(
-        n=1, c=channels, h=h, w=w, k=k, r=r, s=s, stride_h=stride_h, stride_w=stride_w, pad_h=pad_h, pad_w=pad_w,
-        dil_h=geometry.dilation[0], dil_w=geometry.dilation[1], groups=geometry.groups,
-        bh=weight.pattern.bh, bw=weight.pattern.bw,
-    )  # fmt: skip
-    packed = cpu.native.PackedConv2d(shape, *_pointers(weight, bias), cpu.native.ACTIVATIONS[geometry.activation]).run
-    image, out, layout = (channels, h, w), (k, *geometry.output_image), FORMATS[memory_format]
-    pad, pad_mode, last, float32 = geometry.pad, geometry.pad_mode, memory_format == "channels_last", torch.float32
+    image = (geometry.input[1], *geometry.padded_image)
+    out, layout = (geometry.weight[0], *geometry.output_image), FORMATS[memory_format]
+    pad, pad_mode, last = geometry.pad, geometry.pad_mode, memory_format == "channels_last"
     empty, torch_threads = torch.empty, torch.get_num_threads
 
     def run(x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
         if pad is not None:
             x = F.pad(x, pad, pad_mode)
-        if x.shape[1:] != image or x.dtype is not float32 or not x.is_cpu:
-            raise _wrong_input(x, ("N", *image))
+        if x.shape[1:] != image or x.dtype is not dtype or not x.is_cpu:
+            raise _wrong_input(x, ("N", *image), dtype)
         if not x.is_contiguous(memory_format=layout):
             x = x.contiguous(memory_format=layout)
         n = x.shape[0]
         add = 0
         if residual is not None:
-            residual = _like(residual, (n, *out), layout)
+            residual = _like(residual, (n, *out), dtype, layout)
             add = residual.data_ptr()
-        y = residual if reuse and residual is not None else empty((n, *out), dtype=float32, memory_format=layout)
-        packed(x.data_ptr(), last, add, y.data_ptr(), last, threads or torch_threads(), n)
+        y = residual if reuse and residual is not None else empty((n, *out), dtype=dtype, memory_format=layout)
+        kernel(x.data_ptr(), last, add, y.data_ptr(), threads or torch_threads(), n)
         return y
 
     return run
 
 
-def _packed_linear(
-    geometry: Geometry, weight: BlockSparse, bias: Tensor | None, memory_format: str, threads: int | None
-) -> Run:
+def _packed_linear(geometry: Geometry, weight: BlockSparse, bias: Tensor | None, threads: int | None) -> Run:
     out_features, in_features = weight.shape
-    block = (weight.pattern.bh, weight.pattern.bw)
-    packed = cpu.native.PackedLinear(
-        in_features, out_features, *block, *_pointers(weight, bias), cpu.native.ACTIVATIONS[geometry.activation]
-    ).run
-    float32, empty, torch_threads = torch.float32, torch.empty, torch.get_num_threads
+    sizes = (in_features, out_features, weight.pattern.bh, weight.pattern.bw)
+    packed = _pack("PackedLinear", *sizes, weight=weight, bias=bias, activation=geometry.activation)
+    dtype, empty, torch_threads = weight.values.dtype, torch.empty, torch.get_num_threads
 
     def run(x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
         *batch, features = x.shape
-        if features != in_features or x.dtype is not float32 or not x.is_cpu:
-            raise _wrong_input(x, ("...", in_features))
+        if features != in_features or x.dtype is not dtype or not x.is_cpu:
+            raise _wrong_input(x, ("...", in_features), dtype)
         x = x.contiguous()
-        y = empty((*batch, out_features), dtype=float32)
+        y = empty((*batch, out_features), dtype=dtype)
         add = 0
         if residual is not None:
-            residual = _like(residual, y.shape, torch.contiguous_format)
+            residual = _like(residual, y.shape, dtype, torch.contiguous_format)
             add = residual.data_ptr()
         packed(x.data_ptr(), math.prod(batch), add, y.data_ptr(), threads or torch_threads())
         return y
@@ -226,24 +275,31 @@ def _packed_linear(
     return run
 
 
-def _pointers(weight: BlockSparse, bias: Tensor | None) -> tuple[int, int, int, int, int]:
-    """(values, row_ptr, col_idx, nnzb, bias) for a packed layer, which copies what they point to."""
+def _pack(kind: str, *sizes: Any, weight: BlockSparse, bias: Tensor | None, activation: str) -> Any:
+    """``run`` of a packed layer of the weight's dtype, which copies weight and bias."""
+    make = getattr(cpu.native, kind + DTYPES[weight.values.dtype])
     index = (weight.row_ptr.data_ptr(), weight.col_idx.data_ptr(), weight.col_idx.shape[0])
-    return weight.values.data_ptr(), *index, 0 if bias is None else bias.data_ptr()
+    bias = None if bias is None else bias.float()
+    pointer = 0 if bias is None else bias.data_ptr()
+    return make(*sizes, weight.values.data_ptr(), *index, pointer, cpu.native.ACTIVATIONS[activation]).run
 
 
-def _like(residual: Tensor, shape: Sequence[int], layout: torch.memory_format) -> Tensor:
+def _like(residual: Tensor, shape: Sequence[int], dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
     """The residual as the kernel reads it: shape, dtype and memory format of the output."""
     if residual.shape != shape:
         residual = residual.expand(*shape)
-    if residual.dtype is not torch.float32 or not residual.is_cpu:
-        raise TypeError(f"sparsekd.freeze: expected a float32 residual on the CPU, got {residual.dtype}")
+    if residual.dtype is not dtype or not residual.is_cpu:
+        raise TypeError(f"sparsekd.freeze: expected a {_name(dtype)} residual on the CPU, got {residual.dtype}")
     return residual if residual.is_contiguous(memory_format=layout) else residual.contiguous(memory_format=layout)
 
 
-def _wrong_input(x: Tensor, want: tuple[Any, ...]) -> Exception:
+def _wrong_input(x: Tensor, want: tuple[Any, ...], dtype: torch.dtype) -> Exception:
     wanted, got = ", ".join(map(str, want)), f"{x.dtype} of shape {tuple(x.shape)} on {x.device}"
-    message = f"sparsekd.freeze: a frozen layer expected float32 [{wanted}] on the CPU, got {got}"
-    if x.dtype != torch.float32 or not x.is_cpu:
+    message = f"sparsekd.freeze: a frozen layer expected {_name(dtype)} [{wanted}] on the CPU, got {got}"
+    if x.dtype != dtype or not x.is_cpu:
         return TypeError(f"{message}; leave autocast and give it the kind of input it was frozen with")
     return ValueError(f"{message}; freeze again with an example of this image size")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

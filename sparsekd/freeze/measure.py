@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..backends import cpu
 from ..blocks import BlockSparse
 from ..nn import BlockSparseLayer, split_padding
-from .layer import FORMATS, FrozenLayer
+from .layer import DTYPES, FORMATS, FrozenLayer
 from .plan import Geometry, LayerPlan
 from .sites import CONVS, Site, clone, weight_shape
 
@@ -38,7 +38,7 @@ def choose_all(
     choices: dict[str, list[tuple[FrozenLayer, LayerPlan]]] = {}
     modules = [source.get_submodule(site.target) for site in sites]
     layouts = [memory_format] if memory_format else list(FORMATS)
-    if not any(type(module) in CONVS for module in modules):
+    if not any(type(module) in (*CONVS, nn.BatchNorm2d) for module in modules):
         layouts = layouts[:1]
     for site, module in zip(sites, modules, strict=True):
         geometry = geometry_of(site, module)
@@ -66,33 +66,40 @@ def _choose(
     """The faster of the dense and the sparse layer in one memory format, and what was measured."""
     build = partial(FrozenLayer, geometry, weight, bias, memory_format=layout, threads=options.threads)
     x, residual = random_operands(geometry, weight, layout)
-    layers = {"dense": build(sparse=False)}
-    why = why_dense(weight)
+    layers = {"dense": build(chosen="dense")}
+    ours = "sparse" if isinstance(weight, BlockSparse) else "native"
+    why = why_dense(geometry, weight, layout)
     if not why:
-        layers["sparse"] = build(sparse=True)
+        layers[ours] = build(chosen=ours)
     calls = {name: partial(layer.run, x, residual) for name, layer in layers.items()}
     # A layer with nothing to choose is timed for the reader of the plan only.
     samples = measure(calls, options.seconds if len(calls) == 2 else options.seconds / 8)
     medians = {name: statistics.median(us) for name, us in samples.items()}
     chosen = "dense"
     if not why:
-        gains = sorted(dense / sparse for dense, sparse in zip(samples["dense"], samples["sparse"], strict=True))
+        gains = sorted(dense / our for dense, our in zip(samples["dense"], samples[ours], strict=True))
         gain, surely = statistics.median(gains), gains[len(gains) // 4]
-        chosen = "sparse" if surely > options.min_gain else "dense"
-        why = f"sparse is {gain:.2f}x as fast" + ("" if chosen == "sparse" or gain < 1 else ", within the noise")
+        # min_gain is about sparsity: a layer that was never pruned has to be faster.
+        chosen = ours if surely > (options.min_gain if ours == "sparse" else max(options.min_gain, 1.0)) else "dense"
+        why = f"{ours} is {gain:.2f}x as fast" + ("" if chosen == ours or gain < 1 else ", within the noise")
     pattern, density = (str(weight.pattern), density_of(weight)) if isinstance(weight, BlockSparse) else (None, 1.0)
-    us = (medians["dense"], medians.get("sparse"))
+    us = (medians["dense"], medians.get(ours))
     return layers[chosen], LayerPlan(site.name, geometry, pattern, density, *us, chosen, why)
 
 
-def why_dense(weight: Tensor | BlockSparse) -> str:
-    """Why a layer cannot run sparse, or ""."""
-    if not isinstance(weight, BlockSparse):
-        return "not block-sparse"
+def why_dense(geometry: Geometry, weight: Tensor | BlockSparse, memory_format: str) -> str:
+    """Why ``sparsekd._C`` cannot run a layer, or ""."""
     if cpu.native is None:
         return cpu.missing
-    if weight.values.dtype != torch.float32:
-        return f"kernels take float32, the layer is {str(weight.values.dtype).removeprefix('torch.')}"
+    dtype = weight.values.dtype if isinstance(weight, BlockSparse) else weight.dtype
+    single = geometry.depthwise and isinstance(weight, Tensor)
+    if dtype not in ((torch.float32,) if single else DTYPES):
+        takes = "float32" if single else "float32 and bfloat16"
+        return f"kernels take {takes}, the layer is {str(dtype).removeprefix('torch.')}"
+    if single and memory_format != "channels_last":
+        return "the kernels for single channels take channels_last"
+    if isinstance(weight, Tensor) and geometry.groups > 1 and not geometry.depthwise:
+        return "not block-sparse, and grouped"
     return ""
 
 
@@ -104,7 +111,7 @@ def random_operands(geometry: Geometry, weight: Tensor | BlockSparse, layout: st
     """Input and residual at the example's shape, from a generator of our own: the caller's is left alone."""
     dtype = weight.values.dtype if isinstance(weight, BlockSparse) else weight.dtype
     generator = torch.Generator().manual_seed(0)
-    conv = geometry.kind == "conv2d"
+    conv = geometry.kind != "linear"
     out = (weight.shape[0], *geometry.output_image) if conv else (*geometry.input[1:-1], weight.shape[0])
     shapes = [geometry.input, (geometry.input[0], *out) if conv or len(geometry.input) > 1 else out]
     x, residual = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
@@ -137,6 +144,9 @@ def measure(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[s
 def geometry_of(site: Site, module: Any) -> Geometry:
     fused: dict[str, Any] = {"batch_norm": site.norm is not None, "residual": site.add is not None}
     fused["activation"] = site.activation
+    if type(module) is nn.BatchNorm2d:
+        channels = module.num_features
+        return Geometry("norm", site.input, (channels,), groups=channels, activation=site.activation)
     if type(module) not in CONVS:
         return Geometry("linear", site.input, weight_shape(module), **fused)
     padding, pad = split_padding(module)
@@ -152,15 +162,18 @@ def fold(site: Site, layer: Any, norm: Any) -> tuple[Tensor | BlockSparse, Tenso
 
     bn(Wx + b) = (scale * W) x + shift + scale * (b - mean),  scale = gamma / sqrt(var + eps)
     """
-    weight: Tensor | BlockSparse = layer.blocks if isinstance(layer, BlockSparseLayer) else layer.weight.detach()
-    bias = None if layer.bias is None else layer.bias.detach()
+    weight: Tensor | BlockSparse
+    bias: Tensor | None
+    if type(layer) is nn.BatchNorm2d:
+        dtype = layer.running_mean.dtype  # type: ignore[union-attr]
+        weight, bias = (x.to(dtype) for x in _scale_and_shift(layer, None))
+    else:
+        weight = layer.blocks if isinstance(layer, BlockSparseLayer) else layer.weight.detach()
+        bias = None if layer.bias is None else layer.bias.detach()
     if norm is not None:
-        ones, zeros = torch.ones_like(norm.running_mean), torch.zeros_like(norm.running_mean)
-        gamma, shift = (ones, zeros) if norm.weight is None else (norm.weight.detach(), norm.bias.detach())
-        scale = gamma.double() / (norm.running_var.double() + norm.eps).sqrt()
-        centre = (0.0 if bias is None else bias.double()) - norm.running_mean.double()
         dtype = layer.values.dtype if isinstance(layer, BlockSparseLayer) else layer.weight.dtype
-        weight, bias = _scale_rows(weight, scale), (shift.double() + scale * centre).to(dtype)
+        scale, shift = _scale_and_shift(norm, bias)
+        weight, bias = _scale_rows(weight, scale), shift.to(dtype)
     for tensor in (weight.values if isinstance(weight, BlockSparse) else weight, bias):
         if tensor is not None and not torch.isfinite(tensor).all():
             raise ValueError(
@@ -168,6 +181,14 @@ def fold(site: Site, layer: Any, norm: Any) -> tuple[Tensor | BlockSparse, Tenso
                 f"{f' with {site.norm} folded in' if site.norm else ''}; load a checkpoint from before the divergence"
             )
     return weight, bias
+
+
+def _scale_and_shift(norm: Any, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    ones, zeros = torch.ones_like(norm.running_mean), torch.zeros_like(norm.running_mean)
+    gamma, shift = (ones, zeros) if norm.weight is None else (norm.weight.detach(), norm.bias.detach())
+    scale = gamma.double() / (norm.running_var.double() + norm.eps).sqrt()
+    centre = (0.0 if bias is None else bias.double()) - norm.running_mean.double()
+    return scale, shift.double() + scale * centre
 
 
 def _scale_rows(weight: Tensor | BlockSparse, scale: Tensor) -> Tensor | BlockSparse:

@@ -11,8 +11,9 @@ from typing import Any
 class Geometry:
     """One frozen call ``act(conv(pad(x)) + bias + residual)``; sizes as torch names them.
 
-    kind: "conv2d" or "linear". input: shape in the example, batch included. weight: ``[K, C/groups, R, S]`` or
-    ``[out, in]``. pad: an explicit ``F.pad`` of mode ``pad_mode`` before the op, or None.
+    kind: "conv2d", "linear" or "norm" (a batch norm that no layer takes in). input: shape in the example, batch
+    included. weight: ``[K, C/groups, R, S]``, ``[out, in]`` or ``[C]``. pad: an explicit ``F.pad`` of mode ``pad_mode``
+    before the op, or None.
     """
 
     kind: str
@@ -41,6 +42,11 @@ class Geometry:
         return "+".join(name for name, there in parts if there)
 
     @property
+    def depthwise(self) -> bool:
+        """One kernel for each channel, a batch norm's scale among them."""
+        return self.kind == "norm" or (self.kind == "conv2d" and self.groups == self.input[1] == self.weight[0])
+
+    @property
     def padded_image(self) -> tuple[int, int]:
         """(H, W) that the op sees."""
         left, right, top, bottom = self.pad or (0, 0, 0, 0)
@@ -49,8 +55,9 @@ class Geometry:
     @property
     def output_image(self) -> tuple[int, int]:
         """(P, Q)."""
-        sizes = zip(self.padded_image, self.padding, self.dilation, self.weight[2:], self.stride, strict=True)
-        height, width = ((x + 2 * pad - dil * (taps - 1) - 1) // step + 1 for x, pad, dil, taps, step in sizes)
+        taps = self.weight[2:] or (1, 1)
+        sizes = zip(self.padded_image, self.padding, self.dilation, taps, self.stride, strict=True)
+        height, width = ((x + 2 * pad - dil * (tap - 1) - 1) // step + 1 for x, pad, dil, tap, step in sizes)
         return height, width
 
 
@@ -59,7 +66,8 @@ class LayerPlan:
     """One layer: medians in microseconds at the example's shape (None: not measured), and what was kept.
 
     pattern: its block shape, None if the layer was dense. density: kept weights / dense weights.
-    chosen: "sparse" (``sparsekd._C``) or "dense" (torch).
+    dense_us: by torch, sparse_us: by ``sparsekd._C``. chosen: "dense" (torch), "sparse" (``sparsekd._C`` on the kept
+    blocks) or "native" (``sparsekd._C`` on a weight that was never pruned).
     """
 
     name: str

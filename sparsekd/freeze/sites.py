@@ -22,7 +22,7 @@ LAYERS = (*CONVS, nn.Linear, SparseLinear)
 
 @dataclass(frozen=True)
 class Site:
-    """One convolution or linear layer and what is computed in the same call.
+    """One convolution or linear layer (or batch norm no layer takes in) and what is computed in the same call.
 
     name: in the plan and in the frozen network. target: the layer's module. nodes: its chain in the trace, from the
     layer to the last node it replaces (empty in a model that cannot be traced). norm: the BatchNorm's module.
@@ -109,9 +109,10 @@ def find_sites(network: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[Site
     finder = _SiteFinder(network, shapes)
     layers = [node for node in network.graph.nodes if finder.is_layer(node)]
     sites = {node: finder.grow(node) for node in sorted(layers, key=finder.work, reverse=True)}
+    sites |= {node: finder.grow(node) for node in network.graph.nodes if finder.is_norm(node)}
     calls: dict[str, int] = {}
     named = []
-    for node in layers:
+    for node in filter(sites.__contains__, network.graph.nodes):
         calls[node.target] = calls.get(node.target, 0) + 1
         call = calls[node.target]
         named.append(sites[node] if call == 1 else replace(sites[node], name=f"{node.target}@{call}"))
@@ -139,6 +140,11 @@ class _SiteFinder:
             return False
         return type(module) not in CONVS or len(self.shapes[node.args[0]][0]) == 4  # type: ignore[index]
 
+    def is_norm(self, node: fx.Node) -> bool:
+        """A batch norm of images that no layer takes in."""
+        fits = node not in self.taken and len(node.args) == 1 and node.args[0] in self.shapes
+        return fits and self.is_norm_of(node, node) and len(self.shapes[node][0]) == 4
+
     def work(self, node: fx.Node) -> int:
         """Multiply-adds of the dense layer per sample, to within a factor that all layers of a network share."""
         return math.prod(weight_shape(self.module(node))) * math.prod(self.shapes[node][0][2:])
@@ -149,9 +155,10 @@ class _SiteFinder:
             (user,) = chain[-1].users if len(chain[-1].users) == 1 else (None,)
             if user is None or user in self.taken or self.moves_past_a_mutation(chain[-1], user):
                 break
-            if norm is None and add is None and self.is_norm_of(user, layer):
+            is_layer = type(self.module(layer)) in LAYERS
+            if is_layer and norm is None and add is None and self.is_norm_of(user, layer):
                 norm = str(user.target)
-            elif add is None and self.adds_a_residual(user, chain[-1]):
+            elif is_layer and add is None and self.adds_a_residual(user, chain[-1]):
                 add = user.name
             else:
                 activation = activation_of(user, self.module(user))
@@ -165,7 +172,8 @@ class _SiteFinder:
 
     def is_norm_of(self, node: fx.Node, layer: fx.Node) -> bool:
         norm = self.module(node)
-        kind, dims = (nn.BatchNorm2d, 4) if type(self.module(layer)) in CONVS else (nn.BatchNorm1d, 2)
+        images = type(self.module(layer)) in (*CONVS, nn.BatchNorm2d)
+        kind, dims = (nn.BatchNorm2d, 4) if images else (nn.BatchNorm1d, 2)
         same = type(norm) is kind and len(self.shapes[layer][0]) == dims
         # Without running statistics it normalises by those of the batch, in eval mode too.
         return same and norm.running_mean is not None and not norm.training  # type: ignore[union-attr]
