@@ -168,10 +168,11 @@ struct Exact {
 
 int64_t compared = 0, failures = 0;
 
-void compare(const std::string& what, const Exact& exact, int64_t i, double got) {
+void compare(const std::string& what, const Exact& exact, int64_t i, double got, double rounding = 0) {
   const double want = exact.value[static_cast<size_t>(i)];
   ++compared;
-  if (std::fabs(got - want) <= 4e-6 * exact.magnitude[static_cast<size_t>(i)]) return;  // false for NaN
+  const double allowed = 4e-6 * exact.magnitude[static_cast<size_t>(i)] + rounding * std::fabs(want);
+  if (std::fabs(got - want) <= allowed) return;  // false for NaN
   if (++failures <= 20)
     fprintf(stderr, "%s: element %ld: expected %.9g, got %.9g\n", what.c_str(), static_cast<long>(i), want, got);
 }
@@ -260,6 +261,41 @@ struct Check {
     }
   }
 
+  // bf16 in and out. What the kernel is given is rounded, so `exact` is taken from that; y is off by its own rounding.
+  void forward_bf16() const {
+    const auto rounded = [&](const float* source, size_t count, std::vector<float>& exact) {
+      Guarded memory(sizeof(Bfloat16) * count, set.side);
+      Bfloat16* target = reinterpret_cast<Bfloat16*>(memory.floats());
+      for (size_t i = 0; i < count; ++i) {
+        uint32_t bits;
+        memcpy(&bits, source + i, sizeof bits);
+        target[i].bits = static_cast<uint16_t>(bits >> 16);
+        exact.push_back(to_float(target[i]));
+      }
+      return memory;
+    };
+    const size_t size = static_cast<size_t>(l.n * l.c * l.h * l.w);
+    std::vector<float> exact_x, exact_values;
+    const Guarded x16 = rounded(x.in().data, size, exact_x);
+    const Guarded values = rounded(weight.values.floats(), weight.size(), exact_values);
+    const Image inputs(l.n, l.c, l.h, l.w, set.x_last, set.side);
+    if (size > 0) memcpy(&inputs.at(0, 0, 0, 0), exact_x.data(), sizeof(float) * size);
+    Exact exact(l.n * l.k * l.p() * l.q());
+    weight.each_product(
+        [&](int64_t v, int64_t n, int64_t k, int64_t oy, int64_t ox, int64_t c, int64_t iy, int64_t ix) {
+          exact.add(flat(l, n, k, oy, ox), double(exact_values[static_cast<size_t>(v)]) * inputs.at(n, c, iy, ix));
+        });
+    const Guarded y(sizeof(Bfloat16) * exact.value.size(), set.side);
+    const auto at = [](const Guarded& memory) { return reinterpret_cast<Bfloat16*>(memory.floats()); };
+    conv2d<Bfloat16>(l.shape(), {at(x16), set.x_last}, at(values), weight.blocks(), {}, {at(y), set.y_last},
+                     set.threads);
+    each_output([&](int64_t n, int64_t k, int64_t oy, int64_t ox) {
+      const int64_t i = flat(l, n, k, oy, ox);
+      const int64_t place = set.y_last ? ((n * l.p() + oy) * l.q() + ox) * l.k + k : i;
+      compare(name + " forward bf16", exact, i, to_float(at(y)[place]), 1.0 / 256);
+    });
+  }
+
   void grad_input() const {
     Exact exact(l.n * l.c * l.h * l.w);
     weight.each_product(
@@ -299,6 +335,7 @@ void check_problem(const Problem& problem, const char* isa) {
     const auto random = [&] { return uniform(generator); };
     const Check check(problem, setting, isa, random);
     check.forward();
+    check.forward_bf16();
     check.grad_input();
     check.grad_values();
   }
