@@ -103,6 +103,7 @@ def quantize_layer(
     padding: Pair = (0, 0),
     dilation: Pair = (1, 1),
     groups: int = 1,
+    threads: int | None = None,
 ) -> Callable[..., Tensor]:
     """An int8 layer ``activation(layer(x) + bias + residual)`` as a function ``run(x, residual=None)``.
 
@@ -113,6 +114,7 @@ def quantize_layer(
         y: of the output, which is then u8 and takes no residual; None for float32.
         activation: a key of ``_C.ACTIVATIONS``.
         image: (H, W) of a convolution's input; run takes any batch size.
+        threads: None follows ``torch.set_num_threads``.
 
     Raises RuntimeError without the compiled module, ValueError for what the kernels do not know.
     """
@@ -132,7 +134,7 @@ def quantize_layer(
     out = torch.uint8 if y else torch.float32
     if len(weight.shape) == 2:
         layer = cpu.native.PackedLinearInt8(*reversed(weight.shape), *values.shape[1:], *arguments)
-        return _linear(layer, weight.shape, x, out)
+        return _linear(layer, weight.shape, x, out, threads)
     if image is None:
         raise ValueError("sparsekd.quantize: a convolution needs image=(height, width) of its input")
     k, channels, r, s = weight.shape
@@ -141,10 +143,14 @@ def quantize_layer(
         pad_h=padding[0], pad_w=padding[1], dil_h=dilation[0], dil_w=dilation[1], groups=groups,
         bh=values.shape[1], bw=values.shape[2],
     )  # fmt: skip
-    return _conv2d(cpu.native.PackedConv2dInt8(shape, *arguments), shape, (channels * groups, *image), k, x, out)
+    return _conv2d(
+        cpu.native.PackedConv2dInt8(shape, *arguments), shape, (channels * groups, *image), k, x, out, threads
+    )
 
 
-def _linear(layer: Any, features: tuple[int, ...], scale: ByteScale, out: torch.dtype) -> Callable[..., Tensor]:
+def _linear(
+    layer: Any, features: tuple[int, ...], scale: ByteScale, out: torch.dtype, threads: int | None
+) -> Callable[..., Tensor]:
     packed = layer.run
 
     def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -154,14 +160,16 @@ def _linear(layer: Any, features: tuple[int, ...], scale: ByteScale, out: torch.
         y = torch.empty(*x.shape[:-1], features[0], dtype=out)
         add = _residual(residual, y, torch.contiguous_format)
         rows = y.numel() // features[0] if features[0] else 0
-        packed(x.data_ptr(), rows, 0 if add is None else add.data_ptr(), y.data_ptr(), torch.get_num_threads())
+        packed(
+            x.data_ptr(), rows, 0 if add is None else add.data_ptr(), y.data_ptr(), threads or torch.get_num_threads()
+        )
         return y
 
     return run
 
 
 def _conv2d(
-    layer: Any, shape: Any, image: tuple[int, int, int], k: int, scale: ByteScale, out: torch.dtype
+    layer: Any, shape: Any, image: tuple[int, int, int], k: int, scale: ByteScale, out: torch.dtype, threads: int | None
 ) -> Callable[..., Tensor]:
     packed, size = layer.run, (shape.p, shape.q)
 
@@ -179,7 +187,7 @@ def _conv2d(
             0 if add is None else add.data_ptr(),
             y.data_ptr(),
             last,
-            torch.get_num_threads(),
+            threads or torch.get_num_threads(),
             x.shape[0],
         )
         return y

@@ -1,0 +1,70 @@
+"""freeze(..., dtype="int8"): close to float32, measured per layer, calibrated, and only where there are blocks."""
+
+import pytest
+import torch
+from torch import nn
+
+import sparsekd
+from sparsekd import BlockPattern
+from sparsekd.backends import cpu
+
+pytestmark = pytest.mark.skipif(cpu.native is None, reason="the compiled module is not built")
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32)
+        self.one, self.two = (
+            nn.Conv2d(32, 32, 3, padding=1),
+            nn.Conv2d(32, 32, 3, padding="same", padding_mode="reflect"),
+        )
+        self.head = nn.Linear(32, 16)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x)).relu()
+        x = (self.two(torch.nn.functional.silu(self.one(x))) + x).relu()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    network = Residual().eval()
+    sparsekd.sparsify(network, density=0.5, pattern=BlockPattern(16, 4), exclude=["stem"])
+    return network
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+def test_int8_is_close_and_takes_any_batch(model, memory_format, tmp_path):
+    x = torch.randn(4, 3, 12, 12)
+    frozen = sparsekd.freeze(model, x, dtype="int8", min_gain=0, layer_ms=2, memory_format=memory_format)
+    kept = [layer.why for layer in frozen.plan if layer.why.endswith("int8")]
+    assert len(kept) == 3 and "calibration" in str(frozen.plan)
+    for batch in (x, x[:1], torch.randn(7, 3, 12, 12)):
+        with torch.no_grad():
+            want = model(batch)
+        got = frozen(batch)
+        assert not torch.equal(got, want)  # bytes did run
+        assert (got - want).abs().max() <= 0.05 * want.abs().max()
+    frozen.save(tmp_path / "int8")
+    loaded = sparsekd.load_frozen(tmp_path / "int8", model)
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-3, atol=1e-4)
+
+
+def test_a_layer_that_gets_no_faster_stays_float(model):
+    x = torch.randn(2, 3, 12, 12)
+    frozen = sparsekd.freeze(model, x, dtype="int8", min_gain=float("inf"), layer_ms=2)
+    torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_calibration_sets_the_range(model):
+    x = torch.randn(2, 3, 12, 12)
+    with pytest.raises(RuntimeError, match="calibrate"):
+        sparsekd.freeze(model, x, dtype="int8", min_gain=0, layer_ms=1, calibration=[x * 1e-3])
+    sparsekd.freeze(model, x, dtype="int8", min_gain=0, layer_ms=1, calibration=[(x,), x * 0.5])
+
+
+def test_other_dtypes_are_refused(model):
+    with pytest.raises(ValueError, match="int4"):
+        sparsekd.freeze(model, torch.randn(1, 3, 8, 8), dtype="int4")
