@@ -48,7 +48,7 @@ def _build(setup: Setup, source: Source, density: float) -> Contest:
         if name in absent:
             absent[f"{name}_frozen"] = absent[name]
         else:
-            networks[f"{name}_frozen"] = sparsekd.freeze(networks[name], inputs, layer_ms=5.0 if setup.quick else 60.0)
+            networks[f"{name}_frozen"] = sparsekd.freeze(networks[name], inputs, layer_ms=5.0 if setup.quick else 20.0)
     calls = {name: infer(network, inputs) for name, network in networks.items()}
     for name, peer in peers.items():
         if name in calls:

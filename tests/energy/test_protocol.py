@@ -43,6 +43,31 @@ def test_compare_gives_ratios_of_seconds_and_joules(board):
     json.dumps(dataclasses.asdict(found))
 
 
+def test_a_training_step_is_compared_as_an_inference_is(board):
+    torch = pytest.importorskip("torch")
+    weight, steps = torch.zeros(3, requires_grad=True), []
+    optimizer = torch.optim.SGD([weight], lr=1e-3)
+
+    def training_step() -> None:
+        optimizer.zero_grad()
+        (weight - 1).square().sum().backward()
+        optimizer.step()
+        steps.append(float(weight.detach()[0]))
+        board.advance(0.03, 300.0)
+
+    @torch.inference_mode()
+    def inference() -> None:
+        weight.sum()
+        board.advance(0.01, 200.0)
+
+    machine = make_machine(board, nvml=FakeNVML(board, tick=0.02))
+    found = compare({"inference": inference, "training": training_step}, device="cuda", machine=machine, rounds=6)
+    assert steps == sorted(steps) and 0 < steps[-1] < 1  # it has trained, and goes on from window to window
+    assert len(steps) > 6 * found.measurements["training"].calls
+    assert found.joules_ratio["training"].value == pytest.approx(4.5, rel=0.05)
+    assert found.joules_ratio["training"].low <= 4.5 * 1.05 and found.measurements["training"].warning is None
+
+
 def test_windows_alternate_so_that_drift_cancels(board):
     """The machine slows down by the same step at every window; the ratio of equal functions must not see it."""
     order = []
