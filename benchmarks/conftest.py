@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -175,6 +176,14 @@ def pytest_benchmark_group_stats(config: pytest.Config, benchmarks: list[dict[st
             if row["group"] and row["params"] and row["path"] is None:  # a stored run has no such columns of its own
                 row["name"] = columns(row["param"].rsplit("-", 1)[-1], row["extra_info"])
     return groups
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Every reason for a skip, once and without -rs: what is not measured must not look like nothing to measure."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped if report.longrepr)
+    for reason, count in reasons.items():
+        terminalreporter.write_line(f"{count} skipped: {reason}")
 
 
 def columns(name: str, info: dict[str, Any]) -> str:

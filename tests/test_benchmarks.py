@@ -421,7 +421,7 @@ def test_extra_info_has_the_speedup_and_the_joules():
 
 def run_suite(*args, code="import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, "-q", "-rs", "-p", "no:cacheprovider", *args]
+    command = [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", *args]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
 

@@ -163,6 +163,14 @@ def test_a_gpu_lost_inside_the_window(board):
     assert meter.reading.seconds == pytest.approx(2.0)
 
 
+def test_a_driver_loaded_anew_inside_the_window_is_no_negative_energy(board):
+    nvml = FakeNVML(board)
+    with gpu_meter(board, nvml) as meter:
+        board.advance(2.0, watts=100.0)
+        nvml.nvmlDeviceGetTotalEnergyConsumption = lambda handle: 5  # millijoules, counted from the start again
+    assert_unavailable(meter.reading, "cuda:0", "reset")
+
+
 def test_mig_is_refused(board):
     nvml = FakeNVML(board)
     nvml.mig = 1
