@@ -39,7 +39,8 @@ LINEAR_CASES = [tensor_core_case(case) for case in LINEARS]
 
 @pytest.fixture(autouse=True)
 def _plan_of_its_own(monkeypatch, tmp_path):
-    """No choice is read from, or left in, the plan of the machine."""
+    """No choice is read from, or left in, the plan of the machine; float32 means float32, for cuDNN too."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setenv("SPARSEKD_PLAN", str(tmp_path / "plan.json"))
     backend._plan_of.cache_clear()
     backend._masks.clear()
@@ -118,7 +119,6 @@ def assert_as_exact_as_torch(case, dtype, *, bias=True, close=1e-4):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CONV_CASES, **by_id)
 def test_conv2d_forward_and_gradients(case, dtype, monkeypatch):
-    monkeypatch.setattr(backend, "allows_tf32", lambda conv: False)
     choose(monkeypatch, TRITON)
     assert_as_exact_as_torch(case, dtype, bias=case.id != "3x3")
 
@@ -135,7 +135,6 @@ BLOCKS = [(16, 32), (32, 16), (48, 16), (16, 48), (64, 64), (128, 32)]
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block[0]}x{block[1]}")
 def test_blocks_lower_and_higher_than_a_tile(block, monkeypatch):
-    monkeypatch.setattr(backend, "allows_tf32", lambda conv: False)
     choose(monkeypatch, TRITON)
     case = Conv("block", n=1, c=48, k=144, image=(3, 4), pattern=BlockPattern(*block), density=0.3)
     assert_as_exact_as_torch(case, torch.float32)
@@ -175,7 +174,6 @@ def test_every_tile(direction, family, tile):
 def test_parts_and_orders_change_nothing_but_rounding(splits, group, monkeypatch):
     """Walks cut into parts (more parts than steps, too), any order of tiles, two runs bit-equal."""
     case = Conv("parts", n=2, c=32, k=48, image=(5, 4), pattern=BlockPattern(16, 16), density=0.15)
-    monkeypatch.setattr(backend, "allows_tf32", lambda conv: False)
     choose(monkeypatch, _plan.Choice("triton", _tiles.Tile(16, 16, 16, 4, 2, splits=splits, group=group)))
     assert_as_exact_as_torch(case, torch.float32)
     x, values, blocks = operands(case, torch.float32)
@@ -253,7 +251,6 @@ PATHS = [_plan.DENSE, _plan.COMPACT, TRITON]
 @pytest.mark.parametrize("choice", PATHS, ids=str)
 @pytest.mark.parametrize("stride", [(1, 1), (2, 1)])
 def test_every_path_computes_the_same_conv2d(choice, stride, monkeypatch):
-    monkeypatch.setattr(backend, "allows_tf32", lambda conv: False)
     choose(monkeypatch, choice)
     case = Conv("path", c=48, k=64, stride=stride, image=(5, 6), pattern=BlockPattern(16, 16), density=0.1)
     assert_as_exact_as_torch(case, torch.float32)
@@ -268,7 +265,6 @@ def test_every_path_computes_the_same_linear(choice, monkeypatch):
 
 @pytest.mark.parametrize("case", [Conv("groups", groups=2, c=32), Conv("ragged", c=24, k=40)], **by_id)
 def test_the_dense_path_takes_groups_and_ragged_blocks(case, monkeypatch):
-    monkeypatch.setattr(backend, "allows_tf32", lambda conv: False)
     choose(monkeypatch, _plan.DENSE)
     assert_as_exact_as_torch(replace(case, pattern=BlockPattern(16, 16)), torch.float32)
 
@@ -404,7 +400,6 @@ def test_what_the_kernels_refuse_runs_dense(case, why):
 def test_blocks_for_any_device_run(case, monkeypatch):
     """The cases as they are, most of them with blocks for a CPU; contiguous, where the kernels want channels_last."""
     choose(monkeypatch, TRITON)
-    monkeypatch.setattr(backend, "allows_tf32", lambda conv: False)
     monkeypatch.setattr(sys.modules[__name__], "last", lambda x: x)
     assert_as_exact_as_torch(case, torch.float32)
 
