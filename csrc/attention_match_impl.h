@@ -12,8 +12,21 @@ using sparsekd::MatchMaps;
 // The window of output i of an adaptive average pooling from `in` to `out`.
 inline Range window(int64_t in, int64_t out, int64_t i) { return {i * in / out, ceil_div((i + 1) * in, out)}; }
 
+// The windows of all columns; divisions of integers are dear, and every row has the same columns.
+struct ColumnWindow {
+  int32_t begin, end;
+};
+
+inline void fill_columns(const MapSize& from, const MapSize& to, ColumnWindow* columns) {
+  for (int64_t j = 0; j < to.width; ++j) {
+    const Range range = window(from.width, to.width, j);
+    columns[j] = {static_cast<int32_t>(range.begin), static_cast<int32_t>(range.end)};
+  }
+}
+
 // x [from] pooled to out [to]; rows are summed first. `row` holds a row of x.
-inline void pool(const float* x, const MapSize& from, const MapSize& to, float* row, float* out) {
+inline void pool(const float* x, const MapSize& from, const MapSize& to, const ColumnWindow* columns, float* row,
+                 float* out) {
   for (int64_t i = 0; i < to.height; ++i) {
     const Range rows = window(from.height, to.height, i);
     const float* line = x + rows.begin * from.width;
@@ -23,25 +36,27 @@ inline void pool(const float* x, const MapSize& from, const MapSize& to, float* 
         for (int64_t c = 0; c < from.width; ++c) row[c] += x[r * from.width + c];
       line = row;
     }
+    const int32_t height = static_cast<int32_t>(rows.end - rows.begin);
     for (int64_t j = 0; j < to.width; ++j) {
-      const Range columns = window(from.width, to.width, j);
-      float sum = line[columns.begin];
-      for (int64_t c = columns.begin + 1; c < columns.end; ++c) sum += line[c];
-      out[i * to.width + j] = sum / static_cast<float>((rows.end - rows.begin) * (columns.end - columns.begin));
+      const ColumnWindow of = columns[j];
+      float sum = line[of.begin];
+      for (int32_t c = of.begin + 1; c < of.end; ++c) sum += line[c];
+      out[i * to.width + j] = sum / static_cast<float>(height * (of.end - of.begin));
     }
   }
 }
 
 // The transpose of `pool`: adds what the gradient of out gives x to grad.
-inline void pool_grad(const float* grad_out, const MapSize& from, const MapSize& to, float* row, float* grad) {
+inline void pool_grad(const float* grad_out, const MapSize& from, const MapSize& to, const ColumnWindow* columns,
+                      float* row, float* grad) {
   for (int64_t i = 0; i < to.height; ++i) {
     const Range rows = window(from.height, to.height, i);
+    const int32_t height = static_cast<int32_t>(rows.end - rows.begin);
     for (int64_t c = 0; c < from.width; ++c) row[c] = 0.0f;
     for (int64_t j = 0; j < to.width; ++j) {
-      const Range columns = window(from.width, to.width, j);
-      const float share_of_each =
-          grad_out[i * to.width + j] / static_cast<float>((rows.end - rows.begin) * (columns.end - columns.begin));
-      for (int64_t c = columns.begin; c < columns.end; ++c) row[c] += share_of_each;
+      const ColumnWindow of = columns[j];
+      const float each = grad_out[i * to.width + j] / static_cast<float>(height * (of.end - of.begin));
+      for (int32_t c = of.begin; c < of.end; ++c) row[c] += each;
     }
     for (int64_t r = rows.begin; r < rows.end; ++r)
       for (int64_t c = 0; c < from.width; ++c) grad[r * from.width + c] += row[c];
@@ -93,28 +108,35 @@ inline float difference(const float* a, const float* b, int64_t length, float we
 }
 
 struct MatchScratch {
-  float* teacher;  // [area] one normalised teacher map
-  float* student;  // [students][area] student maps at the size of a teacher's, normalised
-  float* grad;     // [students][area] gradients of these
-  float* divisor;  // [students]
-  float* row;      // [student width]
-  float* pooled;   // [area]
+  float* teacher;         // [area] one normalised teacher map
+  float* student;         // [students][area] student maps at the size of a teacher's, normalised
+  float* grad;            // [students][area] gradients of these
+  float* divisor;         // [students]
+  float* row;             // [student width]
+  float* pooled;          // [area]
+  ColumnWindow* columns;  // [teacher width]
 };
 
 inline MatchScratch match_scratch(const MatchMaps& args) {
-  int64_t area = 0, width = 0;
-  for (int64_t t = 0; t < args.teachers; ++t)
+  int64_t area = 0, width = 0, columns = 0;
+  for (int64_t t = 0; t < args.teachers; ++t) {
     area = max64(area, args.teacher_size[t].height * args.teacher_size[t].width);
+    columns = max64(columns, args.teacher_size[t].width);
+  }
   for (int64_t s = 0; s < args.students; ++s) width = max64(width, args.student_size[s].width);
-  const int64_t floats = (2 + 2 * args.students) * area + args.students + width;
-  float* p = static_cast<float*>(scratch(sparsekd::kScratchSum, sizeof(float) * static_cast<size_t>(floats)));
-  const int64_t maps = args.students * area;
-  return {p,
-          p + area,
-          p + area + maps,
-          p + area + 2 * maps,
-          p + area + 2 * maps + args.students,
-          p + area + 2 * maps + args.students + width};
+  const int64_t maps = args.students * area, floats = 2 * maps + 2 * area + args.students + width;
+  const size_t bytes = sizeof(float) * static_cast<size_t>(floats);
+  const size_t total = bytes + sizeof(ColumnWindow) * static_cast<size_t>(columns);
+  float* p = static_cast<float*>(scratch(sparsekd::kScratchSum, total));
+  MatchScratch m;
+  m.teacher = p;
+  m.pooled = m.teacher + area;
+  m.student = m.pooled + area;
+  m.grad = m.student + maps;
+  m.divisor = m.grad + maps;
+  m.row = m.divisor + args.students;
+  m.columns = reinterpret_cast<ColumnWindow*>(m.row + width);
+  return m;
 }
 
 inline bool same_size(const MapSize& a, const MapSize& b) { return a.height == b.height && a.width == b.width; }
@@ -131,7 +153,8 @@ inline double match_size(const MatchMaps& args, int64_t image, int64_t first, co
     if (!seen(s)) continue;
     const float* map = students + args.student_size[s].energy;
     if (!same_size(args.student_size[s], size)) {
-      pool(map, args.student_size[s], size, m.row, m.pooled);
+      fill_columns(args.student_size[s], size, m.columns);
+      pool(map, args.student_size[s], size, m.columns, m.row, m.pooled);
       map = m.pooled;
     }
     m.divisor[s] = normalize(map, area, m.student + s * area);
@@ -164,10 +187,12 @@ inline double match_size(const MatchMaps& args, int64_t image, int64_t first, co
     const float inverse = 1.0f / m.divisor[s];
     for (int64_t i = 0; i < area; ++i) grad[i] = (grad[i] - v[i] * along) * inverse;
     float* out = args.grad_student + image * args.student_stride + args.student_size[s].energy;
-    if (same_size(args.student_size[s], size))
+    if (same_size(args.student_size[s], size)) {
       for (int64_t i = 0; i < area; ++i) out[i] += grad[i];
-    else
-      pool_grad(grad, args.student_size[s], size, m.row, out);
+    } else {
+      fill_columns(args.student_size[s], size, m.columns);
+      pool_grad(grad, args.student_size[s], size, m.columns, m.row, out);
+    }
   }
   return loss;
 }

@@ -1,0 +1,246 @@
+"""The distillation losses on feature maps, forward and backward: `python -m benchmarks.attention [--quick]`.
+
+Ours against the same formulas in eager torch (each step kept by autograd, as published code writes them) and against
+torch.compile of these, side by side; losses and gradients are compared before anything is timed. Maps are those of the
+taps of WRN-40-2 -> WRN-16-2 (batch 64, 32 pixels) and ResNet-34 -> ResNet-18 (batch 32, 224 pixels), post-ReLU.
+
+`share` is the least traffic (teacher and student read once, student read and its gradient written once more) over time,
+as a share of the bandwidth that reading and adding arrays of this size reach on the same threads in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.timing import interleaved, machine, write_json
+from sparsekd.distill import SAD, attention_transfer_loss, kd_loss
+from sparsekd.ops.attention import layer_stats, match_maps
+
+Taps = Sequence[tuple[int, int, int]]  # (channels, side, how many)
+
+
+@dataclass(frozen=True)
+class Pair:
+    name: str
+    batch: int
+    teacher: Taps
+    student: Taps
+
+
+PAIRS = (
+    Pair("wrn", 64, ((32, 32, 6), (64, 16, 6), (128, 8, 6)), ((32, 32, 2), (64, 16, 2), (128, 8, 2))),
+    Pair(
+        "resnet",
+        32,
+        ((64, 56, 3), (128, 28, 4), (256, 14, 6), (512, 7, 3)),
+        ((64, 56, 2), (128, 28, 2), (256, 14, 2), (512, 7, 2)),
+    ),
+)
+QUICK = Pair("quick", 4, ((16, 8, 2), (32, 4, 2)), ((16, 8, 1), (32, 4, 1)))
+
+
+def maps_of(taps: Taps, batch: int, last: bool, dtype: torch.dtype, device: str, grad: bool) -> list[Tensor]:
+    layout = torch.channels_last if last else torch.contiguous_format
+    shapes = [(batch, c, side, side) for c, side, count in taps for _ in range(count)]
+    maps = [torch.randn(s, device=device).relu().to(dtype).contiguous(memory_format=layout) for s in shapes]
+    return [m.requires_grad_(grad) for m in maps]
+
+
+def eager_energy(features: Sequence[Tensor]) -> list[Tensor]:
+    return [f.float().square().mean(1) for f in features]
+
+
+def eager_means(features: Sequence[Tensor]) -> list[Tensor]:
+    return [f.float().mean((2, 3)) for f in features]
+
+
+def eager_match(attention: Tensor, teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
+    """AFD's distance: student maps pooled once for each distinct size, differences by broadcasting."""
+    total = attention.new_zeros(())
+    pooled: dict[tuple[int, int], Tensor] = {}
+    for t, wanted in enumerate(teacher):
+        size = (wanted.shape[1], wanted.shape[2])
+        if size not in pooled:
+            pooled[size] = torch.stack(
+                [F.normalize(F.adaptive_avg_pool2d(m, size).flatten(1), dim=1) for m in student], 1
+            )
+        difference = pooled[size] - F.normalize(wanted.flatten(1), dim=1)[:, None]
+        total = total + (attention[:, t] * difference.square().mean(2)).sum(1).mean()
+    return total
+
+
+class Losses:
+    """Three losses of one pair of networks, each as (ours, eager), scalars of the same tensors."""
+
+    def __init__(self, pair: Pair, last: bool, dtype: torch.dtype, device: str) -> None:
+        torch.manual_seed(0)
+        self.teacher = maps_of(pair.teacher, pair.batch, last, dtype, device, grad=False)
+        self.student = maps_of(pair.student, pair.batch, last, dtype, device, grad=True)
+        sizes = [[(f.shape[2], f.shape[3]) for f in side] for side in (self.teacher, self.student)]
+        shape = (pair.batch, len(self.teacher), len(self.student))
+        self.attention = torch.rand(shape, device=device).softmax(2)
+        self.sizes_t, self.sizes_s = sizes
+        self.sad = SAD.from_features(self.teacher, self.student)
+        # For attention transfer, a teacher layer of the student's size.
+        self.chosen = [next(t for t in self.teacher if t.shape[2:] == s.shape[2:]) for s in self.student]
+
+    def maps(self) -> Tensor:
+        """All that touches feature maps in SAD: means, energy, matching under given attention."""
+        means_t, energy_t = layer_stats(self.teacher)
+        means_s, energy_s = layer_stats(self.student)
+        used = means_t.sum() + means_s.square().sum()
+        return used + match_maps(self.attention, energy_t, energy_s, self.sizes_t, self.sizes_s)
+
+    def maps_eager(self) -> Tensor:
+        used = sum(m.sum() for m in eager_means(self.teacher)) + sum(
+            m.square().sum() for m in eager_means(self.student)
+        )
+        return used + eager_match(self.attention, eager_energy(self.teacher), eager_energy(self.student))
+
+    def sad_whole(self) -> Tensor:
+        return self.sad(self.teacher, self.student)
+
+    def sad_whole_eager(self) -> Tensor:
+        attention = self.sad.attention(eager_means(self.teacher), eager_means(self.student))
+        return eager_match(attention, eager_energy(self.teacher), eager_energy(self.student))
+
+    def at(self) -> Tensor:
+        return attention_transfer_loss(self.student, self.chosen)
+
+    def at_eager(self) -> Tensor:
+        pairs = zip(eager_energy(self.student), eager_energy(self.chosen), strict=True)
+        return sum(F.mse_loss(F.normalize(s.flatten(1)), F.normalize(t.flatten(1))) for s, t in pairs)  # type: ignore[return-value]
+
+    def bytes(self, teacher: Sequence[Tensor]) -> int:
+        """The least that must move."""
+        size = [sum(m.numel() * m.element_size() for m in side) for side in (teacher, self.student)]
+        return size[0] + 3 * size[1]
+
+
+def gradients(loss: Callable[[], Tensor], wanted: Sequence[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: torch.autograd.grad(loss(), wanted)
+
+
+def check(name: str, losses: Sequence[Callable[[], Tensor]], wanted: Sequence[Tensor]) -> None:
+    first, *others = [(loss().detach(), gradients(loss, wanted)()) for loss in losses]
+    for value, grads in others:
+        for got, want in [(value, first[0]), *zip(grads, first[1], strict=True)]:
+            limit = 1e-3 if got.dtype == torch.float32 else 2e-2
+            difference = (got.float() - want.float()).abs().max().item()
+            if not difference <= limit * max(want.abs().max().item(), 1e-12):
+                raise RuntimeError(f"benchmarks.attention: {name}: results differ by {difference:.2g}")
+
+
+def bandwidth(seconds: float, device: str) -> dict[str, float]:
+    """GB/s of reading an array (a sum) and of c = a + s b (two reads, one write), 128 MB each."""
+    a, b, c = (torch.ones(32 << 20, device=device) for _ in range(3))
+    calls = [synchronised(call, device) for call in (a.sum, lambda: torch.add(a, b, alpha=2, out=c))]
+    read, triad = interleaved(calls, seconds=seconds)
+    return {"read": a.numel() * 4 / median(read) / 1e9, "triad": 3 * a.numel() * 4 / median(triad) / 1e9}
+
+
+def synchronised(call: Callable[[], Any], device: str) -> Callable[[], Any]:
+    if device == "cpu":
+        return call
+
+    def run() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return run
+
+
+def median(samples: Sequence[float]) -> float:
+    return sorted(samples)[len(samples) // 2]
+
+
+def measure(
+    pair: Pair, last: bool, dtype: torch.dtype, device: str, compiled: bool, seconds: float
+) -> list[dict[str, Any]]:
+    case = Losses(pair, last, dtype, device)
+    cases = {
+        "maps": (case.maps, case.maps_eager, case.teacher),
+        "attention transfer": (case.at, case.at_eager, case.chosen),
+        "sad": (case.sad_whole, case.sad_whole_eager, case.teacher),
+    }
+    rows = []
+    for name, (ours, eager, teacher) in cases.items():
+        calls = {"ours": ours, "eager": eager, **({"compiled": torch.compile(eager)} if compiled else {})}
+        label = f"{pair.name} {name} {'nhwc' if last else 'nchw'} {str(dtype)[6:]}"
+        check(label, list(calls.values()), case.student)
+        rates = bandwidth(seconds, device)
+        wanted = [*case.student, *(case.sad.parameters() if name == "sad" else ())]
+        steps = [synchronised(gradients(call, wanted), device) for call in calls.values()]
+        samples = interleaved(steps, repeats=9, seconds=seconds * len(steps))
+        row = {"case": label, "batch": pair.batch, "bytes": case.bytes(teacher), "bandwidth": rates}
+        row |= {f"{who}_us": median(taken) * 1e6 for who, taken in zip(calls, samples, strict=True)}
+        for who, taken in list(zip(calls, samples, strict=True))[1:]:
+            row[f"speedup_{who}"] = median([b / a for a, b in zip(samples[0], taken, strict=True)])
+        row["share"] = row["bytes"] / row["ours_us"] / 1e3 / rates["triad"]
+        rows.append(row)
+        print_row(row)
+    return rows
+
+
+def print_row(row: dict[str, Any]) -> None:
+    cells = [f"{row['case']:44} {row['ours_us']:9.0f} us"]
+    cells += [f"{who} {row[f'{who}_us']:9.0f} us {row[f'speedup_{who}']:5.2f}x" for who in ("eager", "compiled")
+              if f"{who}_us" in row]  # fmt: skip
+    rates = row["bandwidth"]
+    cells.append(f"{row['share']:4.0%} of {rates['triad']:.1f} GB/s (reading {rates['read']:.1f})")
+    print(" | ".join(cells), flush=True)
+
+
+def measure_kd(device: str, compiled: bool, seconds: float) -> dict[str, Any]:
+    """Logits of 100 classes at batch 64."""
+    student, teacher = torch.randn(2, 64, 100, device=device)
+    student.requires_grad_()
+
+    def eager() -> Tensor:
+        p, q = F.softmax(teacher / 4, 1), F.log_softmax(student / 4, 1)
+        return F.kl_div(q, p, reduction="batchmean") * 16
+
+    calls = {"ours": lambda: kd_loss(student, teacher), "eager": eager}
+    calls |= {"compiled": torch.compile(eager)} if compiled else {}
+    check("kd", list(calls.values()), [student])
+    steps = [synchronised(gradients(call, [student]), device) for call in calls.values()]
+    samples = interleaved(steps, seconds=seconds * len(steps))
+    row: dict[str, Any] = {"case": "kd 64x100"}
+    row |= {f"{who}_us": median(taken) * 1e6 for who, taken in zip(calls, samples, strict=True)}
+    print(", ".join(f"{key} {value:.0f}" if key != "case" else value for key, value in row.items()), flush=True)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny maps: whether it runs, not how fast")
+    parser.add_argument("--pair", choices=[pair.name for pair in PAIRS], help="only this pair of networks")
+    parser.add_argument("--dtype", action="append", help="may be repeated; default float32 and bfloat16")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seconds", type=float, default=0.4, help="of each contestant")
+    parser.add_argument("--json", metavar="PATH", help="also write the rows there")
+    args = parser.parse_args()
+    seconds = 0.02 if args.quick else args.seconds
+    pairs = (QUICK,) if args.quick else [pair for pair in PAIRS if args.pair in (None, pair.name)]
+    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    compiled = not (args.no_compile or args.quick)
+    rows = [measure_kd(args.device, compiled, seconds)]
+    for pair in pairs:
+        for dtype in args.dtype or ("float32", "bfloat16"):
+            for last in (False, True):
+                rows += measure(pair, last, getattr(torch, dtype), args.device, compiled, seconds)
+    if args.json:
+        write_json(args.json, f"python -m benchmarks.attention {' '.join(sys.argv[1:])}", rows)
+
+
+if __name__ == "__main__":
+    main()
