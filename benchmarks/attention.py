@@ -231,7 +231,8 @@ def main() -> None:
     args = parser.parse_args()
     seconds = 0.02 if args.quick else args.seconds
     pairs = (QUICK,) if args.quick else [pair for pair in PAIRS if args.pair in (None, pair.name)]
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    on = machine() if args.device == "cpu" else {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    print(", ".join(f"{key} {value}" for key, value in on.items()))
     compiled = not (args.no_compile or args.quick)
     rows = [measure_kd(args.device, compiled, seconds)]
     for pair in pairs:
@@ -239,7 +240,7 @@ def main() -> None:
             for last in (False, True):
                 rows += measure(pair, last, getattr(torch, dtype), args.device, compiled, seconds)
     if args.json:
-        write_json(args.json, f"python -m benchmarks.attention {' '.join(sys.argv[1:])}", rows)
+        write_json(args.json, f"python -m benchmarks.attention {' '.join(sys.argv[1:])}", rows, on)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@
 #   layers1    the same with batch 1, forward only
 #   network    whole-network inference in CUDA graphs, as trained and frozen
 #   training   a training step in a CUDA graph
+#   losses     the distillation losses against eager and compiled torch, and their share of the memory's bandwidth
 #   energy     joules of inference: windows of 5 s, interleaved, idle measured
 #   cifar      CIFAR-100, full protocol, in calls of 8 minutes: name it until it says that it is done (not among "all");
 #              SPARSEKD_DATA_CIFAR100 is the folder of the data, SPARSEKD_CIFAR more options (--recipe paper --seeds 3)
@@ -35,7 +36,7 @@ while (($#)); do
     *) stages+=("$1"); shift ;;
   esac
 done
-((${#stages[@]})) || stages=(build tests layers layers256 layers1 network training energy table)
+((${#stages[@]})) || stages=(build tests layers layers256 layers1 network training losses energy table)
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 export SPARSEKD_PLAN=${SPARSEKD_PLAN:-$out/plan.json}
@@ -65,7 +66,7 @@ stage_build() {
 stage_tests() {
   local some=()
   ((${#rehearse[@]})) && some=(-k "table or mask or every_path or frozen or captured or steady or Linear")
-  timeout 540 "$python" -m pytest -q -p no:cacheprovider tests/test_triton.py tests/test_cuda_native.py \
+  timeout 540 "$python" -m pytest -q -p no:cacheprovider tests/test_triton.py tests/test_triton_attention.py tests/test_cuda_native.py \
     tests/test_cuda_modules.py tests/test_freeze_cuda.py ${some[@]+"${some[@]}"}
 }
 
@@ -84,6 +85,12 @@ stage_training() {
   run -m benchmarks.gpu_network train --network wrn-28-10 --batch 128 --out "$out"
   ((${#rehearse[@]})) && return
   run -m benchmarks.gpu_network train --network resnet50 --batch 128 --density 0.3 --out "$out"
+}
+
+stage_losses() {
+  local where=(--device cuda --json "$out/losses.json")
+  ((${#rehearse[@]})) && where=(--quick)
+  timeout 540 "$python" -m benchmarks.attention "${where[@]}"
 }
 
 stage_energy() { run -m benchmarks.gpu_network energy --network resnet50 --batch 256 --density 0.3 --out "$out"; }

@@ -83,7 +83,9 @@ def _cpu_model() -> str:
     return ", ".join(f"{key.split()[-1]} {value}" for key, value in found.items()) or platform.machine()
 
 
-def write_json(path: str | Path, command: str, rows: list[dict[str, Any]]) -> None:
+def write_json(
+    path: str | Path, command: str, rows: list[dict[str, Any]], taken_on: dict[str, Any] | None = None
+) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"command": command, "machine": machine(), "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"command": command, "machine": taken_on or machine(), "rows": rows}, indent=1) + "\n")
