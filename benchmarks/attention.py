@@ -239,8 +239,8 @@ def main() -> None:
         for dtype in args.dtype or ("float32", "bfloat16"):
             for last in (False, True):
                 rows += measure(pair, last, getattr(torch, dtype), args.device, compiled, seconds)
-    if args.json:
-        write_json(args.json, f"python -m benchmarks.attention {' '.join(sys.argv[1:])}", rows, on)
+                if args.json:  # each time: compiling takes long, and what is there is worth having
+                    write_json(args.json, f"python -m benchmarks.attention {' '.join(sys.argv[1:])}", rows, on)
 
 
 if __name__ == "__main__":
