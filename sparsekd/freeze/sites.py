@@ -252,7 +252,8 @@ def _mutates(node: fx.Node, module: nn.Module | None) -> bool:
     if node.target in _IN_PLACE_OPERATORS or "out" in node.kwargs:
         return True
     name = node.target if isinstance(node.target, str) else node.target.__name__
-    return (name.endswith("_") and not name.endswith("__")) or True in (*node.args[1:], node.kwargs.get("inplace"))
+    said = any(arg is True for arg in (*node.args[1:], node.kwargs.get("inplace")))  # `is`: sum(1) says no such thing
+    return (name.endswith("_") and not name.endswith("__")) or said
 
 
 def find_eager_sites(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Site]:
