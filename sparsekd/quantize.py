@@ -157,7 +157,7 @@ def _linear(
         if x.shape[-1] != features[1]:
             raise ValueError(f"sparsekd.quantize: expected [..., {features[1]}], got {tuple(x.shape)}")
         x = _bytes(x, scale, torch.contiguous_format)
-        y = torch.empty(*x.shape[:-1], features[0], dtype=out)
+        y = torch.empty(*x.shape[:-1], features[0], dtype=out, device="cpu")
         add = _residual(residual, y, torch.contiguous_format)
         rows = y.numel() // features[0] if features[0] else 0
         packed(
@@ -179,7 +179,7 @@ def _conv2d(
         last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if last else torch.contiguous_format
         x = _bytes(x, scale, layout)
-        y = torch.empty((x.shape[0], k, *size), dtype=out, memory_format=layout)
+        y = torch.empty((x.shape[0], k, *size), dtype=out, device="cpu", memory_format=layout)
         add = _residual(residual, y, layout)
         packed(
             x.data_ptr(),

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import sparsekd
 from sparsekd import BlockPattern, checkpoint
@@ -844,6 +845,32 @@ def test_frozen_is_frozen():
 
 
 # ---- Files
+
+
+class Allocations(TorchFunctionMode):
+    """Notes the device that each torch.empty asks for."""
+
+    def __init__(self):
+        super().__init__()
+        self.devices = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") == "empty":
+            self.devices.append((kwargs or {}).get("device"))
+        return func(*args, **(kwargs or {}))
+
+
+@needs_kernels
+def test_kernels_write_to_the_cpu_whatever_the_default_device():
+    """Under `torch.device("meta")` an output without a device has address 0."""
+    model, x = (
+        nn.Sequential(SparseConv2d(3, 16, 3), nn.Flatten(), SparseLinear(16 * 36, 4)).eval(),
+        torch.randn(2, 3, 8, 8),
+    )
+    frozen = quick(model, x)
+    with Allocations() as seen:
+        frozen(x)
+    assert seen.devices == ["cpu", "cpu"]
 
 
 class Viewed(nn.Module):

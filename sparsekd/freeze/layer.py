@@ -246,7 +246,11 @@ def _packed_conv2d(
         if residual is not None:
             residual = _like(residual, (n, *out), dtype, layout)
             add = residual.data_ptr()
-        y = residual if reuse and residual is not None else empty((n, *out), dtype=dtype, memory_format=layout)
+        y = (
+            residual
+            if reuse and residual is not None
+            else empty((n, *out), dtype=dtype, device="cpu", memory_format=layout)
+        )
         kernel(x.data_ptr(), last, add, y.data_ptr(), threads or torch_threads(), n)
         return y
 
@@ -264,7 +268,7 @@ def _packed_linear(geometry: Geometry, weight: BlockSparse, bias: Tensor | None,
         if features != in_features or x.dtype is not dtype or not x.is_cpu:
             raise _wrong_input(x, ("...", in_features), dtype)
         x = x.contiguous()
-        y = empty((*batch, out_features), dtype=dtype)
+        y = empty((*batch, out_features), dtype=dtype, device="cpu")
         add = 0
         if residual is not None:
             residual = _like(residual, y.shape, dtype, torch.contiguous_format)
