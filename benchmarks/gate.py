@@ -1,6 +1,6 @@
 """The regression gate: `python -m benchmarks.gate` measures a handful of layers and fails where one got slower.
 
-    python -m benchmarks.gate                              # against benchmarks/results/gate-<isa>.json
+    python -m benchmarks.gate                              # against benchmarks/results/gate.json
     python -m benchmarks.gate --update                     # measure, and store this CPU's figures (on a quiet machine)
     python -m benchmarks.gate --run new.json old.json      # two --benchmark-json files of the throughput suite
 
@@ -180,9 +180,10 @@ def _read(path: Path, key: str) -> list[dict[str, Any]]:
     return data[key]
 
 
-def _kind(machine: Mapping[str, Any]) -> tuple[str, str]:
-    """What has to be the same for ratios to be the same: the processor, and whose dense layers they are against."""
-    return machine["cpu"], machine["torch"]
+def _kind(machine: Mapping[str, Any]) -> tuple[str, str, str]:
+    """What has to be the same for ratios to be the same: the processor, the float32 kernels (avx512_bf16 has those of
+    avx512), and whose dense layers they are against."""
+    return machine["cpu"], machine["isa"].partition("_")[0], machine["torch"]
 
 
 def stored_for(path: Path, here: Mapping[str, Any]) -> tuple[dict[str, Figure], float]:
@@ -200,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("baseline", nargs="?", type=Path, help="stored figures; default results/gate-<isa>.json")
+    parser.add_argument("baseline", nargs="?", type=Path, help="stored figures; default results/gate.json")
     parser.add_argument("--run", type=Path, help="judge this --benchmark-json file instead of measuring")
     parser.add_argument("--update", action="store_true", help="measure and store")
     parser.add_argument("--measure", action="store_true", help="print the figures of this process as JSON")
@@ -228,7 +229,7 @@ def _run(args: argparse.Namespace) -> int:
         print(json.dumps({name: asdict(measure()) for name, measure in measures_of(args.seconds).items()}))
         return 0
     here = machine()
-    path = args.baseline or RESULTS / f"gate-{here['isa']}.json"
+    path = args.baseline or RESULTS / "gate.json"
     if args.update:
         return _update(path, args.seconds, here)
     stored, tolerance = stored_for(path, here)
@@ -251,9 +252,8 @@ def _update(path: Path, seconds: float, here: Mapping[str, Any]) -> int:
         print(f"{name:38} {figure.speedup:5.2f}x  noise {figure.noise:5.1%}")
     for name, noise in left_out.items():
         print(f"{name:38} left out: noise {noise:.1%}, the gate could not tell")
-    others = [
-        entry for entry in (_read(path, "machines") if path.exists() else []) if entry["machine"]["cpu"] != here["cpu"]
-    ]
+    known = _read(path, "machines") if path.exists() else []
+    others = [entry for entry in known if _kind(entry["machine"])[:2] != _kind(here)[:2]]
     entry = {"machine": here, "cases": {name: asdict(figure) for name, figure in kept.items()}, "left_out": left_out}
     stored = {"command": "python -m benchmarks.gate --update", "density": DENSITY, "machines": [*others, entry]}
     path.write_text(json.dumps(stored, indent=1) + "\n")
