@@ -69,4 +69,32 @@ inline BandSize choose_bands(const Conv2dGeometry& g, const Layout& whole, int64
   return make_band_size(g, images, rows, cols);
 }
 
+// dy of one strip as [image][row][pixel][16], rows and images `row_stride` and `image_stride` floats apart; lanes that
+// are not there are zero.
+inline void pack_strip_pixels(const float* dy, bool channels_last, const Conv2dGeometry& g, const Band& band,
+                              const Strip& strip, float* packed, int64_t row_stride, int64_t image_stride) {
+  const int64_t area = g.p * g.q;
+  for (int64_t image = 0; image < band.images; ++image)
+    for (int64_t y = 0; y < band.rows; ++y) {
+      float* target = packed + image * image_stride + y * row_stride;
+      const int64_t n = band.image + image;
+      const int64_t pixel = (band.y + y) * g.q + band.x;
+      if (strip.rows == nullptr && channels_last) {
+        const float* source = dy + (n * area + pixel) * g.k + strip.row;
+        for (int64_t x = 0; x < band.cols; ++x)
+          Vec16::load_first(source + x * g.k, strip.lanes).store(target + x * kStripRows);
+      } else if (strip.rows == nullptr) {
+        if (strip.lanes < kStripRows) zero_floats(target, band.cols * kStripRows);
+        transpose_floats(dy + (n * g.k + strip.row) * area + pixel, area, strip.lanes, band.cols, target, kStripRows);
+      } else {
+        const int64_t lane_stride = channels_last ? 1 : area, pixel_stride = channels_last ? g.k : 1;
+        const float* source = dy + (channels_last ? (n * area + pixel) * g.k : n * g.k * area + pixel);
+        for (int64_t x = 0; x < band.cols; ++x)
+          for (int lane = 0; lane < kStripRows; ++lane)
+            target[x * kStripRows + lane] =
+                lane < strip.lanes ? source[strip.rows[lane] * lane_stride + x * pixel_stride] : 0.0f;
+      }
+    }
+}
+
 }  // namespace

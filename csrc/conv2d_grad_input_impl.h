@@ -2,7 +2,7 @@
 // pixels to a vector.
 #pragma once
 
-#include "bands_impl.h"
+#include "conv2d_grad_input_gather_impl.h"
 
 namespace {
 
@@ -124,6 +124,7 @@ inline void grad_input_rows(const GradInputCall& call, Band range, Range owned, 
   const Layout& l = call.layout;
   const int64_t reach = l.h.reach, planes = call.g.c * l.h.phases * l.w.phases;
   const int64_t y_begin = max64(0, owned.begin - reach), y_end = min64(call.g.p, owned.end);
+  band_rows = ceil_div(y_end - y_begin, ceil_div(y_end - y_begin, band_rows));  // no short last one
   zero_floats(dx, l.size());
   for (int64_t y = y_begin; y < y_end; y += band_rows) {
     Band band = range;
@@ -146,6 +147,20 @@ inline void grad_input_rows(const GradInputCall& call, Band range, Range owned, 
 
 constexpr int64_t kEnd = int64_t{1} << 40;  // beyond any row
 
+// Whether gathering costs less: flat lines spend multiply-adds on padding, and on the rows that two threads share;
+// gathering spends them on sums of lanes. The constants fit the 3 x 3 layers of `benchmarks/conv2d.py` at 0.5 and 0.1.
+inline bool better_gathered(const GradInputCall& call, const BandSize& size, int64_t segments) {
+  const Conv2dGeometry& g = call.g;
+  if (g.r * g.s == 1 || g.n * g.p * g.q == 0) return false;
+  const Layout& l = call.layout;
+  const int64_t rows = size.images > 1 || segments == 1 ? l.image_rows : ceil_div(g.p + l.h.reach, segments);
+  const int64_t flat = round_up(size.images * rows * l.pitch, 16) * size.image_bands * segments;
+  const double lanes = static_cast<double>(flat) / static_cast<double>(g.n * g.p * g.q);
+  const double blocks =
+      static_cast<double>(count_blocks(call.args.strips)) / static_cast<double>(g.c * l.h.phases * l.w.phases);
+  return blocks > 0 && lanes > 1.1 + 3 / blocks;
+}
+
 void conv2d_grad_input(const Conv2dGradInput& args) {
   GradInputCall call{
       args, flatten_pointwise(args.geometry, args.dy_channels_last && args.dx_channels_last), {}, nullptr};
@@ -162,16 +177,16 @@ void conv2d_grad_input(const Conv2dGradInput& args) {
   BandSize size = choose_bands(g, whole, args.threads == 1 ? 1 : 2 * args.threads, 1, 16);
   if (!is_pointwise(g)) size = make_band_size(g, size.images, size.rows, g.q);  // bands share columns, not rows
   call.layout = make_layout(g, size.images, size.rows, size.cols, axes + layout_memory(g));
-  fill_offsets(call.layout, g.groups, args.strips, table, offsets);
-
   // An image is cut by rows only when there are too few images: the cut costs the rows that both parts need.
   const int64_t segments = size.image_bands * size.col_bands >= args.threads
                                ? 1
                                : min64(size.row_bands, ceil_div(args.threads, size.image_bands * size.col_bands));
+  if (better_gathered(call, size, segments)) return conv2d_grad_input_gather(args);
+  fill_offsets(call.layout, g.groups, args.strips, table, offsets);
   parallel(args.threads, size.image_bands * size.col_bands * segments, [&](int64_t item) {
     const int64_t segment = item % segments, rest = item / segments;
     const Band range = size.band(g, rest / size.col_bands * size.row_bands * size.col_bands + rest % size.col_bands);
-    Range owned = share(g.p, segments, segment);
+    Range owned = share(g.p + (segments > 1 ? call.layout.h.reach : 0), segments, segment);
     if (segment + 1 == segments) owned.end = kEnd;
     float* dx =
         static_cast<float*>(scratch(sparsekd::kScratchInput, sizeof(float) * static_cast<size_t>(call.layout.size())));

@@ -93,33 +93,6 @@ inline int64_t choose_step(int64_t cols) {
   return ceil_div(cols, ceil_div(cols, kMost));
 }
 
-// dy of one strip as [image][row][pixel][16]; lanes that are not there are zero.
-inline void pack_strip_pixels(const Conv2dGradValues& args, const Conv2dGeometry& g, const Band& band,
-                              const Strip& strip, float* packed) {
-  const int64_t area = g.p * g.q;
-  for (int64_t image = 0; image < band.images; ++image)
-    for (int64_t y = 0; y < band.rows; ++y, packed += band.cols * kStripRows) {
-      const int64_t n = band.image + image;
-      const int64_t pixel = (band.y + y) * g.q + band.x;
-      if (strip.rows == nullptr && args.dy_channels_last) {
-        const float* source = args.dy + (n * area + pixel) * g.k + strip.row;
-        for (int64_t x = 0; x < band.cols; ++x)
-          Vec16::load_first(source + x * g.k, strip.lanes).store(packed + x * kStripRows);
-      } else if (strip.rows == nullptr) {
-        if (strip.lanes < kStripRows) zero_floats(packed, band.cols * kStripRows);
-        transpose_floats(args.dy + (n * g.k + strip.row) * area + pixel, area, strip.lanes, band.cols, packed,
-                         kStripRows);
-      } else {
-        const int64_t row_stride = args.dy_channels_last ? 1 : area, pixel_stride = args.dy_channels_last ? g.k : 1;
-        const float* source = args.dy + (args.dy_channels_last ? (n * area + pixel) * g.k : n * g.k * area + pixel);
-        for (int64_t x = 0; x < band.cols; ++x)
-          for (int lane = 0; lane < kStripRows; ++lane)
-            packed[x * kStripRows + lane] =
-                lane < strip.lanes ? source[strip.rows[lane] * row_stride + x * pixel_stride] : 0.0f;
-      }
-    }
-}
-
 struct GradValuesCall {
   Conv2dGradValues args;
   Conv2dGeometry g;
@@ -139,7 +112,8 @@ inline void grad_values_band(const GradValuesCall& call, const Band& band, float
   for (int32_t s = 0; s < call.args.strips.count; ++s) {
     const Strip& strip = call.args.strips.strip[s];
     if (strip.count == 0) continue;
-    pack_strip_pixels(call.args, g, band, strip, dy);
+    pack_strip_pixels(call.args.dy, call.args.dy_channels_last, g, band, strip, dy, band.cols * kStripRows,
+                      band.rows * band.cols * kStripRows);
     ValueTile tile{x,
                    band.images,
                    l.image_rows * l.pitch,

@@ -82,6 +82,20 @@ struct Vec16 {
         for (int k = 0; k < 8; ++k) r[8 * j + k].v[i] = q[i][j][k];
   }
 
+  // Lane i: the sum of the lanes of r[i].
+  static Vec16 sum_rows(const Vec16 (&r)[16]) {
+    const auto fold = [&](int i) { return _mm256_add_ps(r[i].v[0], r[i].v[1]); };
+    const auto fold4 = [&](int i) {
+      return _mm256_hadd_ps(_mm256_hadd_ps(fold(i), fold(i + 1)), _mm256_hadd_ps(fold(i + 2), fold(i + 3)));
+    };
+    Vec16 sum;
+    for (int half = 0; half < 2; ++half) {
+      const __m256 a = fold4(8 * half), b = fold4(8 * half + 4);
+      sum.v[half] = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    }
+    return sum;
+  }
+
   // Writes lane j of r[0..7] as `rows` <= 8 floats to target + j * stride, for the first `cols` lanes.
   static void store_transposed8(const Vec16 (&r)[8], float* target, int64_t stride, int cols, int rows) {
     const __m256i mask = first(rows, 0);

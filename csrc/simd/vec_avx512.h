@@ -80,6 +80,23 @@ struct Vec16 {
       r[12 + j].v = _mm512_shuffle_f32x4(b, d, 0xdd);
     }
   }
+  // Lane i: the sum of the lanes of r[i]. Every step adds two halves and halves the number of vectors.
+  static Vec16 sum_rows(const Vec16 (&r)[16]) {
+    __m512 pairs[8], fours[4], eights[2];
+    for (int i = 0; i < 8; ++i)
+      pairs[i] =
+          _mm512_add_ps(_mm512_unpacklo_ps(r[2 * i].v, r[2 * i + 1].v), _mm512_unpackhi_ps(r[2 * i].v, r[2 * i + 1].v));
+    for (int i = 0; i < 4; ++i) {
+      const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+      fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    const auto halves = [](__m512 a, __m512 b) {
+      return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    for (int i = 0; i < 2; ++i) eights[i] = halves(fours[2 * i], fours[2 * i + 1]);
+    return {halves(eights[0], eights[1])};
+  }
+
   // Writes lane j of r[0..7] as `rows` <= 8 floats to target + j * stride, for the first `cols` lanes.
   static void store_transposed8(const Vec16 (&r)[8], float* target, int64_t stride, int cols, int rows) {
     __m512 t[8];

@@ -105,6 +105,17 @@ struct Vec16 {
       }
   }
 
+  // Lane i: the sum of the lanes of r[i].
+  static Vec16 sum_rows(const Vec16 (&r)[16]) {
+    const auto fold = [&](int i) {
+      return vaddq_f32(vaddq_f32(r[i].v[0], r[i].v[1]), vaddq_f32(r[i].v[2], r[i].v[3]));
+    };
+    Vec16 sum;
+    for (int i = 0; i < 4; ++i)
+      sum.v[i] = vpaddq_f32(vpaddq_f32(fold(4 * i), fold(4 * i + 1)), vpaddq_f32(fold(4 * i + 2), fold(4 * i + 3)));
+    return sum;
+  }
+
   // Writes lane j of r[0..7] as `rows` <= 8 floats to target + j * stride, for the first `cols` lanes.
   static void store_transposed8(const Vec16 (&r)[8], float* target, int64_t stride, int cols, int rows) {
     for (int quarter = 0; 4 * quarter < cols; ++quarter) {

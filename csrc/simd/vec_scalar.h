@@ -91,6 +91,13 @@ struct Vec16 {
       for (int j = 0; j < 16; ++j) out[j][i] = in[i][j];
     for (int i = 0; i < 16; ++i) r[i] = load(out[i]);
   }
+  // Lane i: the sum of the lanes of r[i].
+  static Vec16 sum_rows(Vec16 (&r)[16]) {
+    transpose(r);
+    Vec16 sum = r[0];
+    for (int i = 1; i < 16; ++i) sum = add(sum, r[i]);
+    return sum;
+  }
   // Writes lane j of r[0..7] as `rows` <= 8 floats to target + j * stride, for the first `cols` lanes.
   static void store_transposed8(const Vec16 (&r)[8], float* target, int64_t stride, int cols, int rows) {
     float in[8][16];
