@@ -1,10 +1,13 @@
 """conv2d: forward and both gradients against float64 torch, every case, both layouts; registration; bad input."""
 
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from sparsekd import BlockPattern, BlockSparse, ops
+from sparsekd.backends.cpu import native
 
 from .cases import CONVS, Conv, random_weight
 
@@ -66,6 +69,45 @@ def test_any_number_of_threads(case, threads):
         assert_gradients_agree(case, *operands(case))
     finally:
         torch.set_num_threads(before)
+
+
+def random_conv(seed: int) -> Conv:
+    """Any layer the op takes, small."""
+    pick = random.Random(seed)
+    pattern = BlockPattern(*pick.choice([(16, 1)] * 4 + [(32, 1), (16, 2), (16, 4), (8, 1), (4, 4), (1, 1), (5, 3)]))
+    groups = pick.choice([1, 1, 1, 2, 3])
+    k = pattern.bh * pick.randint(1, 3) * groups if groups > 1 else pick.randint(1, 100)
+    kernel, padding = ((pick.randint(1, 4), pick.randint(1, 4)), (pick.randint(0, 3), pick.randint(0, 3)))
+    if pick.random() < 0.3:
+        kernel, padding = (1, 1), (0, 0)
+    stride, dilation = ((pick.choice([1, 1, 2, 3]), pick.choice([1, 1, 2, 3])) for _ in range(2))
+    span = [d * (r - 1) + 1 - 2 * pad for r, d, pad in zip(kernel, dilation, padding, strict=True)]
+    image = (max(1, span[0], pick.randint(1, 16)), max(1, span[1], pick.randint(1, 34)))
+    return Conv(
+        f"seed-{seed}", n=pick.choice([0, 1, 1, 2, 3, 9]), c=groups * pick.randint(1, 40), k=k, image=image,
+        kernel=kernel, stride=stride, padding=padding, dilation=dilation, groups=groups, pattern=pattern,
+        density=pick.choice([0.0, 0.05, 0.2, 0.5, 0.9, 1.0]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("first", "last"), [(0, 80), *(pytest.param(i, i + 200, marks=pytest.mark.slow) for i in range(80, 2080, 200))]
+)
+@pytest.mark.parametrize("isa", native.isas() if native else [])
+def test_random_layers(isa, first, last):
+    before = native.isa()
+    native.use_isa(isa)
+    try:
+        for seed in range(first, last):
+            case = random_conv(seed)
+            torch.manual_seed(seed)
+            x, blocks, bias = operands(case, memory_format=FORMATS[("contiguous", "channels_last")[seed % 2]])
+            try:
+                assert_gradients_agree(case, x, blocks, bias)
+            except AssertionError as error:
+                raise AssertionError(f"{case}: {error}") from error
+    finally:
+        native.use_isa(before)
 
 
 def test_inputs_and_gradients_need_not_be_contiguous():
