@@ -27,6 +27,9 @@ class Linear:
     inputs: int
     outputs: int
 
+    def __str__(self) -> str:
+        return f"linear {self.inputs}->{self.outputs}"
+
 
 CONVS = [
     *(Conv("resnet50", *sizes) for sizes in [

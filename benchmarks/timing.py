@@ -58,6 +58,14 @@ def compare(ours: Callable[[], object], peer: Callable[[], object], **options: A
     }
 
 
+def bandwidth(megabytes: int = 256) -> float:
+    """GB/s, read and written, of torch copying a tensor that fits no cache."""
+    source = torch.ones(megabytes * 2**18)
+    target = torch.empty_like(source)
+    (samples,) = interleaved([lambda: target.copy_(source)], repeats=5, seconds=0.2)
+    return 2 * source.numel() * 4 / min(samples) * 1e-9
+
+
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
     from sparsekd import _C
