@@ -91,6 +91,14 @@ def quantize_weight(weight: BlockSparse) -> tuple[Tensor, Tensor]:
     return values, scale.flatten()[: weight.shape[0]].contiguous()
 
 
+MOST_TERMS = (2**31 - 1) // (255 * 127)
+
+
+def longest_row(weight: BlockSparse) -> int:
+    """Kept weights of the fullest row: how many products an output sums."""
+    return int(weight.row_ptr.diff().max()) * weight.pattern.bw
+
+
 def quantize_layer(
     weight: BlockSparse,
     bias: Tensor | None,
@@ -123,6 +131,11 @@ def quantize_layer(
     if activation not in cpu.native.ACTIVATIONS:
         known = ", ".join(cpu.native.ACTIVATIONS)
         raise ValueError(f"sparsekd.quantize: activation must be one of {known}, got {activation!r}")
+    if longest_row(weight) > MOST_TERMS:
+        raise ValueError(
+            f"sparsekd.quantize: an output sums {longest_row(weight)} products of bytes, which may leave 32 "
+            f"bits from {MOST_TERMS + 1} on; keep the layer in float32"
+        )
     values, scale = quantize_weight(weight)
     bias = None if bias is None else bias.float().contiguous()
     index = weight.row_ptr.contiguous(), weight.col_idx.contiguous()

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import sparsekd
-from sparsekd import BlockPattern
+from sparsekd import BlockPattern, quantize
 from sparsekd.backends import cpu
+from sparsekd.nn import SparseLinear
 
 pytestmark = pytest.mark.skipif(cpu.native is None, reason="the compiled module is not built")
 
@@ -68,3 +69,15 @@ def test_calibration_sets_the_range(model):
 def test_other_dtypes_are_refused(model):
     with pytest.raises(ValueError, match="int4"):
         sparsekd.freeze(model, torch.randn(1, 3, 8, 8), dtype="int4")
+
+
+def test_a_row_whose_sum_may_leave_32_bits_stays_float():
+    """66,312 products of 255 and 127 are one too many; calibrated on small inputs, nothing else would notice."""
+    dense = nn.Linear(66_320, 16, bias=False)
+    nn.init.ones_(dense.weight)
+    model, x = nn.Sequential(SparseLinear.from_dense(dense)), torch.ones(1, 66_320)
+    frozen = sparsekd.freeze(model, x, dtype="int8", min_gain=0, layer_ms=1)
+    assert not any(layer.why.endswith("int8") for layer in frozen.plan)
+    torch.testing.assert_close(frozen(x), model(x))
+    with pytest.raises(ValueError, match="32 bits"):
+        quantize.quantize_layer(model[0].blocks, None, quantize.ByteScale.of_range(0.0, 1.0))

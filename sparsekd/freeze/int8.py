@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks import BlockSparse
-from ..quantize import ByteScale, Observer, quantize_layer
+from ..quantize import MOST_TERMS, ByteScale, Observer, longest_row, quantize_layer
 from .layer import FrozenLayer, Run
 from .measure import measure
 from .network import FrozenModel, deviation
@@ -35,7 +35,7 @@ def to_int8(
     The input range of a layer is what ``batches`` showed it. ``save`` keeps the float32 blocks.
     """
     network = copy.deepcopy(frozen.network)
-    layers = {name: one for name, one in network.named_modules() if isinstance(one, FrozenLayer) and _has_blocks(one)}
+    layers = {name: one for name, one in network.named_modules() if isinstance(one, FrozenLayer) and _takes_bytes(one)}
     seen = _observe(network, layers, list(batches), percentile)
     plans = []
     for one in frozen.plan:
@@ -58,9 +58,15 @@ def check_int8(int8: FrozenModel, frozen: FrozenModel, inputs: Sequence[Tensor],
         )
 
 
-def _has_blocks(layer: FrozenLayer) -> bool:
+def _takes_bytes(layer: FrozenLayer) -> bool:
     values = dict(layer.named_buffers()).get("values")
-    return values is not None and values.dtype == torch.float32
+    return values is not None and values.dtype == torch.float32 and longest_row(_weight_of(layer)) <= MOST_TERMS
+
+
+def _weight_of(layer: FrozenLayer) -> BlockSparse:
+    assert layer.pattern is not None
+    values, row_ptr, col_idx = (layer.get_buffer(name) for name in ("values", "row_ptr", "col_idx"))
+    return BlockSparse(values, row_ptr, col_idx, layer.geometry.weight, layer.pattern)
 
 
 Seen = dict[str, tuple[Observer, tuple[Any, ...]]]
@@ -110,16 +116,13 @@ def _choose(
 
 
 def _int8_run(layer: FrozenLayer, scale: ByteScale, threads: int | None) -> Run:
-    geometry, pattern = layer.geometry, layer.pattern
-    assert pattern is not None
-    index = layer.get_buffer("row_ptr"), layer.get_buffer("col_idx")
-    weight = BlockSparse(layer.get_buffer("values"), *index, geometry.weight, pattern)
+    geometry = layer.geometry
     options: dict[str, Any] = {"activation": geometry.activation, "threads": threads}
     if geometry.kind == "conv2d":
         options |= {"image": geometry.padded_image, "groups": geometry.groups}
         options |= {name: getattr(geometry, name) for name in ("stride", "padding", "dilation")}
     bias = dict(layer.named_buffers()).get("bias")
-    call, pad, pad_mode = quantize_layer(weight, bias, scale, **options), geometry.pad, geometry.pad_mode
+    call, pad, pad_mode = quantize_layer(_weight_of(layer), bias, scale, **options), geometry.pad, geometry.pad_mode
 
     def run(x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
         return call(x if pad is None else F.pad(x, pad, pad_mode), residual)
