@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -67,6 +69,7 @@ def main() -> None:
                 rows.append(row | {"pattern": str(pattern), "test_mae": mae, "test_mse": mse})
                 print(rows[-1], flush=True)
                 record = {"task": task.name, "data": task.meta.get("sha256"), "method": "SP-SAD", "rows": rows}
+                record["command"] = shlex.join(["python", "-m", "benchmarks.gpu_patterns", *sys.argv[1:]])
                 record["versions"] = {"torch": torch.__version__, "quick": options.quick}
                 Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
 
