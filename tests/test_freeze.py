@@ -873,6 +873,22 @@ def test_kernels_write_to_the_cpu_whatever_the_default_device():
     assert seen.devices == ["cpu", "cpu"]
 
 
+class Embedded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.place = nn.Parameter(torch.randn(1, 8, 6, 6))
+        self.of_place, self.of_image = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return self.of_place(self.place) + self.of_image(x)
+
+
+def test_a_layer_of_a_parameter_is_not_fused_with_one_of_the_batch():
+    model, x = Embedded().eval(), torch.randn(3, 8, 6, 6)
+    frozen = quick(model, x[:1])  # where both have a batch of 1
+    torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 class Viewed(nn.Module):
     def __init__(self):
         super().__init__()

@@ -128,6 +128,10 @@ class _SiteFinder:
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.read = [str(node.target) for node in self.nodes if node.op == "get_attr"]
         self.taken: set[fx.Node] = set()
+        self.of_inputs: set[fx.Node] = set()  # the others have the same batch at every call
+        for node in self.nodes:
+            if node.op == "placeholder" or not self.of_inputs.isdisjoint(node.all_input_nodes):
+                self.of_inputs.add(node)
 
     def module(self, node: fx.Node) -> nn.Module | None:
         return _module(self.network, node)
@@ -186,6 +190,8 @@ class _SiteFinder:
         first, second = node.args
         other = second if first is tail else first
         if first is second or self.shapes[other] != self.shapes[tail]:  # type: ignore[index]
+            return False
+        if other in self.of_inputs and tail not in self.of_inputs:  # a residual broadcasts, a layer's output does not
             return False
         # `other += tail` also changes `other`: all right only if it is a fresh tensor that nothing else reads.
         return not (_mutates(node, None) and first is other and not self.is_private(other))
