@@ -98,6 +98,11 @@ def settle(model: nn.Module, x: Tensor) -> nn.Module:
         norm.momentum = 1.0
         nn.init.uniform_(norm.weight, 0.5, 1.0)
         nn.init.normal_(norm.bias, std=0.2)
+    for (
+        block
+    ) in model.modules():  # branches add a little to their residual, as after training: bf16 keeps up with depth
+        if isinstance(block, (Bottleneck, InvertedResidual)):
+            nn.init.uniform_(block.inner[-1][1].weight, 0.1, 0.3)
     model.train()(x)
     for norm in norms:
         norm.momentum = 0.1

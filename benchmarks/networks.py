@@ -17,7 +17,9 @@ import gc
 import io
 import multiprocessing
 import os
+import shlex
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +43,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mobilenetv2-n1": (MobileNetV2, (1, 3, 224, 224)),
 }
 DENSITIES = (1.0, 0.5, 0.3, 0.1)
-LIMITS = {"fp32": 1e-3, "bf16": 0.1}  # largest difference from PyTorch's fp32 output, relative to the largest output
+LIMITS = {"fp32": 1e-3, "bf16": 0.05}  # largest difference from PyTorch's fp32 output, relative to the largest output
 Call = Callable[[], Tensor]
 
 
@@ -318,7 +320,7 @@ def main() -> None:
             rows += found
             team.forget()
     if options.out:
-        write_json(options.out, "python -m benchmarks.networks", rows)
+        write_json(options.out, shlex.join(["python", "-m", "benchmarks.networks", *sys.argv[1:]]), rows)
 
 
 if __name__ == "__main__":

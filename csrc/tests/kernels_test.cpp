@@ -60,6 +60,8 @@ const Problem kProblems[] = {
     {"linear-67",              1, 41,  1, 67, 37, 1, 1, 1, 1, 0, 0, 1, 1, 1,  8, 3, 0.4},
     {"groups",                 2, 12,  6,  6, 48, 3, 3, 1, 1, 1, 1, 1, 1, 3, 16, 1, 0.5},
     {"depthwise",              2, 10,  6,  6, 10, 3, 3, 1, 1, 1, 1, 1, 1,10,  1, 1, 0.7},
+    {"depthwise-wide",         2, 37,  5, 23, 37, 3, 5, 2, 1, 1, 2, 1, 1,37,  1, 1, 1.0},
+    {"channel-scales",         2, 37,  3,  7, 37, 1, 1, 1, 1, 0, 0, 1, 1,37,  1, 1, 1.0},
     {"small-blocks",           2, 10,  6,  6, 21, 3, 3, 1, 1, 1, 1, 1, 1, 1,  4, 4, 0.4},
     {"filters",                2,  6,  6,  6, 20, 3, 3, 1, 1, 1, 1, 1, 1, 1,  1, 6, 0.5},
     {"16x2",                   1,  9,  6,  6, 32, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 2, 0.4},
@@ -227,32 +229,43 @@ struct Check {
           for (int64_t i = 0; i < l.q(); ++i) body(n, k, y, i);
   }
 
-  // dy is the residual here. Once bare, then with every activation, through both entrances.
-  void forward() const {
+  Exact products() const {
     Exact bare(l.n * l.k * l.p() * l.q());
     weight.each_product(
         [&](int64_t v, int64_t n, int64_t k, int64_t oy, int64_t ox, int64_t c, int64_t iy, int64_t ix) {
           bare.add(flat(l, n, k, oy, ox), double(weight.values.floats()[v]) * x.at(n, c, iy, ix));
         });
-    const auto expect = [&](const char* what, const Exact& exact, const Image& y) {
-      each_output([&](int64_t n, int64_t k, int64_t oy, int64_t ox) {
-        compare(name + what, exact, flat(l, n, k, oy, ox), y.at(n, k, oy, ox));
-      });
-    };
+    return bare;
+  }
+
+  // With bias and dy as the residual.
+  Exact fused(const Exact& bare, Activation activation) const {
+    Exact all = bare;
+    each_output([&](int64_t n, int64_t k, int64_t oy, int64_t ox) {
+      const int64_t i = flat(l, n, k, oy, ox);
+      all.add(i, bias.floats()[k]);
+      all.add(i, dy.at(n, k, oy, ox));
+      double& value = all.value[static_cast<size_t>(i)];
+      value = activate(value, activation);
+    });
+    return all;
+  }
+
+  void expect(const char* what, const Exact& exact, const Image& y) const {
+    each_output([&](int64_t n, int64_t k, int64_t oy, int64_t ox) {
+      compare(name + what, exact, flat(l, n, k, oy, ox), y.at(n, k, oy, ox));
+    });
+  }
+
+  // Once bare, then with every activation, through both entrances.
+  void forward() const {
+    const Exact bare = products();
     {
       const Image y(l.n, l.k, l.p(), l.q(), set.y_last, set.side);
       conv2d<float>(l.shape(), x.in(), weight.values.floats(), weight.blocks(), {}, y.out(), set.threads);
       expect(" forward", bare, y);
     }
     for (const Activation activation : {Activation::kNone, Activation::kRelu, Activation::kRelu6, Activation::kSilu}) {
-      Exact fused = bare;
-      each_output([&](int64_t n, int64_t k, int64_t oy, int64_t ox) {
-        const int64_t i = flat(l, n, k, oy, ox);
-        fused.add(i, bias.floats()[k]);
-        fused.add(i, dy.at(n, k, oy, ox));
-        double& value = fused.value[static_cast<size_t>(i)];
-        value = activate(value, activation);
-      });
       const Image y(l.n, l.k, l.p(), l.q(), set.y_last, set.side);
       if (activation == Activation::kRelu) {
         const PackedConv2d<float> packed(l.shape(), weight.values.floats(), weight.blocks(), bias.floats(), activation);
@@ -261,7 +274,23 @@ struct Check {
         conv2d<float>(l.shape(), x.in(), weight.values.floats(), weight.blocks(),
                       {bias.floats(), dy.in().data, activation}, y.out(), set.threads);
       }
-      expect(" forward fused", fused, y);
+      expect(" forward fused", fused(bare, activation), y);
+    }
+  }
+
+  // The kernel for single channels, with zeros where the weight has no block.
+  void depthwise() const {
+    if (l.groups != l.c || l.k != l.c || !set.x_last || !set.y_last) return;
+    const Guarded dense(sizeof(float) * static_cast<size_t>(l.c * l.r * l.s), set.side);
+    for (int64_t i = 0; i < l.c * l.r * l.s; ++i) dense.floats()[i] = 0;
+    weight.each([&](int64_t v, int64_t k, int64_t r, int64_t s, int64_t) {
+      dense.floats()[(k * l.r + r) * l.s + s] = weight.values.floats()[v];
+    });
+    for (const Activation activation : {Activation::kNone, Activation::kRelu6, Activation::kSilu}) {
+      const Image y(l.n, l.k, l.p(), l.q(), true, set.side);
+      const PackedDepthwise packed(l.shape(), dense.floats(), bias.floats(), activation);
+      packed.run(l.n, x.in().data, dy.in().data, y.out().data, set.threads);
+      expect(" depthwise", fused(products(), activation), y);
     }
   }
 
@@ -340,6 +369,7 @@ void check_problem(const Problem& problem, const char* isa) {
     const Check check(problem, setting, isa, random);
     check.forward();
     check.forward_bf16();
+    check.depthwise();
     check.grad_input();
     check.grad_values();
   }
