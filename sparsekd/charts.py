@@ -1,6 +1,6 @@
 """Small charts as inline SVG: lines, points with deviations, a Pareto front, event marks. No script, nothing fetched.
 
-Colours are the CSS classes `s0` .. `s7` of `STYLE`, which has them for light and dark.
+Colours are the CSS classes `s0` .. `s9` of `STYLE`, which has them for light and dark.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from html import escape
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart, darkened or lightened to stand out on either ground.
-_LIGHT = ("#0072b2", "#d55e00", "#009e73", "#b05c91", "#8a6d00", "#3a9bd0", "#555555", "#a8323e")
-_DARK = ("#58b4f0", "#ff9a52", "#3fd0a4", "#e79ccb", "#e6c33a", "#9fd8ff", "#b5b5b5", "#ff8590")
+_LIGHT = ("#0072b2", "#d55e00", "#009e73", "#b05c91", "#8a6d00", "#3a9bd0", "#555555", "#a8323e", "#7a3fb0", "#5f7d1c")
+_DARK = ("#58b4f0", "#ff9a52", "#3fd0a4", "#e79ccb", "#e6c33a", "#9fd8ff", "#b5b5b5", "#ff8590", "#c39bff", "#b7d36b")
 SERIES = len(_LIGHT)
 
 

@@ -64,6 +64,7 @@ def _section(run: Mapping[str, Any]) -> str:
         f"<h2>{escape(run['task']['name'])}</h2>",
         f"<p><code>{escape(run['command'])}</code><br><span class=small>{escape(run['protocol'].get('machine', ''))}; "
         f"{seeds} seed{'s' * (seeds != 1)}.{quick}</span></p>",
+        "".join(f"<p class=small>{escape(note)}.</p>" for note in run["protocol"].get("notes", ())),
         _tables(run),
         '<div class="wide">',
         _against_density(run, colours),
