@@ -30,8 +30,8 @@ void StripSet::build(const BlockWeight& weight) {
   strips_.clear();
   columns_.clear();
   rows_.clear();
-  in_place_ = weight.bh % kStripRows == 0 && weight.bw == weight.depth && weight.columns % weight.depth == 0;
-  in_place_ ? build_in_place(weight) : build_packed(weight);
+  in_place_ = tall(weight) && weight.bw == weight.depth && weight.columns % weight.depth == 0;
+  in_place_ ? build_in_place(weight) : tall(weight) ? build_tall(weight) : build_packed(weight);
   view_.strip = strips_.data();
   view_.count = static_cast<int32_t>(strips_.size());
 }
@@ -44,6 +44,31 @@ void StripSet::build_in_place(const BlockWeight& w) {
                          static_cast<int32_t>(std::clamp<int64_t>(w.rows - row, 0, kStripRows)),
                          static_cast<int32_t>(i * w.bh / (w.rows / w.groups)), static_cast<int32_t>(row), nullptr});
   view_ = {nullptr, 0, w.bh, w.nnzb * w.bh, w.col_idx, w.nnzb};
+}
+
+void StripSet::build_tall(const BlockWeight& w) {
+  const int64_t block_rows = (w.rows + w.bh - 1) / w.bh, column_blocks = (w.columns + w.bw - 1) / w.bw;
+  int64_t weights = 0;
+  slot_.assign(static_cast<size_t>(w.taps * w.words()), -1);
+  for (int64_t i = 0; i < block_rows; ++i) {
+    const size_t first = columns_.size();
+    for (int32_t block = w.row_ptr[i]; block < w.row_ptr[i + 1]; ++block) {
+      const int64_t tap = w.col_idx[block] / column_blocks, c = w.col_idx[block] % column_blocks * w.bw;
+      for (int64_t word = c / w.depth; word * w.depth < std::min(c + w.bw, w.columns); ++word) {
+        const int32_t column = static_cast<int32_t>(tap * w.words() + word);
+        if (slot_[column] >= 0) continue;
+        slot_[column] = 0;
+        columns_.push_back(column);
+      }
+    }
+    for (size_t j = first; j < columns_.size(); ++j) slot_[columns_[j]] = -1;
+    const int32_t count = static_cast<int32_t>(columns_.size() - first);
+    for (int64_t row = i * w.bh; row < (i + 1) * w.bh; row += kStripRows, weights += count * kStripRows)
+      strips_.push_back({weights, static_cast<int32_t>(first), count,
+                         static_cast<int32_t>(std::clamp<int64_t>(w.rows - row, 0, kStripRows)),
+                         static_cast<int32_t>(i * w.bh / (w.rows / w.groups)), static_cast<int32_t>(row), nullptr});
+  }
+  view_ = {nullptr, 0, kStripRows, weights, columns_.data(), static_cast<int64_t>(columns_.size())};
 }
 
 void StripSet::build_packed(const BlockWeight& w) {

@@ -21,8 +21,9 @@ struct BlockWeight {
   int64_t words() const { return (columns + depth - 1) / depth; }
 };
 
-// Blocks of 16 m x depth already are strips: their values are used where they lie. All other shapes are packed: 16 rows
-// that have any blocks, the union of their columns, zeros where one of them lacks a column.
+// Blocks of 16 m x depth already are strips: their values are used where they lie. All other shapes are packed: blocks
+// of 16 m rows as m strips, lower ones as 16 rows that have any blocks, the union of their columns, zeros where one of
+// them lacks a column.
 class StripSet {
  public:
   void build(const BlockWeight& weight);
@@ -39,10 +40,13 @@ class StripSet {
 
  private:
   void build_in_place(const BlockWeight& weight);
+  void build_tall(const BlockWeight& weight);
   void build_packed(const BlockWeight& weight);
   void close_strip(const BlockWeight& weight, int32_t group);
   template <class Visit>
   void visit(const BlockWeight& weight, const Visit& body);
+
+  static bool tall(const BlockWeight& weight) { return weight.bh % kStripRows == 0; }
 
   bool in_place_ = false;
   Strips view_{};
@@ -85,6 +89,19 @@ void StripSet::visit(const BlockWeight& w, const Visit& body) {
     const Strip& strip = strips_[s];
     const int32_t* columns = columns_.data() + strip.first;
     for (int32_t j = 0; j < strip.count; ++j) slot_[columns[j]] = j;
+    if (tall(w)) {  // one row of blocks: lanes are the inner loop
+      const int64_t i = strip.row / w.bh, inside = strip.row % w.bh;
+      for (int32_t block = w.row_ptr[i]; block < w.row_ptr[i + 1]; ++block) {
+        const int64_t tap = w.col_idx[block] / column_blocks, c = w.col_idx[block] % column_blocks * w.bw;
+        for (int64_t j = c; j < std::min(c + w.bw, w.columns); ++j) {
+          const int64_t value = (block * w.bh + inside) * w.bw + j - c;
+          const int64_t word = strip.weights + slot_[tap * w.words() + j / w.depth] * kStripRows;
+          for (int32_t lane = 0; lane < strip.lanes; ++lane)
+            body(value + lane * w.bw, (word + lane) * w.depth + j % w.depth);
+        }
+      }
+      continue;
+    }
     for (int32_t lane = 0; lane < strip.lanes; ++lane) {
       const int64_t row = rows_[s * kStripRows + lane], i = row / w.bh;
       for (int32_t block = w.row_ptr[i]; block < w.row_ptr[i + 1]; ++block) {
