@@ -1,6 +1,8 @@
-// y = activation(conv(x, w) + bias + residual): register tiles of 16 output rows x pixels, accumulated over the kept
-// columns of a strip.
+// y = activation(conv(x, w) + bias + residual): register tiles of 16 output
+// rows x pixels, accumulated over the kept columns of a strip.
 #pragma once
+
+#include <type_traits>
 
 #include "activation_impl.h"
 #include "bands_impl.h"
@@ -11,26 +13,34 @@ using sparsekd::Conv2dForward;
 
 constexpr int kTileRowsMax = 8;  // base pointers that still fit in general registers
 
-// What the loops do with a word of weights and a word of input. X is the type of x, Y of residual and y.
-template <class T>
-struct FloatWords {
-  using X = T;
-  using Y = T;
-  static constexpr int kDepth = 1;
+// What the loops do with a word of weights and a word of input. Stored: what a
+// tile can write to y by itself; other types of y take the way through the
+// buffer, so that they share its code.
+struct FloatSums {
+  using Stored = float;
   static constexpr bool kInteger = false;
   static Vec16 madd(Vec16 weight, Vec16 x, Vec16 sum) { return Vec16::fma(weight, x, sum); }
   // The same with one word of input for all lanes.
   static Vec16 madd(Vec16 weight, const float* x, Vec16 sum) { return madd(weight, Vec16::broadcast(x), sum); }
 };
 
+// X: type of x, Y: of residual and y.
+template <class T>
+struct FloatWords {
+  using Sums = FloatSums;
+  using X = T;
+  using Y = T;
+  static constexpr int kDepth = 1;
+};
+
 // One register tile: a strip of 16 output rows x (A image rows x B pixels).
-template <class Words>
+template <class Sums>
 struct ForwardTile {
-  const float* input[kTileRowsMax];                 // packed input of the first pixel of every image row
-  typename Words::Y* output[kTileRowsMax];          // its output, when written directly
-  const typename Words::Y* residual[kTileRowsMax];  // or null
-  const int32_t* offsets;                           // [count]
-  const float* weights;                             // [count][16], weight_stride apart
+  const float* input[kTileRowsMax];                     // packed input of the first pixel of every image row
+  typename Sums::Stored* output[kTileRowsMax];          // its output, when written directly
+  const typename Sums::Stored* residual[kTileRowsMax];  // or null
+  const int32_t* offsets;                               // [count]
+  const float* weights;                                 // [count][16], weight_stride apart
   int64_t weight_stride;
   int64_t count;
   const float* start;  // [16] words that sums start from
@@ -51,15 +61,15 @@ inline Vec16 add_integers(Vec16 a, Vec16 b) {
   return a;
 }
 
-template <class Words>
+template <class Sums>
 inline Vec16 add_sums(Vec16 a, Vec16 b) {
-  return Words::kInteger ? add_integers(a, b) : Vec16::add(a, b);
+  return Sums::kInteger ? add_integers(a, b) : Vec16::add(a, b);
 }
 
 // A finished sum as a float.
-template <class Words>
-inline Vec16 sum_value(const ForwardTile<Words>& t, Vec16 sum) {
-  if constexpr (!Words::kInteger) return sum;
+template <class Sums>
+inline Vec16 sum_value(const ForwardTile<Sums>& t, Vec16 sum) {
+  if constexpr (!Sums::kInteger) return sum;
   int32_t integer[16];
   memcpy(integer, &sum, sizeof integer);
   float lane[16];
@@ -67,29 +77,29 @@ inline Vec16 sum_value(const ForwardTile<Words>& t, Vec16 sum) {
   return Vec16::fma(Vec16::load(lane), Vec16::load(t.scale), Vec16::load(t.bias));
 }
 
-// Hands finished accumulators over: to the buffer, or with residual and activation to the output. Bytes always take the
-// way through the buffer.
-template <class Words, int A, int B>
-inline void finish_tile(const ForwardTile<Words>& t, const Vec16 (&acc)[A * B]) {
-  if (sizeof(typename Words::Y) == 1 || t.buffer != nullptr) {
+// Hands finished accumulators over: to the buffer, or with residual and
+// activation to the output.
+template <class Sums, int A, int B>
+inline void finish_tile(const ForwardTile<Sums>& t, const Vec16 (&acc)[A * B]) {
+  if (Sums::kInteger || t.buffer != nullptr) {
 #pragma GCC unroll 32
     for (int i = 0; i < A * B; ++i) sum_value(t, acc[i]).store(t.buffer + i * kStripRows);
     return;
   }
-  if constexpr (sizeof(typename Words::Y) > 1) {
+  if constexpr (!Sums::kInteger) {
 #pragma GCC unroll 8
     for (int a = 0; a < A; ++a)
 #pragma GCC unroll 32
       for (int b = 0; b < B; ++b) {
-        Vec16 v = sum_value(t, acc[a * B + b]);
+        Vec16 v = acc[a * B + b];
         if (t.residual[a] != nullptr) v = Vec16::add(v, load16(t.residual[a] + b * t.output_stride));
         store16(t.output[a] + b * t.output_stride, t.bounds.clamp(v));
       }
   }
 }
 
-template <class Words, int A, int B>
-void forward_tile(const ForwardTile<Words>& t) {
+template <class Sums, int A, int B>
+void forward_tile(const ForwardTile<Sums>& t) {
   Vec16 acc[A * B];
   const float* input[A];
   const Vec16 start = Vec16::load(t.start);
@@ -106,14 +116,15 @@ void forward_tile(const ForwardTile<Words>& t) {
 #pragma GCC unroll 8
     for (int a = 0; a < A; ++a)
 #pragma GCC unroll 32
-      for (int b = 0; b < B; ++b) acc[a * B + b] = Words::madd(weight, input[a] + o + b, acc[a * B + b]);
+      for (int b = 0; b < B; ++b) acc[a * B + b] = Sums::madd(weight, input[a] + o + b, acc[a * B + b]);
   }
-  finish_tile<Words, A, B>(t, acc);
+  finish_tile<Sums, A, B>(t, acc);
 }
 
-// Few pixels: U columns at once keep the multiply-adds independent, and U weight loads in flight.
-template <class Words, int A, int U>
-void forward_few(const ForwardTile<Words>& t) {
+// Few pixels: U columns at once keep the multiply-adds independent, and U
+// weight loads in flight.
+template <class Sums, int A, int U>
+void forward_few(const ForwardTile<Sums>& t) {
   Vec16 acc[U][A];
 #pragma GCC unroll 8
   for (int u = 0; u < U; ++u)
@@ -126,33 +137,33 @@ void forward_few(const ForwardTile<Words>& t) {
     for (int u = 0; u < U; ++u, w += t.weight_stride) {
       const Vec16 weight = Vec16::load(w);
 #pragma GCC unroll 4
-      for (int a = 0; a < A; ++a) acc[u][a] = Words::madd(weight, t.input[a] + t.offsets[i + u], acc[u][a]);
+      for (int a = 0; a < A; ++a) acc[u][a] = Sums::madd(weight, t.input[a] + t.offsets[i + u], acc[u][a]);
     }
   for (; i < t.count; ++i, w += t.weight_stride)
 #pragma GCC unroll 4
-    for (int a = 0; a < A; ++a) acc[0][a] = Words::madd(Vec16::load(w), t.input[a] + t.offsets[i], acc[0][a]);
+    for (int a = 0; a < A; ++a) acc[0][a] = Sums::madd(Vec16::load(w), t.input[a] + t.offsets[i], acc[0][a]);
 #pragma GCC unroll 8
   for (int u = 1; u < U; ++u)
 #pragma GCC unroll 4
-    for (int a = 0; a < A; ++a) acc[0][a] = add_sums<Words>(acc[0][a], acc[u][a]);
-  finish_tile<Words, A, 1>(t, acc[0]);
+    for (int a = 0; a < A; ++a) acc[0][a] = add_sums<Sums>(acc[0][a], acc[u][a]);
+  finish_tile<Sums, A, 1>(t, acc[0]);
 }
 
-template <class Words>
-using ForwardTileFn = void (*)(const ForwardTile<Words>&);
+template <class Sums>
+using ForwardTileFn = void (*)(const ForwardTile<Sums>&);
 
-template <class Words, int A, int B>
-ForwardTileFn<Words> find_cols(int64_t b) {
-  if (b == B) return forward_tile<Words, A, B>;
-  if constexpr (B > 1) return find_cols<Words, A, B - 1>(b);
+template <class Sums, int A, int B>
+ForwardTileFn<Sums> find_cols(int64_t b) {
+  if (b == B) return forward_tile<Sums, A, B>;
+  if constexpr (B > 1) return find_cols<Sums, A, B - 1>(b);
   return nullptr;
 }
 
 // The kernel of an a x b tile; a * b <= Vec16::kTilePixels.
-template <class Words, int A = 1>
-ForwardTileFn<Words> find_forward_tile(int64_t a, int64_t b) {
-  if (a == A) return find_cols<Words, A, Vec16::kTilePixels / A>(b);
-  if constexpr (A < kTileRowsMax && A < Vec16::kTilePixels) return find_forward_tile<Words, A + 1>(a, b);
+template <class Sums, int A = 1>
+ForwardTileFn<Sums> find_forward_tile(int64_t a, int64_t b) {
+  if (a == A) return find_cols<Sums, A, Vec16::kTilePixels / A>(b);
+  if constexpr (A < kTileRowsMax && A < Vec16::kTilePixels) return find_forward_tile<Sums, A + 1>(a, b);
   return nullptr;
 }
 
@@ -160,17 +171,18 @@ struct TileShape {
   int64_t rows, cols;
 };
 
-// Fills the accumulators as well as the width allows: 56 = 28 + 28, 14 = two rows at once.
+// Fills the accumulators as well as the width allows: 56 = 28 + 28, 14 = two
+// rows at once.
 inline TileShape choose_tile(int64_t cols) {
   const int64_t b = ceil_div(cols, ceil_div(cols, Vec16::kTilePixels));
   return {min64(kTileRowsMax, Vec16::kTilePixels / b), b};
 }
 
-template <class Words, int A = 1>
-ForwardTileFn<Words> find_few_tile(int64_t a) {
+template <class Sums, int A = 1>
+ForwardTileFn<Sums> find_few_tile(int64_t a) {
   constexpr int kChains = Vec16::kTilePixels < 8 ? Vec16::kTilePixels : 8;
-  if (a == A) return forward_few<Words, A, (A < kChains ? kChains / A : 1)>;
-  if constexpr (A < 4 && A < kChains) return find_few_tile<Words, A + 1>(a);
+  if (a == A) return forward_few<Sums, A, (A < kChains ? kChains / A : 1)>;
+  if constexpr (A < 4 && A < kChains) return find_few_tile<Sums, A + 1>(a);
   return nullptr;
 }
 
@@ -178,7 +190,8 @@ ForwardTileFn<Words> find_few_tile(int64_t a) {
 enum class Source {
   kPacked,    // from the packed layout
   kChannels,  // where it lies, [image][channel][pixel]: 1 x 1, stride 1
-  kPixels,    // where it lies, [image][pixel][channel]: 1 x 1, any stride; tiles of single pixels
+  kPixels,    // where it lies, [image][pixel][channel]: 1 x 1, any stride; tiles
+              // of single pixels
 };
 
 template <class Words>
@@ -193,7 +206,8 @@ struct ForwardCall {
   const float* bias;
 };
 
-// n <= 16 finished sums, to which `residual` elements are added if there are any: activation, type of y.
+// n <= 16 finished sums, to which `residual` elements are added if there are
+// any: activation, type of y.
 template <class Words>
 inline void put(const ForwardCall<Words>& call, typename Words::Y* y, Vec16 v, const typename Words::Y* residual,
                 int n) {
@@ -207,7 +221,8 @@ inline void put(const ForwardCall<Words>& call, typename Words::Y* y, Vec16 v, c
   }
 }
 
-// Writes finished pixels from [pixel][16] for outputs that lie [pixel][row], where a strip is ragged or scattered.
+// Writes finished pixels from [pixel][16] for outputs that lie [pixel][row],
+// where a strip is ragged or scattered.
 template <class Words>
 inline void store_pixels(const ForwardCall<Words>& call, const Strip& strip, const float* buffer, int64_t pixel,
                          int64_t count) {
@@ -228,7 +243,8 @@ inline void store_pixels(const ForwardCall<Words>& call, const Strip& strip, con
   }
 }
 
-// The same for outputs that lie [row][pixel]: `count` neighbouring pixels of one image.
+// The same for outputs that lie [row][pixel]: `count` neighbouring pixels of
+// one image.
 template <class Words>
 inline void store_rows(const ForwardCall<Words>& call, const Strip& strip, const float* buffer, int64_t image,
                        int64_t pixel, int64_t count) {
@@ -245,14 +261,15 @@ inline void store_rows(const ForwardCall<Words>& call, const Strip& strip, const
   }
 }
 
-// All strips of [strips.begin, strips.end) on one register tile: `rows` image rows from `first_row` of the band,
-// `cols` pixels from `col`.
+// All strips of [strips.begin, strips.end) on one register tile: `rows` image
+// rows from `first_row` of the band, `cols` pixels from `col`.
 template <class Words>
 inline void forward_strips(const ForwardCall<Words>& call, const Band& band, const float* input, int64_t first_row,
-                           int64_t rows, int64_t col, int64_t cols, Range strips, ForwardTileFn<Words> kernel) {
+                           int64_t rows, int64_t col, int64_t cols, Range strips,
+                           ForwardTileFn<typename Words::Sums> kernel) {
   const Conv2dGeometry& g = call.g;
   alignas(64) float buffer[Vec16::kTilePixels * kStripRows];
-  ForwardTile<Words> tile;
+  ForwardTile<typename Words::Sums> tile;
   int64_t image[kTileRowsMax], pixel[kTileRowsMax];
   const bool pixels = call.source == Source::kPixels;  // then a "row" of the tile is one pixel
   const int64_t per_row = pixels ? band.cols : 1;
@@ -285,12 +302,14 @@ inline void forward_strips(const ForwardCall<Words>& call, const Band& band, con
     tile.start = call.start + s * kStripRows;
     tile.scale = call.scale + s * kStripRows;
     tile.bias = call.bias + s * kStripRows;
-    // SiLU goes through the buffer: 28 inlined exponentials in each of the tiles would be mostly code.
-    const bool direct = sizeof(typename Words::Y) > 1 && call.args.y_channels_last && strip.rows == nullptr &&
-                        strip.lanes == kStripRows && call.args.activation != Activation::kSilu;
+    // SiLU goes through the buffer: 28 inlined exponentials in each of the
+    // tiles would be mostly code.
+    constexpr bool stored = std::is_same<typename Words::Y, typename Words::Sums::Stored>::value;
+    const bool direct = stored && call.args.y_channels_last && strip.rows == nullptr && strip.lanes == kStripRows &&
+                        call.args.activation != Activation::kSilu;
     tile.buffer = direct ? nullptr : buffer;
-    if (direct)
-      for (int64_t a = 0; a < rows; ++a) {
+    if constexpr (stored)
+      for (int64_t a = 0; direct && a < rows; ++a) {
         const int64_t at = (image[a] * g.p * g.q + pixel[a]) * g.k + strip.row;
         tile.output[a] = call.args.y + at;
         tile.residual[a] = call.args.residual ? call.args.residual + at : nullptr;
@@ -319,8 +338,8 @@ inline void forward_band(const ForwardCall<Words>& call, const Band& band, const
   const Cuts cols{num_cols, ceil_div(num_cols, shape.cols)};
   for (int64_t i = 0; i < rows.count; ++i)
     for (int64_t j = 0; j < cols.count; ++j) {
-      ForwardTileFn<Words> kernel = pixels ? find_few_tile<Words>(rows.size(i)) : nullptr;
-      if (kernel == nullptr) kernel = find_forward_tile<Words>(rows.size(i), cols.size(j));
+      ForwardTileFn<typename Words::Sums> kernel = pixels ? find_few_tile<typename Words::Sums>(rows.size(i)) : nullptr;
+      if (kernel == nullptr) kernel = find_forward_tile<typename Words::Sums>(rows.size(i), cols.size(j));
       forward_strips(call, band, input, rows.begin(i), rows.size(i), cols.begin(j), cols.size(j), strips, kernel);
     }
 }
@@ -328,8 +347,9 @@ inline void forward_band(const ForwardCall<Words>& call, const Band& band, const
 template <class Words>
 using ForwardInput = Input<typename Words::X, Words::kDepth>;
 
-// Packing costs about as much as using every channel once, so it pays unless few strips share it; tiles of single
-// pixels in turn need long columns lists to hide their set-up. Measured on 1 x 1 layers, see README.md.
+// Packing costs about as much as using every channel once, so it pays unless
+// few strips share it; tiles of single pixels in turn need long columns lists
+// to hide their set-up. Measured on 1 x 1 layers, see README.md.
 template <class Words>
 inline Source choose_source(const Conv2dForward<typename Words::X, typename Words::Y>& args, const Conv2dGeometry& g,
                             const ForwardInput<Words>& in) {
@@ -384,12 +404,12 @@ void conv2d_forward(const Conv2dForward<typename Words::X, typename Words::Y>& a
   g.c = g.groups * x.group_words();
   call.source = choose_source<Words>(args, g, x);
   const int64_t taps = g.r * g.s, group_channels = g.c / g.groups;
-  const int64_t rows = args.strips.count * kStripRows, tables = Words::kInteger ? 3 : 1;
+  const int64_t rows = args.strips.count * kStripRows, tables = Words::Sums::kInteger ? 3 : 1;
   const int64_t bytes = 4 * (tables * rows + args.strips.num_columns + taps * group_channels + 2 * layout_memory(g));
   float* start = static_cast<float*>(scratch(sparsekd::kScratchCall, static_cast<size_t>(bytes)));
   gather_rows(args.strips, args.bias, start);
   call.start = call.scale = call.bias = start;
-  if (Words::kInteger) {
+  if (Words::Sums::kInteger) {
     gather_rows(args.strips, args.quantized.start, start + rows);
     gather_rows(args.strips, args.quantized.scale, start + 2 * rows);
     call.start = start + rows;

@@ -1,4 +1,5 @@
-// Eight-bit operands: exact sums in 32-bit integers, and the way from and to floats.
+// Eight-bit operands: exact sums in 32-bit integers, and the way from and to
+// floats.
 #pragma once
 
 #include <cstdint>
@@ -31,15 +32,21 @@ inline Vec16 madd_shorts(Vec16 a, Vec16 b, Vec16 sum) {
 #endif
 }
 
-// x - x_zero and the weights as 16 bits: exact on every CPU (vpmaddubsw of bytes would saturate).
-template <class Y_>
-struct ShortWords {
-  using X = uint8_t;
-  using Y = Y_;
-  static constexpr int kDepth = 2;
+// x - x_zero and the weights as 16 bits: exact on every CPU (vpmaddubsw of
+// bytes would saturate).
+struct ShortSums {
+  using Stored = void;
   static constexpr bool kInteger = true;
   static Vec16 madd(Vec16 weight, Vec16 x, Vec16 sum) { return madd_shorts(weight, x, sum); }
   static Vec16 madd(Vec16 weight, const float* x, Vec16 sum) { return madd(weight, Vec16::broadcast(x), sum); }
+};
+
+template <class Y_>
+struct ShortWords {
+  using Sums = ShortSums;
+  using X = uint8_t;
+  using Y = Y_;
+  static constexpr int kDepth = 2;
 };
 
 void quantize(const float* x, int64_t n, float inverse, int zero, uint8_t* target) {

@@ -1,4 +1,5 @@
-// The kernels for AVX-512 F, VL, BW and DQ: the algorithms below compiled over this Vec16.
+// The kernels for AVX-512 F, VL, BW and DQ: the algorithms below compiled over
+// this Vec16.
 #include "simd/vec_avx512.h"
 
 #include "attention_impl.h"
@@ -13,9 +14,9 @@ extern const KernelTable kAvx512Kernels = {
     conv2d_grad_values,
     depthwise,
     kAttention,
-    madd_burst<FloatWords<float>>,
-    {FloatWords<Bfloat16>::kDepth, conv2d_forward<FloatWords<Bfloat16>>, madd_burst<FloatWords<Bfloat16>>},
-    {2, conv2d_forward<ShortWords<float>>, conv2d_forward<ShortWords<uint8_t>>, madd_burst<ShortWords<float>>},
+    madd_burst<FloatSums, 1>,
+    {FloatWords<Bfloat16>::kDepth, conv2d_forward<FloatWords<Bfloat16>>, madd_burst<FloatSums, 1>},
+    {2, conv2d_forward<ShortWords<float>>, conv2d_forward<ShortWords<uint8_t>>, madd_burst<ShortSums, 2>},
     quantize,
 };
 }

@@ -1,4 +1,5 @@
-// The int8 forward pass on vpdpbusd, and the four multiply-adds it does per word; the rest is AVX-512's.
+// The int8 forward pass on vpdpbusd, and the four multiply-adds it does per
+// word; the rest is AVX-512's.
 #include "simd/vec_avx512.h"
 
 #include "conv2d_forward_impl.h"
@@ -6,14 +7,12 @@
 
 namespace {
 
-// Four neighbouring channels of one pixel, unsigned, times four signed weights, added to a 32-bit integer. Memory could
-// be broadcast into the signed operand for nothing, but then the weights would have to be the unsigned one, and every
-// pixel's sum of inputs be subtracted again.
-template <class Y_>
-struct ByteWords {
-  using X = uint8_t;
-  using Y = Y_;
-  static constexpr int kDepth = 4;
+// Four neighbouring channels of one pixel, unsigned, times four signed weights,
+// added to a 32-bit integer. Memory could be broadcast into the signed operand
+// for nothing, but then the weights would have to be the unsigned one, and
+// every pixel's sum of inputs be subtracted again.
+struct ByteSums {
+  using Stored = void;
   static constexpr bool kInteger = true;
   static Vec16 madd(Vec16 weight, Vec16 x, Vec16 sum) {
     return {_mm512_castsi512_ps(
@@ -22,9 +21,17 @@ struct ByteWords {
   static Vec16 madd(Vec16 weight, const float* x, Vec16 sum) { return madd(weight, Vec16::broadcast(x), sum); }
 };
 
+template <class Y_>
+struct ByteWords {
+  using Sums = ByteSums;
+  using X = uint8_t;
+  using Y = Y_;
+  static constexpr int kDepth = 4;
+};
+
 }  // namespace
 
 namespace sparsekd {
 extern const Int8Kernels kAvx512VnniKernels = {4, conv2d_forward<ByteWords<float>>, conv2d_forward<ByteWords<uint8_t>>,
-                                               madd_burst<ByteWords<float>>};
+                                               madd_burst<ByteSums, 4>};
 }

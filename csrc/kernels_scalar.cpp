@@ -13,9 +13,9 @@ extern const KernelTable kScalarKernels = {
     conv2d_grad_values,
     depthwise,
     kAttention,
-    madd_burst<FloatWords<float>>,
-    {FloatWords<Bfloat16>::kDepth, conv2d_forward<FloatWords<Bfloat16>>, madd_burst<FloatWords<Bfloat16>>},
-    {2, conv2d_forward<ShortWords<float>>, conv2d_forward<ShortWords<uint8_t>>, madd_burst<ShortWords<float>>},
+    madd_burst<FloatSums, 1>,
+    {FloatWords<Bfloat16>::kDepth, conv2d_forward<FloatWords<Bfloat16>>, madd_burst<FloatSums, 1>},
+    {2, conv2d_forward<ShortWords<float>>, conv2d_forward<ShortWords<uint8_t>>, madd_burst<ShortSums, 2>},
     quantize,
 };
 }
