@@ -400,3 +400,23 @@ def test_statistics_are_float32_whatever_the_default_dtype():
     for ours, want in zip(got, expected, strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, want)
+
+
+def test_the_losses_compile_in_one_graph():
+    """Forward and backward, channels_last and half types among them; the eager result is the reference."""
+    first, second = features_of([(6, 5, 7), (16, 8, 8)])
+    second = second.bfloat16().contiguous(memory_format=torch.channels_last)
+    features = [f.requires_grad_() for f in (first, second)]
+    teacher, logits = torch.rand(2, 99), torch.randn(2, 2, 10)
+    student_logits = logits[0].clone().requires_grad_()
+
+    def loss(features, student_logits):
+        means, energy = layer_stats(features)
+        sizes = [f.shape[2:] for f in features]
+        return means.sum() + match_maps(None, teacher, energy, sizes, sizes) + kd(student_logits, logits[1], 4.0)
+
+    found = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        value = function(features, student_logits)
+        found.append((value, *torch.autograd.grad(value, [*features, student_logits])))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
