@@ -421,10 +421,15 @@ def test_extra_info_has_the_speedup_and_the_joules():
 # ---- the suites as a user runs them
 
 
+def own_environment():
+    """For a pytest inside a test: one thread, and not taken for a part of pytest-xdist, which turns timing off."""
+    outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return outer | {"OMP_NUM_THREADS": "1"}
+
+
 def run_suite(*args, code="import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", *args]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=own_environment(), capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -482,9 +487,8 @@ sys.exit(pytest.main(sys.argv[1:]))
 def test_power_reports_joules_watts_and_source(tmp_path):
     path = tmp_path / "run.json"
     args = ["benchmarks/power", "--quick", "-k", "feature-stats", "--threads", "1", f"--benchmark-json={path}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", FAKE_COUNTER, str(tmp_path / "powercap"), "-q", "-p", "no:cacheprovider", *args]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=own_environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     for bench in json.loads(path.read_text())["benchmarks"]:
         info = bench["extra_info"]

@@ -255,7 +255,7 @@ def test_a_sweep_makes_a_row_of_every_density(folder, tmp_path, tiny):
         assert metrics["weights_kept"] == pytest.approx(row["target_density"], abs=0.02)
         assert 0 <= metrics["accuracy"] <= 1 and "latency_ratio" not in metrics
         (kept,) = {tuple(one["shape"]) for name, one in row["blocks"].items() if name == "block.conv2"}
-        assert kept == (2, 32 * 9)
+        assert kept == (2, 32, 3, 3)
     first, second = (row for row in results["rows"] if row["name"] == "LTH-SAD")
     epochs = first["epochs"]
     assert [e["level"] for e in epochs] == [1.0, 1.0, 0.6, 0.6, 0.3, 0.3] and second["epochs"] == []
