@@ -1,10 +1,17 @@
-"""The dense classics that whole-network figures are quoted for, untrained: `[N, 3, H, W]` -> `[N, classes]`."""
+"""The dense networks that whole-network figures are quoted for, untrained: `[N, 3, H, W]` -> `[N, classes]`."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sparsekd.models import classifier
+
+
+def wrn_16_2() -> nn.Module:
+    """The CIFAR student of arXiv 2401.10484: 0.1 G multiply-adds at 32 x 32."""
+    return classifier("wrn-16-2")
 
 
 def conv_norm(
@@ -54,7 +61,7 @@ class MobileNetV2(nn.Module):
         super().__init__()
         self.stem = conv_norm(3, 32, 3, 2, act=nn.ReLU6)
         blocks, c = [], 32
-        table = (
+        table = [
             (1, 16, 1, 1),
             (6, 24, 2, 2),
             (6, 32, 3, 2),
@@ -62,7 +69,7 @@ class MobileNetV2(nn.Module):
             (6, 96, 3, 1),
             (6, 160, 3, 2),
             (6, 320, 1, 1),
-        )
+        ]
         for expand, k, count, stride in table:
             for place in range(count):
                 blocks.append(InvertedResidual(c, k, expand, stride if place == 0 else 1))

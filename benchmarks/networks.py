@@ -32,14 +32,13 @@ import torch
 from torch import Tensor, nn
 
 import sparsekd
-from benchmarks.models import MobileNetV2, ResNet50, settle
-from benchmarks.suites.networks import WideResNet
+from benchmarks.models import MobileNetV2, ResNet50, settle, wrn_16_2
 from benchmarks.timing import write_json
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet50-n1": (ResNet50, (1, 3, 224, 224)),
-    "wrn-16-2-n1": (WideResNet, (1, 3, 32, 32)),
-    "wrn-16-2-n64": (WideResNet, (64, 3, 32, 32)),
+    "wrn-16-2-n1": (wrn_16_2, (1, 3, 32, 32)),
+    "wrn-16-2-n64": (wrn_16_2, (64, 3, 32, 32)),
     "mobilenetv2-n1": (MobileNetV2, (1, 3, 224, 224)),
 }
 DENSITIES = (1.0, 0.5, 0.3, 0.1)

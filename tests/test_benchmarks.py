@@ -16,11 +16,12 @@ import sparsekd
 from benchmarks import gate, paper_tables, shapes, timing, zeus_check
 from benchmarks.contest import Replay, Setup, agree, energy_info, seconds_info
 from benchmarks.gate import Figure, judge
+from benchmarks.models import wrn_16_2
 from benchmarks.suites import embeddings, layers, losses, students, training
 from benchmarks.suites.compact import compact, count_weights
-from benchmarks.suites.networks import WideResNet, load, randomised
+from benchmarks.suites.networks import load, randomised
 from sparsekd.energy import Comparison, EnergyMeter, Interval, Machine, Measurement, Reading
-from sparsekd.models import STUDENT, RatingCNN
+from sparsekd.models import STUDENT, RatingCNN, WideResNet
 
 ROOT = Path(__file__).parents[1]
 QUICK = Setup(quick=True, densities=(0.3,), batches=(4,))
@@ -342,7 +343,7 @@ def test_compacting_cuts_inner_channels_and_computes_the_same(density):
     sizes = {"user_features": 5, "item_features": 6}
     for model, inputs in [
         (RatingCNN(sizes, STUDENT), (torch.rand(3, 5), torch.rand(3, 6), torch.rand(3))),
-        (WideResNet(10), (torch.rand(2, 3, 32, 32),)),
+        (wrn_16_2(), (torch.rand(2, 3, 32, 32),)),
         (nn.Sequential(nn.Conv2d(3, 9, 3, bias=True), nn.BatchNorm2d(9), nn.ReLU(), nn.Conv2d(9, 8, 1), nn.Flatten(),
                        nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 2)), (torch.rand(2, 3, 3, 3),)),
     ]:  # fmt: skip
@@ -356,8 +357,8 @@ def test_compacting_cuts_inner_channels_and_computes_the_same(density):
 
 
 def test_compacting_reaches_the_share_that_is_asked_for():
-    _, smaller = compact(WideResNet().eval(), 0.5)
-    assert 0.47 < count_weights(smaller) / count_weights(WideResNet()) <= 0.5
+    _, smaller = compact(wrn_16_2().eval(), 0.5)
+    assert 0.47 < count_weights(smaller) / count_weights(wrn_16_2()) <= 0.5
 
 
 def test_what_cannot_be_compacted_says_so():
@@ -378,7 +379,7 @@ def test_there_is_no_embedding_yet():
 
 
 def test_own_models_are_loaded_by_name():
-    assert isinstance(load("benchmarks.suites.networks:WideResNet"), WideResNet)
+    assert isinstance(load("benchmarks.models:wrn_16_2"), WideResNet)
     with pytest.raises(ValueError, match=r"package\.module:factory"):
         load("torch.nn.Linear")
     with pytest.raises(ValueError, match=r"must make an nn\.Module, got dict"):
@@ -386,7 +387,7 @@ def test_own_models_are_loaded_by_name():
 
 
 def test_layers_of_an_own_model_are_measured_at_the_inputs_they_get():
-    setup = Setup(model="benchmarks.suites.networks:WideResNet", input_shapes=((2, 3, 32, 32),), exclude=("stem",))
+    setup = Setup(model="benchmarks.models:wrn_16_2", input_shapes=((2, 3, 32, 32),), exclude=("stem",))
     found = layers.cases(setup)
     assert not any("stem" in case.id for case in found)
     shapes = {layer.id.split("n2-")[1]: layer.input for layer in layers._layers_of_model(setup)}
@@ -516,10 +517,10 @@ def test_what_cannot_run_says_why(args, said):
 
 
 def test_an_own_model_is_one_option():
-    args = ["--model", "benchmarks.suites.networks:WideBlock", "--input-shape", "2,3,8,8"]
+    args = ["--model", "benchmarks.models:Bottleneck", "--input-shape", "2,3,8,8"]
     status, out = run_suite("benchmarks/throughput", "--quick", "--benchmark-disable", "-k", "students", *args)
     assert status != 0 and "missing 3 required positional arguments" in out
-    args[1] = "benchmarks.suites.networks:WideResNet"
+    args[1] = "benchmarks.models:wrn_16_2"
     status, out = run_suite("benchmarks/throughput", "--quick", "--benchmark-disable", "-k", "students", *args)
     assert status == 0 and "7 passed" in out, out
 

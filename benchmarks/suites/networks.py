@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.contest import Setup
+from benchmarks.models import wrn_16_2
 from sparsekd.bench import load
 from sparsekd.models import STUDENT, RatingCNN
 
@@ -49,7 +49,7 @@ def _rating_cnn() -> nn.Module:
 
 
 def _wide_resnet() -> nn.Module:
-    return randomised(WideResNet())
+    return randomised(wrn_16_2())
 
 
 def _random(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -67,33 +67,3 @@ def randomised(model: nn.Module) -> nn.Module:
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     return model
-
-
-class WideResNet(nn.Module):
-    """WRN-16-2 for 32x32 images, pre-activation (arXiv 1605.07146): [N, 3, 32, 32] -> [N, 100]."""
-
-    def __init__(self, classes: int = 100) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        widths = [(16, 32, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1)]
-        self.blocks = nn.Sequential(*(WideBlock(*sizes) for sizes in widths))
-        self.norm, self.head = nn.BatchNorm2d(128), nn.Linear(128, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.blocks(self.stem(x))))
-        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
-
-
-class WideBlock(nn.Module):
-    """conv2(relu(bn2(conv1(a)))) + shortcut, a = relu(bn1(x)): [N, C, H, W] -> [N, K, H/stride, W/stride]."""
-
-    def __init__(self, c: int, k: int, stride: int) -> None:
-        super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(c), nn.Conv2d(c, k, 3, stride, 1, bias=False)
-        self.bn2, self.conv2 = nn.BatchNorm2d(k), nn.Conv2d(k, k, 3, 1, 1, bias=False)
-        self.shortcut = None if c == k else nn.Conv2d(c, k, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = F.relu(self.bn1(x))
-        y = self.conv2(F.relu(self.bn2(self.conv1(a))))
-        return y + (x if self.shortcut is None else self.shortcut(a))
