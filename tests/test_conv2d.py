@@ -41,7 +41,9 @@ def assert_gradients_agree(case: Conv, x, blocks: BlockSparse, bias, grad=None):
     close = {"rtol": 1e-5, "atol": 1e-4} if x.dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-10}
     torch.testing.assert_close(y.double(), y64, **close)
     torch.testing.assert_close(x.grad.double(), x64.grad, **close)
-    torch.testing.assert_close(values.grad.double(), want_values, **close)
+    # A running float32 sum of n products of unit normals is off by 2^-24 n / sqrt(6) (deviation); six of them.
+    rounding = 1.5e-7 * y64.numel() / case.k if x.dtype == torch.float32 else 0.0
+    torch.testing.assert_close(values.grad.double(), want_values, rtol=close["rtol"], atol=max(close["atol"], rounding))
     torch.testing.assert_close(bias.grad.double(), b64.grad, **close)
     return y
 
