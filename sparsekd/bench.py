@@ -121,7 +121,8 @@ def _compare(
 def _channels_last(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], object]]:
     """The call in channels_last, for a model that takes it: one that views its maps does not."""
     images = (x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
-    call = partial(copy.deepcopy(model).to(memory_format=torch.channels_last), *images)
+    last: nn.Module = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    call = partial(last, *images)
     try:
         call()
     except RuntimeError:
