@@ -145,9 +145,10 @@ def _quality_cells(file: Kept, entry: Mapping[str, Any], sad: Mapping[str, Any] 
 def _reduced(file: Kept) -> str:
     """How much of CIFAR-100 a run saw: with a part of the images, its accuracies are no match for the paper's."""
     task, protocol = file.results["task"], file.results["protocol"]
+    side = task.get("pixels", "?")
     return (
         f"Ours on CIFAR-100 ({file.path.name}): {task.get('train_rows_used', '?')} training images of 50000, "
-        f"{task.get('pixels', '?')}x{task.get('pixels', '?')} pixels, protocol {protocol.get('protocol', '?')}."
+        f"{task['target_range'][1] + 1} classes, {side}x{side} pixels, protocol {protocol.get('protocol', '?')}."
     )
 
 

@@ -173,7 +173,7 @@ def _load(config: RunConfig) -> Task:
     options = dict(config.options)
     if config.task == "cifar100":
         protocol = PROTOCOLS[config.protocol]
-        options |= {name: getattr(protocol, name) for name in ("images", "validation", "test", "pixels")}
+        options |= {name: getattr(protocol, name) for name in ("images", "validation", "pixels", "classes")}
         options |= QUICK_IMAGES if config.quick else {}
     task = data.load(config.task, config.data_dir, **options)
     return _shortened(task) if config.quick and task.kind != "images" else task

@@ -231,12 +231,13 @@ def test_table_3_gives_the_change_against_sad(kept):
 def test_table_3_has_our_cifar_rows_by_accuracy_and_says_what_they_saw(kept, tmp_path):
     rows = [network("teacher"), network("SAD", accuracy=0.5), network("LTH-SAD", 0.4, accuracy=0.45)]
     rows += [{**rows[2], "seed": 1, "metrics": {**rows[2]["metrics"], "accuracy": 0.47}}]
-    task = {"name": "cifar100", "kind": "images", "train_rows_used": 2000, "pixels": 16}
+    task = {"name": "cifar100", "kind": "images", "train_rows_used": 2000, "pixels": 16, "target_range": [0, 19]}
     results = {**kept[0].results, "task": task, "protocol": {"protocol": "reduced", "seeds": [0, 1]}, "rows": rows}
     (tmp_path / "zzz.json").write_text(json.dumps({**results, "baselines": []}))
     text = paper_tables.table_3(paper_tables.load([tmp_path]))
     assert cells(text, "ours: cifar100", "LTH-SAD") == ["60 %", "top-1 46.00 ± 1.41 %", "-8.00 %"]
-    assert "2000 training images of 50000, 16x16 pixels, protocol reduced" in text and "not run yet" not in text
+    assert "2000 training images of 50000, 20 classes, 16x16 pixels, protocol reduced" in text
+    assert "not run yet" not in text
     assert text.index("ours: cifar100") < text.index("ours: movies-social")
 
 

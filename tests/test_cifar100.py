@@ -144,9 +144,17 @@ def test_bad_folders_and_options_are_refused(tmp_path, folder):
         ({"validation": 600}, "a class has 6 images"),
         ({"validation": 100, "images": 600}, "1 of them are held out already, and 6 are asked for"),
         ({"validation": 100, "pixels": 20}, "32, 16 or 8"),
+        ({"validation": 100, "classes": 101}, r"classes must lie in 2\.\.100, got 101"),
     ):
         with pytest.raises(ValueError, match=message):
             data.load("cifar100", folder, **options)
+
+
+def test_fewer_classes_leave_out_the_images_of_the_others(folder):
+    task = data.load("cifar100", folder, validation=20, classes=20)
+    assert task.sizes["classes"] == 20 and task.target_range == (0, 19)
+    for part, each in ((task.train, 5), (task.val, 1), (task.test, 2)):
+        assert torch.bincount(part.target).tolist() == [each] * 20
 
 
 def test_crops_are_windows_of_the_padded_image(task):

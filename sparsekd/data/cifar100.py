@@ -46,6 +46,7 @@ def load(
     images: int | None = None,
     test: int | None = None,
     pixels: int = PIXELS,
+    classes: int = CLASSES,
     networks: tuple[str, str] = ("wrn-40-2", "wrn-16-2"),
 ) -> Task:
     """Read train and test of either distribution from `root`.
@@ -54,13 +55,16 @@ def load(
     images      training images to use of the others, equally many of each class; None: all.
     test        test images to use, equally many of each class; None: all.
     pixels      32, or 16 or 8: images averaged over squares of pixels.
+    classes     how many of the 100, the first by label; images of the others are left out of all parts.
     networks    teacher and student, see `models.CLASSIFIERS`.
     """
     (train, labels, name, digest), (unseen, unseen_labels, test_name, test_digest) = (
         _read(root, part) for part in ("train", "test")
     )
-    held_out, rest = _drawn(labels, {"validation": validation, "images": images})
-    (tested,) = _drawn(unseen_labels, {"test": test})
+    if not 1 < classes <= CLASSES:
+        raise ValueError(f"sparsekd.data.load('cifar100'): classes must lie in 2..{CLASSES}, got {classes}")
+    held_out, rest = _drawn(labels, classes, {"validation": validation, "images": images})
+    (tested,) = _drawn(unseen_labels, classes, {"test": test})
     prepare = Images.like(train[rest], pixels)
 
     def split(pictures: np.ndarray, target: np.ndarray) -> Split:
@@ -72,9 +76,9 @@ def load(
         train=split(train[rest], labels[rest]),
         val=split(train[held_out], labels[held_out]),
         test=split(unseen[tested], unseen_labels[tested]),
-        sizes={"classes": CLASSES, "pixels": pixels},
+        sizes={"classes": classes, "pixels": pixels},
         mean=0.0,
-        target_range=(0, CLASSES - 1),
+        target_range=(0, classes - 1),
         split=f"official train and test; {validation} train images, equally many of each class, held out",
         teacher_recipe=PLAIN,
         student_recipe=PLAIN,
@@ -195,18 +199,18 @@ def _reconstruct(kind: type, shape: tuple[int, ...], dtype: bytes) -> np.ndarray
     return np.ndarray.__new__(np.ndarray, shape, np.dtype("b"))
 
 
-def _drawn(labels: np.ndarray, counts: dict[str, int | None]) -> list[np.ndarray]:
-    """Rows of parts of these sizes that do not overlap, each in order, with equally many of each class.
+def _drawn(labels: np.ndarray, classes: int, counts: dict[str, int | None]) -> list[np.ndarray]:
+    """Rows of parts of these sizes that do not overlap, each in order, with equally many of each of the classes.
 
     They are cut one after the other from a fixed random order; None takes all that is left.
     """
     order = np.random.default_rng(0).permutation(len(labels))
-    by_class = [order[labels[order] == label] for label in range(CLASSES)]
+    by_class = [order[labels[order] == label] for label in range(classes)]
     parts, begin = [], 0
     for name, count in counts.items():
-        if count is not None and (count < CLASSES or count % CLASSES):
-            raise ValueError(f"sparsekd.data.load('cifar100'): {name} must be a multiple of {CLASSES}, got {count}")
-        end = None if count is None else begin + count // CLASSES
+        if count is not None and (count < classes or count % classes):
+            raise ValueError(f"sparsekd.data.load('cifar100'): {name} must be a multiple of {classes}, got {count}")
+        end = None if count is None else begin + count // classes
         smallest = min(map(len, by_class))
         if smallest < (begin + 1 if end is None else end):
             raise ValueError(
