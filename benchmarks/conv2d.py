@@ -237,10 +237,9 @@ def layers(args: argparse.Namespace) -> list[tuple[Conv | Linear, int]]:
     for layer in [*CONVS, *LINEARS]:
         if args.group not in (None, layer.group):
             continue
-        if not args.summary:
-            chosen += [(layer, batch) for batch in (QUICK if args.quick else BATCHES)[layer.group]]
-        elif (layer.out_channels if isinstance(layer, Conv) else layer.outputs) >= 64:
-            chosen += [(layer, batch) for batch in TARGET_BATCHES[type(layer)]]
+        batches = TARGET_BATCHES[type(layer)] if args.summary else (QUICK if args.quick else BATCHES)[layer.group]
+        if not args.summary or (layer.out_channels if isinstance(layer, Conv) else layer.outputs) >= 64:
+            chosen += [(layer, batch) for batch in args.batch or batches]
     return chosen
 
 
@@ -250,6 +249,7 @@ def main() -> None:
     parser.add_argument("--summary", action="store_true", help="the layers and batches of the targets, short samples")
     parser.add_argument("--group", choices=sorted(QUICK), help="only these layers")
     parser.add_argument("--density", type=float, action="append", help="may be repeated; default 0.5 0.3 0.1")
+    parser.add_argument("--batch", type=int, action="append", help="may be repeated; default: those of the group")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--cpu-time", action="store_true", help="one thread, CPU time: for a machine that is not idle")
     parser.add_argument("--json", metavar="PATH", help="also write the rows there, as benchmarks/results/*.json")

@@ -123,7 +123,7 @@ def table_3(kept: Sequence[Kept]) -> str:
     missing = "" if reduced else f"Ours on CIFAR-100: not run yet; `sparsekd run cifar100 --data DIR`, {_COPY}."
     return _section(
         "Table 3: accuracy against size",
-        report._table(["data", "method", "weights removed", "result", "change to SAD"], rows),
+        report.markdown_table(["data", "method", "weights removed", "result", "change to SAD"], rows),
         [*reduced, *DIFFERS_3],
         files,
         missing,
@@ -170,7 +170,7 @@ def table_4(kept: Sequence[Kept]) -> str:
     note = note if missing else ""
     heading = ["features", "who", "model", "MAE", "MSE"]
     used = [files[group] for group in PAPER_TABLE_4 if group in files]
-    return _section("Table 4: movies", report._table(heading, rows), DIFFERS_4, used, note)
+    return _section("Table 4: movies", report.markdown_table(heading, rows), DIFFERS_4, used, note)
 
 
 def power(kept: Sequence[Kept]) -> str:
@@ -192,7 +192,11 @@ def power(kept: Sequence[Kept]) -> str:
     heading = ["data", "model", "training s", "kJ", "W", "seconds to SAD", "joules to SAD", "inference joules"]
     notes = sorted({row["energy_note"] for file in kept for row in file.results["rows"] if row.get("energy_note")})
     return _section(
-        "The power claim: training", report._table(heading, rows), DIFFERS_POWER, kept, "\n".join(map(_energy, notes))
+        "The power claim: training",
+        report.markdown_table(heading, rows),
+        DIFFERS_POWER,
+        kept,
+        "\n".join(map(_energy, notes)),
     )
 
 

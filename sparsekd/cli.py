@@ -131,7 +131,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             return TRY_AGAIN
         if train.rank():  # rank 0 of torchrun prints
             continue
-        tables = report.tables(results)
+        tables = report.result_tables(results)
         print(f"\n{results['task']['name']}\n\n{tables}\n\nresults.json, report.md and report.html: {folder}")
     return 0
 
@@ -211,7 +211,7 @@ def _report(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         paths = report.write(runs[0], options.folders[0])
     else:
         paths = report.merge(options.folders, options.out or "report")
-    tables = "\n\n".join(report.tables(run) for run in runs)
+    tables = "\n\n".join(report.result_tables(run) for run in runs)
     print(f"{tables}\n\nwritten: {', '.join(map(str, paths))}")
     return 0
 

@@ -6,7 +6,7 @@
 worth in evaluate.py.
 
     runs/movietweetings/
-      results.json report.md report.html see report.py
+      results.json report.md report.html see report/
       seed0/<network>/model.safetensors  the picked epoch; sparse layers as their kept blocks, a file a density
       seed0/<network>/state.safetensors  where to go on after a kill, while it trains
       seed0/<network>/rows.json          its rows of the report, once finished

@@ -274,7 +274,7 @@ def test_a_sweep_makes_a_row_of_every_density(folder, tmp_path, tiny):
     chosen = [e["target_density"] for e in results["summary"] if e["name"] == "LTH-SAD" and e["selected"]]
     best = max((first, second), key=lambda row: row["metrics"]["val_accuracy"])
     assert chosen == [best["target_density"]]
-    assert "LTH-SAD @ 0.6" in report.tables(results)
+    assert "LTH-SAD @ 0.6" in report.result_tables(results)
 
 
 def test_stops_in_time_and_goes_on_with_the_same_bits(folder, tmp_path, tiny):

@@ -9,8 +9,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from sparsekd import page, report
-from sparsekd.charts import Chart, Series, _Scale, pareto
+from sparsekd import report
+from sparsekd.report import page
+from sparsekd.report.charts import Chart, Series, _Scale, pareto
 
 VOID = {"meta", "img", "br"}
 

@@ -79,7 +79,7 @@ def cells(text, first):
 
 
 def test_tables_hold_the_numbers_of_the_json(results):
-    text = report.tables(results)
+    text = report.result_tables(results)
     assert cells(text, "ridge (alpha 10)")[1:3] == ["0.7654", "1.2345"]
     lth = cells(text, "LTH-SAD @ 0.45")
     assert lth[1:4] == ["0.8200 ± 0.0141", "1.2000 ± 0.1414", "45.0 ± 0.0"]
@@ -94,7 +94,7 @@ def test_tables_hold_the_numbers_of_the_json(results):
 
 def test_other_tasks_have_no_row_of_the_paper(results):
     results["task"]["name"] = "movielens"
-    assert "Table 4" not in report.tables(results)
+    assert "Table 4" not in report.result_tables(results)
 
 
 def test_write_and_render_again(results, tmp_path):

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from . import charts, report
+from . import charts
 from .charts import Chart, Series, pareto
+from .summary import label, metric_of
+from .tables import NOT_MEASURED, accuracy_table, inline, speed_table
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -83,7 +85,7 @@ def _names(entries: Sequence[Row]) -> list[str]:
 
 
 def _tables(run: Mapping[str, Any]) -> str:
-    accuracy, speed = report.accuracy_table(run, run["summary"]), report.speed_table(run["summary"])
+    accuracy, speed = accuracy_table(run, run["summary"]), speed_table(run["summary"])
     first = len(accuracy[1]) - len(run["summary"])  # baselines come before the networks
     chosen = {first + index for index, entry in enumerate(run["summary"]) if entry["selected"]}
     note = " Shaded: the density of a method that did best on the validation part." if chosen else ""
@@ -108,7 +110,7 @@ def _table(heading: Sequence[str], rows: Sequence[Sequence[str]], shaded: set[in
 
 def _quality(run: Mapping[str, Any]) -> tuple[str, float]:
     """Name of the metric and its scale on the charts."""
-    metric = report.metric_of(run)
+    metric = metric_of(run)
     return metric, 100.0 if metric == "accuracy" else 1.0
 
 
@@ -122,7 +124,7 @@ def _against_density(run: Mapping[str, Any], colours: Mapping[str, int]) -> str:
                 100 * entry["mean"]["weights_kept"],
                 scale * entry["mean"][metric],
                 None if entry["sd"][metric] is None else scale * entry["sd"][metric],
-                f"{report.label(entry)}: {scale * entry['mean'][metric]:.4g}",
+                f"{label(entry)}: {scale * entry['mean'][metric]:.4g}",
             )
             for entry in sorted(entries, key=lambda entry: entry["mean"]["weights_kept"])
         ]
@@ -135,9 +137,9 @@ def _against_density(run: Mapping[str, Any], colours: Mapping[str, int]) -> str:
     return _figure("Quality against density", chart, caption, colours)
 
 
-def _against_cost(run: Mapping[str, Any], colours: Mapping[str, int], cost: str, label: str, cost_scale: float) -> str:
+def _against_cost(run: Mapping[str, Any], colours: Mapping[str, int], cost: str, axis: str, cost_scale: float) -> str:
     metric, scale = _quality(run)
-    chart = Chart(label, _NAMES[metric], x_from_zero=True)
+    chart = Chart(axis, _NAMES[metric], x_from_zero=True)
     known = [entry for entry in run["summary"] if entry["mean"].get(cost) is not None]
     for name in _names(known):
         entries = [entry for entry in known if entry["name"] == name]
@@ -146,8 +148,7 @@ def _against_cost(run: Mapping[str, Any], colours: Mapping[str, int], cost: str,
                 cost_scale * entry["mean"][cost],
                 scale * entry["mean"][metric],
                 None,
-                f"{report.label(entry)}: {cost_scale * entry['mean'][cost]:.3g} {label}, "
-                f"{scale * entry['mean'][metric]:.4g}",
+                f"{label(entry)}: {cost_scale * entry['mean'][cost]:.3g} {axis}, {scale * entry['mean'][metric]:.4g}",
             )
             for entry in entries
         ]
@@ -158,7 +159,7 @@ def _against_cost(run: Mapping[str, Any], colours: Mapping[str, int], cost: str,
     chart.front = pareto(every, metric == "accuracy")
     title = f"Quality against {'latency' if cost.startswith('latency') else 'energy'}"
     if not known:
-        return f"<figure><h3>{title}</h3><p>{report.NOT_MEASURED}: {escape(_why_not(run))}</p></figure>"
+        return f"<figure><h3>{title}</h3><p>{NOT_MEASURED}: {escape(_why_not(run))}</p></figure>"
     return _figure(title, chart, "Dashed: the Pareto front, what no other network beats in both.", colours)
 
 
@@ -202,7 +203,7 @@ def _curves(run: Mapping[str, Any], colours: Mapping[str, int]) -> str:
 
 def _curve_title(row: Row) -> str:
     densities = {round(epoch["density"], 2) for epoch in row["epochs"]}
-    return report.label(row) if len(densities) < 3 else row["name"]
+    return label(row) if len(densities) < 3 else row["name"]
 
 
 def _events(epochs: Sequence[Row]) -> Iterator[tuple[float, str]]:
@@ -263,7 +264,6 @@ def _png(shares: np.ndarray) -> str:
 def _protocol(run: Mapping[str, Any]) -> str:
     entries = {**run["task"], **run["protocol"]}
     items = "".join(
-        f"<dt>{escape(key.replace('_', ' '))}</dt><dd>{escape(report.inline(value))}</dd>"
-        for key, value in entries.items()
+        f"<dt>{escape(key.replace('_', ' '))}</dt><dd>{escape(inline(value))}</dd>" for key, value in entries.items()
     )
     return f"<details><summary>Protocol: data, settings, machine, versions</summary><dl>{items}</dl></details>"

@@ -1,0 +1,87 @@
+"""The report of a run: `results.json` first, then everything else from it alone (terminal, Markdown, HTML).
+
+summary.py takes means over seeds, tables.py puts them into Markdown, page.py with charts.py into HTML.
+
+    results.json
+      schema, command, task, protocol   what was run, on which data (sha256), how, on which machine
+      baselines  [{name, mae, mse, setting}]                         predictors that a network has to beat
+      rows       [{name, method, seed, target_density, metrics, epochs, ...}]    one for each trained network
+      summary    [{name, method, target_density, seeds, selected, mean: {}, sd: {}}]
+                 over seeds, sd is None for one; selected: this density of the method did best on the validation part
+
+A metric that was not measured is null in the JSON and "not measured" in the tables, never 0.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import checkpoint
+from . import page
+from .summary import label, metric_of, summarise
+from .tables import NOT_MEASURED, PAPER_TABLE_4, document, markdown_table, result_tables
+
+__all__ = [
+    "NOT_MEASURED",
+    "PAPER_TABLE_4",
+    "SCHEMA",
+    "label",
+    "markdown_table",
+    "merge",
+    "metric_of",
+    "read",
+    "result_tables",
+    "summarise",
+    "write",
+]
+
+SCHEMA = 1
+
+
+def write(results: Mapping[str, Any], folder: str | Path) -> list[Path]:
+    """Write results.json (with a fresh summary), report.md and report.html; returns their paths."""
+    results = {**results, "schema": SCHEMA, "summary": summarise(results["rows"])}
+    path = Path(folder) / "results.json"
+    checkpoint.write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
+    return [path, *_render([results], Path(folder))]
+
+
+def merge(sources: Sequence[str | Path], folder: str | Path) -> list[Path]:
+    """One report of several runs (folders or result files): merged.json, report.md and report.html in `folder`.
+
+    Raises what `read` does.
+    """
+    runs = [read(source) for source in sources]
+    runs = [{**run, "summary": summarise(run["rows"])} for run in runs]
+    path = Path(folder) / "merged.json"
+    checkpoint.write_atomically(path, (json.dumps({"schema": SCHEMA, "runs": runs}, indent=1) + "\n").encode())
+    return [path, *_render(runs, Path(folder))]
+
+
+def _render(runs: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
+    files = {"report.md": "\n".join(map(document, runs)), "report.html": page.html(runs)}
+    for name, text in files.items():
+        checkpoint.write_atomically(folder / name, text.encode())
+    return [folder / name for name in files]
+
+
+def read(folder: str | Path) -> dict[str, Any]:
+    """The contents of results.json in `folder`.  Raises FileNotFoundError, ValueError where it is no such file."""
+    path = Path(folder) / "results.json" if Path(folder).is_dir() else Path(folder)
+    if not path.is_file():
+        raise FileNotFoundError(f"sparsekd report: {path} does not exist; give the folder a finished run wrote (--out)")
+    try:
+        results = json.loads(path.read_text())
+        schema = results["schema"]
+        missing = [key for key in ("task", "protocol", "baselines", "rows") if key not in results]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"sparsekd report: {path} is not a result file of sparsekd ({error!r}); run again") from error
+    if schema != SCHEMA or missing:
+        raise ValueError(
+            f"sparsekd report: {path} has schema {schema} (this sparsekd reads {SCHEMA}) and lacks "
+            f"{', '.join(missing) or 'nothing'}; use the version that wrote it, or run again"
+        )
+    return results
