@@ -43,6 +43,17 @@ inline int64_t count_pieces(const FeatureLayer* layer, int64_t count, int64_t ba
   return total;
 }
 
+// Gradients as large as this do not stay in a core's cache until they are read, and often another core reads them: they
+// are written past the caches, which also saves reading the lines first.
+constexpr int64_t kStreamBytes = 1 << 20;
+
+inline int64_t map_bytes(const FeatureLayer* layer, int64_t count, int64_t batch) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i)
+    total += batch * layer[i].channels * layer[i].pixels * (layer[i].element == Element::kFloat32 ? 4 : 2);
+  return total;
+}
+
 inline Vec16 splat(float x) { return Vec16::broadcast(&x); }
 
 // Turns vectors into their sums, 16 at a time.
@@ -60,10 +71,7 @@ struct LaneSums {
   void flush() {
     if (filled == 0) return;
     for (int i = filled; i < 16; ++i) row[i] = Vec16::zero();
-    Vec16::transpose(row);
-    for (int step = 8; step > 0; step /= 2)
-      for (int i = 0; i < step; ++i) row[i] = Vec16::add(row[i], row[i + step]);
-    Vec16::mul(row[0], splat(scale)).store_first(out, filled);
+    Vec16::mul(Vec16::sum_rows(row), splat(scale)).store_first(out, filled);
     out += filled;
     filled = 0;
   }
@@ -89,7 +97,8 @@ inline void stats_of_planes(const T* x, int64_t pitch, int64_t pixels, bool firs
   };
   int64_t p = 0;
   for (; p + 16 <= pixels; p += 16) {
-    for (int i = 0; i < kPlanes; ++i) __builtin_prefetch(x + (kPlanes + i) * pitch + p);
+    // Into the second cache: planes 4 KiB apart share the sets of the first one, which has no room for twice as many.
+    for (int i = 0; i < kPlanes; ++i) __builtin_prefetch(x + (kPlanes + i) * pitch + p, 0, 2);
     step(
         p, [](const T* at) { return load16(at); }, [](const float* at) { return Vec16::load(at); },
         [](float* at, Vec16 v) { v.store(at); });
@@ -161,22 +170,27 @@ inline void stats_of_piece(const Piece& piece, float* means, float scale, float*
     stats_contiguous(x, layer.channels, layer.pixels, piece.size(), means, scale, energy);
 }
 
-// out = x * scale[i] + shift, both in the order of memory.
+// Elements of p up to the next address that `stream16` takes.
 template <class T>
-inline void multiply_add(const T* x, const float* scale, float shift, int64_t n, T* out) {
-  const Vec16 shifts = splat(shift);
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) store16(out + i, Vec16::fma(load16(x + i), Vec16::load(scale + i), shifts));
-  if (const int rest = static_cast<int>(n - i))
-    store16_first(out + i, Vec16::fma(load16_first(x + i, rest), Vec16::load_first(scale + i, rest), shifts), rest);
+inline int64_t until_aligned(const T* p) {
+  constexpr uintptr_t kVector = 16 * sizeof(T);
+  return static_cast<int64_t>((kVector - reinterpret_cast<uintptr_t>(p) % kVector) % kVector / sizeof(T));
 }
-template <class T>
-inline void multiply_add(const T* x, float scale, const float* shift, int64_t n, T* out) {
-  const Vec16 scales = splat(scale);
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) store16(out + i, Vec16::fma(load16(x + i), scales, Vec16::load(shift + i)));
-  if (const int rest = static_cast<int>(n - i))
-    store16_first(out + i, Vec16::fma(load16_first(x + i, rest), scales, Vec16::load_first(shift + i, rest)), rest);
+
+// out = gradient(x, load), where load(p) are the floats of p that belong to x.
+template <class T, class Gradient>
+inline void write_grad(const T* x, int64_t n, T* out, bool stream, Gradient gradient) {
+  const auto some = [&](int64_t i, int count) {
+    const auto load = [=](const float* p) { return Vec16::load_first(p + i, count); };
+    store16_first(out + i, gradient(load16_first(x + i, count), load), count);
+  };
+  int64_t i = stream ? min64(until_aligned(out), n) : 0;
+  if (i > 0) some(0, static_cast<int>(i));
+  for (; i + 16 <= n; i += 16) {
+    const Vec16 grad = gradient(load16(x + i), [=](const float* p) { return Vec16::load(p + i); });
+    stream ? stream16(out + i, grad) : store16(out + i, grad);
+  }
+  if (i < n) some(i, static_cast<int>(n - i));
 }
 
 // out = x * scale over the pixels of a piece, or over the channels: the gradient's small factors, copied and scaled.
@@ -187,7 +201,7 @@ inline const float* scaled(const float* x, int64_t n, float scale) {
 }
 
 template <class T>
-inline void stats_grad_of_piece(const Piece& piece, const float* grad_means, const float* grad_energy) {
+inline void stats_grad_of_piece(const Piece& piece, const float* grad_means, const float* grad_energy, bool stream) {
   const FeatureLayer& layer = *piece.layer;
   const T* x = static_cast<const T*>(layer.features) + piece.offset();
   T* out = static_cast<T*>(layer.grad) + piece.offset();
@@ -195,14 +209,20 @@ inline void stats_grad_of_piece(const Piece& piece, const float* grad_means, con
               per_square = 2.0f / static_cast<float>(layer.channels);
   if (layer.channels_last) {
     const float* shift = scaled(grad_means, layer.channels, per_mean);
-    for (int64_t p = 0; p < piece.size(); ++p)
-      multiply_add(x + p * layer.channels, grad_energy[p] * per_square, shift, layer.channels,
-                   out + p * layer.channels);
+    for (int64_t p = 0; p < piece.size(); ++p) {
+      const Vec16 scale = splat(grad_energy[p] * per_square);
+      write_grad(x + p * layer.channels, layer.channels, out + p * layer.channels, stream,
+                 [=](Vec16 v, auto load) { return Vec16::fma(v, scale, load(shift)); });
+    }
   } else {
     const float* scale = scaled(grad_energy, piece.size(), per_square);
-    for (int64_t c = 0; c < layer.channels; ++c)
-      multiply_add(x + c * layer.pixels, scale, grad_means[c] * per_mean, piece.size(), out + c * layer.pixels);
+    for (int64_t c = 0; c < layer.channels; ++c) {
+      const Vec16 shift = splat(grad_means[c] * per_mean);
+      write_grad(x + c * layer.pixels, piece.size(), out + c * layer.pixels, stream,
+                 [=](Vec16 v, auto load) { return Vec16::fma(v, load(scale), shift); });
+    }
   }
+  if (stream) Vec16::fence();
 }
 
 // Sums of a layer's pieces, [image][piece][channel], into its means, in order.
@@ -256,6 +276,7 @@ void feature_stats(const FeatureStats& args) {
 }
 
 void feature_stats_grad(const FeatureStatsGrad& args) {
+  const bool stream = map_bytes(args.layer, args.count, args.batch) >= kStreamBytes;
   parallel(args.threads, count_pieces(args.layer, args.count, args.batch), [&](int64_t item) {
     const Piece piece = find_piece(args.layer, args.batch, item);
     const FeatureLayer& layer = *piece.layer;
@@ -263,11 +284,11 @@ void feature_stats_grad(const FeatureStatsGrad& args) {
     const float* energy = args.grad_energy + piece.image * args.energy_stride + layer.energy + piece.pixels.begin;
     switch (layer.element) {
       case Element::kFloat32:
-        return stats_grad_of_piece<float>(piece, means, energy);
+        return stats_grad_of_piece<float>(piece, means, energy, stream);
       case Element::kBfloat16:
-        return stats_grad_of_piece<Bfloat16>(piece, means, energy);
+        return stats_grad_of_piece<Bfloat16>(piece, means, energy, stream);
       case Element::kFloat16:
-        return stats_grad_of_piece<Float16>(piece, means, energy);
+        return stats_grad_of_piece<Float16>(piece, means, energy, stream);
     }
   });
 }

@@ -18,6 +18,7 @@ inline Vec16 load16(const float* p) { return Vec16::load(p); }
 inline Vec16 load16_first(const float* p, int n) { return Vec16::load_first(p, n); }
 inline void store16(float* p, Vec16 v) { v.store(p); }
 inline void store16_first(float* p, Vec16 v, int n) { v.store_first(p, n); }
+inline void stream16(float* p, Vec16 v) { v.stream(p); }  // p, here and below, a multiple of what is stored
 
 #ifdef __AVX512F__
 inline __m256i half_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
@@ -27,15 +28,23 @@ inline Vec16 load16(const Bfloat16* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half_load(p)), 16))};
 }
 inline Vec16 load16(const Float16* p) { return {_mm512_cvtph_ps(half_load(p))}; }
-inline void store16(Bfloat16* p, Vec16 a) {
+inline __m256i half_bits(const Bfloat16*, Vec16 a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   const __m512i kept = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
-  half_store(p, _mm512_cvtepi32_epi16(kept));
+  return _mm512_cvtepi32_epi16(kept);
 }
-inline void store16(Float16* p, Vec16 a) { half_store(p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT)); }
+inline __m256i half_bits(const Float16*, Vec16 a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
+template <class Half>
+inline void store16(Half* p, Vec16 a) {
+  half_store(p, half_bits(p, a));
+}
+template <class Half>
+inline void stream16(Half* p, Vec16 a) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), half_bits(p, a));
+}
 #else
 // Without a branch, so that the loops over 16 elements become vector instructions.
 inline uint32_t float_bits(float x) {
@@ -78,6 +87,10 @@ inline void store16(Half* p, Vec16 v) {
   float lane[16];
   v.store(lane);
   for (int i = 0; i < 16; ++i) from_float(p + i, lane[i]);
+}
+template <class Half>
+inline void stream16(Half* p, Vec16 v) {
+  store16(p, v);
 }
 #endif
 

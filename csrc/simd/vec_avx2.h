@@ -44,6 +44,12 @@ struct Vec16 {
     _mm256_storeu_ps(p, v[0]);
     _mm256_storeu_ps(p + 8, v[1]);
   }
+  // Past the caches, to a multiple of 64 bytes; `fence` must follow before others may read.
+  void stream(float* p) const {
+    _mm256_stream_ps(p, v[0]);
+    _mm256_stream_ps(p + 8, v[1]);
+  }
+  static void fence() { _mm_sfence(); }
   void store_first(float* p, int n) const {
     if (n == 16) return store(p);
     _mm256_maskstore_ps(p, first(n, 0), v[0]);

@@ -38,6 +38,9 @@ struct Vec16 {
     return {_mm512_load_ps(lane)};
   }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
+  // Past the caches, to a multiple of 64 bytes; `fence` must follow before others may read.
+  void stream(float* p) const { _mm512_stream_ps(p, v); }
+  static void fence() { _mm_sfence(); }
   void store_first(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
 
   static Vec16 fma(Vec16 a, Vec16 b, Vec16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }

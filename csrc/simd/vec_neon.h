@@ -42,6 +42,8 @@ struct Vec16 {
   void store(float* p) const {
     for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, v[i]);
   }
+  void stream(float* p) const { store(p); }
+  static void fence() {}
   void store_first(float* p, int n) const {
     if (n == 16) return store(p);
     float lane[16];

@@ -41,6 +41,8 @@ struct Vec16 {
     return load(lane);
   }
   void store(float* p) const { memcpy(p, v, sizeof v); }
+  void stream(float* p) const { store(p); }
+  static void fence() {}
   void store_first(float* p, int n) const { memcpy(p, v, sizeof(float) * static_cast<unsigned>(n)); }
 
   static Vec16 fma(Vec16 a, Vec16 b, Vec16 c) {
