@@ -81,6 +81,10 @@ inline void scale_floats(float* p, int64_t n, float scale) {
   for (int64_t i = 0; i < n; ++i) p[i] *= scale;
 }
 
+// Into the second cache: planes 4 KiB apart share the sets of the first one, which has no room for twice as many.
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+constexpr int64_t kAhead = 8192;  // bytes
+
 // `kPlanes` channels of [channels][pitch]: adds their squares to energy, or begins it, and pushes their sums.
 template <int kPlanes, class T>
 inline void stats_of_planes(const T* x, int64_t pitch, int64_t pixels, bool first, float* energy, LaneSums& sums) {
@@ -95,10 +99,10 @@ inline void stats_of_planes(const T* x, int64_t pitch, int64_t pixels, bool firs
     }
     store(energy + p, e);
   };
+  const int64_t ahead = max64(kPlanes * pitch, kAhead / static_cast<int64_t>(sizeof(T)));
   int64_t p = 0;
   for (; p + 16 <= pixels; p += 16) {
-    // Into the second cache: planes 4 KiB apart share the sets of the first one, which has no room for twice as many.
-    for (int i = 0; i < kPlanes; ++i) __builtin_prefetch(x + (kPlanes + i) * pitch + p, 0, 2);
+    for (int i = 0; i < kPlanes; ++i) prefetch(x + i * pitch + p + ahead);
     step(
         p, [](const T* at) { return load16(at); }, [](const float* at) { return Vec16::load(at); },
         [](float* at, Vec16 v) { v.store(at); });
@@ -136,11 +140,14 @@ inline void stats_of_pixels(const T* x, int64_t channels, bool first, float* mea
     }
     store(means + c, total);
   };
+  const int64_t ahead = kAhead / static_cast<int64_t>(sizeof(T));
   int64_t c = 0;
-  for (; c + 16 <= channels; c += 16)
+  for (; c + 16 <= channels; c += 16) {
+    for (int i = 0; i < kPixels; ++i) prefetch(x + i * channels + c + ahead);
     step(
         c, [](const T* at) { return load16(at); }, [](const float* at) { return Vec16::load(at); },
         [](float* at, Vec16 v) { v.store(at); });
+  }
   if (const int rest = static_cast<int>(channels - c))
     step(
         c, [=](const T* at) { return load16_first(at, rest); },
