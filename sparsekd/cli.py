@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--threads", type=int, metavar="N", help="threads of torch and of the kernels")
     run.add_argument("--device", help="cpu or cuda for training (cifar100: cuda where there is one)")
     run.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="autocast (cifar100 on cuda: on)")
+    run.add_argument("--compile", action="store_true", help="torch.compile the training steps (no gain on a CPU)")
     run.add_argument("--no-measure", action="store_true", help="train only: --remeasure freezes and times later")
     run.add_argument("--stop-after", type=float, metavar="MIN", help="stop after so many minutes; exit code 75")
     run.add_argument("--fresh", action="store_true", help="begin anew instead of going on with what --out holds")
@@ -117,6 +118,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         threads=options.threads,
         device=options.device,
         bf16=options.bf16,
+        compiled=options.compile,
         measure=not options.no_measure,
         fresh=options.fresh,
         remeasure=options.remeasure,

@@ -38,15 +38,17 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how a network trains, which must not change what it learns (but for the rounding of `bf16`).
+    """Where and how a network trains, which must not change what it learns (but for rounding).
 
     device    of the networks and of the data.
     bf16      autocast to bfloat16.
+    compiled  torch.compile the loss, both networks in one graph; anew after every prune.
     deadline  time.monotonic() after which the epoch that runs is the last of this call.
     """
 
     device: str = "cpu"
     bf16: bool = False
+    compiled: bool = False
     deadline: float = math.inf
 
     def autocast(self) -> torch.autocast:
@@ -118,6 +120,8 @@ def fit(
                     model, folder / network.file(density), epoch=epoch, **_selection(epochs[-1]), **settings
                 )
         event = method.after_epoch(epoch) if method else None
+        if event is not None and runtime.compiled:
+            torch.compiler.reset()  # dynamo gives up after 8 shapes of one function
         epochs[-1] |= {"pruned": event is not None, "rewound": event is not None and event.rewound}
         if rank() == 0:
             _save_state(folder / "state.safetensors", parts, epochs, settings)
@@ -140,6 +144,7 @@ def _train_epoch(
     cycle = _cycle(trainee, epoch, recipe)
     steps = math.ceil(len(task.train) / recipe.batch_size)
     sums, taken = torch.zeros(4, device=runtime.device), 0
+    loss = torch.compile(trainee.loss) if runtime.compiled else trainee.loss
     trained = [*model.parameters(), *trainee.parameters()]
     model.train()
     batches = task.train.batches(recipe.batch_size, _shuffle(seed, epoch), rank(), distributed.num_ranks())
@@ -148,7 +153,7 @@ def _train_epoch(
             group["lr"] = _learning_rate(recipe, epoch, taken / steps, cycle)
         optimizer.zero_grad()
         with runtime.autocast():
-            losses = trainee.loss(inputs, target)
+            losses = loss(inputs, target)
         losses.total.backward()
         distributed.average_gradients(trained)
         optimizer.step()

@@ -70,6 +70,7 @@ class RunConfig:
     threads    of torch and of the kernels; None leaves torch's choice.
     device     "cpu" or "cuda" for training; None: cuda for images where there is one. Frozen networks are for the CPU.
     bf16       autocast; None: for images on cuda.
+    compiled   torch.compile every training step.
     measure    freeze and time the networks; False leaves that to a later call with `remeasure`.
     fresh      throw away what an earlier run left in `out`, instead of going on with it.
     remeasure  freeze and time finished networks again, as they are: on a quiet machine, or with other threads.
@@ -89,6 +90,7 @@ class RunConfig:
     threads: int | None = None
     device: str | None = None
     bf16: bool | None = None
+    compiled: bool = False
     measure: bool = True
     fresh: bool = False
     remeasure: bool = False
@@ -191,7 +193,7 @@ def _runtime(config: RunConfig, task: Task, deadline: float) -> Runtime:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     bf16 = device.type == "cuda" and task.kind == "images" if config.bf16 is None else config.bf16
-    return Runtime(str(device), bf16, deadline)
+    return Runtime(str(device), bf16, config.compiled, deadline)
 
 
 def _wait() -> None:
@@ -395,7 +397,7 @@ def _describe_protocol(task: Task, config: RunConfig, runtime: Runtime) -> dict[
             "augmentation": f"crop after padding by {task.sizes['pixels'] // 8}, mirror",
             "selection": "last epoch; of the densities that of the best validation accuracy (marked); the test part is "
             "used once for each row",
-            "precision": "bf16 autocast" if runtime.bf16 else "float32",
+            "precision": ("bf16 autocast" if runtime.bf16 else "float32") + ", compiled" * runtime.compiled,
             "trained_on": torch.cuda.get_device_name() if runtime.device.startswith("cuda") else "cpu",
         }
     else:

@@ -1,6 +1,7 @@
 """CIFAR-100: both distributions, hostile pickles, crops, recipes, a sweep that stops and goes on, two ranks."""
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -310,6 +311,22 @@ def test_precision_is_bf16_where_asked(folder, tmp_path, tiny):
     results, _ = train.run(config(folder, tmp_path, methods=("sp-sad",), bf16=True), lambda line: None)
     assert results["protocol"]["precision"] == "bf16 autocast"
     assert all(np.isfinite(row["metrics"]["cross_entropy"]) for row in results["rows"])
+
+
+def test_compiled_steps_learn_the_same(folder, tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # no C++ compiler
+    settings = config(folder, tmp_path, methods=("sp-sad",))
+    task = train._load(settings)
+    network = recipes.networks(task, settings.choice)[-1]
+    epochs = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        teacher, student = models.teacher(task), models.student(task)
+        options = {"teacher": teacher, "folder": tmp_path / str(compiled), "runtime": loop.Runtime(compiled=compiled)}
+        epochs.append(loop.fit(student, task, network, **options))
+    assert [epoch["pruned"] for epoch in epochs[1]] == [True, True, False]
+    for key in ("loss", "task", "kd", "sad"):
+        assert [e[key] for e in epochs[1]] == pytest.approx([e[key] for e in epochs[0]], rel=1e-3)
 
 
 TWO_RANKS = """
