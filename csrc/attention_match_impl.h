@@ -12,55 +12,83 @@ using sparsekd::MatchMaps;
 // The window of output i of an adaptive average pooling from `in` to `out`.
 inline Range window(int64_t in, int64_t out, int64_t i) { return {i * in / out, ceil_div((i + 1) * in, out)}; }
 
-// The windows of all columns; divisions of integers are dear, and every row has the same columns.
+inline bool same_size(const MapSize& a, const MapSize& b) { return a.height == b.height && a.width == b.width; }
+
 struct ColumnWindow {
   int32_t begin, end;
 };
 
-inline void fill_columns(const MapSize& from, const MapSize& to, ColumnWindow* columns) {
-  for (int64_t j = 0; j < to.width; ++j) {
-    const Range range = window(from.width, to.width, j);
+inline void fill_columns(int64_t in, int64_t out, ColumnWindow* columns) {
+  for (int64_t j = 0; j < out; ++j) {
+    const Range range = window(in, out, j);
     columns[j] = {static_cast<int32_t>(range.begin), static_cast<int32_t>(range.end)};
   }
 }
 
-// x [from] pooled to out [to]; rows are summed first. `row` holds a row of x.
-inline void pool(const float* x, const MapSize& from, const MapSize& to, const ColumnWindow* columns, float* row,
-                 float* out) {
+// Average pooling and its transpose. The outputs whose windows hold an input are the window of the opposite pooling, so
+// both directions are sums over windows.
+struct Pooling {
+  MapSize from, to;
+  ColumnWindow* columns;  // [to.width]
+  ColumnWindow* back;     // [from.width]
+  float* share;           // [to.width] 1 / columns in the window
+  float* row;             // [the larger width] a sum of rows
+  float* sums;            // [the larger width] its columns' sums
+
+  // Divisions of integers are dear, and neighbouring maps are often alike.
+  void set(const MapSize& new_from, const MapSize& new_to) {
+    if (same_size(from, new_from) && same_size(to, new_to)) return;
+    from = new_from;
+    to = new_to;
+    fill_columns(from.width, to.width, columns);
+    fill_columns(to.width, from.width, back);
+    for (int64_t j = 0; j < to.width; ++j) share[j] = 1.0f / static_cast<float>(columns[j].end - columns[j].begin);
+  }
+};
+
+// visit(i, n) for every row i of the result, when `sums` holds the sums over its windows, n rows high.
+template <class Visit>
+inline void sum_windows(const float* x, const MapSize& from, const MapSize& to, const ColumnWindow* columns, float* row,
+                        float* sums, const Visit& visit) {
+  Range seen{0, 0};
   for (int64_t i = 0; i < to.height; ++i) {
     const Range rows = window(from.height, to.height, i);
-    const float* line = x + rows.begin * from.width;
-    if (rows.end - rows.begin > 1) {
-      for (int64_t c = 0; c < from.width; ++c) row[c] = line[c];
-      for (int64_t r = rows.begin + 1; r < rows.end; ++r)
-        for (int64_t c = 0; c < from.width; ++c) row[c] += x[r * from.width + c];
-      line = row;
+    if (rows.begin != seen.begin || rows.end != seen.end) {
+      const float* line = x + rows.begin * from.width;
+      if (rows.end - rows.begin > 1) {
+        for (int64_t c = 0; c < from.width; ++c) row[c] = line[c] + line[from.width + c];
+        for (int64_t r = rows.begin + 2; r < rows.end; ++r)
+          for (int64_t c = 0; c < from.width; ++c) row[c] += x[r * from.width + c];
+        line = row;
+      }
+      for (int64_t j = 0; j < to.width; ++j) {
+        float sum = line[columns[j].begin];
+        for (int32_t c = columns[j].begin + 1; c < columns[j].end; ++c) sum += line[c];
+        sums[j] = sum;
+      }
+      seen = rows;
     }
-    const int32_t height = static_cast<int32_t>(rows.end - rows.begin);
-    for (int64_t j = 0; j < to.width; ++j) {
-      const ColumnWindow of = columns[j];
-      float sum = line[of.begin];
-      for (int32_t c = of.begin + 1; c < of.end; ++c) sum += line[c];
-      out[i * to.width + j] = sum / static_cast<float>(height * (of.end - of.begin));
-    }
+    visit(i, rows.end - rows.begin);
   }
 }
 
-// The transpose of `pool`: adds what the gradient of out gives x to grad.
-inline void pool_grad(const float* grad_out, const MapSize& from, const MapSize& to, const ColumnWindow* columns,
-                      float* row, float* grad) {
-  for (int64_t i = 0; i < to.height; ++i) {
-    const Range rows = window(from.height, to.height, i);
-    const int32_t height = static_cast<int32_t>(rows.end - rows.begin);
-    for (int64_t c = 0; c < from.width; ++c) row[c] = 0.0f;
-    for (int64_t j = 0; j < to.width; ++j) {
-      const ColumnWindow of = columns[j];
-      const float each = grad_out[i * to.width + j] / static_cast<float>(height * (of.end - of.begin));
-      for (int32_t c = of.begin; c < of.end; ++c) row[c] += each;
-    }
-    for (int64_t r = rows.begin; r < rows.end; ++r)
-      for (int64_t c = 0; c < from.width; ++c) grad[r * from.width + c] += row[c];
+inline void pool(const Pooling& p, const float* x, float* out) {
+  sum_windows(x, p.from, p.to, p.columns, p.row, p.sums, [&](int64_t i, int64_t height) {
+    const float scale = 1.0f / static_cast<float>(height);
+    for (int64_t j = 0; j < p.to.width; ++j) out[i * p.to.width + j] = p.sums[j] * (p.share[j] * scale);
+  });
+}
+
+// Adds what the gradient of out, which is overwritten, gives x to grad.
+inline void pool_grad(const Pooling& p, float* grad_out, float* grad) {
+  for (int64_t i = 0; i < p.to.height; ++i) {
+    const Range rows = window(p.from.height, p.to.height, i);
+    const float scale = 1.0f / static_cast<float>(rows.end - rows.begin);
+    for (int64_t j = 0; j < p.to.width; ++j) grad_out[i * p.to.width + j] *= p.share[j] * scale;
   }
+  sum_windows(grad_out, p.to, p.from, p.back, p.row, p.sums, [&](int64_t i, int64_t) {
+    for (int64_t c = 0; c < p.from.width; ++c) grad[i * p.from.width + c] += p.sums[c];
+  });
 }
 
 inline float lane_sum(Vec16 v) {
@@ -74,7 +102,9 @@ inline float lane_sum(Vec16 v) {
 // visit(i, n) for the vectors of a length: 16 lanes each, fewer in the last.
 template <class Visit>
 inline void for_vectors(int64_t length, const Visit& visit) {
-  for (int64_t i = 0; i < length; i += 16) visit(i, static_cast<int>(min64(16, length - i)));
+  int64_t i = 0;
+  for (; i + 16 <= length; i += 16) visit(i, 16);
+  if (i < length) visit(i, static_cast<int>(length - i));
 }
 
 inline float dot(const float* a, const float* b, int64_t length) {
@@ -91,7 +121,8 @@ constexpr float kNormEpsilon = 1e-12f;  // as in ops/attention.py
 inline float normalize(const float* x, int64_t length, float* out) {
   const float norm = __builtin_sqrtf(dot(x, x, length));
   const float divisor = norm > kNormEpsilon ? norm : kNormEpsilon;
-  for (int64_t i = 0; i < length; ++i) out[i] = x[i] / divisor;
+  const float inverse = 1.0f / divisor;
+  for (int64_t i = 0; i < length; ++i) out[i] = x[i] * inverse;
   return divisor;
 }
 
@@ -108,41 +139,43 @@ inline float difference(const float* a, const float* b, int64_t length, float we
 }
 
 struct MatchScratch {
-  float* teacher;         // [area] one normalised teacher map
-  float* student;         // [students][area] student maps at the size of a teacher's, normalised
-  float* grad;            // [students][area] gradients of these
-  float* divisor;         // [students]
-  float* row;             // [student width]
-  float* pooled;          // [area]
-  ColumnWindow* columns;  // [teacher width]
+  float* teacher;  // [area] one normalised teacher map
+  float* student;  // [students][area] student maps at the size of a teacher's, normalised
+  float* grad;     // [students][area] gradients of these
+  float* divisor;  // [students]
+  float* pooled;   // [area]
+  Pooling pooling;
 };
 
 inline MatchScratch match_scratch(const MatchMaps& args) {
-  int64_t area = 0, width = 0, columns = 0;
+  int64_t area = 0, from = 0, to = 0;
   for (int64_t t = 0; t < args.teachers; ++t) {
     area = max64(area, args.teacher_size[t].height * args.teacher_size[t].width);
-    columns = max64(columns, args.teacher_size[t].width);
+    to = max64(to, args.teacher_size[t].width);
   }
-  for (int64_t s = 0; s < args.students; ++s) width = max64(width, args.student_size[s].width);
-  const int64_t maps = args.students * area, floats = 2 * maps + 2 * area + args.students + width;
+  for (int64_t s = 0; s < args.students; ++s) from = max64(from, args.student_size[s].width);
+  const int64_t maps = args.students * area, wide = max64(from, to);
+  const int64_t floats = 2 * maps + 2 * area + args.students + to + 2 * wide;
   const size_t bytes = sizeof(float) * static_cast<size_t>(floats);
-  const size_t total = bytes + sizeof(ColumnWindow) * static_cast<size_t>(columns);
+  const size_t total = bytes + sizeof(ColumnWindow) * static_cast<size_t>(from + to);
   float* p = static_cast<float*>(scratch(sparsekd::kScratchSum, total));
-  MatchScratch m;
-  m.teacher = p;
-  m.pooled = m.teacher + area;
-  m.student = m.pooled + area;
-  m.grad = m.student + maps;
-  m.divisor = m.grad + maps;
-  m.row = m.divisor + args.students;
-  m.columns = reinterpret_cast<ColumnWindow*>(m.row + width);
+  const auto take = [&p](int64_t count) { return (p += count) - count; };
+  MatchScratch m{};
+  m.teacher = take(area);
+  m.pooled = take(area);
+  m.student = take(maps);
+  m.grad = take(maps);
+  m.divisor = take(args.students);
+  m.pooling.share = take(to);
+  m.pooling.row = take(wide);
+  m.pooling.sums = take(wide);
+  m.pooling.columns = reinterpret_cast<ColumnWindow*>(p);
+  m.pooling.back = m.pooling.columns + to;
   return m;
 }
 
-inline bool same_size(const MapSize& a, const MapSize& b) { return a.height == b.height && a.width == b.width; }
-
 // All pairs whose teacher has the size of teacher `first`; returns their part of the image's loss.
-inline double match_size(const MatchMaps& args, int64_t image, int64_t first, const MatchScratch& m) {
+inline double match_size(const MatchMaps& args, int64_t image, int64_t first, MatchScratch& m) {
   const MapSize size = args.teacher_size[first];
   const int64_t area = size.height * size.width;
   const auto meets = [&](int64_t t, int64_t s) { return args.attention != nullptr || s == t; };
@@ -153,8 +186,8 @@ inline double match_size(const MatchMaps& args, int64_t image, int64_t first, co
     if (!seen(s)) continue;
     const float* map = students + args.student_size[s].energy;
     if (!same_size(args.student_size[s], size)) {
-      fill_columns(args.student_size[s], size, m.columns);
-      pool(map, args.student_size[s], size, m.columns, m.row, m.pooled);
+      m.pooling.set(args.student_size[s], size);
+      pool(m.pooling, map, m.pooled);
       map = m.pooled;
     }
     m.divisor[s] = normalize(map, area, m.student + s * area);
@@ -190,8 +223,8 @@ inline double match_size(const MatchMaps& args, int64_t image, int64_t first, co
     if (same_size(args.student_size[s], size)) {
       for (int64_t i = 0; i < area; ++i) out[i] += grad[i];
     } else {
-      fill_columns(args.student_size[s], size, m.columns);
-      pool_grad(grad, args.student_size[s], size, m.columns, m.row, out);
+      m.pooling.set(args.student_size[s], size);
+      pool_grad(m.pooling, grad, out);
     }
   }
   return loss;
@@ -201,7 +234,7 @@ void match_maps(const MatchMaps& args) {
   double* losses =
       static_cast<double*>(scratch(sparsekd::kScratchCall, sizeof(double) * static_cast<size_t>(args.batch)));
   parallel(args.threads, args.batch, [&](int64_t image) {
-    const MatchScratch memory = match_scratch(args);
+    MatchScratch memory = match_scratch(args);
     zero_floats(args.grad_student + image * args.student_stride, args.student_stride);
     double loss = 0.0;
     for (int64_t t = 0; t < args.teachers; ++t) {
