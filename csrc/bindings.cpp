@@ -10,6 +10,7 @@
 
 #include "conv2d.h"
 #include "dispatch.h"
+#include "network.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -458,6 +459,98 @@ void bind_attention(py::module_& m) {
       "batch"_a, "classes"_a, "student"_a, "teacher"_a, "temperature"_a, "loss"_a, "grad_student"_a, "threads"_a);
 }
 
+using sparsekd::Network;
+using sparsekd::NetworkLayer;
+
+struct PoolLayer {
+  NetworkLayer run;
+};
+
+template <class T>
+void def_add_conv2d(py::class_<Network>& network) {
+  network.def(
+      "add",
+      [](Network& self, const PackedConv2d<T>& layer, int64_t x, bool x_channels_last, int64_t residual, int64_t y,
+         bool y_channels_last) {
+        const auto run = [&layer, x_channels_last, y_channels_last](int64_t n, const void* x, const void* residual,
+                                                                    void* y, int threads) {
+          Conv2dGeometry geometry = layer.shape().geometry;
+          geometry.n = n;
+          layer.run(geometry, {static_cast<const T*>(x), x_channels_last}, static_cast<const T*>(residual),
+                    {static_cast<T*>(y), y_channels_last}, threads);
+        };
+        self.add(run, x, residual, y);
+      },
+      py::keep_alive<1, 2>(), "layer"_a, "x"_a, "x_channels_last"_a, "residual"_a, "y"_a, "y_channels_last"_a);
+}
+
+template <class T>
+void def_add_linear(py::class_<Network>& network) {
+  network.def(
+      "add",
+      [](Network& self, const PackedLinear<T>& layer, int64_t rows, int64_t x, int64_t residual, int64_t y) {
+        const auto run = [&layer, rows](int64_t n, const void* x, const void* residual, void* y, int threads) {
+          Conv2dGeometry geometry = layer.shape().geometry;
+          geometry.w = geometry.q = n * rows;
+          layer.run(geometry, {static_cast<const T*>(x), true}, static_cast<const T*>(residual),
+                    {static_cast<T*>(y), true}, threads);
+        };
+        self.add(run, x, residual, y);
+      },
+      py::keep_alive<1, 2>(), "layer"_a, "rows"_a, "x"_a, "residual"_a, "y"_a);
+}
+
+void bind_network(py::module_& m) {
+  py::class_<PoolLayer>(m, "Pool")
+      .def(py::init([](const Conv2dShape& shape, bool mean, const std::string& dtype) {
+             if (shape.geometry.k != shape.geometry.c || (dtype != "float32" && dtype != "bfloat16"))
+               throw py::value_error(
+                   "sparsekd._C.Pool: expected as many outputs as channels in float32 or bfloat16, got " + dtype);
+             return PoolLayer{dtype == "float32" ? sparsekd::pool_layer<float>(shape, mean)
+                                                 : sparsekd::pool_layer<Bfloat16>(shape, mean)};
+           }),
+           "shape"_a, "mean"_a, "dtype"_a)
+      .def(
+          "run",
+          [](const PoolLayer& self, Address x, Address y, int threads, int64_t n) {
+            py::gil_scoped_release release;
+            self.run(n, in<void>(x), nullptr, out<void>(y), threads);
+          },
+          "x"_a, "y"_a, "threads"_a, "n"_a);
+
+  py::class_<Network> network(m, "Network");
+  network.def(py::init([](const std::vector<std::tuple<int64_t, int64_t, int64_t>>& values, int64_t buffer_bytes) {
+                std::vector<sparsekd::NetworkValue> all;
+                for (const auto& [pointer, offset, bytes] : values) all.push_back({pointer, offset, bytes});
+                return std::make_unique<Network>(std::move(all), buffer_bytes);
+              }),
+              "values"_a, "buffer_bytes"_a);
+  def_add_conv2d<float>(network);
+  def_add_conv2d<Bfloat16>(network);
+  def_add_linear<float>(network);
+  def_add_linear<Bfloat16>(network);
+  network.def(
+      "add",
+      [](Network& self, const sparsekd::PackedDepthwise& layer, int64_t x, int64_t residual, int64_t y) {
+        const auto run = [&layer](int64_t n, const void* x, const void* residual, void* y, int threads) {
+          layer.run(n, static_cast<const float*>(x), static_cast<const float*>(residual), static_cast<float*>(y),
+                    threads);
+        };
+        self.add(run, x, residual, y);
+      },
+      py::keep_alive<1, 2>(), "layer"_a, "x"_a, "residual"_a, "y"_a);
+  network.def(
+      "add", [](Network& self, const PoolLayer& layer, int64_t x, int64_t y) { self.add(layer.run, x, -1, y); },
+      "layer"_a, "x"_a, "y"_a);
+  network.def(
+      "run",
+      [](const Network& self, const std::vector<Address>& pointers, int64_t n, int64_t images, int threads) {
+        py::gil_scoped_release release;
+        self.run(pointers, n, images, threads);
+      },
+      "pointers"_a, "n"_a, "images"_a, "threads"_a);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -468,4 +561,5 @@ PYBIND11_MODULE(_C, m) {
   bind_linear(m);
   bind_int8(m);
   bind_attention(m);
+  bind_network(m);
 }

@@ -192,12 +192,29 @@ struct Depthwise {
   int threads;
 };
 
+// Maxima, or means over r * s pixels, of every channel, all tensors channels_last; geometry.k == c.
+template <class T>
+struct Pool {
+  Conv2dGeometry geometry;
+  const T* x;
+  T* y;
+  int threads;
+};
+
+struct PoolKernels {
+  void (*max_f32)(const Pool<float>&);
+  void (*mean_f32)(const Pool<float>&);
+  void (*max_bf16)(const Pool<Bfloat16>&);
+  void (*mean_bf16)(const Pool<Bfloat16>&);
+};
+
 struct KernelTable {
   const char* isa;
   void (*conv2d_f32)(const Conv2dForward<float>&);
   void (*conv2d_grad_input_f32)(const Conv2dGradInput&);
   void (*conv2d_grad_values_f32)(const Conv2dGradValues&);
   void (*depthwise_f32)(const Depthwise&);
+  PoolKernels pool;
   AttentionKernels attention;
   // Multiply-adds on registers, `rounds` times a fixed amount, seeded from and written to sink [32]; returns the number
   // of floating point operations.
@@ -216,7 +233,15 @@ extern const Int8Kernels kAvx512VnniKernels;
 extern const Bf16Kernels kAvx512Bf16Kernels;  // the rest comes from kAvx512Kernels
 
 // Memory of the calling thread, 64-byte aligned, kept and grown from call to call. Slots do not overlap.
-enum ScratchSlot { kScratchCall, kScratchInput, kScratchOutput, kScratchWords, kScratchSum, kScratchSlots };
+enum ScratchSlot {
+  kScratchCall,
+  kScratchInput,
+  kScratchOutput,
+  kScratchWords,
+  kScratchSum,
+  kScratchNetwork,
+  kScratchSlots
+};
 void* scratch(ScratchSlot slot, size_t bytes);
 
 // Runs body(context, item) for items 0..items-1 on up to `threads` OpenMP threads; with one thread it is a plain

@@ -4,6 +4,7 @@
 #include "attention_impl.h"
 #include "conv2d_impl.h"
 #include "int8_impl.h"
+#include "pool_impl.h"
 
 namespace {
 
@@ -13,6 +14,7 @@ constexpr sparsekd::KernelTable kKernels = {
     conv2d_grad_input,
     conv2d_grad_values,
     depthwise,
+    {pool<float, false>, pool<float, true>, pool<Bfloat16, false>, pool<Bfloat16, true>},
     kAttention,
     madd_burst<FloatSums, 1>,
     {FloatWords<Bfloat16>::kDepth, conv2d_forward<FloatWords<Bfloat16>>, madd_burst<FloatSums, 1>},

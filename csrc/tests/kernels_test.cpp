@@ -4,6 +4,7 @@
 // To add an op: a check_<op>(const Problem&, ...) that computes the answer with `each_product` or by hand, runs the op
 // through the functions of the headers (conv2d.h), compares with `compare`; and a line in `check_problem`. Its operands
 // are Guarded, its outputs start as NaN. Other number formats bring their own operands and their own tolerance.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -15,6 +16,7 @@
 #include "conv2d.h"
 #include "dispatch.h"
 #include "guarded.h"
+#include "network.h"
 
 namespace {
 
@@ -294,6 +296,39 @@ struct Check {
     }
   }
 
+  // Pooling over this layer's window, in slices of one image, through a buffer that a pool of one pixel reads.
+  void pools() const {
+    if (l.groups != l.c || l.k != l.c || !set.x_last || !set.y_last) return;
+    Conv2dShape pixel = l.shape();
+    pixel.geometry = {l.n, l.k, l.p(), l.q(), l.k, l.p(), l.q(), 1, 1, 1, 1, 0, 0, 1, 1, l.k};
+    const int64_t in_bytes = l.c * l.h * l.w * 4, out_bytes = l.k * l.p() * l.q() * 4;
+    for (const bool mean : {false, true}) {
+      Exact exact(l.n * l.k * l.p() * l.q());
+      each_output([&](int64_t n, int64_t k, int64_t oy, int64_t ox) {
+        const int64_t i = flat(l, n, k, oy, ox);
+        double& value = exact.value[static_cast<size_t>(i)];
+        if (!mean) value = -HUGE_VAL;
+        for (int64_t r = 0; r < l.r; ++r)
+          for (int64_t s = 0; s < l.s; ++s) {
+            const int64_t iy = oy * l.stride_h + r * l.dilation_h - l.pad_h;
+            const int64_t ix = ox * l.stride_w + s * l.dilation_w - l.pad_w;
+            if (iy < 0 || iy >= l.h || ix < 0 || ix >= l.w) continue;
+            if (mean)
+              exact.add(i, double(x.at(n, k, iy, ix)) / double(l.r * l.s));
+            else
+              value = std::max(value, double(x.at(n, k, iy, ix)));
+          }
+      });
+      const Image y(l.n, l.k, l.p(), l.q(), true, set.side);
+      Network network({{0, 0, in_bytes}, {1, 0, out_bytes}, {-1, 0, 0}}, (out_bytes + 63) / 64 * 64);
+      network.add(pool_layer<float>(l.shape(), mean), 0, -1, 2);
+      network.add(pool_layer<float>(pixel, false), 2, -1, 1);
+      const auto address = [](const float* p) { return reinterpret_cast<std::uintptr_t>(p); };
+      network.run({address(x.in().data), address(y.out().data)}, l.n, 1, set.threads);
+      expect(mean ? " mean" : " max", exact, y);
+    }
+  }
+
   // bf16 in and out. What the kernel is given is rounded, so `exact` is taken from that; y is off by its own rounding.
   void forward_bf16() const {
     const auto rounded = [&](const float* source, size_t count, std::vector<float>& exact) {
@@ -370,6 +405,7 @@ void check_problem(const Problem& problem, const char* isa) {
     check.forward();
     check.forward_bf16();
     check.depthwise();
+    check.pools();
     check.grad_input();
     check.grad_values();
   }

@@ -1,0 +1,50 @@
+// A chain of frozen layers as one call: no interpreter between them, and one buffer for all they hand on.
+#pragma once
+
+#include <functional>
+#include <vector>
+
+#include "conv2d.h"
+
+namespace sparsekd {
+
+// A tensor of the network, `bytes` for each image: address `pointer` of the call, or, where that is negative, what
+// starts `offset` bytes times the images of the call into the buffer.
+struct NetworkValue {
+  int64_t pointer, offset, bytes;
+};
+
+// Of one layer: images, x, residual (or null), y, threads.
+using NetworkLayer = std::function<void(int64_t, const void*, const void*, void*, int)>;
+
+class Network {
+ public:
+  // buffer_bytes: of one image.
+  Network(std::vector<NetworkValue> values, int64_t buffer_bytes);
+
+  // The layer behind those that were added before; x, residual (-1: none) and y number values.
+  void add(NetworkLayer layer, int64_t x, int64_t residual, int64_t y);
+
+  // May be called from several threads at once. With 0 < images < n, the images go through the network in slices of at
+  // most so many, which stay in cache, and while there is a slice for every thread each takes one alone. Slices depend
+  // on n and images only, and so do results.
+  void run(const std::vector<std::uintptr_t>& pointers, int64_t n, int64_t images, int threads) const;
+
+ private:
+  struct Step {
+    NetworkLayer layer;
+    int64_t x, residual, y;
+  };
+
+  void run_slice(const std::vector<std::uintptr_t>& pointers, int64_t first, int64_t n, int threads) const;
+
+  std::vector<NetworkValue> values_;
+  int64_t buffer_bytes_;
+  std::vector<Step> steps_;
+};
+
+// Pooling as a layer; tensors are channels_last.
+template <class T>
+NetworkLayer pool_layer(const Conv2dShape& shape, bool mean);
+
+}  // namespace sparsekd
