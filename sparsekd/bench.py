@@ -112,7 +112,7 @@ def _compare(
             "dense_frozen_ms": ms["dense"],
             "frozen_ms": ms[density],
             "sparse": sum(layer.chosen == "sparse" for layer in network.plan),
-            "layers": len(network.plan),
+            "layers": sum(not layer.geometry.pool for layer in network.plan),
         }
         for density, network in frozen.items()
     ]

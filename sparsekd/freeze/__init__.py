@@ -11,8 +11,9 @@
 2. BatchNorm is folded into weight and bias, exactly.
 3. Each block-sparse layer is timed dense (torch) and sparse (``sparsekd._C``) at its input shape. Sparse is kept only
    where it is faster by more than the noise. Everything else stays with torch.
-4. The whole network is timed contiguous and channels_last, the faster is kept, and its outputs are compared with those
-   of the model.
+4. Neighbouring layers of ours become one call (chain.py). The whole network is timed contiguous and channels_last, and
+   with larger batches also in slices of some images for each thread; the fastest is kept, and its outputs are compared
+   with those of the model.
 
 A file holds tensors and JSON, no code and no pickle: the structure comes from a model that the reader builds, as with a
 state dict, and the file says which of its nodes to fuse. So no file can make `load_frozen` run anything.
@@ -104,7 +105,7 @@ def freeze(
         check_no_nan(expected)
         tolerance = tolerance_of(expected) if on_gpu and tolerance is None else tolerance
         traced, note = _trace_that_agrees(model, inputs, expected, tolerance)
-        sites = find_eager_sites(model, inputs) if traced is None else find_sites(traced, inputs)
+        sites = find_eager_sites(model, inputs) if traced is None else find_sites(traced, inputs, pools=not on_gpu)
         source: nn.Module = model if traced is None else traced
         record = _record(model, traced, sites, inputs)
         if on_gpu:
@@ -114,8 +115,10 @@ def freeze(
         networks = {layout: assemble(source, sites, layers) for layout, (layers, _) in choices.items()}
         network_us = time_networks({"unfrozen": model, **{name: runner(one) for name, one in networks.items()}}, inputs)
         fastest = min(networks, key=lambda layout: network_us[layout])
+        images = _images(networks[fastest], inputs, network_us)
         plan = Plan(
             layers=choices[fastest][1],
+            images=images,
             memory_format=fastest,
             threads=torch.get_num_threads(),
             isa=isa(),
@@ -173,6 +176,19 @@ def load_frozen(path: str | os.PathLike[str], model: nn.Module, *, threads: int 
 
 
 _KIND = "sparsekd-frozen"
+
+
+def _images(network: nn.Module, inputs: tuple[Tensor, ...], network_us: dict[str, float]) -> int:
+    """``Plan.images``: the fastest of some; adds the times to ``network_us``."""
+    batch = inputs[0].shape[0] if inputs[0].dim() else 1
+    if not isinstance(network, fx.GraphModule) or batch < 2 or cpu.native is None:
+        return 0
+    sizes = [size for size in (0, 1, 2, 4, 8, 16) if size < batch]
+    us = time_networks({f"slices of {size}" if size else "whole": runner(network, size) for size in sizes}, inputs)
+    fastest = min(sizes, key=lambda size: us[f"slices of {size}" if size else "whole"])
+    if fastest:
+        network_us[f"slices of {fastest}"] = us[f"slices of {fastest}"]
+    return fastest
 
 
 def _as_inputs(example: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -322,7 +338,8 @@ def _weight_and_bias(
         weight = BlockSparse(values, *index, geometry.weight, BlockPattern(*map(int, place.pattern.split("x"))))
         weight.validate()
     channels = math.prod(geometry.weight[1:2]) * geometry.groups
-    whole = geometry.input[-1 if geometry.kind == "linear" else 1] == channels and weight.shape == geometry.weight
+    fits = weight.shape == ((0,) if geometry.pool else geometry.weight)
+    whole = fits and geometry.input[-1 if geometry.kind == "linear" else 1] == channels
     if not whole or (bias is not None and (bias.shape, bias.dtype) != (geometry.weight[:1], values.dtype)):
         raise ValueError(f"sparsekd.load_frozen: {path} is damaged: the tensors of {place.name} do not fit {geometry}")
     return weight, bias

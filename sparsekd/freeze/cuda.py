@@ -150,7 +150,7 @@ def _measured(site: Site, layer: CudaLayer, weight: Tensor | BlockSparse) -> Lay
     described = (site.name, layer.geometry, pattern, density)
     if not layer.sparse:
         return LayerPlan(*described, None, None, "dense", layer.why_dense)
-    x, residual = random_operands(layer.geometry, weight, "channels_last")
+    x, residual = random_operands(layer.geometry, weight, "channels_last", "channels_last")
     device = weight.values.device  # type: ignore[union-attr]
     found = backend.measure(layer.run, x.to(device), None if residual is None else residual.to(device))
     if found is None:

@@ -109,7 +109,7 @@ def _choose(
     gains = sorted(one / other for one, other in zip(samples["float32"], samples["int8"], strict=True))
     chosen = gains[len(gains) // 4] > min_gain
     if chosen:
-        layer.run = run
+        layer.run, layer.step = run, None  # bytes are not for chains
     us = statistics.median(samples["int8"])
     kept = "int8" if chosen else "float32"
     return replace(plan, why=f"{plan.why}; int8 {us:.1f} us, {statistics.median(gains):.2f}x as fast: {kept}")

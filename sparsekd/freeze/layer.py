@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,12 +23,46 @@ DTYPES = {torch.float32: "", torch.bfloat16: "Bf16"}  # of the compiled kernels 
 Run = Callable[..., Tensor]  # run(x, residual=None, reuse=False)
 
 
+@dataclass(frozen=True)
+class Step:
+    """A layer of ours as a part of ``_C.Network``.
+
+    add(network, x, x_channels_last, residual, y) appends it; the operands number values. any_format: it reads maps in
+    either memory format.
+    """
+
+    add: Callable[[Any, int, bool, int, int], None]
+    x: Samples
+    y: Samples
+    any_format: bool = False
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a tensor has to be: any number of samples of one shape, in a dtype and memory format."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: torch.memory_format = torch.contiguous_format
+
+    @property
+    def bytes(self) -> int:
+        """Of one sample."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def empty(self, n: int) -> Tensor:
+        return torch.empty((n, *self.shape), dtype=self.dtype, device="cpu", memory_format=self.layout)
+
+
 class FrozenLayer(nn.Module):
-    """``act(conv(x) + bias + residual)`` by torch or by ``sparsekd._C``: buffers for files, ``run`` for speed.
+    """``act(conv(x) + bias + residual)``, or pooling, by torch or by ``sparsekd._C``: buffers for files, ``run`` for
+    speed, and ``step``, where it is ours, for chains of layers (chain.py).
 
     ``run(x, residual=None, reuse=False)`` is a closure over all it needs: attribute look-ups of nn.Module would cost
     more than the call itself. reuse: nobody reads the residual again, so the result may take its memory.
     """
+
+    step: Step | None = None
 
     def __init__(
         self,
@@ -45,7 +79,7 @@ class FrozenLayer(nn.Module):
             values, row_ptr, col_idx = (x.contiguous() for x in (weight.values, weight.row_ptr, weight.col_idx))
             weight = replace(weight, values=values, row_ptr=row_ptr, col_idx=col_idx)
         bias = None if bias is None else bias.contiguous()
-        self.geometry, self.chosen = geometry, chosen
+        self.geometry, self.chosen, self.memory_format, self.threads = geometry, chosen, memory_format, threads
         self.pattern = weight.pattern if isinstance(weight, BlockSparse) else None
         self._mask = weight.mask() if isinstance(weight, BlockSparse) else None
         self.register_buffer("bias", bias)
@@ -53,13 +87,13 @@ class FrozenLayer(nn.Module):
         if isinstance(weight, BlockSparse) and chosen == "sparse":
             for name in ("values", "row_ptr", "col_idx"):
                 self.register_buffer(name, getattr(weight, name))
-            self.run = _packed(geometry, weight, bias, memory_format, threads)
+            self.run, self.step = _packed(geometry, weight, bias, memory_format, threads)
         else:
             dense = weight.to_dense() if isinstance(weight, BlockSparse) else weight
             layout = FORMATS[memory_format] if geometry.kind == "conv2d" else torch.contiguous_format
             self.register_buffer("weight", dense.contiguous(memory_format=layout))
             if chosen == "native":
-                self.run = _packed(geometry, dense.contiguous(), bias, memory_format, threads)
+                self.run, self.step = _packed(geometry, dense.contiguous(), bias, memory_format, threads)
             else:
                 self.run = _dense(geometry, self.get_buffer("weight"), bias, memory_format)
 
@@ -83,22 +117,25 @@ def _dense(geometry: Geometry, weight: Tensor, bias: Tensor | None, memory_forma
         return _dense_linear(geometry, weight, bias)
     if geometry.kind == "norm":
         return _dense_norm(geometry, weight, bias)
+    if geometry.pool:
+        return _torch_pool(geometry)
     onednn = memory_format == "channels_last" and _has_onednn(weight.dtype)
     return (_onednn_conv2d if onednn else _torch_conv2d)(geometry, weight, bias)
 
 
 def _packed(
     geometry: Geometry, weight: Tensor | BlockSparse, bias: Tensor | None, memory_format: str, threads: int | None
-) -> Run:
+) -> tuple[Run, Step | None]:
     """A dense weight is a block-sparse one that has every block, unless it is that of a depthwise convolution."""
-    if geometry.depthwise:
+    if geometry.pool or geometry.depthwise:
         assert isinstance(weight, Tensor)
-        return _packed_conv2d(geometry, _depthwise_kernel(geometry, weight, bias), weight.dtype, memory_format, threads)
+        kernel = _pool_kernel(geometry, weight.dtype) if geometry.pool else _depthwise_kernel(geometry, weight, bias)
+        return _packed_conv2d(geometry, kernel, weight.dtype, memory_format, threads)
     if isinstance(weight, Tensor):
         weight = BlockSparse.from_dense(weight, BlockPattern.for_device("cpu", weight.dtype))
     if geometry.kind == "linear":
         return _packed_linear(geometry, weight, bias, threads)
-    kernel = _sparse_kernel(geometry, weight, bias)
+    kernel = _sparse_kernel(geometry, weight, bias, memory_format == "channels_last")
     return _packed_conv2d(geometry, kernel, weight.values.dtype, memory_format, threads)
 
 
@@ -187,6 +224,16 @@ def _dense_norm(geometry: Geometry, scale: Tensor, shift: Tensor | None) -> Run:
     return run
 
 
+def _torch_pool(geometry: Geometry) -> Run:
+    taps, flat = geometry.weight[2:], geometry.flat
+    if geometry.kind == "max":
+        sizes = (taps, geometry.stride, geometry.padding, geometry.dilation)
+        return lambda x, residual=None, reuse=False: F.max_pool2d(x, *sizes)
+    if taps == geometry.input[2:]:
+        return lambda x, residual=None, reuse=False: x.mean((2, 3), keepdim=not flat)
+    return lambda x, residual=None, reuse=False: F.avg_pool2d(x, taps, geometry.stride, geometry.padding)
+
+
 def _dense_linear(geometry: Geometry, weight: Tensor, bias: Tensor | None) -> Run:
     activate, linear = _IN_PLACE[geometry.activation], F.linear
 
@@ -200,7 +247,7 @@ def _dense_linear(geometry: Geometry, weight: Tensor, bias: Tensor | None) -> Ru
 
 
 def _shape(geometry: Geometry, bh: int, bw: int) -> Any:
-    r, s = geometry.weight[2:] if geometry.kind == "conv2d" else (1, 1)
+    r, s = geometry.weight[2:] or (1, 1)
     (stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w) = geometry.stride, geometry.padding, geometry.dilation
     h, w = geometry.padded_image
     return cpu.native.Conv2dShape(
@@ -209,38 +256,68 @@ def _shape(geometry: Geometry, bh: int, bw: int) -> Any:
     )  # fmt: skip
 
 
-Kernel = Callable[[int, bool, int, int, int, int], None]  # (x, channels_last, residual, y, threads, n)
+@dataclass(frozen=True)
+class Kernel:
+    """A packed layer of ``_C`` behind one signature: run(x, x_channels_last, residual, y, threads, n), add as Step."""
+
+    run: Callable[[int, bool, int, int, int, int], None]
+    add: Callable[[Any, int, bool, int, int], None]
+    any_format: bool = False
 
 
-def _sparse_kernel(geometry: Geometry, weight: BlockSparse, bias: Tensor | None) -> Kernel:
+def _sparse_kernel(geometry: Geometry, weight: BlockSparse, bias: Tensor | None, last: bool) -> Kernel:
     shape = _shape(geometry, weight.pattern.bh, weight.pattern.bw)
-    run = _pack("PackedConv2d", shape, weight=weight, bias=bias, activation=geometry.activation)
-    return lambda x, last, residual, y, threads, n: run(x, last, residual, y, last, threads, n)
+    packed = _pack("PackedConv2d", shape, weight=weight, bias=bias, activation=geometry.activation)
+    run = packed.run
+    return Kernel(
+        lambda x, x_last, residual, y, threads, n: run(x, x_last, residual, y, last, threads, n),
+        lambda network, x, x_last, residual, y: network.add(packed, x, x_last, residual, y, last),
+        any_format=True,
+    )
 
 
 def _depthwise_kernel(geometry: Geometry, weight: Tensor, bias: Tensor | None) -> Kernel:
     """A batch norm is the 1 x 1 case."""
     pointers = (weight.data_ptr(), 0 if bias is None else bias.data_ptr())
-    run = cpu.native.PackedDepthwise(_shape(geometry, 1, 1), *pointers, cpu.native.ACTIVATIONS[geometry.activation]).run
-    return lambda x, last, residual, y, threads, n: run(x, residual, y, threads, n)
+    packed = cpu.native.PackedDepthwise(_shape(geometry, 1, 1), *pointers, cpu.native.ACTIVATIONS[geometry.activation])
+    run = packed.run
+    return Kernel(
+        lambda x, x_last, residual, y, threads, n: run(x, residual, y, threads, n),
+        lambda network, x, x_last, residual, y: network.add(packed, x, residual, y),
+    )
+
+
+def _pool_kernel(geometry: Geometry, dtype: torch.dtype) -> Kernel:
+    packed = cpu.native.Pool(_shape(geometry, 1, 1), geometry.kind == "mean", _name(dtype))
+    run = packed.run
+    return Kernel(
+        lambda x, x_last, residual, y, threads, n: run(x, y, threads, n),
+        lambda network, x, x_last, residual, y: network.add(packed, x, y),
+    )
 
 
 def _packed_conv2d(
     geometry: Geometry, kernel: Kernel, dtype: torch.dtype, memory_format: str, threads: int | None
-) -> Run:
+) -> tuple[Run, Step | None]:
     """A direct call of the compiled kernel, which reads and writes raw memory: what it cannot check is checked here."""
-    image = (geometry.input[1], *geometry.padded_image)
-    out, layout = (geometry.weight[0], *geometry.output_image), FORMATS[memory_format]
+    image, out = (geometry.input[1], *geometry.padded_image), geometry.output
+    layout = FORMATS[memory_format]
+    (other,) = set(FORMATS.values()) - {layout}
+    out_layout = layout if len(out) == 3 else torch.contiguous_format
     pad, pad_mode, last = geometry.pad, geometry.pad_mode, memory_format == "channels_last"
-    empty, torch_threads = torch.empty, torch.get_num_threads
+    call, any_format, empty, torch_threads = kernel.run, kernel.any_format, torch.empty, torch.get_num_threads
 
     def run(x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
         if pad is not None:
             x = F.pad(x, pad, pad_mode)
         if x.shape[1:] != image or x.dtype is not dtype or not x.is_cpu:
             raise _wrong_input(x, ("N", *image), dtype)
+        x_last = last
         if not x.is_contiguous(memory_format=layout):
-            x = x.contiguous(memory_format=layout)
+            if any_format and x.is_contiguous(memory_format=other):
+                x_last = not last
+            else:
+                x = x.contiguous(memory_format=layout)
         n = x.shape[0]
         add = 0
         if residual is not None:
@@ -249,18 +326,23 @@ def _packed_conv2d(
         y = (
             residual
             if reuse and residual is not None
-            else empty((n, *out), dtype=dtype, device="cpu", memory_format=layout)
+            else empty((n, *out), dtype=dtype, device="cpu", memory_format=out_layout)
         )
-        kernel(x.data_ptr(), last, add, y.data_ptr(), threads or torch_threads(), n)
+        call(x.data_ptr(), x_last, add, y.data_ptr(), threads or torch_threads(), n)
         return y
 
-    return run
+    if pad is not None:
+        return run, None
+    return run, Step(kernel.add, Samples(image, dtype, layout), Samples(out, dtype, out_layout), any_format)
 
 
-def _packed_linear(geometry: Geometry, weight: BlockSparse, bias: Tensor | None, threads: int | None) -> Run:
+def _packed_linear(
+    geometry: Geometry, weight: BlockSparse, bias: Tensor | None, threads: int | None
+) -> tuple[Run, Step | None]:
     out_features, in_features = weight.shape
     sizes = (in_features, out_features, weight.pattern.bh, weight.pattern.bw)
     packed = _pack("PackedLinear", *sizes, weight=weight, bias=bias, activation=geometry.activation)
+    call = packed.run
     dtype, empty, torch_threads = weight.values.dtype, torch.empty, torch.get_num_threads
 
     def run(x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
@@ -273,19 +355,27 @@ def _packed_linear(geometry: Geometry, weight: BlockSparse, bias: Tensor | None,
         if residual is not None:
             residual = _like(residual, y.shape, dtype, torch.contiguous_format)
             add = residual.data_ptr()
-        packed(x.data_ptr(), math.prod(batch), add, y.data_ptr(), threads or torch_threads())
+        call(x.data_ptr(), math.prod(batch), add, y.data_ptr(), threads or torch_threads())
         return y
 
-    return run
+    sample = geometry.input[1:]
+    rows = math.prod(sample[:-1])
+    if not sample:  # a vector alone, not a batch
+        return run, None
+    return run, Step(
+        lambda network, x, x_last, residual, y: network.add(packed, rows, x, residual, y),
+        Samples(sample, dtype),
+        Samples(geometry.output, dtype),
+    )
 
 
 def _pack(kind: str, *sizes: Any, weight: BlockSparse, bias: Tensor | None, activation: str) -> Any:
-    """``run`` of a packed layer of the weight's dtype, which copies weight and bias."""
+    """A packed layer of the weight's dtype, which copies weight and bias."""
     make = getattr(cpu.native, kind + DTYPES[weight.values.dtype])
     index = (weight.row_ptr.data_ptr(), weight.col_idx.data_ptr(), weight.col_idx.shape[0])
     bias = None if bias is None else bias.float()
     pointer = 0 if bias is None else bias.data_ptr()
-    return make(*sizes, weight.values.data_ptr(), *index, pointer, cpu.native.ACTIVATIONS[activation]).run
+    return make(*sizes, weight.values.data_ptr(), *index, pointer, cpu.native.ACTIVATIONS[activation])
 
 
 def _like(residual: Tensor, shape: Sequence[int], dtype: torch.dtype, layout: torch.memory_format) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..backends import cpu
 from ..blocks import BlockSparse
 from ..nn import BlockSparseLayer, split_padding
+from .chain import alone
 from .layer import DTYPES, FORMATS, FrozenLayer
 from .plan import Geometry, LayerPlan
 from .sites import CONVS, Site, clone, weight_shape
@@ -65,13 +66,18 @@ def _choose(
 ) -> tuple[FrozenLayer, LayerPlan]:
     """The faster of the dense and the sparse layer in one memory format, and what was measured."""
     build = partial(FrozenLayer, geometry, weight, bias, memory_format=layout, threads=options.threads)
-    x, residual = random_operands(geometry, weight, layout)
+    x, residual = random_operands(geometry, weight, layout, "contiguous" if site.contiguous else layout)
     layers = {"dense": build(chosen="dense")}
     ours = "sparse" if isinstance(weight, BlockSparse) else "native"
     why = why_dense(geometry, weight, layout)
     if not why:
         layers[ours] = build(chosen=ours)
+    # In a network that was traced a layer of ours is part of a chain, without Python around it.
+    chained = bool(site.nodes) and ours in layers and layers[ours].step is not None
+    calls: dict[str, Callable[[], object]]
     calls = {name: partial(layer.run, x, residual) for name, layer in layers.items()}
+    if chained:
+        calls[ours] = alone(layers[ours], x, residual)
     # A layer with nothing to choose is timed for the reader of the plan only.
     samples = measure(calls, options.seconds if len(calls) == 2 else options.seconds / 8)
     medians = {name: statistics.median(us) for name, us in samples.items()}
@@ -96,9 +102,9 @@ def why_dense(geometry: Geometry, weight: Tensor | BlockSparse, memory_format: s
     if dtype not in ((torch.float32,) if single else DTYPES):
         takes = "float32" if single else "float32 and bfloat16"
         return f"kernels take {takes}, the layer is {str(dtype).removeprefix('torch.')}"
-    if single and memory_format != "channels_last":
+    if (single or geometry.pool) and memory_format != "channels_last":
         return "the kernels for single channels take channels_last"
-    if isinstance(weight, Tensor) and geometry.groups > 1 and not geometry.depthwise:
+    if isinstance(weight, Tensor) and geometry.groups > 1 and not geometry.depthwise and not geometry.pool:
         return "not block-sparse, and grouped"
     return ""
 
@@ -107,16 +113,20 @@ def density_of(weight: BlockSparse) -> float:
     return int(weight.block_sizes().sum()) / max(math.prod(weight.shape), 1)
 
 
-def random_operands(geometry: Geometry, weight: Tensor | BlockSparse, layout: str) -> tuple[Tensor, Tensor | None]:
+def random_operands(
+    geometry: Geometry, weight: Tensor | BlockSparse, layout: str, x_layout: str
+) -> tuple[Tensor, Tensor | None]:
     """Input and residual at the example's shape, from a generator of our own: the caller's is left alone."""
     dtype = weight.values.dtype if isinstance(weight, BlockSparse) else weight.dtype
     generator = torch.Generator().manual_seed(0)
-    conv = geometry.kind != "linear"
-    out = (weight.shape[0], *geometry.output_image) if conv else (*geometry.input[1:-1], weight.shape[0])
-    shapes = [geometry.input, (geometry.input[0], *out) if conv or len(geometry.input) > 1 else out]
-    x, residual = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
-    if conv:
-        x, residual = (tensor.contiguous(memory_format=FORMATS[layout]) for tensor in (x, residual))
+    batch = geometry.input[:1] if geometry.kind != "linear" or len(geometry.input) > 1 else ()
+    x, residual = (
+        torch.randn(shape, generator=generator).to(dtype) for shape in (geometry.input, (*batch, *geometry.output))
+    )
+    if x.dim() == 4 and geometry.kind != "linear":
+        x = x.contiguous(memory_format=FORMATS[x_layout])
+    if residual.dim() == 4 and geometry.kind != "linear":
+        residual = residual.contiguous(memory_format=FORMATS[layout])
     return x, residual if geometry.residual else None
 
 
@@ -144,6 +154,11 @@ def measure(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[s
 def geometry_of(site: Site, module: Any) -> Geometry:
     fused: dict[str, Any] = {"batch_norm": site.norm is not None, "residual": site.add is not None}
     fused["activation"] = site.activation
+    if site.pool is not None:
+        kind, window, _, flat = site.pool
+        kernel, *steps = (tuple(window[i : i + 2]) for i in range(0, 8, 2))
+        channels = site.input[1]
+        return Geometry(kind, site.input, (channels, 1, *kernel), *steps, groups=channels, flat=flat)  # type: ignore
     if type(module) is nn.BatchNorm2d:
         channels = module.num_features
         return Geometry("norm", site.input, (channels,), groups=channels, activation=site.activation)
@@ -164,6 +179,8 @@ def fold(site: Site, layer: Any, norm: Any) -> tuple[Tensor | BlockSparse, Tenso
     """
     weight: Tensor | BlockSparse
     bias: Tensor | None
+    if site.pool is not None:
+        return torch.empty(0, dtype=getattr(torch, site.pool[2])), None  # says what it pools
     if type(layer) is nn.BatchNorm2d:
         dtype = layer.running_mean.dtype  # type: ignore[union-attr]
         weight, bias = (x.to(dtype) for x in _scale_and_shift(layer, None))

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .. import checkpoint
+from .chain import Chain, find_chains
 from .layer import FrozenLayer
 from .plan import Plan
 from .sites import Recorder, Site, clone
@@ -34,7 +35,7 @@ class FrozenModel(nn.Module):
         super().__init__()
         self.network, self.plan, self._record = network.requires_grad_(False), plan, record
         self._inputs = [(tuple(shape), _dtype(dtype)) for shape, dtype in record["inputs"]]
-        self._run = runner(network)
+        self._run = runner(network, plan.images)
         super().train(False)
 
     def forward(self, *inputs: Tensor) -> Any:
@@ -98,20 +99,24 @@ def _dtype(name: str) -> torch.dtype:
     return getattr(torch, name.removeprefix("torch."))
 
 
-def runner(network: nn.Module) -> Callable[..., Any]:
-    return _straight_line(network) if isinstance(network, fx.GraphModule) else partial(network)
+def runner(network: nn.Module, images: int = 0) -> Callable[..., Any]:
+    """images: as in `Plan`."""
+    return _straight_line(network, images) if isinstance(network, fx.GraphModule) else partial(network)
 
 
-def _straight_line(network: fx.GraphModule) -> Callable[..., Any]:
-    """The graph as one function whose layers are plain attributes.
+def _straight_line(network: fx.GraphModule, images: int) -> Callable[..., Any]:
+    """The graph as one function whose layers, and chains of them, are plain attributes.
 
     GraphModule's own code walks module paths and nn.Module.__call__ for every layer, which costs microseconds.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(network.graph, {}))
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, FrozenLayer)}
     bound: dict[str, Any] = {}
+    for links in reversed(find_chains(graph, layers)):  # a chain refers to nodes in front of it
+        _replace(graph, Chain(links, images), f"chain_{len(bound)}", bound)
     for node in graph.nodes:
-        if node.op in ("call_module", "get_attr"):
+        if node.op in ("call_module", "get_attr") and node.target not in bound:
             value = operator.attrgetter(node.target)(network)
             node.target = f"{node.name}_{len(bound)}"
             bound[node.target] = value.run if isinstance(value, FrozenLayer) else value
@@ -119,6 +124,22 @@ def _straight_line(network: fx.GraphModule) -> Callable[..., Any]:
     scope = dict(code.globals)
     exec(code.src, scope)  # fx wrote it from the graph, as it does for every GraphModule
     return partial(scope["forward"], SimpleNamespace(**bound))
+
+
+def _replace(graph: fx.Graph, chain: Chain, name: str, bound: dict[str, Any]) -> None:
+    """Puts one call, `name`, in the place of the nodes of a chain."""
+    bound[name] = chain.run
+    inside = {link.y for link in chain.links}
+    with graph.inserting_after(chain.links[-1].y):
+        call = graph.call_module(name, tuple(chain.inputs))
+    results = [call]
+    if len(chain.outputs) > 1:
+        with graph.inserting_after(call):
+            results = [graph.call_function(operator.getitem, (call, i)) for i in range(len(chain.outputs))]
+    for node, result in zip(chain.outputs, results, strict=True):
+        node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
+    for link in reversed(chain.links):
+        graph.erase_node(link.y)
 
 
 def assemble(source: nn.Module, sites: Sequence[Site], layers: Mapping[str, FrozenLayer]) -> nn.Module:

@@ -11,9 +11,10 @@ from typing import Any
 class Geometry:
     """One frozen call ``act(conv(pad(x)) + bias + residual)``; sizes as torch names them.
 
-    kind: "conv2d", "linear" or "norm" (a batch norm that no layer takes in). input: shape in the example, batch
-    included. weight: ``[K, C/groups, R, S]``, ``[out, in]`` or ``[C]``. pad: an explicit ``F.pad`` of mode ``pad_mode``
-    before the op, or None.
+    kind: "conv2d", "linear", "norm" (a batch norm that no layer takes in), or of pooling "max" or "mean". input: shape
+    in the example, batch included. weight: ``[K, C/groups, R, S]``, ``[out, in]`` or ``[C]``; pooling has the shape of
+    a depthwise one. pad: an explicit ``F.pad`` of mode ``pad_mode`` before the op, or None. flat: the output is
+    ``[N, C]``.
     """
 
     kind: str
@@ -28,18 +29,23 @@ class Geometry:
     batch_norm: bool = False
     residual: bool = False
     activation: str = "none"
+    flat: bool = False
 
     def __str__(self) -> str:
-        text = "x".join(map(str, self.weight))
+        text = "x".join(map(str, self.weight[2:] if self.pool else self.weight))
         if max(self.stride) > 1:
             text += " /" + "x".join(map(str, sorted(set(self.stride))))
-        return text + (f" g{self.groups}" if self.groups > 1 else "")
+        return f"{self.kind} {text}" if self.pool else text + (f" g{self.groups}" if self.groups > 1 else "")
 
     @property
     def fused(self) -> str:
         """What runs in the same call, as in "bn+add+relu"."""
         parts = (("bn", self.batch_norm), ("add", self.residual), (self.activation, self.activation != "none"))
         return "+".join(name for name, there in parts if there)
+
+    @property
+    def pool(self) -> bool:
+        return self.kind in ("max", "mean")
 
     @property
     def depthwise(self) -> bool:
@@ -59,6 +65,13 @@ class Geometry:
         sizes = zip(self.padded_image, self.padding, self.dilation, taps, self.stride, strict=True)
         height, width = ((x + 2 * pad - dil * (tap - 1) - 1) // step + 1 for x, pad, dil, tap, step in sizes)
         return height, width
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        """Shape of one sample of the output."""
+        if self.kind == "linear":
+            return (*self.input[1:-1], self.weight[0])
+        return self.weight[:1] if self.flat else (self.weight[0], *self.output_image)
 
 
 @dataclass(frozen=True)
@@ -82,10 +95,11 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every convolution and linear layer of a frozen network, in order; ``print(plan)`` shows a table.
+    """Every convolution, linear and pooling layer of a frozen network, in order; ``print(plan)`` shows a table.
 
     threads: those it was measured with. network_us: median of one call of the whole network for each variant measured;
     "unfrozen" is the model that was handed in. notes: what a reader has to know. device: "cpu", or the name of the GPU.
+    images: how many of a larger batch a thread takes through the network at a time, 0: all threads share every layer.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -95,6 +109,7 @@ class Plan:
     network_us: dict[str, float]
     notes: tuple[str, ...] = ()
     device: str = "cpu"
+    images: int = 0
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
@@ -122,7 +137,8 @@ class Plan:
         timed = ", ".join(f"{name} {us:.0f} us" for name, us in self.network_us.items())
         kernels = f"sparsekd._C {self.isa}" if self.isa else "no compiled kernels"
         kernels = kernels if self.device == "cpu" else f"{self.device} in CUDA graphs"
-        lines.append(f"{self.memory_format}, {self.threads} threads, {kernels}; whole network: {timed}")
+        slices = f", slices of {self.images} images" if self.images else ""
+        lines.append(f"{self.memory_format}, {self.threads} threads, {kernels}{slices}; whole network: {timed}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..nn import BlockSparseLayer, SparseConv2d, SparseLinear
+from .pools import Window, is_flatten, window_of
 
 CONVS = (nn.Conv2d, SparseConv2d)
 LAYERS = (*CONVS, nn.Linear, SparseLinear)
@@ -22,11 +23,13 @@ LAYERS = (*CONVS, nn.Linear, SparseLinear)
 
 @dataclass(frozen=True)
 class Site:
-    """One convolution or linear layer (or batch norm no layer takes in) and what is computed in the same call.
+    """One convolution, linear or pooling layer (or batch norm no layer takes in) and what is computed in the same call.
 
     name: in the plan and in the frozen network. target: the layer's module. nodes: its chain in the trace, from the
     layer to the last node it replaces (empty in a model that cannot be traced). norm: the BatchNorm's module.
     add: the node in the chain that adds the residual. activation: as the kernels name it. input: shape in the example.
+    contiguous: the example gives this input of the network in that format. pool: "max" or "mean", its window, its dtype
+    and whether pixels are no dimension of its output.
     """
 
     name: str
@@ -36,6 +39,8 @@ class Site:
     norm: str | None = None
     add: str | None = None
     activation: str = "none"
+    contiguous: bool = False
+    pool: tuple[str, Window, str, bool] | None = None
 
 
 class _Tracer(fx.Tracer):
@@ -102,7 +107,7 @@ class Recorder(fx.Interpreter):
 Shapes = dict[fx.Node, tuple[tuple[int, ...], torch.dtype]]
 
 
-def find_sites(network: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[Site]:
+def find_sites(network: fx.GraphModule, inputs: tuple[Tensor, ...], pools: bool = True) -> list[Site]:
     """The sites of a traced model, in order. Where two layers meet in an add, the larger one takes it in."""
     shapes: Shapes = {}
     Recorder(network, lambda node, x: shapes.update({node: (tuple(x.shape), x.dtype)})).run(*clone(inputs))
@@ -110,13 +115,23 @@ def find_sites(network: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[Site
     layers = [node for node in network.graph.nodes if finder.is_layer(node)]
     sites = {node: finder.grow(node) for node in sorted(layers, key=finder.work, reverse=True)}
     sites |= {node: finder.grow(node) for node in network.graph.nodes if finder.is_norm(node)}
+    pooling = {node: finder.pool_of(node) for node in network.graph.nodes if pools}
+    sites |= {node: finder.grow_pool(node, *found) for node, found in pooling.items() if found}
+    contiguous = _contiguous_inputs(network, inputs)
     calls: dict[str, int] = {}
     named = []
     for node in filter(sites.__contains__, network.graph.nodes):
-        calls[node.target] = calls.get(node.target, 0) + 1
-        call = calls[node.target]
-        named.append(sites[node] if call == 1 else replace(sites[node], name=f"{node.target}@{call}"))
+        site = replace(sites[node], contiguous=node.args[0] in contiguous)
+        calls[site.name] = calls.get(site.name, 0) + 1
+        named.append(site if calls[site.name] == 1 else replace(site, name=f"{site.name}@{calls[site.name]}"))
     return named
+
+
+def _contiguous_inputs(network: fx.GraphModule, inputs: tuple[Tensor, ...]) -> set[fx.Node]:
+    """Inputs of the network that are maps in no other format than contiguous."""
+    nodes = [node for node in network.graph.nodes if node.op == "placeholder"]
+    maps = {node: x for node, x in zip(nodes, inputs, strict=False) if x.dim() == 4 and x.is_contiguous()}
+    return {node for node, x in maps.items() if not x.is_contiguous(memory_format=torch.channels_last)}
 
 
 class _SiteFinder:
@@ -173,6 +188,25 @@ class _SiteFinder:
         shape = self.shapes[layer.args[0]][0]  # type: ignore[index]
         target = str(layer.target)
         return Site(target, target, shape, tuple(node.name for node in chain), norm, add, activation)
+
+    def pool_of(self, node: fx.Node) -> tuple[str, Window] | None:
+        """Of a node that pools maps."""
+        if node in self.taken or node not in self.shapes or not node.args or node.args[0] not in self.shapes:
+            return None
+        shape = self.shapes[node.args[0]][0]  # type: ignore[index]
+        return window_of(node, self.module(node), shape[2:]) if len(shape) == 4 else None
+
+    def grow_pool(self, pool: fx.Node, kind: str, window: Window) -> Site:
+        """Takes in the `flatten` behind it where one pixel is left."""
+        chain, (shape, dtype) = [pool], self.shapes[pool.args[0]]  # type: ignore[index]
+        (user,) = pool.users if len(pool.users) == 1 else (None,)
+        flattens = user is not None and self.shapes[pool][0][2:] == (1, 1) and is_flatten(user, self.module(user))
+        if flattens and not self.moves_past_a_mutation(pool, user):  # type: ignore[arg-type]
+            chain.append(user)  # type: ignore[arg-type]
+        self.taken.update(chain)
+        target, flat = str(pool.target) if pool.op == "call_module" else "", len(self.shapes[chain[-1]][0]) == 2
+        nodes, dtype_name = tuple(node.name for node in chain), str(dtype).removeprefix("torch.")
+        return Site(target or pool.name, target, shape, nodes, pool=(kind, window, dtype_name, flat))
 
     def is_norm_of(self, node: fx.Node, layer: fx.Node) -> bool:
         norm = self.module(node)
