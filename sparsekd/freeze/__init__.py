@@ -40,7 +40,7 @@ from .cuda import FrozenCudaModel, freeze_on_gpu, tolerance_of
 from .int8 import check_int8, to_int8
 from .layer import FORMATS, FrozenLayer
 from .measure import Options, choose_all, geometry_of, time_networks, why_dense
-from .network import FrozenModel, assemble, check_no_nan, check_outputs, deviation, runner
+from .network import BF16_TOLERANCE, FrozenModel, assemble, cast, check_no_nan, check_outputs, deviation, runner
 from .plan import Geometry, LayerPlan, Plan
 from .sites import LAYERS, Site, clone, find_eager_sites, find_sites, trace
 
@@ -77,7 +77,8 @@ def freeze(
         memory_format: "contiguous" or "channels_last"; default: whichever makes the whole network faster.
         tolerance: largest difference from the outputs of ``model``, relative to the largest output; default by dtype.
         layer_ms: milliseconds to measure one layer for, in each memory format.
-        dtype: "int8" multiplies bytes in sparse float32 layers where that is faster (CPU; best with 16x4 blocks).
+        dtype: "bf16" computes a float32 model in bfloat16 (best with 16x2 blocks): inputs and outputs stay float32.
+            "int8" multiplies bytes in sparse float32 layers where that is faster (CPU; best with 16x4 blocks).
             Activations between layers stay float32; ``tolerance`` (then 0.1) is that of bytes against float32.
         calibration: batches like ``example_inputs`` that show int8 layers the range of their inputs; None: the example.
         percentile: share of a layer's inputs that its int8 range has to hold, in %; the rest is clamped.
@@ -86,19 +87,22 @@ def freeze(
         TypeError, ValueError: inputs that are no tensors, or elsewhere than the model, NaN or infinite weights.
         RuntimeError: the frozen outputs differ from the model's.
     """
-    if dtype not in (None, "int8"):
-        raise ValueError(f"sparsekd.freeze: dtype must be None or 'int8', got {dtype!r}; for bfloat16 cast the model")
+    if dtype not in (None, "bf16", "int8"):
+        raise ValueError(f"sparsekd.freeze: dtype must be None, 'bf16' or 'int8', got {dtype!r}")
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"sparsekd.freeze: tolerance must be positive, got {tolerance}; None takes that of the dtype")
     inputs = _as_inputs(example_inputs)
     on_gpu = _on_gpu(inputs)
     if on_gpu:
         if dtype is not None:
-            raise ValueError("sparsekd.freeze: dtype='int8' is for the CPU; move model and inputs there")
+            raise ValueError(f"sparsekd.freeze: dtype={dtype!r} is for the CPU; move model and inputs there")
         _check_gpu_options(threads, min_gain, memory_format)
     if memory_format not in (None, *FORMATS):
         raise ValueError(f"sparsekd.freeze: memory_format must be one of {list(FORMATS)}, got {memory_format!r}")
     _check_parameters(model, inputs[0].device)
+    if dtype == "bf16":
+        options = {"threads": threads, "min_gain": min_gain, "memory_format": memory_format, "layer_ms": layer_ms}
+        return _freeze_in_bf16(model, inputs, tolerance, options)
     model = _prepare(model)
     with torch.no_grad(), _torch_threads(threads):
         expected = model(*clone(inputs))
@@ -154,6 +158,7 @@ def load_frozen(path: str | os.PathLike[str], model: nn.Module, *, threads: int 
     if not isinstance(state, dict) or state.get("kind") != _KIND:
         raise ValueError(f"sparsekd.load_frozen: {path} holds no frozen network; FrozenModel.save writes one")
     model = _prepare(model)
+    model = model.bfloat16() if state.get("in_bf16") else model
     _check_same(path, "tensor", state["model"], checkpoint.fingerprint(model))
     traced, note = trace(model, len(state["inputs"])) if state["nodes"] else (None, "")
     _check_same(path, note or "traced nodes", state["nodes"], _nodes(traced))
@@ -171,11 +176,25 @@ def load_frozen(path: str | os.PathLike[str], model: nn.Module, *, threads: int 
         )
     network = assemble(source, sites, layers)
     network.load_state_dict({**network.state_dict(), **state["rest"]})
-    record = {key: state[key] for key in ("kind", "model", "nodes", "sites", "inputs")}
+    record = {key: state[key] for key in ("kind", "model", "nodes", "sites", "inputs", "in_bf16") if key in state}
     return FrozenModel(network, _on_this_machine(plan), record)
 
 
 _KIND = "sparsekd-frozen"
+
+
+def _freeze_in_bf16(
+    model: nn.Module, inputs: tuple[Tensor, ...], tolerance: float | None, options: dict[str, Any]
+) -> FrozenModel:
+    """The model cast and frozen, behind an interface of float32."""
+    if any(x.is_floating_point() and x.dtype != torch.float32 for x in (*inputs, *model.parameters())):
+        raise TypeError("sparsekd.freeze: dtype='bf16' casts a float32 model and inputs; leave it out for others")
+    half = freeze(copy.deepcopy(model).bfloat16(), cast(inputs, torch.float32, torch.bfloat16), **options)
+    record = {**half._record, "in_bf16": True, "inputs": [[list(x.shape), str(x.dtype)] for x in inputs]}
+    frozen = FrozenModel(half.network, half.plan, record)
+    with torch.no_grad():
+        check_outputs(frozen, None, _prepare(model)(*clone(inputs)), inputs, tolerance or BF16_TOLERANCE)
+    return frozen
 
 
 def _images(network: nn.Module, inputs: tuple[Tensor, ...], network_us: dict[str, float]) -> int:

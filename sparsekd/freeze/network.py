@@ -21,7 +21,8 @@ from .layer import FrozenLayer
 from .plan import Plan
 from .sites import Recorder, Site, clone
 
-_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+BF16_TOLERANCE = 5e-2
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: BF16_TOLERANCE}
 
 
 class FrozenModel(nn.Module):
@@ -41,7 +42,9 @@ class FrozenModel(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         self._check(inputs)
         with torch.no_grad():
-            return self._run(*inputs)
+            if not self._record.get("in_bf16"):
+                return self._run(*inputs)
+            return cast(self._run(*cast(inputs, torch.float32, torch.bfloat16)), torch.bfloat16, torch.float32)
 
     def _check(self, inputs: tuple[Any, ...]) -> None:
         if len(inputs) != len(self._inputs):
@@ -93,6 +96,11 @@ class FrozenModel(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenModel:
         return self  # nothing in it ever changes
+
+
+def cast(values: Any, source: torch.dtype, target: torch.dtype) -> Any:
+    """The tensors of dtype ``source`` in a structure as ``target``."""
+    return pytree.tree_map_only(Tensor, lambda x: x.to(target) if x.dtype == source else x, values)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -138,6 +138,29 @@ def test_bfloat16_networks_run_on_the_kernels_of_bfloat16():
         frozen.network.get_submodule("blocks.0.conv1")(torch.randn(1, 16, 12, 12))
 
 
+@needs_kernels
+def test_bf16_inside_float32_outside(tmp_path):
+    model = sparsekd.sparsify(trained(ResNet()), BlockPattern(16, 2), density=0.4).eval()
+    frozen = quick(model, torch.randn(IMAGE), dtype="bf16")
+    assert {layer.chosen for layer in frozen.plan if layer.pattern} == {"sparse"}
+    x = torch.randn(3, *IMAGE[1:])
+    frozen.save(tmp_path / "frozen")
+    loaded = load_frozen(tmp_path / "frozen", model)
+    with torch.no_grad():
+        want, cast = model(x), copy.deepcopy(model).bfloat16()(x.bfloat16())
+    for network in (frozen, loaded):
+        got = network(x)
+        assert got.dtype == torch.float32 and torch.equal(got, got.bfloat16().float())  # bf16 inside
+        assert (got - want).abs().max() <= max(2 * (cast - want).abs().max(), 0.02 * want.abs().max())
+    with pytest.raises(TypeError, match=r"expected a torch\.float32 tensor"):
+        frozen(x.bfloat16())
+    assert model.head.values.dtype == torch.float32  # left as it was
+    with pytest.raises(TypeError, match="casts a float32 model"):
+        quick(copy.deepcopy(model).bfloat16(), x.bfloat16(), dtype="bf16")
+    with pytest.raises(RuntimeError, match="differ from the model's"):
+        quick(model, x, dtype="bf16", tolerance=1e-5)
+
+
 @gains
 def test_dead_filters_give_relu_of_their_bias(min_gain):
     conv = nn.Conv2d(8, 48, 3, padding=1)
