@@ -77,6 +77,15 @@ def eager_match(attention: Tensor, teacher: Sequence[Tensor], student: Sequence[
     return total
 
 
+def eager_attention(sad: SAD, teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
+    """AFD's attention as its published code computes it."""
+    query = torch.stack([layer(means) for layer, means in zip(sad.queries, teacher, strict=True)], 1)
+    key = torch.stack([F.relu(layer(means)) for layer, means in zip(sad.keys, student, strict=True)], 1)
+    bilinear = sad.bilinear(key.flatten(0, 1)).view(*key.shape[:2], *query.shape[1:])
+    logits = torch.einsum("bstq,btq->bts", bilinear, query) + sad.teacher_position @ sad.student_position.T
+    return torch.softmax(logits / sad.dim**0.5, 2)
+
+
 class Losses:
     """Three losses of one pair of networks, each as (ours, eager), scalars of the same tensors."""
 
@@ -109,7 +118,7 @@ class Losses:
         return self.sad(self.teacher, self.student)
 
     def sad_whole_eager(self) -> Tensor:
-        attention = self.sad.attention(eager_means(self.teacher), eager_means(self.student))
+        attention = eager_attention(self.sad, eager_means(self.teacher), eager_means(self.student))
         return eager_match(attention, eager_energy(self.teacher), eager_energy(self.student))
 
     def at(self) -> Tensor:

@@ -135,6 +135,26 @@ def test_sad_attention_equals_the_formulas_and_sums_to_one():
         torch.testing.assert_close(got[index], value)
 
 
+def test_sad_projects_queries_as_its_modules_would():
+    class Norm(nn.BatchNorm1d):  # any type but the one that SAD knows: its modules are called then
+        pass
+
+    sad = randomized_sad(TEACHER, STUDENT, dim=4)
+    plain = copy.deepcopy(sad)
+    plain.bilinear[1] = Norm(plain.bilinear[1].num_features).double()
+    plain.bilinear.load_state_dict(sad.bilinear.state_dict())
+    teacher, student = features(TEACHER), features(STUDENT)
+    for training in (True, False):
+        results = []
+        for module in (sad.train(training), plain.train(training)):
+            inputs = [f.mean((2, 3)) for f in student]
+            attention = module.attention([f.mean((2, 3)) for f in teacher], inputs)
+            results.append((attention, torch.autograd.grad(attention[..., 0].sum(), [*inputs, *module.parameters()])))
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(sad.state_dict(), plain.state_dict())
+    assert sad.bilinear[1].num_batches_tracked == 1
+
+
 def test_sad_has_the_published_number_of_parameters():
     """WRN-40-2 to WRN-16-2 with q = 128: 543,488 by the layer shapes of the paper's code."""
     sad = SAD([32] * 6 + [64] * 6 + [128] * 6, [32] * 2 + [64] * 2 + [128] * 2)
