@@ -37,12 +37,12 @@ struct Cuts {
 // Output row of one lane of a strip.
 inline int32_t row_of(const Strip& strip, int lane) { return strip.rows ? strip.rows[lane] : strip.row + lane; }
 
-// The largest bands whose packed input stays in the L2 cache, but at least `pieces` of them where the shape allows.
+// The largest bands whose packed input is at most `floats`, but at least `pieces` of them where the shape allows.
 // Columns are cut in multiples of `col_step`, rows in multiples of `row_step`.
 inline BandSize choose_bands(const Conv2dGeometry& g, const Layout& whole, int64_t pieces, int64_t row_step,
-                             int64_t col_step) {
+                             int64_t col_step, int64_t floats) {
   const int64_t planes = g.c * whole.h.phases * whole.w.phases;
-  const int64_t budget = max64(1, kPackedFloats / max64(1, planes));  // floats per plane
+  const int64_t budget = max64(1, floats / max64(1, planes));  // floats per plane
   int64_t cols = g.q, rows = g.p, images = g.n;
   const int64_t row_floats = (1 + whole.h.reach) * (cols + whole.w.reach);
   if (row_floats > budget || (g.p == 1 && g.n < pieces)) {
@@ -67,6 +67,26 @@ inline BandSize choose_bands(const Conv2dGeometry& g, const Layout& whole, int64
     if (rows > row_step) rows = rows / row_step * row_step;
   }
   return make_band_size(g, images, rows, cols);
+}
+
+// Strips [0, count) in `chunks` parts of about equal numbers of columns: each belongs where its middle lies.
+inline Range strip_chunk(const Strips& strips, int64_t chunks, int64_t chunk) {
+  if (chunks == 1) return {0, strips.count};
+  int64_t total = 0;
+  for (int32_t i = 0; i < strips.count; ++i) total += strips.strip[i].count + 1;
+  const Range wanted = share(2 * total, chunks, chunk);
+  Range range{strips.count, strips.count};
+  int64_t sum = 0;
+  for (int32_t i = 0; i < strips.count; ++i) {
+    const int64_t size = strips.strip[i].count + 1, middle = 2 * sum + size;
+    if (middle >= wanted.begin && i < range.begin) range.begin = i;
+    if (middle >= wanted.end) {
+      range.end = i;
+      break;
+    }
+    sum += size;
+  }
+  return range;
 }
 
 // dy of one strip as [image][row][pixel][16], rows and images `row_stride` and `image_stride` floats apart; lanes that

@@ -48,6 +48,7 @@ struct ForwardTile {
   const float* bias;
   int64_t output_stride;  // floats from one pixel to the next
   float* buffer;          // [A * B][16], written when not null, instead of the output
+  bool stream;            // output is written past the caches
   Bounds bounds;
 };
 
@@ -93,7 +94,8 @@ inline void finish_tile(const ForwardTile<Sums>& t, const Vec16 (&acc)[A * B]) {
       for (int b = 0; b < B; ++b) {
         Vec16 v = acc[a * B + b];
         if (t.residual[a] != nullptr) v = Vec16::add(v, load16(t.residual[a] + b * t.output_stride));
-        store16(t.output[a] + b * t.output_stride, t.bounds.clamp(v));
+        v = t.bounds.clamp(v);
+        t.stream ? stream16(t.output[a] + b * t.output_stride, v) : store16(t.output[a] + b * t.output_stride, v);
       }
   }
 }
@@ -204,6 +206,7 @@ struct ForwardCall {
   const float* start;      // [strips][16]
   const float* scale;      // the same, when sums are integers
   const float* bias;
+  bool stream;  // y is written past the caches
 };
 
 // n <= 16 finished sums, to which `residual` elements are added if there are
@@ -308,6 +311,7 @@ inline void forward_strips(const ForwardCall<Words>& call, const Band& band, con
     const bool direct = stored && call.args.y_channels_last && strip.rows == nullptr && strip.lanes == kStripRows &&
                         call.args.activation != Activation::kSilu;
     tile.buffer = direct ? nullptr : buffer;
+    tile.stream = call.stream && strip.row % kStripRows == 0;
     if constexpr (stored)
       for (int64_t a = 0; direct && a < rows; ++a) {
         const int64_t at = (image[a] * g.p * g.q + pixel[a]) * g.k + strip.row;
@@ -364,25 +368,6 @@ inline Source choose_source(const Conv2dForward<typename Words::X, typename Word
   return rarely_used || g.n * g.p * g.q < kFewPixels ? Source::kPixels : Source::kPacked;
 }
 
-// Strips [0, count) in `chunks` parts of about equal numbers of columns.
-inline Range strip_chunk(const Strips& strips, int64_t chunks, int64_t chunk) {
-  if (chunks == 1) return {0, strips.count};
-  int64_t total = 0;
-  for (int32_t i = 0; i < strips.count; ++i) total += strips.strip[i].count + 1;
-  const Range wanted = share(total, chunks, chunk);
-  Range range{strips.count, strips.count};
-  int64_t sum = 0;
-  for (int32_t i = 0; i < strips.count; ++i) {
-    if (sum >= wanted.begin && i < range.begin) range.begin = i;
-    if (sum >= wanted.end) {
-      range.end = i;
-      break;
-    }
-    sum += strips.strip[i].count + 1;
-  }
-  return range;
-}
-
 // Words of every strip's rows; zeros of rows that are not there, and of null.
 inline void gather_rows(const Strips& strips, const void* rows, float* words) {
   zero_floats(words, strips.count * kStripRows);
@@ -403,9 +388,8 @@ void conv2d_forward(const Conv2dForward<typename Words::X, typename Words::Y>& a
   const ForwardInput<Words> x{args.x, args.x_channels_last, g.c, g.c / g.groups, args.quantized.x_zero};
   g.c = g.groups * x.group_words();
   call.source = choose_source<Words>(args, g, x);
-  const int64_t taps = g.r * g.s, group_channels = g.c / g.groups;
   const int64_t rows = args.strips.count * kStripRows, tables = Words::Sums::kInteger ? 3 : 1;
-  const int64_t bytes = 4 * (tables * rows + args.strips.num_columns + taps * group_channels + 2 * layout_memory(g));
+  const int64_t bytes = 4 * (tables * rows + offsets_memory(g, args.strips) + 2 * layout_memory(g));
   float* start = static_cast<float*>(scratch(sparsekd::kScratchCall, static_cast<size_t>(bytes)));
   gather_rows(args.strips, args.bias, start);
   call.start = call.scale = call.bias = start;
@@ -416,19 +400,19 @@ void conv2d_forward(const Conv2dForward<typename Words::X, typename Words::Y>& a
     call.scale = start + 2 * rows;
   }
   int32_t* offsets = reinterpret_cast<int32_t*>(start + tables * rows);
-  int32_t* table = offsets + args.strips.num_columns;
-  int32_t* axes = table + taps * group_channels;
-  call.offsets = offsets;
+  int32_t* axes = offsets + offsets_memory(g, args.strips);
 
   const Layout whole = make_layout(g, 1, g.p, g.q, axes);
   const TileShape tile = call.source == Source::kPixels ? TileShape{1, choose_tile(1).rows} : choose_tile(g.q);
   const int64_t pieces = args.threads == 1 ? 1 : 2 * args.threads;
-  const BandSize size = choose_bands(g, whole, pieces, tile.rows, tile.cols);
+  const BandSize size = choose_bands(g, whole, pieces, tile.rows, tile.cols, kPackedFloats);
   call.layout = make_layout(g, size.images, size.rows, size.cols, axes + layout_memory(g));
   if (call.source == Source::kChannels) call.layout.channel = g.w;
   if (call.source == Source::kPixels) call.layout.channel = 1;
-  fill_offsets(call.layout, g.groups, args.strips, table, offsets);
+  call.offsets = fill_offsets(call.layout, g.groups, args.strips, offsets);
 
+  if constexpr (std::is_same<typename Words::Y, float>::value)
+    call.stream = args.y_channels_last && stream_output(args.y, g.n * g.p * g.q, g.k);
   const int64_t chunks = min64(args.strips.count, ceil_div(args.threads, size.count()));
   parallel_workers(args.threads, size.count() * chunks, [&](int64_t item, bool first) {
     const Band band = size.band(g, item / chunks);
@@ -440,6 +424,7 @@ void conv2d_forward(const Conv2dForward<typename Words::X, typename Words::Y>& a
       input = packed;
     }
     forward_band(call, band, input, strip_chunk(args.strips, chunks, item % chunks));
+    if (call.stream) Vec16::fence();
   });
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "conv2d_grad_input_gather_impl.h"
+#include "conv2d_grad_input_scatter_impl.h"
 
 namespace {
 
@@ -93,10 +94,15 @@ struct GradInputCall {
   const int32_t* offsets;
 };
 
+// Pixels of a flat line: rows and images with the gaps between them, but none behind the last.
+inline int64_t flat_pixels(const Layout& l, int64_t images, int64_t rows, int64_t cols) {
+  return round_up(((images - 1) * l.image_rows + rows - 1) * l.pitch + cols, 16);
+}
+
 // Adds what the outputs of `band` contribute to the packed gradient.
 inline void grad_input_band(const GradInputCall& call, const Band& band, float* dx) {
   const Layout& l = call.layout;
-  const int64_t flat = round_up(band.images * l.image_rows * l.pitch, 16);
+  const int64_t flat = flat_pixels(l, band.images, band.rows, band.cols);
   float* dy =
       static_cast<float*>(scratch(sparsekd::kScratchOutput, sizeof(float) * kStripRows * static_cast<size_t>(flat)));
   const Cuts tiles{flat / 16, ceil_div(flat / 16, Vec16::kInputVectors)};
@@ -153,8 +159,8 @@ inline bool better_gathered(const GradInputCall& call, const BandSize& size, int
   const Conv2dGeometry& g = call.g;
   if (g.r * g.s == 1 || g.n * g.p * g.q == 0) return false;
   const Layout& l = call.layout;
-  const int64_t rows = size.images > 1 || segments == 1 ? l.image_rows : ceil_div(g.p + l.h.reach, segments);
-  const int64_t flat = round_up(size.images * rows * l.pitch, 16) * size.image_bands * segments;
+  const int64_t rows = segments == 1 ? g.p : ceil_div(g.p + l.h.reach, segments);
+  const int64_t flat = flat_pixels(l, size.images, rows, g.q) * size.image_bands * segments;
   const double lanes = static_cast<double>(flat) / static_cast<double>(g.n * g.p * g.q);
   const double blocks =
       static_cast<double>(count_blocks(call.args.strips)) / static_cast<double>(g.c * l.h.phases * l.w.phases);
@@ -166,15 +172,13 @@ void conv2d_grad_input(const Conv2dGradInput& args) {
       args, flatten_pointwise(args.geometry, args.dy_channels_last && args.dx_channels_last), {}, nullptr};
   const Conv2dGeometry& g = call.g;
   if (g.n * g.h * g.w * g.c == 0) return;
-  const int64_t taps = g.r * g.s, group_channels = g.c / g.groups;
-  const int64_t bytes = 4 * (args.strips.num_columns + taps * group_channels + 2 * layout_memory(g));
+  if (is_pointwise(g) && g.n * g.p * g.q <= kScatteredPixels) return conv2d_grad_input_scatter(args);
+  const int64_t bytes = 4 * (offsets_memory(g, args.strips) + 2 * layout_memory(g));
   int32_t* offsets = static_cast<int32_t*>(scratch(sparsekd::kScratchCall, static_cast<size_t>(bytes)));
-  int32_t* table = offsets + args.strips.num_columns;
-  int32_t* axes = table + taps * group_channels;
-  call.offsets = offsets;
+  int32_t* axes = offsets + offsets_memory(g, args.strips);
 
   const Layout whole = make_layout(g, 1, g.p, g.q, axes);
-  BandSize size = choose_bands(g, whole, args.threads == 1 ? 1 : 2 * args.threads, 1, 16);
+  BandSize size = choose_bands(g, whole, args.threads == 1 ? 1 : 2 * args.threads, 1, 16, kPackedFloats);
   if (!is_pointwise(g)) size = make_band_size(g, size.images, size.rows, g.q);  // bands share columns, not rows
   call.layout = make_layout(g, size.images, size.rows, size.cols, axes + layout_memory(g));
   // An image is cut by rows only when there are too few images: the cut costs the rows that both parts need.
@@ -182,7 +186,7 @@ void conv2d_grad_input(const Conv2dGradInput& args) {
                                ? 1
                                : min64(size.row_bands, ceil_div(args.threads, size.image_bands * size.col_bands));
   if (better_gathered(call, size, segments)) return conv2d_grad_input_gather(args);
-  fill_offsets(call.layout, g.groups, args.strips, table, offsets);
+  call.offsets = fill_offsets(call.layout, g.groups, args.strips, offsets);
   parallel(args.threads, size.image_bands * size.col_bands * segments, [&](int64_t item) {
     const int64_t segment = item % segments, rest = item / segments;
     const Band range = size.band(g, rest / size.col_bands * size.row_bands * size.col_bands + rest % size.col_bands);

@@ -93,23 +93,32 @@ inline int64_t choose_step(int64_t cols) {
   return ceil_div(cols, ceil_div(cols, kMost));
 }
 
+constexpr int64_t kPixelsInPlace = 8;  // that are not worth packing
+
 struct GradValuesCall {
   Conv2dGradValues args;
   Conv2dGeometry g;
   Layout layout;
   const int32_t* offsets;
+  bool pixels;  // x is read where it lies, [pixel][channel]
 };
 
-inline void grad_values_band(const GradValuesCall& call, const Band& band, float* dweights, bool accumulate) {
+inline void grad_values_band(const GradValuesCall& call, const Band& band, Range strips, float* dweights,
+                             bool accumulate) {
   const Layout& l = call.layout;
   const Conv2dGeometry& g = call.g;
-  float* x = static_cast<float*>(scratch(sparsekd::kScratchInput, sizeof(float) * static_cast<size_t>(l.size())));
   float* dy = static_cast<float*>(scratch(
       sparsekd::kScratchOutput, sizeof(float) * kStripRows * static_cast<size_t>(band.images * band.rows * band.cols)));
-  const Input<float> input{call.args.x, call.args.x_channels_last, g.c, g.c / g.groups};
-  pack_input(input, g, l, band, !accumulate, x);
+  const float* x = call.args.x + band.x * g.c;
+  if (!call.pixels) {
+    float* packed =
+        static_cast<float*>(scratch(sparsekd::kScratchInput, sizeof(float) * static_cast<size_t>(l.size())));
+    const Input<float> input{call.args.x, call.args.x_channels_last, g.c, g.c / g.groups};
+    pack_input(input, g, l, band, !accumulate, packed);
+    x = packed;
+  }
   const int64_t step = choose_step(band.cols), rest = band.cols % step;
-  for (int32_t s = 0; s < call.args.strips.count; ++s) {
+  for (int64_t s = strips.begin; s < strips.end; ++s) {
     const Strip& strip = call.args.strips.strip[s];
     if (strip.count == 0) continue;
     pack_strip_pixels(call.args.dy, call.args.dy_channels_last, g, band, strip, dy, band.cols * kStripRows,
@@ -126,6 +135,14 @@ inline void grad_values_band(const GradValuesCall& call, const Band& band, float
                    dweights + strip.weights,
                    call.args.strips.weight_stride,
                    accumulate};
+    if (call.pixels) {
+      tile.rows = band.cols;
+      tile.row_stride = g.c;
+      tile.dy_row_stride = kStripRows;
+      tile.steps = 1;
+      value_columns(tile, strip.count, 1);
+      continue;
+    }
     value_columns(tile, strip.count, step);
     if (rest == 0) continue;
     tile.x += band.cols - rest;
@@ -136,28 +153,10 @@ inline void grad_values_band(const GradValuesCall& call, const Band& band, float
   }
 }
 
-// Bands are dealt out in fixed ranges and the ranges' sums added in order, so the result depends on the number of
-// threads only, never on their timing.
-void conv2d_grad_values(const Conv2dGradValues& args) {
-  GradValuesCall call{
-      args, flatten_pointwise(args.geometry, args.x_channels_last && args.dy_channels_last), {}, nullptr};
-  const Conv2dGeometry& g = call.g;
+// By bands: fixed ranges of them have sums of their own, added in order, so the result does not depend on threads.
+inline void grad_values_by_bands(const GradValuesCall& call, const BandSize& size, int64_t parts) {
+  const Conv2dGradValues& args = call.args;
   const int64_t num_weights = args.strips.num_weights;
-  if (num_weights == 0) return;
-  const int64_t taps = g.r * g.s, group_channels = g.c / g.groups;
-  const int64_t bytes = 4 * (args.strips.num_columns + taps * group_channels + 2 * layout_memory(g));
-  int32_t* offsets = static_cast<int32_t*>(scratch(sparsekd::kScratchCall, static_cast<size_t>(bytes)));
-  int32_t* table = offsets + args.strips.num_columns;
-  int32_t* axes = table + taps * group_channels;
-  call.offsets = offsets;
-  if (g.n * g.p * g.q == 0) return zero_floats(args.dweights, num_weights);
-
-  const Layout whole = make_layout(g, 1, g.p, g.q, axes);
-  const BandSize size = choose_bands(g, whole, args.threads, 1, Vec16::kValuePixels);
-  call.layout = make_layout(g, size.images, size.rows, size.cols, axes + layout_memory(g));
-  fill_offsets(call.layout, g.groups, args.strips, table, offsets);
-
-  const int64_t parts = min64(args.threads, size.count());
   float* sums = args.dweights;
   if (parts > 1)
     sums = static_cast<float*>(
@@ -166,7 +165,7 @@ void conv2d_grad_values(const Conv2dGradValues& args) {
   parallel(args.threads, parts, [&](int64_t part) {
     const Range bands = share(size.count(), parts, part);
     for (int64_t i = bands.begin; i < bands.end; ++i)
-      grad_values_band(call, size.band(g, i), part_sum(part), i > bands.begin);
+      grad_values_band(call, size.band(call.g, i), {0, args.strips.count}, part_sum(part), i > bands.begin);
   });
   if (parts == 1) return;
   parallel(args.threads, args.threads, [&](int64_t chunk) {
@@ -176,6 +175,47 @@ void conv2d_grad_values(const Conv2dGradValues& args) {
       for (int64_t i = range.begin; i < range.end; ++i) args.dweights[i] += sum[i];
     }
   });
+}
+
+// By strips: every thread packs all of x for its own.
+inline void grad_values_by_strips(const GradValuesCall& call, const BandSize& size) {
+  const Conv2dGradValues& args = call.args;
+  const int64_t chunks = min64(args.threads, args.strips.count);
+  parallel(args.threads, chunks, [&](int64_t chunk) {
+    const Range strips = strip_chunk(args.strips, chunks, chunk);
+    for (int64_t i = 0; i < size.count() && strips.begin < strips.end; ++i)
+      grad_values_band(call, size.band(call.g, i), strips, args.dweights, i > 0);
+  });
+}
+
+// Packing x again has to cost less than adding sums.
+inline bool share_strips(const Strips& strips, const Conv2dGeometry& g) {
+  constexpr int64_t kStrips = 4, kPacking = 4;
+  return strips.count >= kStrips && kPacking * strips.num_weights > g.n * g.c * g.h * g.w;
+}
+
+void conv2d_grad_values(const Conv2dGradValues& args) {
+  GradValuesCall call{
+      args, flatten_pointwise(args.geometry, args.x_channels_last && args.dy_channels_last), {}, nullptr, false};
+  const Conv2dGeometry& g = call.g;
+  const int64_t num_weights = args.strips.num_weights;
+  if (num_weights == 0) return;
+  const int64_t bytes = 4 * (offsets_memory(g, args.strips) + 2 * layout_memory(g));
+  int32_t* offsets = static_cast<int32_t*>(scratch(sparsekd::kScratchCall, static_cast<size_t>(bytes)));
+  int32_t* axes = offsets + offsets_memory(g, args.strips);
+  if (g.n * g.p * g.q == 0) return zero_floats(args.dweights, num_weights);
+
+  call.pixels = is_pointwise(g) && args.x_channels_last && g.n == 1 && g.h == 1 && g.w <= kPixelsInPlace;
+  const bool by_strips = share_strips(args.strips, g);
+  const Layout whole = make_layout(g, 1, g.p, g.q, axes);
+  const int64_t pieces = by_strips || call.pixels ? 1 : max64(4, min64(16, g.n));
+  // Sums that leave the L2 cache should do so seldom, so the more of them there are the larger the bands.
+  const int64_t floats = max64(kPackedFloats, min64(num_weights, 4 * kPackedFloats));
+  const BandSize size = choose_bands(g, whole, pieces, 1, Vec16::kValuePixels, floats);
+  call.layout = make_layout(g, size.images, size.rows, size.cols, axes + layout_memory(g));
+  if (call.pixels) call.layout.channel = 1;
+  call.offsets = fill_offsets(call.layout, g.groups, args.strips, offsets);
+  by_strips ? grad_values_by_strips(call, size) : grad_values_by_bands(call, size, min64(pieces, size.count()));
 }
 
 }  // namespace

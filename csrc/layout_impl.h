@@ -117,8 +117,15 @@ inline Layout make_layout(const Conv2dGeometry& g, int64_t images, int64_t rows,
 
 inline int64_t layout_memory(const Conv2dGeometry& g) { return 2 * (g.stride_h + g.stride_w); }
 
-// offsets[i]: where column i of `strips` starts in the packed input. `table` is [taps * channels of a group].
-inline void fill_offsets(const Layout& l, int64_t groups, const Strips& strips, int32_t* table, int32_t* offsets) {
+// Where every column of `strips` starts in the packed input: in `memory`, offsets_memory() integers.
+inline int64_t offsets_memory(const Conv2dGeometry& g, const Strips& strips) {
+  return strips.num_columns + g.r * g.s * (g.c / g.groups);
+}
+
+inline const int32_t* fill_offsets(const Layout& l, int64_t groups, const Strips& strips, int32_t* memory) {
+  if (l.channel == 1 && groups == 1) return strips.columns;  // a column of a single tap is a channel
+  int32_t* const offsets = memory;
+  int32_t* const table = offsets + strips.num_columns;
   const int64_t group_channels = l.channels / groups;
   int32_t* entry = table;
   for (int64_t r = 0; r < l.h.taps; ++r)
@@ -135,6 +142,7 @@ inline void fill_offsets(const Layout& l, int64_t groups, const Strips& strips, 
     const int32_t* column = strips.columns + strip.first;
     for (int32_t j = 0; j < strip.count; ++j) offsets[strip.first + j] = table[column[j]] + base;
   }
+  return offsets;
 }
 
 inline void fill_floats(float* p, int64_t n, Vec16 value) {
@@ -175,10 +183,17 @@ inline void copy_words(float* p, const T* source, int64_t channel_stride, int64_
   }
 }
 
+// Whether an output of `rows` x `floats` should not displace what the caches hold: one that they cannot keep until it
+// is read, in whole cache lines. 16 MiB is half the last-level cache of eight Zen cores.
+inline bool stream_output(const float* p, int64_t rows, int64_t floats) {
+  constexpr int64_t kManyFloats = 4 << 20;
+  return rows * floats >= kManyFloats && floats % 16 == 0 && reinterpret_cast<uintptr_t>(p) % 64 == 0;
+}
+
 // Reads `rows` <= 16 vectors of `cols` <= 16 floats and writes `cols` vectors of `rows` floats.
 template <class From, class To>
 inline void transpose_tile(const From* source, int64_t source_stride, int rows, int cols, To* target,
-                           int64_t target_stride) {
+                           int64_t target_stride, bool stream = false) {
   if constexpr (sizeof(To) == sizeof(float)) {
     if (rows <= 8) {
       Vec16 v[8];
@@ -190,7 +205,8 @@ inline void transpose_tile(const From* source, int64_t source_stride, int rows, 
   if (rows == 16 && cols == 16) {
     for (int i = 0; i < 16; ++i) v[i] = load16(source + i * source_stride);
     Vec16::transpose(v);
-    for (int i = 0; i < 16; ++i) store16(target + i * target_stride, v[i]);
+    for (int i = 0; i < 16; ++i)
+      stream ? stream16(target + i * target_stride, v[i]) : store16(target + i * target_stride, v[i]);
     return;
   }
   for (int i = 0; i < 16; ++i) v[i] = i < rows ? load16_first(source + i * source_stride, cols) : Vec16::zero();
@@ -202,11 +218,11 @@ inline void transpose_tile(const From* source, int64_t source_stride, int rows, 
 // The same for any numbers of rows and columns.
 template <class From, class To>
 inline void transpose_floats(const From* source, int64_t source_stride, int64_t rows, int64_t cols, To* target,
-                             int64_t target_stride) {
+                             int64_t target_stride, bool stream = false) {
   for (int64_t j = 0; j < cols; j += 16)
     for (int64_t i = 0; i < rows; i += 16)
       transpose_tile(source + i * source_stride + j, source_stride, static_cast<int>(min64(16, rows - i)),
-                     static_cast<int>(min64(16, cols - j)), target + j * target_stride + i, target_stride);
+                     static_cast<int>(min64(16, cols - j)), target + j * target_stride + i, target_stride, stream);
 }
 
 // Where a band's input lies: positions of one column phase that hold input, and the input column of the first.
@@ -290,15 +306,20 @@ inline void fill_words(const Input<T, kDepth>& in, const T* source, int64_t stri
 template <class T, int kDepth>
 inline void pack_row(const Input<T, kDepth>& in, const T* source, int64_t stride, int64_t count, const Layout& l,
                      float* target) {
+  // Whole pixels, so that memory is read in order.
+  const auto transpose = [&](const auto* pixels, int64_t pixel) {
+    for (int64_t i = 0; i < count; i += 16)
+      transpose_floats(pixels + i * pixel, pixel, min64(16, count - i), l.channels, target + i, l.channel);
+  };
   if constexpr (kDepth == 1) {
-    transpose_floats(source, stride, count, l.channels, target, l.channel);
+    transpose(source, stride);
   } else if (in.in_place()) {
-    transpose_floats(reinterpret_cast<const float*>(source), stride / kDepth, count, l.channels, target, l.channel);
+    transpose(reinterpret_cast<const float*>(source), stride / kDepth);
   } else {
     float* words =
         static_cast<float*>(scratch(sparsekd::kScratchWords, sizeof(float) * static_cast<size_t>(count * l.channels)));
     fill_words(in, source, stride, count, words);
-    transpose_floats(words, l.channels, count, l.channels, target, l.channel);
+    transpose(words, l.channels);
   }
 }
 
@@ -349,6 +370,7 @@ inline void unpack_input(const float* packed, const Conv2dGeometry& g, const Lay
                          bool channels_last, float* x) {
   int64_t covered = 0;
   for (int64_t b = 0; b < l.w.phases; ++b) covered += input_columns(l, band, b).count();
+  const bool stream = channels_last && stream_output(x, g.n * g.h * g.w, g.c);
   const bool whole = band.cols == g.q;  // a band of some columns is a 1 x 1 convolution and owns just those
   const int64_t width = whole ? g.w : band.cols;
   const int64_t x0 = whole ? 0 : band.x;
@@ -372,7 +394,7 @@ inline void unpack_input(const float* packed, const Conv2dGeometry& g, const Lay
         const float* source = packed + (a * l.w.phases + b) * l.plane + l.row(image, row) + columns.valid.begin;
         if (channels_last) {
           transpose_floats(source, l.channel, g.c, columns.count(), x + ((n * g.h + y) * g.w + columns.first) * g.c,
-                           l.w.stride * g.c);
+                           l.w.stride * g.c, stream);
           continue;
         }
         for (int64_t c = 0; c < g.c; ++c) {
@@ -384,6 +406,7 @@ inline void unpack_input(const float* packed, const Conv2dGeometry& g, const Lay
         }
       }
     }
+  if (stream) Vec16::fence();
 }
 
 inline bool is_pointwise(const Conv2dGeometry& g) {

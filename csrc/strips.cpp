@@ -16,9 +16,14 @@ void check_index(const BlockWeight& w) {
   for (int64_t i = 0; i < block_rows; ++i) rises &= w.row_ptr[i] <= w.row_ptr[i + 1];
   if (!rises) throw std::invalid_argument("sparsekd: row_ptr must rise from 0 to nnzb = " + std::to_string(w.nnzb));
   const int64_t column_blocks = w.taps * ((w.columns + w.bw - 1) / w.bw);
-  bool inside = true;
-  for (int64_t block = 0; block < w.nnzb; ++block) inside &= w.col_idx[block] >= 0 && w.col_idx[block] < column_blocks;
-  if (!inside)
+  // Bit 31 of column or of last - column, where either is negative: without a branch, so that it becomes vectors.
+  const uint32_t last = static_cast<uint32_t>(column_blocks) - 1;
+  uint32_t outside = 0;
+  for (int64_t block = 0; block < w.nnzb; ++block) {
+    const uint32_t column = static_cast<uint32_t>(w.col_idx[block]);
+    outside |= column | (last - column);
+  }
+  if (outside >> 31 != 0)
     throw std::invalid_argument("sparsekd: col_idx must lie in [0, " + std::to_string(column_blocks) +
                                 ") for this input; the weight belongs to a layer with more inputs");
 }

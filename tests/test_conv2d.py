@@ -73,6 +73,34 @@ def test_any_number_of_threads(case, threads):
         torch.set_num_threads(before)
 
 
+# By strips, by bands, and a pixel where it lies. The gradient of a 3 x 3 layer's input is cut where there are threads.
+@pytest.mark.parametrize("shape", [(2, 48, 9, 9, 3), (3, 8, 40, 40, 3), (1, 200, 1, 1, 1)], ids=str)
+def test_results_do_not_depend_on_threads(shape):
+    n, c, h, w, kernel = shape
+    same = {"kernel": (kernel, kernel), "padding": (kernel // 2, kernel // 2)}
+    case = Conv("threads", n=n, c=c, image=(h, w), k=144, density=0.4, **same)
+    x, blocks, bias = operands(case, memory_format=torch.channels_last)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            x, values = x.detach().requires_grad_(), blocks.values.detach().requires_grad_()
+            y = run(case, x, blocks, values, bias)
+            grad_values, grad_x = torch.autograd.grad(y.square().sum(), [values, x])
+            results.append([y, grad_values] + [grad_x] * (kernel == 1))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+@pytest.mark.parametrize("channels", [(4, 16), (16, 4)], ids=str)
+def test_large_outputs_that_are_written_past_the_caches(channels):
+    c, k = channels
+    case = Conv("large", n=17, c=c, image=(128, 128), k=k, kernel=(1, 1), padding=(0, 0), density=0.6)
+    assert_gradients_agree(case, *operands(case, memory_format=torch.channels_last))
+
+
 def random_conv(seed: int) -> Conv:
     """Any layer the op takes, small."""
     pick = random.Random(seed)
