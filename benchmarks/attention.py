@@ -6,6 +6,8 @@ taps of WRN-40-2 -> WRN-16-2 (batch 64, 32 pixels) and ResNet-34 -> ResNet-18 (b
 
 `share` is the least traffic (teacher and student read once, student read and its gradient written once more) over time,
 as a share of the bandwidth that reading and adding arrays of this size reach on the same threads in the same run.
+Freed memory stays with the process (`keep_freed_memory`), as in `sparsekd run`: otherwise glibc gives gradients back and
+faults them in again, now for one contestant and now for another.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.timing import interleaved, machine, write_json
 from sparsekd.distill import SAD, attention_transfer_loss, kd_loss
+from sparsekd.memory import keep_freed_memory
 from sparsekd.ops.attention import layer_stats, match_maps
 
 Taps = Sequence[tuple[int, int, int]]  # (channels, side, how many)
@@ -238,6 +241,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.4, help="of each contestant")
     parser.add_argument("--json", metavar="PATH", help="also write the rows there")
     args = parser.parse_args()
+    keep_freed_memory()
     seconds = 0.02 if args.quick else args.seconds
     pairs = (QUICK,) if args.quick else [pair for pair in PAIRS if args.pair in (None, pair.name)]
     on = machine() if args.device == "cpu" else {"device": torch.cuda.get_device_name(), "torch": torch.__version__}

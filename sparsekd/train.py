@@ -43,6 +43,7 @@ from .convert import named_layers
 from .data import Task
 from .evaluate import count_parameters, freeze_for, kept_share, not_pruned, predict, scores, speed
 from .loop import RECALIBRATION, OutOfTime, Runtime, check_same_settings, fit, picked_epoch, rank
+from .memory import keep_freed_memory
 from .methods import METHODS
 from .nn import SPARSE_TYPES
 from .recipes import ABLATIONS, PROTOCOLS, RECIPES, Choice, Network, networks
@@ -137,6 +138,7 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[st
     deadline = math.inf if config.stop_after is None else time.monotonic() + 60 * config.stop_after
     if config.threads:
         torch.set_num_threads(config.threads)
+    keep_freed_memory()
     task = _load(config)
     runtime = _runtime(config, task, deadline)
     task = task.to(runtime.device)
