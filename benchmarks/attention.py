@@ -6,8 +6,8 @@ taps of WRN-40-2 -> WRN-16-2 (batch 64, 32 pixels) and ResNet-34 -> ResNet-18 (b
 
 `share` is the least traffic (teacher and student read once, student read and its gradient written once more) over time,
 as a share of the bandwidth that reading and adding arrays of this size reach on the same threads in the same run.
-Freed memory stays with the process (`keep_freed_memory`), as in `sparsekd run`: otherwise glibc gives gradients back and
-faults them in again, now for one contestant and now for another.
+Freed memory stays with the process (`keep_freed_memory`), as in `sparsekd run`: otherwise glibc returns gradients to
+the system and faults them in again, now for one contestant and now for another.
 """
 
 from __future__ import annotations
