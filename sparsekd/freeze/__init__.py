@@ -9,11 +9,11 @@
 1. torch.fx traces the model. Every convolution and linear layer, with the BatchNorm, residual add and ReLU behind it,
    becomes a `Site`, and that one call: ``act(conv(x) + bias + residual)``.
 2. BatchNorm is folded into weight and bias, exactly.
-3. Each block-sparse layer is timed dense (torch) and sparse (``sparsekd._C``) at its input shape. Sparse is kept only
-   where it is faster by more than the noise. Everything else stays with torch.
-4. Neighbouring layers of ours become one call (chain.py). The whole network is timed contiguous and channels_last, and
-   with larger batches also in slices of some images for each thread; the fastest is kept, and its outputs are compared
-   with those of the model.
+3. Each layer is timed dense (torch) and by ``sparsekd._C``, on its kept blocks or on all it has, at its input shape.
+   Ours is kept only where it is faster by more than the noise. Everything else stays with torch.
+4. Neighbouring layers of ours become one call (chain.py). The whole network is timed contiguous and channels_last, also
+   with ours throughout, and with larger batches in slices of some images for each thread; the fastest is kept, and its
+   outputs are compared with those of the model.
 
 A file holds tensors and JSON, no code and no pickle: the structure comes from a model that the reader builds, as with a
 state dict, and the file says which of its nodes to fuse. So no file can make `load_frozen` run anything.
@@ -115,15 +115,15 @@ def freeze(
         if on_gpu:
             notes = _notes(model, sites, note, missing="")
             return freeze_on_gpu(model, source, sites, inputs, expected, record, notes, tolerance)
-        choices = choose_all(source, sites, memory_format, Options(threads, min_gain, layer_ms / 1e3))
-        networks = {layout: assemble(source, sites, layers) for layout, (layers, _) in choices.items()}
+        variants = choose_all(source, sites, memory_format, Options(threads, min_gain, layer_ms / 1e3))
+        networks = {name: assemble(source, sites, variant.layers) for name, variant in variants.items()}
         network_us = time_networks({"unfrozen": model, **{name: runner(one) for name, one in networks.items()}}, inputs)
-        fastest = min(networks, key=lambda layout: network_us[layout])
+        fastest = min(networks, key=lambda name: network_us[name])
         images = _images(networks[fastest], inputs, network_us)
         plan = Plan(
-            layers=choices[fastest][1],
+            layers=tuple(plan for _, plan in variants[fastest].choices),
             images=images,
-            memory_format=fastest,
+            memory_format=variants[fastest].memory_format,
             threads=torch.get_num_threads(),
             isa=isa(),
             network_us=network_us,

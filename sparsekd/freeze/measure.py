@@ -29,14 +29,28 @@ class Options:
     seconds: float
 
 
-Choice = tuple[dict[str, FrozenLayer], tuple[LayerPlan, ...]]
+Choice = tuple[FrozenLayer, LayerPlan]
+_LEAST_GAIN = 0.5  # alone, of a layer of ours that may still pay between two others
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a network."""
+
+    memory_format: str
+    choices: list[Choice]
+
+    @property
+    def layers(self) -> dict[str, FrozenLayer]:
+        return {plan.name: layer for layer, plan in self.choices}
 
 
 def choose_all(
     source: nn.Module, sites: Sequence[Site], memory_format: str | None, options: Options
-) -> dict[str, Choice]:
-    """For each memory format worth trying: the layers by site name, and their plans."""
-    choices: dict[str, list[tuple[FrozenLayer, LayerPlan]]] = {}
+) -> dict[str, Variant]:
+    """The variants worth to be timed as whole networks: in each memory format the layers that are fastest alone, and
+    where that breaks chains, ours throughout. Between two layers of ours, one of torch costs more than its own time."""
+    choices: dict[str, list[tuple[Choice, Choice]]] = {}
     modules = [source.get_submodule(site.target) for site in sites]
     layouts = [memory_format] if memory_format else list(FORMATS)
     if not any(type(module) in (*CONVS, nn.BatchNorm2d) for module in modules):
@@ -49,10 +63,11 @@ def choose_all(
             measured = geometry.kind == "linear" and layout != layouts[0]  # its memory has one format only
             chosen = first[-1] if measured else _choose(site, geometry, *folded, layout, options)
             choices.setdefault(layout, []).append(chosen)
-    return {
-        layout: ({plan.name: layer for layer, plan in chosen}, tuple(plan for _, plan in chosen))
-        for layout, chosen in ((layout, choices.get(layout, [])) for layout in layouts)
-    }
+    variants = {layout: Variant(layout, [best for best, _ in choices.get(layout, [])]) for layout in layouts}
+    for layout, pairs in choices.items():
+        if any(best is not ours for best, ours in pairs):
+            variants[f"{layout}, ours throughout"] = Variant(layout, [ours for _, ours in pairs])
+    return variants
 
 
 def time_networks(networks: Mapping[str, Callable[..., Any]], inputs: tuple[Tensor, ...]) -> dict[str, float]:
@@ -63,8 +78,9 @@ def time_networks(networks: Mapping[str, Callable[..., Any]], inputs: tuple[Tens
 
 def _choose(
     site: Site, geometry: Geometry, weight: Tensor | BlockSparse, bias: Tensor | None, layout: str, options: Options
-) -> tuple[FrozenLayer, LayerPlan]:
-    """The faster of the dense and the sparse layer in one memory format, and what was measured."""
+) -> tuple[Choice, Choice]:
+    """The faster of the dense and the sparse layer in one memory format, and what was measured; and ours, if the other
+    one is not much faster."""
     build = partial(FrozenLayer, geometry, weight, bias, memory_format=layout, threads=options.threads)
     x, residual = random_operands(geometry, weight, layout, "contiguous" if site.contiguous else layout)
     layers = {"dense": build(chosen="dense")}
@@ -81,16 +97,21 @@ def _choose(
     # A layer with nothing to choose is timed for the reader of the plan only.
     samples = measure(calls, options.seconds if len(calls) == 2 else options.seconds / 8)
     medians = {name: statistics.median(us) for name, us in samples.items()}
-    chosen = "dense"
+    chosen, may_pay = "dense", False
     if not why:
         gains = sorted(dense / our for dense, our in zip(samples["dense"], samples[ours], strict=True))
         gain, surely = statistics.median(gains), gains[len(gains) // 4]
         # min_gain is about sparsity: a layer that was never pruned has to be faster.
         chosen = ours if surely > (options.min_gain if ours == "sparse" else max(options.min_gain, 1.0)) else "dense"
+        may_pay = chained and chosen == "dense" and options.min_gain <= 1 and gain > _LEAST_GAIN
         why = f"{ours} is {gain:.2f}x as fast" + ("" if chosen == ours or gain < 1 else ", within the noise")
     pattern, density = (str(weight.pattern), density_of(weight)) if isinstance(weight, BlockSparse) else (None, 1.0)
     us = (medians["dense"], medians.get(ours))
-    return layers[chosen], LayerPlan(site.name, geometry, pattern, density, *us, chosen, why)
+    plan = LayerPlan(site.name, geometry, pattern, density, *us, chosen, why)
+    best = layers[chosen], plan
+    if not may_pay:
+        return best, best
+    return best, (layers[ours], replace(plan, chosen=ours, why=f"{why}; faster between its neighbours"))
 
 
 def why_dense(geometry: Geometry, weight: Tensor | BlockSparse, memory_format: str) -> str:

@@ -159,3 +159,22 @@ def test_slices_are_chosen_with_the_batch_and_kept_in_files(monkeypatch, tmp_pat
     x = torch.randn(5, *IMAGE[1:])
     assert loaded.plan.images == 2 and torch.equal(loaded(x), frozen(x))
     assert_frozen_equals(model, frozen, x)
+
+
+@pytest.mark.parametrize(("gain", "ours_throughout"), [(0.8, True), (0.4, False)])
+def test_a_slower_layer_of_ours_is_kept_where_the_network_gets_faster(gain, ours_throughout, monkeypatch):
+    def samples(timed, seconds):
+        return {name: [100 * gain if name == "dense" else 100.0] * 8 for name in timed}
+
+    def times(networks, inputs):
+        return {name: 1.0 if name == "channels_last, ours throughout" else 2.0 for name in networks}
+
+    monkeypatch.setattr(measure, "measure", samples)
+    monkeypatch.setattr(sys.modules["sparsekd.freeze"], "time_networks", times)
+    model = sparsekd.sparsify(trained(ResNet()), density=0.4)
+    frozen = sparsekd.freeze(model, torch.randn(IMAGE))
+    assert {layer.chosen == "dense" for layer in frozen.plan} == {not ours_throughout}
+    assert all(layer.why.endswith("; faster between its neighbours") == ours_throughout for layer in frozen.plan)
+    assert_frozen_equals(model, frozen, torch.randn(IMAGE))
+    never = sparsekd.freeze(model, torch.randn(IMAGE), min_gain=1.5)  # the caller asks for more than that
+    assert {layer.chosen for layer in never.plan} == {"dense"}

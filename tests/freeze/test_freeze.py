@@ -516,12 +516,12 @@ def test_plan_says_what_was_measured_and_why():
     assert conv.density == pytest.approx(model.blocks[1].conv1.density)
     for layer in plan:
         assert layer.dense_us > 0
-        if layer.chosen != "dense":
+        if layer.chosen != "dense" and "neighbours" not in layer.why:
             assert layer.sparse_us < layer.dense_us
             assert "x as fast" in layer.why
-    sliced = {f"slices of {plan.images}"} if plan.images else set()
-    assert set(plan.network_us) == {"unfrozen", "contiguous", "channels_last"} | sliced
-    assert plan.network_us[plan.memory_format] == min(plan.network_us["contiguous"], plan.network_us["channels_last"])
+    assert {"unfrozen", "contiguous", "channels_last"} <= set(plan.network_us)
+    us = {name: us for name, us in plan.network_us.items() if not name.startswith(("unfrozen", "slices"))}
+    assert plan.memory_format == min(us, key=us.__getitem__).split(",")[0]
     table = str(plan).splitlines()
     assert " ".join(table[0].split()) == "layer input weight fused density dense us sparse us chosen why"
     assert "32x16x3x3 /2" in table[4]
