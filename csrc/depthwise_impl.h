@@ -94,9 +94,9 @@ void depthwise(const Depthwise& d) {
   const int64_t wanted = ceil_div(pieces, g.n * chunks);
   const int64_t row_bands = min64(g.p, wanted), col_bands = min64(ceil_div(g.q, 64), ceil_div(wanted, row_bands));
   parallel(d.threads, g.n * chunks * row_bands * col_bands, [&](int64_t item) {
-    const Range rows = share(g.p, row_bands, item / col_bands % row_bands);
-    const Range columns = share(g.q, col_bands, item % col_bands);
-    const int64_t chunk = item / (row_bands * col_bands) % chunks, image = item / (row_bands * col_bands * chunks);
+    const int64_t chunk = item % chunks, place = item / chunks, image = place / (row_bands * col_bands);
+    const Range rows = share(g.p, row_bands, place / col_bands % row_bands);
+    const Range columns = share(g.q, col_bands, place % col_bands);
     const Range channels{chunk * width, min64(g.c, (chunk + 1) * width)};
     for (int64_t p = rows.begin; p < rows.end; ++p) depthwise_row(d, g, image, p, columns, channels);
   });

@@ -434,14 +434,20 @@ inline void parallel(int threads, int64_t items, const Body& body) {
 // The same, but every worker keeps going until no item is left: body(item, first) learns which item is its first.
 template <class Body>
 inline void parallel_workers(int threads, int64_t items, const Body& body) {
-  int64_t next = 0;
-  parallel(threads, min64(threads, items), [&](int64_t) {
+  constexpr int64_t kShares = 64;
+  const int64_t workers = min64(threads, items), shares = min64(workers, kShares);
+  int64_t next[kShares];
+  for (int64_t i = 0; i < shares; ++i) next[i] = share(items, shares, i).begin;
+  parallel(threads, workers, [&](int64_t worker) {
     bool first = true;
-    for (;;) {
-      const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (item >= items) return;
-      body(item, first);
-      first = false;
+    for (int64_t i = 0; i < shares; ++i) {
+      const int64_t own = (worker + i) % shares, end = share(items, shares, own).end;
+      for (;;) {
+        const int64_t item = __atomic_fetch_add(&next[own], 1, __ATOMIC_RELAXED);
+        if (item >= end) break;
+        body(item, first);
+        first = false;
+      }
     }
   });
 }

@@ -1,9 +1,14 @@
 // Threads and per-thread memory: the only file that knows OpenMP.
+#include <atomic>
 #include <cstdlib>
 #include <exception>
 #include <new>
 
 #include "kernel_table.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 namespace sparsekd {
 
@@ -41,14 +46,21 @@ void parallel_for(int threads, int64_t items, ParallelBody body, void* context) 
   // An exception must not leave a parallel region; the first one is thrown again after it.
   std::exception_ptr error;
   const int workers = static_cast<int>(items < threads ? items : threads);
-#pragma omp parallel for num_threads(workers) schedule(dynamic, 1)
-  for (int64_t i = 0; i < items; ++i) {
-    try {
-      body(context, i);
-    } catch (...) {
-#pragma omp critical(sparsekd_error)
-      if (!error) error = std::current_exception();
+  // A worker begins with its share, so that in the next loop over the same rows it finds in its cache what it wrote.
+  constexpr int kShares = 64;
+  const int shares = workers < kShares ? workers : kShares;
+  std::atomic<int64_t> next[kShares];
+  for (int i = 0; i < shares; ++i) next[i].store(items * i / shares, std::memory_order_relaxed);
+#pragma omp parallel num_threads(workers)
+  try {
+    for (int i = 0; i < shares; ++i) {
+      const int own = (omp_get_thread_num() + i) % shares;
+      const int64_t end = items * (own + 1) / shares;
+      for (int64_t item; (item = next[own].fetch_add(1, std::memory_order_relaxed)) < end;) body(context, item);
     }
+  } catch (...) {
+#pragma omp critical(sparsekd_error)
+    if (!error) error = std::current_exception();
   }
   if (error) std::rethrow_exception(error);
 #else
