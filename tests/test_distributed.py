@@ -14,6 +14,7 @@ from torch.optim import SGD
 
 import sparsekd
 from sparsekd import BlockPattern, distributed
+from sparsekd.distill import AttentionTransfer, Distiller
 from sparsekd.pruning import Pruner
 
 RANKS = 2
@@ -139,3 +140,70 @@ def test_one_process_needs_no_group():
     distributed.average_gradients(model.parameters())
     assert distributed.data_parallel(model) is model and distributed.num_ranks() == 1
     assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), grads, strict=True))
+
+
+class Distilled(nn.Module):
+    """All losses of one step, with what they train: the student and the SAD meta-network."""
+
+    def __init__(self, matching):
+        super().__init__()
+        torch.manual_seed(0)
+        teacher, self.student = (
+            nn.Sequential(
+                *(nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 6, 3, padding=1, stride=2), nn.ReLU()),
+                *(nn.Flatten(), nn.Linear(96, 5)),
+            )
+            for width in (8, 4)
+        )
+        self.distiller = Distiller(
+            *(teacher, self.student, ["1", "3"], ["1", "3"]),
+            example_inputs=(torch.zeros(2, 3, 8, 8),), task="classification", dim=8, matching=matching,
+        )  # fmt: skip
+
+    def forward(self, images, labels):
+        return self.distiller.loss((images,), labels).total
+
+
+def labelled_images():
+    torch.manual_seed(1)
+    return torch.randn(8, 3, 8, 8), torch.arange(8) % 5
+
+
+def loss_and_gradients(step, forward, images, labels):
+    loss = forward(images, labels)
+    loss.backward()
+    return [loss.detach(), *(parameter.grad.clone() for parameter in step.parameters())]
+
+
+# Name -> (matching, the meta-network's batch norm in training mode, whether each rank has its half of the images).
+# With its own half a rank's batch norm sees other statistics, so there it uses the running ones.
+LOSS_CASES = {
+    "SAD, halves": (None, False, True),
+    "SAD, all images": (None, True, False),
+    "attention transfer, halves": (AttentionTransfer(), True, True),
+}
+
+
+def _check_losses(rank, folder):
+    for name, (matching, training, halves) in LOSS_CASES.items():
+        share = whole_and_half(rank)[halves]
+        step = Distilled(matching).train(training)
+        parallel = distributed.data_parallel(step)
+        results = loss_and_gradients(step, parallel, *(operand[share] for operand in labelled_images()))
+        dist.all_reduce(results[0])
+        results[0] /= RANKS
+        torch.save(results, f"{folder}/{name}-{rank}.pt")
+
+
+def test_losses_and_gradients_of_two_ranks_are_those_of_one_process(tmp_path):
+    run_on_every_rank(_check_losses, tmp_path)
+    for name, (matching, training, _) in LOSS_CASES.items():
+        step = Distilled(matching).train(training)
+        alone = loss_and_gradients(step, step, *labelled_images())
+        assert alone[0] > 0 and sum(grad.abs().max() > 0 for grad in alone[1:]) >= len(alone) // 2
+        # Gradients of biases before a batch norm are 0 but for the rounding of the others.
+        near = 1e-4 * max(grad.abs().max().item() for grad in alone[1:])
+        results = [torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(RANKS)]
+        for first, second, want in zip(*results, alone, strict=True):
+            assert torch.equal(first, second), name
+            torch.testing.assert_close(first, want, rtol=1e-4, atol=near, msg=lambda text, at=name: f"{at}: {text}")
