@@ -101,8 +101,10 @@ inline void pack_strip_pixels(const float* dy, bool channels_last, const Conv2dG
       const int64_t pixel = (band.y + y) * g.q + band.x;
       if (strip.rows == nullptr && channels_last) {
         const float* source = dy + (n * area + pixel) * g.k + strip.row;
-        for (int64_t x = 0; x < band.cols; ++x)
+        for (int64_t x = 0; x < band.cols; ++x) {
           Vec16::load_first(source + x * g.k, strip.lanes).store(target + x * kStripRows);
+          __builtin_prefetch(source + x * g.k + kStripRows, 0, 2);  // the next strip's
+        }
       } else if (strip.rows == nullptr) {
         if (strip.lanes < kStripRows) zero_floats(target, band.cols * kStripRows);
         transpose_floats(dy + (n * g.k + strip.row) * area + pixel, area, strip.lanes, band.cols, target, kStripRows);

@@ -1,5 +1,6 @@
 #include "conv2d.h"
 
+#include <algorithm>
 #include <type_traits>
 
 #include "dispatch.h"
@@ -12,6 +13,14 @@ BlockWeight block_weight(const Conv2dShape& shape, const Blocks& blocks, int dep
   const Conv2dGeometry& g = shape.geometry;
   return {blocks.row_ptr, blocks.col_idx, blocks.nnzb, shape.bh, shape.bw, g.k,
           g.c / g.groups, g.r * g.s,      g.groups,    depth};
+}
+
+// Threads a call is worth: waking them takes as long as some thousand multiply-adds of 16 rows, and with few pixels
+// reading a column's weights takes as long as four.
+int useful_threads(int threads, const Conv2dGeometry& g, const Strips& strips) {
+  constexpr int64_t kFewPixels = 4, kWorth = 8192;
+  const int64_t pixels = std::max(kFewPixels, g.n * g.p * g.q);
+  return strips.num_weights / kStripRows * pixels < kWorth ? 1 : threads;
 }
 
 template <class T>
@@ -71,7 +80,7 @@ void conv2d(const Conv2dShape& shape, Tensor4d<const T> x, const T* values, cons
               y.data,
               y.channels_last,
               epilogue.activation,
-              threads,
+              useful_threads(threads, shape.geometry, strips.strips()),
               {}});
 }
 
@@ -85,8 +94,8 @@ void conv2d_grad_input(const Conv2dShape& shape, Tensor4d<const float> dy, const
   const BlockWeight weight = block_weight(shape, blocks);
   StripSet& strips = call_strips(weight);
   const float* weights = strip_weights(strips, weight, values);
-  kernels().conv2d_grad_input_f32(
-      {shape.geometry, strips.strips(), weights, dy.data, dy.channels_last, dx.data, dx.channels_last, threads});
+  kernels().conv2d_grad_input_f32({shape.geometry, strips.strips(), weights, dy.data, dy.channels_last, dx.data,
+                                   dx.channels_last, useful_threads(threads, shape.geometry, strips.strips())});
 }
 
 void conv2d_grad_values(const Conv2dShape& shape, Tensor4d<const float> x, Tensor4d<const float> dy,
@@ -94,8 +103,8 @@ void conv2d_grad_values(const Conv2dShape& shape, Tensor4d<const float> x, Tenso
   const BlockWeight weight = block_weight(shape, blocks);
   StripSet& strips = call_strips(weight);
   float* dweights = strips.in_place() ? dvalues : packed_weights(strips);
-  kernels().conv2d_grad_values_f32(
-      {shape.geometry, strips.strips(), x.data, x.channels_last, dy.data, dy.channels_last, dweights, threads});
+  kernels().conv2d_grad_values_f32({shape.geometry, strips.strips(), x.data, x.channels_last, dy.data, dy.channels_last,
+                                    dweights, useful_threads(threads, shape.geometry, strips.strips())});
   if (!strips.in_place()) strips.unpack(weight, dweights, dvalues);
 }
 
@@ -130,7 +139,7 @@ void PackedConv2d<T>::run(const Conv2dGeometry& geometry, Tensor4d<const T> x, c
                y.data,
                y.channels_last,
                activation_,
-               threads,
+               useful_threads(threads, geometry, strips_.strips()),
                {}});
 }
 
@@ -186,7 +195,7 @@ void PackedConv2dInt8::run_as(void (*kernel)(const Conv2dForward<uint8_t, Y>&), 
           static_cast<Y*>(y.data),
           y.channels_last,
           activation_,
-          threads,
+          useful_threads(threads, geometry, strips_.strips()),
           {scale_.data(), start_.data(), x_.zero, 1.0f / y_.scale, y_.zero}});
 }
 

@@ -73,6 +73,8 @@ inline void pack_strip_flat(const Conv2dGradInput& args, const Conv2dGeometry& g
       const int64_t pixel = (band.y + y) * g.q + band.x;
       float* target = flat + l.row(image, y);
       if (args.dy_channels_last && strip.rows == nullptr) {
+        const float* next = args.dy + (n * area + pixel) * g.k + strip.row + kStripRows;
+        for (int64_t x = 0; x < band.cols; ++x) __builtin_prefetch(next + x * g.k, 0, 2);
         transpose_floats(args.dy + (n * area + pixel) * g.k + strip.row, g.k, band.cols, strip.lanes, target,
                          flat_stride);
         continue;

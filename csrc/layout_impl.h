@@ -309,7 +309,14 @@ inline void pack_row(const Input<T, kDepth>& in, const T* source, int64_t stride
   // Whole pixels, so that memory is read in order.
   const auto transpose = [&](const auto* pixels, int64_t pixel) {
     for (int64_t i = 0; i < count; i += 16)
-      transpose_floats(pixels + i * pixel, pixel, min64(16, count - i), l.channels, target + i, l.channel);
+      for (int64_t c = 0; c < l.channels; c += 16) {
+        const auto* tile = pixels + i * pixel + c;
+        const int rows = static_cast<int>(min64(16, count - i));
+        if (l.w.stride == 1)
+          for (int row = 0; row < rows; ++row) __builtin_prefetch(tile + (16 + row) * pixel);
+        transpose_tile(tile, pixel, rows, static_cast<int>(min64(16, l.channels - c)), target + i + c * l.channel,
+                       l.channel);
+      }
   };
   if constexpr (kDepth == 1) {
     transpose(source, stride);

@@ -364,6 +364,48 @@ struct Check {
     });
   }
 
+  // Bytes in; floats with everything fused out, then bytes.
+  void forward_int8() const {
+    const ByteScale x_scale{0.02f, 119}, y_scale{0.05f, 131};
+    const Guarded x8(static_cast<size_t>(l.n * l.c * l.h * l.w), set.side), values(weight.size(), set.side);
+    const Guarded scale(sizeof(float) * static_cast<size_t>(l.k), set.side);
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(x8.floats());
+    int8_t* weights = reinterpret_cast<int8_t*>(values.floats());
+    for (size_t i = 0; i < x8.bytes(); ++i) bytes[i] = static_cast<uint8_t>(127.5f * (x.in().data[i] + 1));
+    for (size_t i = 0; i < values.bytes(); ++i) weights[i] = static_cast<int8_t>(127 * weight.values.floats()[i]);
+    for (int64_t k = 0; k < l.k; ++k) scale.floats()[k] = 0.001f * static_cast<float>(1 + k % 7);
+    const auto place = [](bool last, int64_t n, int64_t c, int64_t y, int64_t i, int64_t channels, int64_t h,
+                          int64_t w) {
+      return last ? ((n * h + y) * w + i) * channels + c : ((n * channels + c) * h + y) * w + i;
+    };
+    Exact bare(l.n * l.k * l.p() * l.q());
+    weight.each_product(
+        [&](int64_t v, int64_t n, int64_t k, int64_t oy, int64_t ox, int64_t c, int64_t iy, int64_t ix) {
+          const int distance = bytes[place(set.x_last, n, c, iy, ix, l.c, l.h, l.w)] - x_scale.zero;
+          bare.add(flat(l, n, k, oy, ox), double(scale.floats()[k]) * x_scale.scale * weights[v] * distance);
+        });
+    const Tensor4d<const uint8_t> in{bytes, set.x_last};
+    {
+      const PackedConv2dInt8 packed(l.shape(), weights, scale.floats(), weight.blocks(), bias.floats(),
+                                    Activation::kRelu, x_scale, nullptr);
+      const Image y(l.n, l.k, l.p(), l.q(), set.y_last, set.side);
+      packed.run(l.shape().geometry, in, dy.in().data, {y.out().data, set.y_last}, set.threads);
+      expect(" forward int8", fused(bare, Activation::kRelu), y);
+    }
+    const PackedConv2dInt8 packed(l.shape(), weights, scale.floats(), weight.blocks(), nullptr, Activation::kNone,
+                                  x_scale, &y_scale);
+    const Guarded y(bare.value.size(), set.side);
+    packed.run(l.shape().geometry, in, nullptr, {y.floats(), set.y_last}, set.threads);
+    each_output([&](int64_t n, int64_t k, int64_t oy, int64_t ox) {
+      const int64_t i = flat(l, n, k, oy, ox);
+      double& want = bare.value[static_cast<size_t>(i)];
+      want = std::fmin(std::fmax(want / y_scale.scale + y_scale.zero, 0), 255);
+      bare.magnitude[static_cast<size_t>(i)] += 0.501 / 4e-6;  // rounded to a whole number
+      const int64_t at = place(set.y_last, n, k, oy, ox, l.k, l.p(), l.q());
+      compare(name + " forward int8 to bytes", bare, i, reinterpret_cast<const uint8_t*>(y.floats())[at]);
+    });
+  }
+
   void grad_input() const {
     Exact exact(l.n * l.c * l.h * l.w);
     weight.each_product(
@@ -404,6 +446,7 @@ void check_problem(const Problem& problem, const char* isa) {
     const Check check(problem, setting, isa, random);
     check.forward();
     check.forward_bf16();
+    check.forward_int8();
     check.depthwise();
     check.pools();
     check.grad_input();
