@@ -18,6 +18,8 @@ from sparsekd.ops.attention import (
     split_layers,
 )
 
+from .cases import torch_threads
+
 HALF = [torch.float16, torch.bfloat16]
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 native = backends.cpu.native
@@ -191,16 +193,13 @@ def test_any_number_of_threads_gives_the_same_bits():
     logits = torch.randn(2, 33, 10)
     teacher, sizes = torch.rand(3, 3600 + 64), [(60, 60), (8, 8)]
     attention = torch.rand(3, 2, 2).softmax(2)
-    before, runs = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    runs = []
+    for threads in (1, 2, 3):
+        with torch_threads(threads):
             means, energy = layer_stats(features)
             flat = [side for size in sizes for side in size]
             matched = torch.ops.sparsekd.match_maps(attention, teacher, energy, flat, flat)
             runs.append([means, energy, *matched, *torch.ops.sparsekd.kd(*logits, 4.0)])
-    finally:
-        torch.set_num_threads(before)
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 

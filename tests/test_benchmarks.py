@@ -23,16 +23,16 @@ from benchmarks.suites.networks import load, randomised
 from sparsekd.energy import Comparison, EnergyMeter, Interval, Machine, Measurement, Reading
 from sparsekd.models import STUDENT, RatingCNN, WideResNet
 
+from .cases import torch_threads
+
 ROOT = Path(__file__).parents[1]
 QUICK = Setup(quick=True, densities=(0.3,), batches=(4,))
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with torch_threads(1):
+        yield
 
 
 # ---- the gate

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sparsekd import BlockPattern, BlockSparse, ops
 from sparsekd.backends.cpu import native
 
-from .cases import CONVS, Conv, random_weight
+from .cases import CONVS, Conv, random_weight, torch_threads
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -65,12 +65,8 @@ def test_float64_runs_on_the_reference(case):
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("case", [CONVS[0], CONVS[4], CONVS[8]], ids=lambda case: case.id)
 def test_any_number_of_threads(case, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         assert_gradients_agree(case, *operands(case))
-    finally:
-        torch.set_num_threads(before)
 
 
 # By strips, by bands, and a pixel where it lies. The gradient of a 3 x 3 layer's input is cut where there are threads.
@@ -80,16 +76,13 @@ def test_results_do_not_depend_on_threads(shape):
     same = {"kernel": (kernel, kernel), "padding": (kernel // 2, kernel // 2)}
     case = Conv("threads", n=n, c=c, image=(h, w), k=144, density=0.4, **same)
     x, blocks, bias = operands(case, memory_format=torch.channels_last)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    results = []
+    for threads in (1, 2, 3):
+        with torch_threads(threads):
             x, values = x.detach().requires_grad_(), blocks.values.detach().requires_grad_()
             y = run(case, x, blocks, values, bias)
             grad_values, grad_x = torch.autograd.grad(y.square().sum(), [values, x])
             results.append([y, grad_values] + [grad_x] * (kernel == 1))
-    finally:
-        torch.set_num_threads(before)
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
 

@@ -1,6 +1,7 @@
 """Models that the tests freeze, and how."""
 
 import math
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,26 @@ def trained(model: nn.Module) -> nn.Module:
                 module.running_mean.normal_()
                 module.running_var.uniform_(0.5, 2.0)
     return model
+
+
+def wrong_in_threads(call, batches, turns: int, torch_threads: int | None = None) -> list[int]:
+    """Which batches gave other bits when three threads called at once; `torch_threads` is set in each of them."""
+    want, wrong = [call(x) for x in batches], []
+
+    def work(first: int) -> None:
+        if torch_threads:
+            torch.set_num_threads(torch_threads)
+        for turn in range(turns):
+            which = (first + turn) % len(batches)
+            if not torch.equal(call(batches[which]), want[which]):
+                wrong.append(which)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return wrong
 
 
 class ResNet(nn.Module):

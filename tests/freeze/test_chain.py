@@ -1,7 +1,6 @@
 """Chains: the layers of a network as one compiled call, whatever the batch, its slices, threads and memory format."""
 
 import sys
-import threading
 
 import pytest
 import torch
@@ -14,17 +13,16 @@ from sparsekd.freeze.chain import Chain, find_chains
 from sparsekd.freeze.layer import FrozenLayer
 from sparsekd.freeze.network import runner
 
-from .networks import ALL_SPARSE, IMAGE, MODELS, ResNet, assert_frozen_equals, quick, trained
+from ..cases import torch_threads
+from .networks import ALL_SPARSE, IMAGE, MODELS, ResNet, assert_frozen_equals, quick, trained, wrong_in_threads
 
 pytestmark = pytest.mark.skipif(cpu.native is None, reason=cpu.missing)
 
 
 @pytest.fixture(autouse=True)
 def _threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(2):
+        yield
 
 
 def all_ours(model: nn.Module, shape, memory_format="channels_last", **options):
@@ -127,22 +125,8 @@ def test_neighbours_that_disagree_on_memory_are_two_chains(ours_wins):
 
 def test_threads_share_no_buffer(ours_wins):
     frozen = all_ours(ResNet(), IMAGE)
-    run, batches = runner(frozen.network, 1), [torch.randn(batch, *IMAGE[1:]) for batch in (1, 2, 5, 3)]
-    want, wrong = [run(x) for x in batches], []
-
-    def work(first: int) -> None:
-        torch.set_num_threads(2)
-        for turn in range(50):
-            which = (first + turn) % len(batches)
-            if not torch.equal(run(batches[which]), want[which]):
-                wrong.append(which)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    batches = [torch.randn(batch, *IMAGE[1:]) for batch in (1, 2, 5, 3)]
+    assert not wrong_in_threads(runner(frozen.network, 1), batches, turns=50, torch_threads=2)
 
 
 def test_slices_are_chosen_with_the_batch_and_kept_in_files(monkeypatch, tmp_path):

@@ -4,7 +4,6 @@ import copy
 import json
 import operator
 import sys
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +21,7 @@ from sparsekd.freeze.sites import Site
 from sparsekd.models import FeatureCNN, RatingCNN, Shape
 from sparsekd.nn import SparseConv2d, SparseLinear
 
+from ..cases import torch_threads
 from .networks import (
     ALL_DENSE,
     ALL_SPARSE,
@@ -33,6 +33,7 @@ from .networks import (
     assert_frozen_equals,
     quick,
     trained,
+    wrong_in_threads,
 )
 
 needs_kernels = pytest.mark.skipif(cpu.native is None, reason=cpu.missing)
@@ -43,10 +44,8 @@ gains = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(1):
+        yield
 
 
 def calls(frozen: FrozenModel) -> list[str]:
@@ -685,21 +684,7 @@ def test_two_threads_at_once(min_gain):
     model = sparsekd.sparsify(trained(ResNet()), density=0.4)
     frozen = quick(model, torch.randn(IMAGE), min_gain=min_gain)
     batches = [torch.randn(batch, *IMAGE[1:]) for batch in (1, 2, 5, 3)]
-    want = [frozen(x) for x in batches]
-    wrong = []
-
-    def work(first: int) -> None:
-        for turn in range(60):
-            which = (first + turn) % len(batches)
-            if not torch.equal(frozen(batches[which]), want[which]):
-                wrong.append(which)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert not wrong_in_threads(frozen, batches, turns=60)
 
 
 def test_wrong_inputs_are_refused():
