@@ -94,7 +94,7 @@ double peak_gflops(int threads, double seconds, const std::string& dtype) {
   } work{seconds, burst, std::vector<double>(static_cast<size_t>(threads))};
   sparsekd::parallel_for(
       threads, threads,
-      [](void* context, int64_t item) {
+      [](void* context, int64_t item, bool) {
         Work& work = *static_cast<Work*>(context);
         alignas(64) float sink[32];
         for (float& value : sink) value = 0.5f;
@@ -197,7 +197,7 @@ void bind_int8(py::module_& m) {
         static constexpr int64_t kPiece = 16384;
         sparsekd::parallel_for(
             threads, (count + kPiece - 1) / kPiece,
-            [](void* context, int64_t item) {
+            [](void* context, int64_t item, bool) {
               const Work& work = *static_cast<Work*>(context);
               const int64_t begin = item * kPiece, n = std::min(kPiece, work.count - begin);
               sparsekd::kernels().quantize(work.x + begin, n, work.inverse, work.zero, work.y + begin);

@@ -244,10 +244,10 @@ enum ScratchSlot {
 };
 void* scratch(ScratchSlot slot, size_t bytes);
 
-// Runs body(context, item) for items 0..items-1 on up to `threads` OpenMP threads; with one thread it is a plain
+// Runs body(context, item, first) for items 0..items-1 on up to `threads` OpenMP threads; with one thread it is a plain
 // loop that never enters the OpenMP run time. Every worker begins with its share of neighbouring items and then helps
-// the others.
-using ParallelBody = void (*)(void* context, int64_t item);
+// the others; `first` says that it begins.
+using ParallelBody = void (*)(void* context, int64_t item, bool first);
 void parallel_for(int threads, int64_t items, ParallelBody body, void* context);
 
 }  // namespace sparsekd

@@ -430,33 +430,18 @@ inline Conv2dGeometry flatten_pointwise(Conv2dGeometry g, bool join_images) {
   return g;
 }
 
-// parallel_for with a closure.
+// parallel_for with a closure body(item, first).
 template <class Body>
-inline void parallel(int threads, int64_t items, const Body& body) {
+inline void parallel_workers(int threads, int64_t items, const Body& body) {
   sparsekd::parallel_for(
-      threads, items, [](void* context, int64_t item) { (*static_cast<const Body*>(context))(item); },
+      threads, items,
+      [](void* context, int64_t item, bool first) { (*static_cast<const Body*>(context))(item, first); },
       const_cast<Body*>(&body));
 }
 
-// The same, but every worker keeps going until no item is left: body(item, first) learns which item is its first.
 template <class Body>
-inline void parallel_workers(int threads, int64_t items, const Body& body) {
-  constexpr int64_t kShares = 64;
-  const int64_t workers = min64(threads, items), shares = min64(workers, kShares);
-  int64_t next[kShares];
-  for (int64_t i = 0; i < shares; ++i) next[i] = share(items, shares, i).begin;
-  parallel(threads, workers, [&](int64_t worker) {
-    bool first = true;
-    for (int64_t i = 0; i < shares; ++i) {
-      const int64_t own = (worker + i) % shares, end = share(items, shares, own).end;
-      for (;;) {
-        const int64_t item = __atomic_fetch_add(&next[own], 1, __ATOMIC_RELAXED);
-        if (item >= end) break;
-        body(item, first);
-        first = false;
-      }
-    }
-  });
+inline void parallel(int threads, int64_t items, const Body& body) {
+  parallel_workers(threads, items, [&](int64_t item, bool) { body(item); });
 }
 
 }  // namespace

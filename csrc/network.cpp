@@ -38,7 +38,8 @@ void Network::run(const std::vector<std::uintptr_t>& pointers, int64_t n, int64_
   } work{*this, pointers, n, slices};
   const int64_t alone = threads > 1 ? slices - slices % threads : slices;  // the rest is shared by all threads
   parallel_for(
-      threads, alone, [](void* context, int64_t slice) { static_cast<const Work*>(context)->run(slice, 1); }, &work);
+      threads, alone, [](void* context, int64_t slice, bool) { static_cast<const Work*>(context)->run(slice, 1); },
+      &work);
   for (int64_t slice = alone; slice < slices; ++slice) work.run(slice, threads);
 }
 

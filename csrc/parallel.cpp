@@ -39,7 +39,7 @@ void* scratch(ScratchSlot slot, size_t bytes) {
 
 void parallel_for(int threads, int64_t items, ParallelBody body, void* context) {
   if (threads <= 1 || items <= 1) {
-    for (int64_t i = 0; i < items; ++i) body(context, i);
+    for (int64_t i = 0; i < items; ++i) body(context, i, i == 0);
     return;
   }
 #ifdef _OPENMP
@@ -53,10 +53,12 @@ void parallel_for(int threads, int64_t items, ParallelBody body, void* context) 
   for (int i = 0; i < shares; ++i) next[i].store(items * i / shares, std::memory_order_relaxed);
 #pragma omp parallel num_threads(workers)
   try {
+    bool first = true;
     for (int i = 0; i < shares; ++i) {
       const int own = (omp_get_thread_num() + i) % shares;
       const int64_t end = items * (own + 1) / shares;
-      for (int64_t item; (item = next[own].fetch_add(1, std::memory_order_relaxed)) < end;) body(context, item);
+      for (int64_t item; (item = next[own].fetch_add(1, std::memory_order_relaxed)) < end; first = false)
+        body(context, item, first);
     }
   } catch (...) {
 #pragma omp critical(sparsekd_error)
@@ -64,7 +66,7 @@ void parallel_for(int threads, int64_t items, ParallelBody body, void* context) 
   }
   if (error) std::rethrow_exception(error);
 #else
-  for (int64_t i = 0; i < items; ++i) body(context, i);
+  for (int64_t i = 0; i < items; ++i) body(context, i, i == 0);
 #endif
 }
 

@@ -78,7 +78,8 @@ void* scratch(ScratchSlot slot, size_t bytes) {
 void parallel_for(int threads, int64_t items, ParallelBody body, void* context) {
   std::atomic<int64_t> next{0};
   const auto work = [&] {
-    for (int64_t item; (item = next++) < items;) body(context, item);
+    bool first = true;
+    for (int64_t item; (item = next++) < items; first = false) body(context, item, first);
   };
   std::vector<std::thread> workers;
   for (int i = 0; i < threads && i < items; ++i) workers.emplace_back(work);
