@@ -202,11 +202,11 @@ def _images(network: nn.Module, inputs: tuple[Tensor, ...], network_us: dict[str
     batch = inputs[0].shape[0] if inputs[0].dim() else 1
     if not isinstance(network, fx.GraphModule) or batch < 2 or cpu.native is None:
         return 0
-    sizes = [size for size in (0, 1, 2, 4, 8, 16) if size < batch]
-    us = time_networks({f"slices of {size}" if size else "whole": runner(network, size) for size in sizes}, inputs)
-    fastest = min(sizes, key=lambda size: us[f"slices of {size}" if size else "whole"])
+    names = {size: f"slices of {size}" if size else "whole" for size in (0, 1, 2, 4, 8, 16) if size < batch}
+    us = time_networks({name: runner(network, size) for size, name in names.items()}, inputs)
+    fastest = min(names, key=lambda size: us[names[size]])
     if fastest:
-        network_us[f"slices of {fastest}"] = us[f"slices of {fastest}"]
+        network_us[names[fastest]] = us[names[fastest]]
     return fastest
 
 
