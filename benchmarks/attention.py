@@ -13,6 +13,7 @@ the system and faults them in again, now for one contestant and now for another.
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.timing import interleaved, machine, write_json
 from sparsekd.distill import SAD, attention_transfer_loss, kd_loss
@@ -80,13 +81,32 @@ def eager_match(attention: Tensor, teacher: Sequence[Tensor], student: Sequence[
     return total
 
 
-def eager_attention(sad: SAD, teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
-    """AFD's attention as its published code computes it."""
-    query = torch.stack([layer(means) for layer, means in zip(sad.queries, teacher, strict=True)], 1)
-    key = torch.stack([F.relu(layer(means)) for layer, means in zip(sad.keys, student, strict=True)], 1)
-    bilinear = sad.bilinear(key.flatten(0, 1)).view(*key.shape[:2], *query.shape[1:])
-    logits = torch.einsum("bstq,btq->bts", bilinear, query) + sad.teacher_position @ sad.student_position.T
-    return torch.softmax(logits / sad.dim**0.5, 2)
+class EagerAttention(nn.Module):
+    """AFD's attention as its published code computes it: a Linear and a batch norm a layer. Starts as `sad` does."""
+
+    def __init__(self, sad: SAD) -> None:
+        super().__init__()
+        self.dim = sad.dim
+        self.queries, self.keys = _apart(sad.queries), _apart(sad.keys)
+        self.bilinear = copy.deepcopy(sad.bilinear)
+        self.teacher_position, self.student_position = map(copy.deepcopy, (sad.teacher_position, sad.student_position))
+
+    def forward(self, teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
+        query = torch.stack([layer(means) for layer, means in zip(self.queries, teacher, strict=True)], 1)
+        key = torch.stack([F.relu(layer(means)) for layer, means in zip(self.keys, student, strict=True)], 1)
+        bilinear = self.bilinear(key.flatten(0, 1)).view(*key.shape[:2], *query.shape[1:])
+        logits = torch.einsum("bstq,btq->bts", bilinear, query) + self.teacher_position @ self.student_position.T
+        return torch.softmax(logits / self.dim**0.5, 2)
+
+
+def _apart(together: nn.Module) -> nn.ModuleList:
+    """The layers of one side of a SAD, each as modules of its own."""
+    layers = nn.ModuleList()
+    for weight, bias in zip((w for run in together.weights for w in run), together.bias, strict=True):
+        linear = nn.Linear(*weight.shape, device=weight.device)
+        linear.weight.data, linear.bias.data = weight.detach().T.contiguous(), bias.detach()[0].clone()
+        layers.append(nn.Sequential(linear, nn.BatchNorm1d(weight.shape[1], device=weight.device)))
+    return layers
 
 
 class Losses:
@@ -101,6 +121,7 @@ class Losses:
         self.attention = torch.rand(shape, device=device).softmax(2)
         self.sizes_t, self.sizes_s = sizes
         self.sad = SAD.from_features(self.teacher, self.student)
+        self.attend = EagerAttention(self.sad)
         # For attention transfer, a teacher layer of the student's size.
         self.chosen = [next(t for t in self.teacher if t.shape[2:] == s.shape[2:]) for s in self.student]
 
@@ -121,7 +142,7 @@ class Losses:
         return self.sad(self.teacher, self.student)
 
     def sad_whole_eager(self) -> Tensor:
-        attention = eager_attention(self.sad, eager_means(self.teacher), eager_means(self.student))
+        attention = self.attend(eager_means(self.teacher), eager_means(self.student))
         return eager_match(attention, eager_energy(self.teacher), eager_energy(self.student))
 
     def at(self) -> Tensor:
@@ -189,8 +210,10 @@ def measure(
         label = f"{pair.name} {name} {'nhwc' if last else 'nchw'} {str(dtype)[6:]}"
         check(label, list(calls.values()), case.student)
         rates = bandwidth(seconds, device)
-        wanted = [*case.student, *(case.sad.parameters() if name == "sad" else ())]
-        steps = [synchronised(gradients(call, wanted), device) for call in calls.values()]
+        steps = []
+        for who, call in calls.items():
+            trained = (case.sad if who == "ours" else case.attend).parameters() if name == "sad" else ()
+            steps.append(synchronised(gradients(call, [*case.student, *trained]), device))
         samples = interleaved(steps, repeats=9, seconds=seconds * len(steps))
         row = {"case": label, "batch": pair.batch, "bytes": case.bytes(teacher), "bandwidth": rates}
         row |= {f"{who}_us": median(taken) * 1e6 for who, taken in zip(calls, samples, strict=True)}

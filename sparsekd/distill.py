@@ -11,6 +11,7 @@ Names in this file: B batch, T teacher layers, S student layers, q the width of 
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import weakref
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .ops.attention import kd, layer_stats, match_maps, split_layers
+from .ops.attention import kd, layer_stats, match_maps
 
 __all__ = [
     "SAD",
@@ -139,9 +140,9 @@ class SAD(nn.Module):
             raise ValueError(f"sparsekd.SAD: dim must be at least 1, got {dim}; the paper uses 128")
         self.dim = dim
         layers = len(self.teacher_channels)
-        self.queries = nn.ModuleList(_linear_norm(channels, dim) for channels in self.teacher_channels)
-        self.keys = nn.ModuleList(_linear_norm(channels, dim) for channels in self.student_channels)
-        self.bilinear = _linear_norm(dim, dim * layers)
+        self.queries = _LayerLinearNorm(self.teacher_channels, dim)
+        self.keys = _LayerLinearNorm(self.student_channels, dim)
+        self.bilinear = nn.Sequential(nn.Linear(dim, dim * layers), nn.BatchNorm1d(dim * layers))
         self.teacher_position = nn.Parameter(nn.init.xavier_normal_(torch.empty(layers, dim)))
         self.student_position = nn.Parameter(nn.init.xavier_normal_(torch.empty(len(self.student_channels), dim)))
 
@@ -164,23 +165,20 @@ class SAD(nn.Module):
         with torch.autocast(student_features[0].device.type, enabled=False):
             teacher_means, teacher_energy = layer_stats([feature.detach() for feature in teacher_features])
             student_means, student_energy = layer_stats(student_features)
-            attention = self.attention(
-                split_layers(teacher_means, teacher_features), split_layers(student_means, student_features)
-            )
+            attention = self.attention(teacher_means, student_means)
             teacher_energy, student_energy = (maps.to(attention.dtype) for maps in (teacher_energy, student_energy))
             sizes = _sizes(teacher_features), _sizes(student_features)
             return match_maps(attention, teacher_energy, student_energy, *sizes)
 
-    def attention(self, teacher_means: Sequence[Tensor], student_means: Sequence[Tensor]) -> Tensor:
+    def attention(self, teacher_means: Tensor, student_means: Tensor) -> Tensor:
         """How much each teacher layer t listens to each student layer s: [B, T, S], each row over s sums to 1.
 
-        teacher_means: T tensors [B, C_t]; student_means: S tensors [B, C_s], both the means over pixels.
+        Both are means over pixels [B, sum of C], layers side by side: what `ops.attention.layer_stats` returns.
         """
         dtype = self.teacher_position.dtype
-        query = [layer(means.to(dtype)) for layer, means in zip(self.queries, teacher_means, strict=True)]
-        key = [F.relu(layer(means.to(dtype))) for layer, means in zip(self.keys, student_means, strict=True)]
+        query, key = self.queries(teacher_means.to(dtype)), F.relu(self.keys(student_means.to(dtype)))
         position = self.teacher_position @ self.student_position.T  # [T, S]
-        logits = self._content(torch.stack(query, 1), torch.stack(key, 1)) + position
+        logits = self._content(query, key) + position
         return torch.softmax(logits / math.sqrt(self.dim), dim=2)
 
     def _content(self, query: Tensor, key: Tensor) -> Tensor:
@@ -243,8 +241,32 @@ def _project_queries(query: Tensor, key: Tensor, linear: nn.Linear, norm: Any) -
     return projected @ key.transpose(1, 2) + constant
 
 
-def _linear_norm(in_features: int, out_features: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(in_features, out_features), nn.BatchNorm1d(out_features))
+class _LayerLinearNorm(nn.Module):
+    """A Linear and a batch norm for each tapped layer: [B, sum of C], layers side by side, to [B, layers, q].
+
+    Neighbours of one width are one batched product and all layers one batch norm: as modules of their own, 24 layers
+    cost several times what they compute.
+    """
+
+    def __init__(self, channels: Sequence[int], dim: int) -> None:
+        super().__init__()
+        runs = [(width, len(list(run))) for width, run in itertools.groupby(channels)]
+        self.weights = nn.ParameterList(torch.empty(count, width, dim) for width, count in runs)
+        self.bias = nn.Parameter(torch.empty(len(channels), 1, dim))
+        self.norm = nn.BatchNorm1d(len(channels) * dim)
+        biases = self.bias.detach().split([count for _, count in runs])
+        for weight, bias in zip(self.weights, biases, strict=True):  # as nn.Linear initialises its own
+            bound = weight.shape[1] ** -0.5
+            nn.init.uniform_(weight, -bound, bound)
+            nn.init.uniform_(bias, -bound, bound)
+
+    def forward(self, means: Tensor) -> Tensor:
+        shapes = [weight.shape[:2] for weight in self.weights]
+        parts = means.split([count * width for count, width in shapes], 1)
+        inputs = [part.unflatten(1, shape).transpose(0, 1) for part, shape in zip(parts, shapes, strict=True)]
+        products = [torch.bmm(x, weight) for x, weight in zip(inputs, self.weights, strict=True)]  # [layers, B, q]
+        rows = (torch.cat(products) + self.bias).transpose(0, 1)
+        return self.norm(rows.flatten(1)).view(rows.shape)
 
 
 def _sizes(features: Sequence[Tensor]) -> list[tuple[int, int]]:

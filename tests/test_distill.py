@@ -36,6 +36,10 @@ def features(channels_and_sizes, batch=3, dtype=torch.float64):
     return [torch.randn(batch, *shape, dtype=dtype).relu().requires_grad_() for shape in channels_and_sizes]
 
 
+def means_of(layers):
+    return torch.cat([f.mean((2, 3)) for f in layers], 1)
+
+
 TEACHER = [(4, 4, 4), (5, 4, 4), (6, 2, 3)]
 STUDENT = [(2, 4, 4), (3, 3, 2)]
 
@@ -43,33 +47,42 @@ STUDENT = [(2, 4, 4), (3, 3, 2)]
 # SAD: the formulas of the paper, one image and one pair of layers at a time
 
 
-def loop_batch_norm(rows, norm):
+def loop_batch_norm(rows, weight, bias, eps):
     """[N][q] rows of scalars, normalised over N with the biased variance."""
     count, out = len(rows), []
     for j in range(len(rows[0])):
         column = [row[j] for row in rows]
         mean = sum(column) / count
         variance = sum((x - mean) ** 2 for x in column) / count
-        out.append([(x - mean) / (variance + norm.eps).sqrt() * norm.weight[j] + norm.bias[j] for x in column])
+        out.append([(x - mean) / (variance + eps).sqrt() * weight[j] + bias[j] for x in column])
     return [[column[n] for column in out] for n in range(count)]
 
 
-def loop_linear(rows, linear):
-    out_features, in_features = linear.weight.shape
+def loop_linear(rows, weight, bias):
+    out_features, in_features = weight.shape
     return [
-        [sum(linear.weight[o, i] * row[i] for i in range(in_features)) + linear.bias[o] for o in range(out_features)]
-        for row in rows
+        [sum(weight[o, i] * row[i] for i in range(in_features)) + bias[o] for o in range(out_features)] for row in rows
     ]
+
+
+def loop_layers(together, features):
+    """Linear and batch norm of each layer's means: [layers][B][q]."""
+    weights = [weight for run in together.weights for weight in run]
+    out, q = [], weights[0].shape[1]
+    for layer, (weight, feature) in enumerate(zip(weights, features, strict=True)):
+        means = [[feature[b, c].mean() for c in range(feature.shape[1])] for b in range(feature.shape[0])]
+        part = slice(layer * q, (layer + 1) * q)
+        rows = loop_linear(means, weight.T, together.bias[layer, 0])
+        out.append(loop_batch_norm(rows, together.norm.weight[part], together.norm.bias[part], together.norm.eps))
+    return out
 
 
 def loop_attention(sad, teacher, student):
     batch, layers_t, layers_s, q = teacher[0].shape[0], len(teacher), len(student), sad.dim
-    mean = [[[f[b, c].mean() for c in range(f.shape[1])] for b in range(batch)] for f in teacher]
-    query = [loop_batch_norm(loop_linear(mean[t], layer[0]), layer[1]) for t, layer in enumerate(sad.queries)]
-    mean = [[[f[b, c].mean() for c in range(f.shape[1])] for b in range(batch)] for f in student]
-    key = [loop_batch_norm(loop_linear(mean[s], layer[0]), layer[1]) for s, layer in enumerate(sad.keys)]
+    query, key = loop_layers(sad.queries, teacher), loop_layers(sad.keys, student)
     rows = [[x.clamp_min(0) for x in key[s][b]] for b in range(batch) for s in range(layers_s)]
-    bilinear = loop_batch_norm(loop_linear(rows, sad.bilinear[0]), sad.bilinear[1])
+    linear, norm = sad.bilinear
+    bilinear = loop_batch_norm(loop_linear(rows, linear.weight, linear.bias), norm.weight, norm.bias, norm.eps)
     attention = {}
     for b in range(batch):
         for t in range(layers_t):
@@ -114,23 +127,26 @@ def test_sad_equals_the_formulas_with_every_gradient():
     got, want = sad(teacher, student), loop_sad(sad, teacher, student)
     torch.testing.assert_close(got, want)
     inputs = [*student, *sad.parameters()]
-    assert len(inputs) == 2 + (3 + 2 + 1) * 4 + 2
+    assert (
+        len(inputs) == 2 + (3 + 3) + (2 + 3) + 4 + 2
+    )  # weights of each width and three more a side, bilinear, positions
     grads = torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs)
     torch.testing.assert_close(*grads)
-    # A Linear bias before a batch norm cancels, and so does what the bilinear adds to every student layer alike: the
+    # A bias before a batch norm cancels, and so does what the bilinear adds to every student layer alike: the
     # softmax does not see it. Everything else must really be reached.
     names = ["student.0", "student.1", *dict(sad.named_parameters())]
     reached = {name for name, grad in zip(names, grads[0], strict=True) if grad.abs().max() > 1e-9}
-    assert reached == {name for name in names if not name.endswith(".0.bias")} - {"bilinear.1.bias"}
+    assert reached == set(names) - {"queries.bias", "keys.bias", "bilinear.0.bias", "bilinear.1.bias"}
 
 
-def test_sad_attention_equals_the_formulas_and_sums_to_one():
-    sad = randomized_sad(TEACHER, STUDENT, dim=4)
-    teacher, student = features(TEACHER), features(STUDENT)
-    got = sad.attention([f.mean((2, 3)) for f in teacher], [f.mean((2, 3)) for f in student])
+@pytest.mark.parametrize("teacher", [TEACHER, [(4, 2, 2), (4, 2, 2), (3, 2, 2), (4, 1, 1)]], ids=["", "equal widths"])
+def test_sad_attention_equals_the_formulas_and_sums_to_one(teacher):
+    sad = randomized_sad(teacher, STUDENT, dim=4)
+    teacher, student = features(teacher), features(STUDENT)
+    got = sad.attention(means_of(teacher), means_of(student))
     want = loop_attention(sad, teacher, student)
-    assert got.shape == (3, 3, 2)
-    torch.testing.assert_close(got.sum(2), torch.ones(3, 3, dtype=torch.float64))
+    assert got.shape == (3, len(teacher), 2)
+    torch.testing.assert_close(got.sum(2), torch.ones(3, len(teacher), dtype=torch.float64))
     for index, value in want.items():
         torch.testing.assert_close(got[index], value)
 
@@ -147,9 +163,9 @@ def test_sad_projects_queries_as_its_modules_would():
     for training in (True, False):
         results = []
         for module in (sad.train(training), plain.train(training)):
-            inputs = [f.mean((2, 3)) for f in student]
-            attention = module.attention([f.mean((2, 3)) for f in teacher], inputs)
-            results.append((attention, torch.autograd.grad(attention[..., 0].sum(), [*inputs, *module.parameters()])))
+            means = means_of(student)
+            attention = module.attention(means_of(teacher), means)
+            results.append((attention, torch.autograd.grad(attention[..., 0].sum(), [means, *module.parameters()])))
         torch.testing.assert_close(*results)
         torch.testing.assert_close(sad.state_dict(), plain.state_dict())
     assert sad.bilinear[1].num_batches_tracked == 1

@@ -44,17 +44,12 @@ def feature_stats(features: Tensor) -> tuple[Tensor, Tensor]:
 def layer_stats(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """`feature_stats` of several layers in one call, side by side: means [B, sum of C], energy [B, sum of H*W].
 
-    `split_layers` takes the means apart; `match_maps` reads the energy as it is. float64 if any layer is.
+    `match_maps` reads the energy as it is. float64 if any layer is.
     """
     features = list(features)
     _check_features(features)
     means, energy = torch.ops.sparsekd.feature_stats(features)
     return means, energy
-
-
-def split_layers(means: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
-    """Views [B, C] of each layer's part of the means [B, sum of C]."""
-    return list(means.split([f.shape[1] for f in features], 1))
 
 
 def feature_stats_reference(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
