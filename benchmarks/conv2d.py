@@ -46,12 +46,9 @@ class Case:
         grid = BlockPattern(16, 1).grid(tuple(dense.shape))
         self.blocks = BlockSparse.from_dense(dense, BlockPattern(16, 1), mask=torch.rand(grid) < density)
         self.weight = self.blocks.to_dense().contiguous(memory_format=torch.channels_last)
-        self.shape = _C.Conv2dShape(
-            n=batch, c=layer.channels, h=layer.size, w=layer.size, k=layer.out_channels, r=layer.kernel,
-            s=layer.kernel, stride_h=layer.stride, stride_w=layer.stride, pad_h=pad, pad_w=pad,
-        )  # fmt: skip
         self.stride, self.pad = (layer.stride, layer.stride), (pad, pad)
         self.x = channels_last(torch.randn(batch, layer.channels, layer.size, layer.size))
+        self.shape = _C.Conv2dShape(self.x.shape, len(dense), dense.shape[2:], self.stride, self.pad)
         self.dy = channels_last(torch.randn(batch, layer.out_channels, self.shape.p, self.shape.q))
         self.y, self.dx = torch.empty_like(self.dy), torch.empty_like(self.x)
         self.dvalues = torch.empty_like(self.blocks.values)

@@ -36,11 +36,8 @@ def channels_last(tensor: Tensor) -> Tensor:
 
 def bf16(blocks: BlockSparse, x: Tensor, stride: int, pad: int) -> tuple[Call, dict[str, Call], Real]:
     x, values, dense = x.bfloat16(), blocks.values.bfloat16(), channels_last(blocks.to_dense().bfloat16())
-    k, c, r, s = dense.shape
-    shape = _C.Conv2dShape(
-        n=x.shape[0], c=c, h=x.shape[2], w=x.shape[3], k=k, r=r, s=s, stride_h=stride, stride_w=stride, pad_h=pad,
-        pad_w=pad, bh=blocks.pattern.bh, bw=blocks.pattern.bw,
-    )  # fmt: skip
+    k, block = len(dense), values.shape[1:]
+    shape = _C.Conv2dShape(x.shape, k, dense.shape[2:], (stride, stride), (pad, pad), block=block)
     index = (blocks.row_ptr.data_ptr(), blocks.col_idx.data_ptr(), values.shape[0])
     layer = _C.PackedConv2dBf16(shape, values.data_ptr(), *index)
     y = channels_last(torch.empty(x.shape[0], k, shape.p, shape.q, dtype=torch.bfloat16))

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <iterator>
 #include <tuple>
@@ -60,18 +61,22 @@ int64_t output_size(const char* axis, int64_t in, int64_t taps, int64_t stride, 
   return (in + 2 * pad - span) / stride + 1;
 }
 
-Conv2dShape make_shape(int64_t n, int64_t c, int64_t h, int64_t w, int64_t k, int64_t r, int64_t s, int64_t stride_h,
-                       int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dil_h, int64_t dil_w, int64_t groups,
-                       int64_t bh, int64_t bw) {
+using Pair = std::array<int64_t, 2>;
+
+Conv2dShape make_shape(const std::array<int64_t, 4>& input, int64_t k, Pair kernel, Pair stride, Pair padding,
+                       Pair dilation, int64_t groups, Pair block) {
+  const auto [n, c, h, w] = input;
+  const auto [bh, bw] = block;
   if (groups < 1 || c % groups || k % groups || bh < 1 || bw < 1 || (groups > 1 && (k / groups) % bh))
     throw py::value_error(
         "sparsekd._C.Conv2dShape: channels must divide into the groups and a group's output channels "
-        "into blocks, got c " +
-        std::to_string(c) + ", k " + std::to_string(k) + ", groups " + std::to_string(groups) + ", block " +
-        std::to_string(bh) + "x" + std::to_string(bw));
-  return {{n, c, h, w, k, output_size("height", h, r, stride_h, pad_h, dil_h),
-           output_size("width", w, s, stride_w, pad_w, dil_w), r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w,
-           groups},
+        "into blocks, got input channels " +
+        std::to_string(c) + ", output channels " + std::to_string(k) + ", groups " + std::to_string(groups) +
+        ", block " + std::to_string(bh) + "x" + std::to_string(bw));
+  const int64_t p = output_size("height", h, kernel[0], stride[0], padding[0], dilation[0]);
+  const int64_t q = output_size("width", w, kernel[1], stride[1], padding[1], dilation[1]);
+  return {{n, c, h, w, k, p, q, kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1], dilation[0],
+           dilation[1], groups},
           bh,
           bw};
 }
@@ -253,9 +258,8 @@ void bind_conv2d(py::module_& m) {
   m.attr("ACTIVATIONS") = activations;
 
   py::class_<Conv2dShape>(m, "Conv2dShape")
-      .def(py::init(&make_shape), py::kw_only(), "n"_a, "c"_a, "h"_a, "w"_a, "k"_a, "r"_a, "s"_a, "stride_h"_a = 1,
-           "stride_w"_a = 1, "pad_h"_a = 0, "pad_w"_a = 0, "dil_h"_a = 1, "dil_w"_a = 1, "groups"_a = 1, "bh"_a = 16,
-           "bw"_a = 1)
+      .def(py::init(&make_shape), "input"_a, "out_channels"_a, "kernel_size"_a, "stride"_a = Pair{1, 1},
+           "padding"_a = Pair{0, 0}, "dilation"_a = Pair{1, 1}, "groups"_a = 1, "block"_a = Pair{16, 1})
       .def_property_readonly("n", [](const Conv2dShape& s) { return s.geometry.n; })
       .def_property_readonly("p", [](const Conv2dShape& s) { return s.geometry.p; })
       .def_property_readonly("q", [](const Conv2dShape& s) { return s.geometry.q; });

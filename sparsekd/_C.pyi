@@ -15,23 +15,14 @@ ACTIVATIONS: dict[str, int]  # {"none": 0, "relu": 1, "relu6": 2, "silu": 3}: th
 class Conv2dShape:
     def __init__(
         self,
-        *,
-        n: int,
-        c: int,
-        h: int,
-        w: int,
-        k: int,
-        r: int,
-        s: int,
-        stride_h: int = 1,
-        stride_w: int = 1,
-        pad_h: int = 0,
-        pad_w: int = 0,
-        dil_h: int = 1,
-        dil_w: int = 1,
+        input: Sequence[int],
+        out_channels: int,
+        kernel_size: Sequence[int],
+        stride: Sequence[int] = (1, 1),
+        padding: Sequence[int] = (0, 0),
+        dilation: Sequence[int] = (1, 1),
         groups: int = 1,
-        bh: int = 16,
-        bw: int = 1,
+        block: Sequence[int] = (16, 1),
     ) -> None: ...
     @property
     def n(self) -> int: ...

@@ -151,14 +151,9 @@ def quantize_layer(
     if image is None:
         raise ValueError("sparsekd.quantize: a convolution needs image=(height, width) of its input")
     k, channels, r, s = weight.shape
-    shape = cpu.native.Conv2dShape(
-        n=1, c=channels * groups, h=image[0], w=image[1], k=k, r=r, s=s, stride_h=stride[0], stride_w=stride[1],
-        pad_h=padding[0], pad_w=padding[1], dil_h=dilation[0], dil_w=dilation[1], groups=groups,
-        bh=values.shape[1], bw=values.shape[2],
-    )  # fmt: skip
-    return _conv2d(
-        cpu.native.PackedConv2dInt8(shape, *arguments), shape, (channels * groups, *image), k, x, out, threads
-    )
+    sample = (channels * groups, *image)
+    shape = cpu.native.Conv2dShape((1, *sample), k, (r, s), stride, padding, dilation, groups, values.shape[1:])
+    return _conv2d(cpu.native.PackedConv2dInt8(shape, *arguments), shape, sample, k, x, out, threads)
 
 
 def _linear(

@@ -94,10 +94,7 @@ def test_conv2d_equals_fp64(isa, case, channels_last, threads, isa_restored):
         pytest.skip(f"this CPU has no {isa}")
     n, c, h, w, k, (r, s), stride, padding, dilation, groups, (bh, bw), density, dead_rows = CONVOLUTIONS[case]
     blocks = Blocks(k, c // groups, r, s, bh, bw, density, seed=1, dead_rows=dead_rows)
-    shape = _C.Conv2dShape(
-        n=n, c=c, h=h, w=w, k=k, r=r, s=s, stride_h=stride[0], stride_w=stride[1], pad_h=padding[0], pad_w=padding[1],
-        dil_h=dilation[0], dil_w=dilation[1], groups=groups, bh=bh, bw=bw,
-    )  # fmt: skip
+    shape = _C.Conv2dShape((n, c, h, w), k, (r, s), stride, padding, dilation, groups, (bh, bw))
     generator = torch.Generator().manual_seed(2)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.randn(n, c, h, w, generator=generator).contiguous(memory_format=memory_format)
@@ -170,7 +167,7 @@ def test_linear_equals_fp64(isa, block, batch, isa_restored):
 
 def test_gradient_of_the_values_is_the_same_every_time():
     blocks = Blocks(32, 16, 3, 3, 16, 1, 0.5, seed=5)
-    shape = _C.Conv2dShape(n=9, c=16, h=12, w=12, k=32, r=3, s=3, pad_h=1, pad_w=1)
+    shape = _C.Conv2dShape((9, 16, 12, 12), 32, (3, 3), padding=(1, 1))
     x, dy = torch.randn(9, 16, 12, 12), torch.randn(9, 32, 12, 12)
     runs = []
     for _ in range(5):
@@ -201,7 +198,7 @@ def test_activations(isa, channels_last, block, isa_restored):
     random = 40 * torch.randn(40 * 77 - len(special), generator=torch.Generator().manual_seed(0))
     layout = torch.channels_last if channels_last else torch.contiguous_format
     residual = torch.cat([special, random]).reshape(1, 40, 7, 11).contiguous(memory_format=layout)
-    shape = _C.Conv2dShape(n=1, c=2, h=7, w=11, k=40, r=1, s=1, bh=block[0], bw=block[1])
+    shape = _C.Conv2dShape((1, 2, 7, 11), 40, (1, 1), block=block)
     x = torch.zeros(1, 2, 7, 11)
     for name, want in activations64(residual.double()).items():
         y = unwritten(*residual.shape, channels_last=channels_last)
@@ -231,10 +228,7 @@ def test_conv2d_bf16_errs_at_most_twice_as_much_as_torch(isa, case, pair, channe
     blocks = Blocks(k, c // groups, r, s, *((16, 2) if pair else block), density, 0, dead_rows)
     blocks.values = blocks.values.bfloat16()
     weight, geometry = blocks.dense.bfloat16(), (stride, padding, dilation, groups)
-    shape = _C.Conv2dShape(
-        n=n, c=c, h=h, w=w, k=k, r=r, s=s, stride_h=stride[0], stride_w=stride[1], pad_h=padding[0], pad_w=padding[1],
-        dil_h=dilation[0], dil_w=dilation[1], groups=groups, bh=blocks.bh, bw=blocks.bw,
-    )  # fmt: skip
+    shape = _C.Conv2dShape((n, c, h, w), k, (r, s), *geometry, (blocks.bh, blocks.bw))
     generator = torch.Generator().manual_seed(1)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = guarded(torch.randn(n, c, h, w, generator=generator).bfloat16().contiguous(memory_format=layout))
@@ -287,7 +281,7 @@ def test_bf16_output_is_rounded_to_nearest_even(isa_restored):
     every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     ulp = torch.tensor([1.0, 1.0078125, -1.0, -1.0078125])
     row_ptr = torch.zeros(2, dtype=torch.int32)
-    shape = _C.Conv2dShape(n=1, c=1, h=1, w=65536, k=1, r=1, s=1)
+    shape = _C.Conv2dShape((1, 1, 1, 65536), 1, (1, 1))
     for isa in _C.isas():
         _C.use_isa(isa)
         y = torch.empty_like(every)
@@ -296,7 +290,7 @@ def test_bf16_output_is_rounded_to_nearest_even(isa_restored):
         torch.testing.assert_close(y, every, rtol=0, atol=0, equal_nan=True)
         for half in (0.00390625, -0.00390625, 0.0039, float("inf")):
             bias, residual = torch.tensor([half]), ulp.bfloat16()
-            small, y = _C.Conv2dShape(n=1, c=1, h=1, w=4, k=1, r=1, s=1), torch.empty(4, dtype=torch.bfloat16)
+            small, y = _C.Conv2dShape((1, 1, 1, 4), 1, (1, 1)), torch.empty(4, dtype=torch.bfloat16)
             _C.conv2d_bf16(small, y.data_ptr(), False, *arguments, bias.data_ptr(), residual.data_ptr(), y.data_ptr(),
                            False, 0, 1)  # fmt: skip
             assert torch.equal(y, (ulp + half).bfloat16())

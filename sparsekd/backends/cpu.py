@@ -278,33 +278,14 @@ def _shape(
     dilation: Sequence[int],
     groups: int,
 ) -> Any:
-    return _cached_shape(*input_shape, out_channels, *kernel_size, *stride, *padding, *dilation, groups, *block)
-
-
-_SHAPE_NAMES = [
-    "n",
-    "c",
-    "h",
-    "w",
-    "k",
-    "r",
-    "s",
-    "stride_h",
-    "stride_w",
-    "pad_h",
-    "pad_w",
-    "dil_h",
-    "dil_w",
-    "groups",
-    "bh",
-    "bw",
-]
+    pairs = tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation)
+    return _cached_shape(tuple(input_shape), out_channels, *pairs, groups, tuple(block))
 
 
 @lru_cache(maxsize=4096)
-def _cached_shape(*sizes: int) -> Any:
+def _cached_shape(*sizes: Any) -> Any:
     """The geometry object of the kernels; building one costs more than a small layer."""
-    return native.Conv2dShape(**dict(zip(_SHAPE_NAMES, sizes, strict=True)))
+    return native.Conv2dShape(*sizes)
 
 
 def _empty(like: Tensor, shape: tuple[int, ...], layout: torch.memory_format) -> Tensor:

@@ -246,13 +246,10 @@ def _dense_linear(geometry: Geometry, weight: Tensor, bias: Tensor | None) -> Ru
     return run
 
 
-def _shape(geometry: Geometry, bh: int, bw: int) -> Any:
-    r, s = geometry.weight[2:] or (1, 1)
-    (stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w) = geometry.stride, geometry.padding, geometry.dilation
-    h, w = geometry.padded_image
+def _shape(geometry: Geometry, block: tuple[int, int] = (1, 1)) -> Any:
     return cpu.native.Conv2dShape(
-        n=1, c=geometry.input[1], h=h, w=w, k=geometry.weight[0], r=r, s=s, stride_h=stride_h, stride_w=stride_w,
-        pad_h=pad_h, pad_w=pad_w, dil_h=dil_h, dil_w=dil_w, groups=geometry.groups, bh=bh, bw=bw,
+        (1, geometry.input[1], *geometry.padded_image), geometry.weight[0], geometry.weight[2:] or (1, 1),
+        geometry.stride, geometry.padding, geometry.dilation, geometry.groups, block,
     )  # fmt: skip
 
 
@@ -266,7 +263,7 @@ class Kernel:
 
 
 def _sparse_kernel(geometry: Geometry, weight: BlockSparse, bias: Tensor | None, last: bool) -> Kernel:
-    shape = _shape(geometry, weight.pattern.bh, weight.pattern.bw)
+    shape = _shape(geometry, (weight.pattern.bh, weight.pattern.bw))
     packed = _pack("PackedConv2d", shape, weight=weight, bias=bias, activation=geometry.activation)
     run = packed.run
     return Kernel(
@@ -279,7 +276,7 @@ def _sparse_kernel(geometry: Geometry, weight: BlockSparse, bias: Tensor | None,
 def _depthwise_kernel(geometry: Geometry, weight: Tensor, bias: Tensor | None) -> Kernel:
     """A batch norm is the 1 x 1 case."""
     pointers = (weight.data_ptr(), 0 if bias is None else bias.data_ptr())
-    packed = cpu.native.PackedDepthwise(_shape(geometry, 1, 1), *pointers, cpu.native.ACTIVATIONS[geometry.activation])
+    packed = cpu.native.PackedDepthwise(_shape(geometry), *pointers, cpu.native.ACTIVATIONS[geometry.activation])
     run = packed.run
     return Kernel(
         lambda x, x_last, residual, y, threads, n: run(x, residual, y, threads, n),
@@ -288,7 +285,7 @@ def _depthwise_kernel(geometry: Geometry, weight: Tensor, bias: Tensor | None) -
 
 
 def _pool_kernel(geometry: Geometry, dtype: torch.dtype) -> Kernel:
-    packed = cpu.native.Pool(_shape(geometry, 1, 1), geometry.kind == "mean", _name(dtype))
+    packed = cpu.native.Pool(_shape(geometry), geometry.kind == "mean", _name(dtype))
     run = packed.run
     return Kernel(
         lambda x, x_last, residual, y, threads, n: run(x, y, threads, n),
