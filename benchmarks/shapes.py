@@ -16,6 +16,14 @@ class Conv:
     kernel: int
     stride: int = 1
 
+    @property
+    def weight(self) -> tuple[int, ...]:
+        return self.out_channels, self.channels, self.kernel, self.kernel
+
+    @property
+    def input(self) -> tuple[int, ...]:
+        return self.channels, self.size, self.size
+
     def __str__(self) -> str:
         kernel = f"{self.kernel}x{self.kernel}/{self.stride}"
         return f"{self.channels}->{self.out_channels} {kernel} at {self.size}x{self.size}"
@@ -26,6 +34,14 @@ class Linear:
     group: str
     inputs: int
     outputs: int
+
+    @property
+    def weight(self) -> tuple[int, ...]:
+        return self.outputs, self.inputs
+
+    @property
+    def input(self) -> tuple[int, ...]:
+        return (self.inputs,)
 
     def __str__(self) -> str:
         return f"linear {self.inputs}->{self.outputs}"

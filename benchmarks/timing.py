@@ -8,7 +8,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -44,14 +44,18 @@ def interleaved(
     return samples
 
 
-def compare(ours: Callable[[], object], peer: Callable[[], object], **options: Any) -> dict[str, float]:
-    """Median microseconds of both, and the median and quartiles of peer / ours over neighbouring samples."""
-    our_samples, peer_samples = interleaved([ours, peer], **options)
-    ratios = [b / a for a, b in zip(our_samples, peer_samples, strict=True)]
+def compare(ours: Callable[[], object], peers: Mapping[str, Callable[[], object]], **options: Any) -> dict[str, Any]:
+    """Median microseconds of all, and the median and quartiles of the fastest peer / ours over neighbouring samples."""
+    our_samples, *samples = interleaved([ours, *peers.values()], **options)
+    us = {name: statistics.median(sample) * 1e6 for name, sample in zip(peers, samples, strict=True)}
+    best = min(us, key=lambda name: us[name])
+    ratios = [b / a for a, b in zip(our_samples, samples[list(us).index(best)], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return {
         "us": statistics.median(our_samples) * 1e6,
-        "dense_us": statistics.median(peer_samples) * 1e6,
+        "dense_us": us.pop(best),
+        **{f"{name}_us": time for name, time in us.items()},
+        "peer": best,
         "speedup": middle,
         "speedup_low": low,
         "speedup_high": high,
