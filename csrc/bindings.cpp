@@ -7,6 +7,7 @@
 #include <chrono>
 #include <iterator>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "conv2d.h"
@@ -147,44 +148,68 @@ void def_conv2d(py::module_& m, const char* name) {
       "y"_a, "y_channels_last"_a, "activation"_a, "threads"_a);
 }
 
+using sparsekd::PackedConv2dInt8;
+
+template <class Layer>
+void refuse_residual([[maybe_unused]] const Layer& layer, [[maybe_unused]] Address residual) {
+  if constexpr (std::is_base_of_v<PackedConv2dInt8, Layer>)
+    if (residual != 0 && layer.bytes_out())
+      throw py::value_error(
+          "sparsekd._C: an int8 layer with u8 output takes no residual; leave y_scale at 0 for float output");
+}
+
+// X, Residual, Y: element types of the tensors.
+template <class X, class Residual, class Y, class Layer>
+void def_run(py::class_<Layer>& layer) {
+  layer.def(
+      "run",
+      [](const Layer& self, Address x, bool x_channels_last, Address residual, Address y, bool y_channels_last,
+         int threads, int64_t n) {
+        refuse_residual(self, residual);
+        Conv2dGeometry geometry = self.shape().geometry;
+        if (n >= 0) geometry.n = n;
+        py::gil_scoped_release release;
+        self.run(geometry, {in<X>(x), x_channels_last}, in<Residual>(residual), {out<Y>(y), y_channels_last}, threads);
+      },
+      "x"_a, "x_channels_last"_a, "residual"_a, "y"_a, "y_channels_last"_a, "threads"_a, "n"_a = -1);
+}
+
+// A linear layer's tensors are channels_last: a sample's features lie together.
+template <class X, class Residual, class Y, class Layer>
+void def_run_linear(py::class_<Layer>& layer) {
+  layer.def(
+      "run",
+      [](const Layer& self, Address x, int64_t batch, Address residual, Address y, int threads) {
+        refuse_residual(self, residual);
+        Conv2dGeometry geometry = self.shape().geometry;
+        geometry.w = geometry.q = batch;
+        py::gil_scoped_release release;
+        self.run(geometry, {in<X>(x), true}, in<Residual>(residual), {out<Y>(y), true}, threads);
+      },
+      "x"_a, "batch"_a, "residual"_a, "y"_a, "threads"_a);
+}
+
 template <class T>
 void def_packed_conv2d(py::module_& m, const char* name) {
   using Layer = PackedConv2d<T>;
-  py::class_<Layer>(m, name)
-      .def(py::init([](const Conv2dShape& shape, Address values, Address row_ptr, Address col_idx, int64_t nnzb,
-                       Address bias, int activation) {
-             return std::make_unique<Layer>(shape, in<T>(values), blocks(row_ptr, col_idx, nnzb), in<float>(bias),
-                                            to_activation(activation));
-           }),
-           "shape"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "bias"_a = 0, "activation"_a = 0)
-      .def(
-          "run",
-          [](const Layer& self, Address x, bool x_channels_last, Address residual, Address y, bool y_channels_last,
-             int threads, int64_t n) {
-            Conv2dGeometry geometry = self.shape().geometry;
-            if (n >= 0) geometry.n = n;
-            py::gil_scoped_release release;
-            self.run(geometry, {in<T>(x), x_channels_last}, in<T>(residual), {out<T>(y), y_channels_last}, threads);
-          },
-          "x"_a, "x_channels_last"_a, "residual"_a, "y"_a, "y_channels_last"_a, "threads"_a, "n"_a = -1);
+  py::class_<Layer> layer(m, name);
+  layer.def(py::init([](const Conv2dShape& shape, Address values, Address row_ptr, Address col_idx, int64_t nnzb,
+                        Address bias, int activation) {
+              return std::make_unique<Layer>(shape, in<T>(values), blocks(row_ptr, col_idx, nnzb), in<float>(bias),
+                                             to_activation(activation));
+            }),
+            "shape"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "bias"_a = 0, "activation"_a = 0);
+  def_run<T, T, T>(layer);
 }
 
-using sparsekd::ByteScale;
-using sparsekd::PackedConv2dInt8;
-
-std::unique_ptr<PackedConv2dInt8> make_int8(const Conv2dShape& shape, Address values, Address scale, Address row_ptr,
-                                            Address col_idx, int64_t nnzb, Address bias, int activation, float x_scale,
-                                            int x_zero, float y_scale, int y_zero) {
-  const ByteScale y{y_scale, y_zero};
-  return std::make_unique<PackedConv2dInt8>(shape, in<int8_t>(values), in<float>(scale), blocks(row_ptr, col_idx, nnzb),
-                                            in<float>(bias), to_activation(activation), ByteScale{x_scale, x_zero},
-                                            y_scale > 0 ? &y : nullptr);
-}
-
-void refuse_residual(const PackedConv2dInt8& layer, Address residual) {
-  if (residual != 0 && layer.bytes_out())
-    throw py::value_error(
-        "sparsekd._C: an int8 layer with u8 output takes no residual; leave y_scale at 0 for float output");
+template <class Layer>
+std::unique_ptr<Layer> make_int8(const Conv2dShape& shape, Address values, Address scale, Address row_ptr,
+                                 Address col_idx, int64_t nnzb, Address bias, int activation, float x_scale, int x_zero,
+                                 float y_scale, int y_zero) {
+  const sparsekd::ByteScale y{y_scale, y_zero};
+  return std::make_unique<Layer>(shape, in<int8_t>(values), in<float>(scale), blocks(row_ptr, col_idx, nnzb),
+                                 in<float>(bias), to_activation(activation), sparsekd::ByteScale{x_scale, x_zero},
+                                 y_scale > 0 ? &y : nullptr);
 }
 
 void bind_int8(py::module_& m) {
@@ -210,46 +235,24 @@ void bind_int8(py::module_& m) {
             &work);
       },
       "x"_a, "count"_a, "scale"_a, "zero"_a, "y"_a, "threads"_a);
-  py::class_<PackedConv2dInt8>(m, "PackedConv2dInt8")
-      .def(py::init(&make_int8), "shape"_a, "values"_a, "scale"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "bias"_a,
-           "activation"_a, "x_scale"_a, "x_zero"_a, "y_scale"_a = 0.0f, "y_zero"_a = 0)
-      .def(
-          "run",
-          [](const PackedConv2dInt8& self, Address x, bool x_channels_last, Address residual, Address y,
-             bool y_channels_last, int threads, int64_t n) {
-            refuse_residual(self, residual);
-            Conv2dGeometry geometry = self.shape().geometry;
-            if (n >= 0) geometry.n = n;
-            py::gil_scoped_release release;
-            self.run(geometry, {in<uint8_t>(x), x_channels_last}, in<float>(residual), {out<void>(y), y_channels_last},
-                     threads);
-          },
-          "x"_a, "x_channels_last"_a, "residual"_a, "y"_a, "y_channels_last"_a, "threads"_a, "n"_a = -1);
+  py::class_<PackedConv2dInt8> conv2d(m, "PackedConv2dInt8");
+  conv2d.def(py::init(&make_int8<PackedConv2dInt8>), "shape"_a, "values"_a, "scale"_a, "row_ptr"_a, "col_idx"_a,
+             "nnzb"_a, "bias"_a, "activation"_a, "x_scale"_a, "x_zero"_a, "y_scale"_a = 0.0f, "y_zero"_a = 0);
+  def_run<uint8_t, float, void>(conv2d);
   struct PackedLinearInt8 : PackedConv2dInt8 {
     using PackedConv2dInt8::PackedConv2dInt8;
   };
-  py::class_<PackedLinearInt8>(m, "PackedLinearInt8")
-      .def(py::init([](int64_t in_features, int64_t out_features, int64_t bh, int64_t bw, Address values, Address scale,
-                       Address row_ptr, Address col_idx, int64_t nnzb, Address bias, int activation, float x_scale,
-                       int x_zero, float y_scale, int y_zero) {
-             const ByteScale y{y_scale, y_zero};
-             return std::make_unique<PackedLinearInt8>(
-                 sparsekd::linear_shape(1, in_features, out_features, bh, bw), in<int8_t>(values), in<float>(scale),
-                 blocks(row_ptr, col_idx, nnzb), in<float>(bias), to_activation(activation), ByteScale{x_scale, x_zero},
-                 y_scale > 0 ? &y : nullptr);
-           }),
-           "in_features"_a, "out_features"_a, "bh"_a, "bw"_a, "values"_a, "scale"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a,
-           "bias"_a, "activation"_a, "x_scale"_a, "x_zero"_a, "y_scale"_a = 0.0f, "y_zero"_a = 0)
-      .def(
-          "run",
-          [](const PackedLinearInt8& self, Address x, int64_t batch, Address residual, Address y, int threads) {
-            refuse_residual(self, residual);
-            Conv2dGeometry geometry = self.shape().geometry;
-            geometry.w = geometry.q = batch;
-            py::gil_scoped_release release;
-            self.run(geometry, {in<uint8_t>(x), true}, in<float>(residual), {out<void>(y), true}, threads);
-          },
-          "x"_a, "batch"_a, "residual"_a, "y"_a, "threads"_a);
+  py::class_<PackedLinearInt8> linear(m, "PackedLinearInt8");
+  linear.def(py::init([](int64_t in_features, int64_t out_features, int64_t bh, int64_t bw, Address values,
+                         Address scale, Address row_ptr, Address col_idx, int64_t nnzb, Address bias, int activation,
+                         float x_scale, int x_zero, float y_scale, int y_zero) {
+               return make_int8<PackedLinearInt8>(sparsekd::linear_shape(1, in_features, out_features, bh, bw), values,
+                                                  scale, row_ptr, col_idx, nnzb, bias, activation, x_scale, x_zero,
+                                                  y_scale, y_zero);
+             }),
+             "in_features"_a, "out_features"_a, "bh"_a, "bw"_a, "values"_a, "scale"_a, "row_ptr"_a, "col_idx"_a,
+             "nnzb"_a, "bias"_a, "activation"_a, "x_scale"_a, "x_zero"_a, "y_scale"_a = 0.0f, "y_zero"_a = 0);
+  def_run_linear<uint8_t, float, void>(linear);
 }
 
 void bind_conv2d(py::module_& m) {
@@ -310,7 +313,6 @@ void bind_depthwise(py::module_& m) {
           "x"_a, "residual"_a, "y"_a, "threads"_a, "n"_a);
 }
 
-// A linear layer's tensors are channels_last: a sample's features lie together.
 template <class T>
 void def_linear(py::module_& m, const char* name) {
   m.def(
@@ -336,23 +338,16 @@ struct PackedLinear : PackedConv2d<T> {
 template <class T>
 void def_packed_linear(py::module_& m, const char* name) {
   using Layer = PackedLinear<T>;
-  py::class_<Layer>(m, name)
-      .def(py::init([](int64_t in_features, int64_t out_features, int64_t bh, int64_t bw, Address values,
-                       Address row_ptr, Address col_idx, int64_t nnzb, Address bias, int activation) {
-             return std::make_unique<Layer>(sparsekd::linear_shape(1, in_features, out_features, bh, bw), in<T>(values),
-                                            blocks(row_ptr, col_idx, nnzb), in<float>(bias), to_activation(activation));
-           }),
-           "in_features"_a, "out_features"_a, "bh"_a, "bw"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a,
-           "bias"_a = 0, "activation"_a = 0)
-      .def(
-          "run",
-          [](const Layer& self, Address x, int64_t batch, Address residual, Address y, int threads) {
-            Conv2dGeometry geometry = self.shape().geometry;
-            geometry.w = geometry.q = batch;
-            py::gil_scoped_release release;
-            self.run(geometry, {in<T>(x), true}, in<T>(residual), {out<T>(y), true}, threads);
-          },
-          "x"_a, "batch"_a, "residual"_a, "y"_a, "threads"_a);
+  py::class_<Layer> layer(m, name);
+  layer.def(py::init([](int64_t in_features, int64_t out_features, int64_t bh, int64_t bw, Address values,
+                        Address row_ptr, Address col_idx, int64_t nnzb, Address bias, int activation) {
+              return std::make_unique<Layer>(sparsekd::linear_shape(1, in_features, out_features, bh, bw),
+                                             in<T>(values), blocks(row_ptr, col_idx, nnzb), in<float>(bias),
+                                             to_activation(activation));
+            }),
+            "in_features"_a, "out_features"_a, "bh"_a, "bw"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a,
+            "bias"_a = 0, "activation"_a = 0);
+  def_run_linear<T, T, T>(layer);
 }
 
 void bind_linear(py::module_& m) {

@@ -14,16 +14,10 @@ ACTIVATIONS: dict[str, int]  # {"none": 0, "relu": 1, "relu6": 2, "silu": 3}: th
 
 class Conv2dShape:
     def __init__(
-        self,
-        input: Sequence[int],
-        out_channels: int,
-        kernel_size: Sequence[int],
-        stride: Sequence[int] = (1, 1),
-        padding: Sequence[int] = (0, 0),
-        dilation: Sequence[int] = (1, 1),
-        groups: int = 1,
-        block: Sequence[int] = (16, 1),
-    ) -> None: ...
+        self, input: Sequence[int], out_channels: int, kernel_size: Sequence[int], stride: Sequence[int] = (1, 1),
+        padding: Sequence[int] = (0, 0), dilation: Sequence[int] = (1, 1), groups: int = 1,
+        block: Sequence[int] = (16, 1)
+    ) -> None: ...  # fmt: skip
     @property
     def n(self) -> int: ...
     @property
@@ -33,15 +27,8 @@ class Conv2dShape:
 
 class PackedConv2d:
     def __init__(
-        self,
-        shape: Conv2dShape,
-        values: int,
-        row_ptr: int,
-        col_idx: int,
-        nnzb: int,
-        bias: int = 0,
-        activation: int = 0,
-    ) -> None: ...
+        self, shape: Conv2dShape, values: int, row_ptr: int, col_idx: int, nnzb: int, bias: int = 0, activation: int = 0
+    ) -> None: ...  # fmt: skip
     def run(
         self, x: int, x_channels_last: bool, residual: int, y: int, y_channels_last: bool, threads: int, n: int = -1
     ) -> None: ...
@@ -54,183 +41,61 @@ class PackedDepthwise:
 
 class PackedLinear:
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bh: int,
-        bw: int,
-        values: int,
-        row_ptr: int,
-        col_idx: int,
-        nnzb: int,
-        bias: int = 0,
-        activation: int = 0,
-    ) -> None: ...
+        self, in_features: int, out_features: int, bh: int, bw: int, values: int, row_ptr: int, col_idx: int, nnzb: int,
+        bias: int = 0, activation: int = 0
+    ) -> None: ...  # fmt: skip
     def run(self, x: int, batch: int, residual: int, y: int, threads: int) -> None: ...
 
 class PackedConv2dBf16(PackedConv2d): ...  # bf16 values, x, residual and y; float32 bias
 class PackedLinearBf16(PackedLinear): ...
 
-class PackedConv2dInt8:  # int8 values, float32 scale per output row and bias; x is u8
+# int8 values, float32 scale per output row and bias; x is u8. Without y_scale y and residual are float32, else y is u8
+# and there is no residual.
+class PackedConv2dInt8:
     def __init__(
-        self,
-        shape: Conv2dShape,
-        values: int,
-        scale: int,
-        row_ptr: int,
-        col_idx: int,
-        nnzb: int,
-        bias: int,
-        activation: int,
-        x_scale: float,
-        x_zero: int,
-        y_scale: float = 0.0,  # 0: y and residual are float32; else y is u8 and there is no residual
-        y_zero: int = 0,
-    ) -> None: ...
+        self, shape: Conv2dShape, values: int, scale: int, row_ptr: int, col_idx: int, nnzb: int, bias: int,
+        activation: int, x_scale: float, x_zero: int, y_scale: float = 0.0, y_zero: int = 0
+    ) -> None: ...  # fmt: skip
     def run(
         self, x: int, x_channels_last: bool, residual: int, y: int, y_channels_last: bool, threads: int, n: int = -1
     ) -> None: ...
 
 class PackedLinearInt8:
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bh: int,
-        bw: int,
-        values: int,
-        scale: int,
-        row_ptr: int,
-        col_idx: int,
-        nnzb: int,
-        bias: int,
-        activation: int,
-        x_scale: float,
-        x_zero: int,
-        y_scale: float = 0.0,
-        y_zero: int = 0,
-    ) -> None: ...
+        self, in_features: int, out_features: int, bh: int, bw: int, values: int, scale: int, row_ptr: int,
+        col_idx: int, nnzb: int, bias: int, activation: int, x_scale: float, x_zero: int, y_scale: float = 0.0,
+        y_zero: int = 0
+    ) -> None: ...  # fmt: skip
     def run(self, x: int, batch: int, residual: int, y: int, threads: int) -> None: ...
 
 def quantize_u8(x: int, count: int, scale: float, zero: int, y: int, threads: int) -> None: ...
 def conv2d_f32(
-    shape: Conv2dShape,
-    x: int,
-    x_channels_last: bool,
-    values: int,
-    row_ptr: int,
-    col_idx: int,
-    nnzb: int,
-    bias: int,
-    residual: int,
-    y: int,
-    y_channels_last: bool,
-    activation: int,
-    threads: int,
-) -> None: ...
-
-# bf16: values, x, residual and y are bf16, bias is float32.
-def conv2d_bf16(
-    shape: Conv2dShape,
-    x: int,
-    x_channels_last: bool,
-    values: int,
-    row_ptr: int,
-    col_idx: int,
-    nnzb: int,
-    bias: int,
-    residual: int,
-    y: int,
-    y_channels_last: bool,
-    activation: int,
-    threads: int,
-) -> None: ...
+    shape: Conv2dShape, x: int, x_channels_last: bool, values: int, row_ptr: int, col_idx: int, nnzb: int, bias: int,
+    residual: int, y: int, y_channels_last: bool, activation: int, threads: int
+) -> None: ...  # fmt: skip
 def conv2d_grad_input_f32(
-    shape: Conv2dShape,
-    dy: int,
-    dy_channels_last: bool,
-    values: int,
-    row_ptr: int,
-    col_idx: int,
-    nnzb: int,
-    dx: int,
-    dx_channels_last: bool,
-    threads: int,
-) -> None: ...
+    shape: Conv2dShape, dy: int, dy_channels_last: bool, values: int, row_ptr: int, col_idx: int, nnzb: int, dx: int,
+    dx_channels_last: bool, threads: int
+) -> None: ...  # fmt: skip
 def conv2d_grad_values_f32(
-    shape: Conv2dShape,
-    x: int,
-    x_channels_last: bool,
-    dy: int,
-    dy_channels_last: bool,
-    row_ptr: int,
-    col_idx: int,
-    nnzb: int,
-    dvalues: int,
-    threads: int,
-) -> None: ...
+    shape: Conv2dShape, x: int, x_channels_last: bool, dy: int, dy_channels_last: bool, row_ptr: int, col_idx: int,
+    nnzb: int, dvalues: int, threads: int
+) -> None: ...  # fmt: skip
 def linear_f32(
-    x: int,
-    batch: int,
-    in_features: int,
-    values: int,
-    row_ptr: int,
-    col_idx: int,
-    nnzb: int,
-    bh: int,
-    bw: int,
-    bias: int,
-    residual: int,
-    y: int,
-    out_features: int,
-    activation: int,
-    threads: int,
-) -> None: ...
-def linear_bf16(
-    x: int,
-    batch: int,
-    in_features: int,
-    values: int,
-    row_ptr: int,
-    col_idx: int,
-    nnzb: int,
-    bh: int,
-    bw: int,
-    bias: int,
-    residual: int,
-    y: int,
-    out_features: int,
-    activation: int,
-    threads: int,
-) -> None: ...
+    x: int, batch: int, in_features: int, values: int, row_ptr: int, col_idx: int, nnzb: int, bh: int, bw: int,
+    bias: int, residual: int, y: int, out_features: int, activation: int, threads: int
+) -> None: ...  # fmt: skip
 def linear_grad_input_f32(
-    dy: int,
-    batch: int,
-    out_features: int,
-    values: int,
-    row_ptr: int,
-    col_idx: int,
-    nnzb: int,
-    bh: int,
-    bw: int,
-    dx: int,
-    in_features: int,
-    threads: int,
-) -> None: ...
+    dy: int, batch: int, out_features: int, values: int, row_ptr: int, col_idx: int, nnzb: int, bh: int, bw: int,
+    dx: int, in_features: int, threads: int
+) -> None: ...  # fmt: skip
 def linear_grad_values_f32(
-    x: int,
-    batch: int,
-    in_features: int,
-    dy: int,
-    out_features: int,
-    row_ptr: int,
-    col_idx: int,
-    nnzb: int,
-    bh: int,
-    bw: int,
-    dvalues: int,
-    threads: int,
-) -> None: ...
+    x: int, batch: int, in_features: int, dy: int, out_features: int, row_ptr: int, col_idx: int, nnzb: int, bh: int,
+    bw: int, dvalues: int, threads: int
+) -> None: ...  # fmt: skip
+
+conv2d_bf16 = conv2d_f32  # bf16 values, x, residual and y; float32 bias
+linear_bf16 = linear_f32
 
 ELEMENTS: dict[str, int]
 
@@ -242,27 +107,12 @@ def feature_stats_grad(
     layers: Sequence[_Layer], batch: int, grad_means: int, grad_energy: int, threads: int
 ) -> None: ...
 def match_maps(
-    batch: int,
-    attention: int,
-    teacher: int,
-    teacher_sizes: Sequence[int],
-    student: int,
-    student_sizes: Sequence[int],
-    loss: int,
-    grad_attention: int,
-    grad_student: int,
-    threads: int,
-) -> None: ...
+    batch: int, attention: int, teacher: int, teacher_sizes: Sequence[int], student: int, student_sizes: Sequence[int],
+    loss: int, grad_attention: int, grad_student: int, threads: int
+) -> None: ...  # fmt: skip
 def kd_loss(
-    batch: int,
-    classes: int,
-    student: int,
-    teacher: int,
-    temperature: float,
-    loss: int,
-    grad_student: int,
-    threads: int,
-) -> None: ...
+    batch: int, classes: int, student: int, teacher: int, temperature: float, loss: int, grad_student: int, threads: int
+) -> None: ...  # fmt: skip
 
 class Pool:
     def __init__(self, shape: Conv2dShape, mean: bool, dtype: str) -> None: ...

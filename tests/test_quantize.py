@@ -78,6 +78,16 @@ def test_long_sums_do_not_saturate(isa_restored):  # noqa: F811
         torch.testing.assert_close(y, torch.full((1, 16), 255.0 * 32768), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("image", [(), (3, 2)], ids=["linear", "conv2d"])
+def test_bytes_out_take_no_residual(image):
+    weight = BlockSparse.from_dense(torch.ones(16, 8, *(1 for _ in image)), BlockPattern(16, 4))
+    scale = quantize.ByteScale(1.0, 0)
+    layer = quantize.quantize_layer(weight, None, scale, y=scale, image=image or None)
+    assert layer(torch.ones(2, 8, *image)).eq(8).all()
+    with pytest.raises(ValueError, match="takes no residual"):
+        layer(torch.ones(2, 8, *image), torch.ones(2, 16, *image))
+
+
 def test_float_input_is_quantised_as_written(isa_restored):  # noqa: F811
     scale = quantize.ByteScale.of_range(-1.0, 3.0)
     x = torch.cat([torch.linspace(-2, 4, 999), torch.tensor([float("inf"), -float("inf"), 0.0])])
