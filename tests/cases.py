@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from safetensors.torch import load, save
 
 from sparsekd import BlockPattern, BlockSparse
 
@@ -19,6 +22,13 @@ def torch_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def through_files(state: dict[str, Any]) -> dict[str, Any]:
+    """A state as checkpoints keep it: tensors through safetensors, the rest through JSON."""
+    tensors = {key: value.contiguous() for key, value in state.items() if isinstance(value, torch.Tensor)}
+    rest = {key: value for key, value in state.items() if key not in tensors}
+    return load(save(tensors)) | json.loads(json.dumps(rest))
 
 
 @dataclass(frozen=True)

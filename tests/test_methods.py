@@ -1,10 +1,7 @@
 """The three methods in a loop like anybody's: what goes when, what survives with which values, and resuming."""
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load, save
 from torch import nn
 from torch.optim import SGD, AdamW
 
@@ -12,6 +9,8 @@ from sparsekd import BlockPattern
 from sparsekd.distill import Distiller
 from sparsekd.methods import LTHSAD, METHODS, PAPER, SPSAD, SSSAD
 from sparsekd.pruning import LinearSchedule
+
+from .cases import through_files
 
 SMALL = BlockPattern(4, 1)
 GRANULARITIES = ("block", "filter", "unstructured")
@@ -237,13 +236,6 @@ def test_random_scores_choose_otherwise():
         kept[score] = torch.cat([weight.flatten() != 0 for weight in weights(student).values()])
     assert int(kept["random"].sum()) == pytest.approx(int(kept["magnitude"].sum()), abs=4)
     assert not torch.equal(kept["random"], kept["magnitude"])
-
-
-def through_files(state):
-    """A state as checkpoints keep it: tensors through safetensors, the rest through JSON."""
-    tensors = {key: value.contiguous() for key, value in state.items() if isinstance(value, torch.Tensor)}
-    rest = {key: value for key, value in state.items() if key not in tensors}
-    return load(save(tensors)) | json.loads(json.dumps(rest))
 
 
 @pytest.mark.parametrize("killed_after", [3, 4])

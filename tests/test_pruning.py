@@ -1,12 +1,9 @@
 """Pruning: targets are exact, what is gone stays gone, and everything that hangs on a weight goes with it."""
 
-import json
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load, save
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
@@ -23,6 +20,8 @@ from sparsekd.pruning import (
     layer_ranks,
     magnitude_scores,
 )
+
+from .cases import through_files
 
 GRANULARITIES = ("block", "filter", "unstructured")
 OPTIMIZERS = {
@@ -61,6 +60,15 @@ SMALL = BlockPattern(4, 3)
 def pruner_of(net, granularity="block", pattern=SMALL, **options):
     options.setdefault("example_inputs", (torch.randn(2, 2, 6, 6),))
     return Pruner(net, granularity=granularity, pattern=pattern if granularity == "block" else None, **options)
+
+
+def attached(kind="sgd", *args, **options):
+    """A network, its pruner, and an optimizer that the pruner knows."""
+    net = Net()
+    pruner = pruner_of(net, *args, **options)
+    optimizer = OPTIMIZERS[kind](net.parameters())
+    pruner.attach(optimizer)
+    return net, pruner, optimizer
 
 
 def train_step(net, optimizer, x, y):
@@ -259,10 +267,7 @@ def test_an_optimizer_whose_state_cannot_shrink_is_refused_before_anything_chang
 
 def test_pruning_works_while_the_last_graph_is_alive():
     """Autograd remembers a parameter's shape as long as some loss holds on to its graph."""
-    net = Net()
-    pruner = pruner_of(net)
-    optimizer = SGD(net.parameters(), lr=0.1)
-    pruner.attach(optimizer)
+    net, pruner, optimizer = attached()
     losses = [train_step(net, optimizer, *batch())]
     for target in (0.3, 0.6):
         pruner.prune_to(target)
@@ -292,10 +297,7 @@ def test_a_step_has_less_to_do(granularity):
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_what_is_gone_stays_gone_after_every_step(granularity, kind):
-    net = Net()
-    pruner = pruner_of(net, granularity)
-    optimizer = OPTIMIZERS[kind](net.parameters())
-    pruner.attach(optimizer)
+    net, pruner, optimizer = attached(kind, granularity)
     for target in (0.0, 0.35, 0.7, 0.8):
         pruner.prune_to(target)
         kept = {name: weight != 0 for name, weight in dense_weights(net).items()}
@@ -310,10 +312,7 @@ def test_what_is_gone_stays_gone_after_every_step(granularity, kind):
 
 
 def test_check_notices_what_came_back():
-    net = Net()
-    pruner = pruner_of(net, "unstructured")
-    optimizer = OPTIMIZERS["sgd"](net.parameters())
-    pruner.attach(optimizer)
+    net, pruner, optimizer = attached("sgd", "unstructured")
     train_step(net, optimizer, *batch())
     pruner.prune_to(0.5)
     train_step(net, optimizer, *batch())  # no after_step: momentum brings weights back
@@ -344,10 +343,7 @@ def test_check_notices_a_foreign_hand():
 
 
 def test_check_notices_optimizer_state_of_the_old_shape():
-    net = Net()
-    pruner = pruner_of(net)
-    optimizer = Adam(net.parameters())
-    pruner.attach(optimizer)
+    net, pruner, optimizer = attached("adam")
     train_step(net, optimizer, *batch())
     old = optimizer.state[net.conv2.values]["exp_avg"].clone()
     pruner.prune_to(0.5)
@@ -376,10 +372,7 @@ def dead_channels(net, pruner, granularity):
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_batch_norm_and_bias_of_a_dead_filter_die_with_it(granularity, kind):
-    net = Net()
-    pruner = pruner_of(net, granularity, BlockPattern(4, 1))
-    optimizer = OPTIMIZERS[kind](net.parameters())
-    pruner.attach(optimizer)
+    net, pruner, optimizer = attached(kind, granularity, BlockPattern(4, 1))
     for _ in range(3):
         train_step(net, optimizer, *batch())
         pruner.after_step()
@@ -480,12 +473,9 @@ def test_a_batch_norm_belongs_to_what_alone_feeds_it():
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_rewinding_gives_the_survivors_their_first_values_bit_for_bit(granularity):
-    net = Net()
-    pruner = pruner_of(net, granularity)
+    net, pruner, optimizer = attached("adam", granularity)
     first = dense_weights(net)
     rest = {name: tensor.clone() for name, tensor in net.state_dict().items() if name.startswith(("bn", "head.b"))}
-    optimizer = OPTIMIZERS["adam"](net.parameters())
-    pruner.attach(optimizer)
     for target in (0.3, 0.6):
         for _ in range(3):
             train_step(net, optimizer, *batch())
@@ -503,10 +493,7 @@ def test_rewinding_gives_the_survivors_their_first_values_bit_for_bit(granularit
 
 
 def test_rewinding_only_the_weights_leaves_the_rest():
-    net = Net()
-    pruner = pruner_of(net)
-    optimizer = SGD(net.parameters(), lr=0.1)
-    pruner.attach(optimizer)
+    net, pruner, optimizer = attached()
     first = dense_weights(net)
     for _ in range(3):
         train_step(net, optimizer, *batch())
@@ -517,10 +504,7 @@ def test_rewinding_only_the_weights_leaves_the_rest():
 
 
 def test_late_rewinding_goes_back_to_the_snapshot():
-    net = Net()
-    pruner = pruner_of(net)
-    optimizer = SGD(net.parameters(), lr=0.1)
-    pruner.attach(optimizer)
+    net, pruner, optimizer = attached()
     train_step(net, optimizer, *batch())
     pruner.snapshot()
     late = dense_weights(net)
@@ -534,10 +518,7 @@ def test_late_rewinding_goes_back_to_the_snapshot():
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_after_a_reset_an_optimizer_steps_like_a_new_one(kind):
-    net = Net()
-    pruner = pruner_of(net)
-    optimizer = OPTIMIZERS[kind](net.parameters())
-    pruner.attach(optimizer)
+    net, pruner, optimizer = attached(kind)
     for _ in range(3):
         train_step(net, optimizer, *batch())
     pruner.rewind()
@@ -552,13 +533,6 @@ def test_after_a_reset_an_optimizer_steps_like_a_new_one(kind):
 # State
 
 
-def through_files(state):
-    """A state as checkpoints keep it: tensors through safetensors, the rest through JSON."""
-    tensors = {key: value.contiguous() for key, value in state.items() if isinstance(value, torch.Tensor)}
-    rest = {key: value for key, value in state.items() if key not in tensors}
-    return load(save(tensors)) | json.loads(json.dumps(rest))
-
-
 @pytest.mark.parametrize("model_first", [True, False])
 @pytest.mark.parametrize("score", ["magnitude", "random"])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -567,10 +541,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(granularity, scor
 
     def build():
         torch.manual_seed(3)
-        net = Net()
-        pruner = pruner_of(net, granularity, score=score, example_inputs=(batches[0][0],))
-        optimizer = OPTIMIZERS["adam"](net.parameters())
-        pruner.attach(optimizer)
+        net, pruner, optimizer = attached("adam", granularity, score=score, example_inputs=(batches[0][0],))
         return net, pruner, optimizer
 
     def run(net, pruner, optimizer, steps):
