@@ -190,14 +190,9 @@ def _conv2d(
         y = torch.empty((x.shape[0], k, *size), dtype=out, device="cpu", memory_format=layout)
         add = _residual(residual, y, layout)
         packed(
-            x.data_ptr(),
-            last,
-            0 if add is None else add.data_ptr(),
-            y.data_ptr(),
-            last,
-            threads or torch.get_num_threads(),
-            x.shape[0],
-        )
+            x.data_ptr(), last, 0 if add is None else add.data_ptr(), y.data_ptr(), last,
+            threads or torch.get_num_threads(), x.shape[0],
+        )  # fmt: skip
         return y
 
     return run

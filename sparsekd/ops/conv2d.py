@@ -171,20 +171,10 @@ def _check(
 
 
 def _fake(
-    x: Tensor,
-    values: Tensor,
-    row_ptr: Tensor,
-    col_idx: Tensor,
-    bias: Tensor | None,
-    out_channels: int,
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
+    x: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, bias: Tensor | None, out_channels: int, *geometry: Any
 ) -> Tensor:
-    _check(x, values, row_ptr, col_idx, bias, out_channels, kernel_size, stride, padding, dilation, groups)
-    size = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    _check(x, values, row_ptr, col_idx, bias, out_channels, *geometry)
+    size = output_size(x.shape[2:], *geometry[:4])
     out = x.new_empty(x.shape[0], out_channels, *size)
     return out.contiguous(memory_format=memory_format(x))
 
