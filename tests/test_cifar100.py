@@ -216,6 +216,18 @@ def test_paper_recipes_are_those_of_its_table(task):
             assert network.densities == found[network.folder].densities
 
 
+def test_our_reduced_recipe_is_that_of_its_protocol(task):
+    protocol = recipes.PROTOCOLS["reduced"]
+    choice = recipes.Choice((*train.METHODS, *train.ABLATIONS), (0.7, 0.2), protocol="reduced")
+    found = {network.folder: network for network in recipes.networks(task, choice)}
+    assert found["teacher"].recipe.epochs == protocol.teacher_epochs
+    assert {found[name].recipe.epochs for name in ("student", "kd", "at", "sad")} == {6 * protocol.round_epochs}
+    assert (found["at"].beta, found["at"].features) == (protocol.at_beta, "at")
+    assert {found[name].beta for name in ("sad", "random", *train.METHODS)} == {protocol.beta}
+    quick = {n.folder: n for n in recipes.networks(task, dataclasses.replace(choice, quick=True))}
+    assert quick["teacher"].recipe.epochs == quick["student"].recipe.epochs == 6
+
+
 @pytest.mark.parametrize("method", list(train.METHODS))
 def test_sweeps_pass_every_density(task, method):
     targets = (0.3, 0.5, 0.6, 0.7, 0.8)
