@@ -51,21 +51,26 @@ void StripSet::build_in_place(const BlockWeight& w) {
   view_ = {nullptr, 0, w.bh, w.nnzb * w.bh, w.col_idx, w.nnzb};
 }
 
+void StripSet::add_columns(const BlockWeight& w, int64_t i) {
+  const int64_t column_blocks = (w.columns + w.bw - 1) / w.bw;
+  for (int32_t block = w.row_ptr[i]; block < w.row_ptr[i + 1]; ++block) {
+    const int64_t tap = w.col_idx[block] / column_blocks, c = w.col_idx[block] % column_blocks * w.bw;
+    for (int64_t word = c / w.depth; word * w.depth < std::min(c + w.bw, w.columns); ++word) {
+      const int32_t column = static_cast<int32_t>(tap * w.words() + word);
+      if (slot_[column] >= 0) continue;
+      slot_[column] = 0;
+      columns_.push_back(column);
+    }
+  }
+}
+
 void StripSet::build_tall(const BlockWeight& w) {
-  const int64_t block_rows = (w.rows + w.bh - 1) / w.bh, column_blocks = (w.columns + w.bw - 1) / w.bw;
+  const int64_t block_rows = (w.rows + w.bh - 1) / w.bh;
   int64_t weights = 0;
   slot_.assign(static_cast<size_t>(w.taps * w.words()), -1);
   for (int64_t i = 0; i < block_rows; ++i) {
     const size_t first = columns_.size();
-    for (int32_t block = w.row_ptr[i]; block < w.row_ptr[i + 1]; ++block) {
-      const int64_t tap = w.col_idx[block] / column_blocks, c = w.col_idx[block] % column_blocks * w.bw;
-      for (int64_t word = c / w.depth; word * w.depth < std::min(c + w.bw, w.columns); ++word) {
-        const int32_t column = static_cast<int32_t>(tap * w.words() + word);
-        if (slot_[column] >= 0) continue;
-        slot_[column] = 0;
-        columns_.push_back(column);
-      }
-    }
+    add_columns(w, i);
     for (size_t j = first; j < columns_.size(); ++j) slot_[columns_[j]] = -1;
     const int32_t count = static_cast<int32_t>(columns_.size() - first);
     for (int64_t row = i * w.bh; row < (i + 1) * w.bh; row += kStripRows, weights += count * kStripRows)
@@ -110,22 +115,13 @@ void StripSet::build_packed(const BlockWeight& w) {
 
 void StripSet::close_strip(const BlockWeight& w, int32_t group) {
   if (open_.empty()) return;
-  const int64_t column_blocks = (w.columns + w.bw - 1) / w.bw;
   const size_t first = columns_.size();
   int64_t previous = -1;
   for (const int32_t row : open_) {
     const int64_t i = row / w.bh;
     if (i == previous) continue;
     previous = i;
-    for (int32_t block = w.row_ptr[i]; block < w.row_ptr[i + 1]; ++block) {
-      const int64_t tap = w.col_idx[block] / column_blocks, c = w.col_idx[block] % column_blocks * w.bw;
-      for (int64_t j = c; j < std::min(c + w.bw, w.columns); ++j) {
-        const int32_t column = static_cast<int32_t>(tap * w.words() + j / w.depth);
-        if (slot_[column] >= 0) continue;
-        slot_[column] = 0;
-        columns_.push_back(column);
-      }
-    }
+    add_columns(w, i);
   }
   for (size_t j = first; j < columns_.size(); ++j) slot_[columns_[j]] = -1;
   std::sort(columns_.begin() + static_cast<std::ptrdiff_t>(first), columns_.end());

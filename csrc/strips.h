@@ -43,6 +43,7 @@ class StripSet {
   void build_tall(const BlockWeight& weight);
   void build_packed(const BlockWeight& weight);
   void close_strip(const BlockWeight& weight, int32_t group);
+  void add_columns(const BlockWeight& weight, int64_t i);  // of block row i, those that the strip being built lacks
   template <class Visit>
   void visit(const BlockWeight& weight, const Visit& body);
 
