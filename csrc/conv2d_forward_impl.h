@@ -13,9 +13,8 @@ using sparsekd::Conv2dForward;
 
 constexpr int kTileRowsMax = 8;  // base pointers that still fit in general registers
 
-// What the loops do with a word of weights and a word of input. Stored: what a
-// tile can write to y by itself; other types of y take the way through the
-// buffer, so that they share its code.
+// What the loops do with a word of weights and a word of input. Stored: what a tile can write to y by itself; other
+// types of y take the way through the buffer, so that they share its code.
 struct FloatSums {
   using Stored = float;
   static constexpr bool kInteger = false;
@@ -78,8 +77,7 @@ inline Vec16 sum_value(const ForwardTile<Sums>& t, Vec16 sum) {
   return Vec16::fma(Vec16::load(lane), Vec16::load(t.scale), Vec16::load(t.bias));
 }
 
-// Hands finished accumulators over: to the buffer, or with residual and
-// activation to the output.
+// Hands finished accumulators over: to the buffer, or with residual and activation to the output.
 template <class Sums, int A, int B>
 inline void finish_tile(const ForwardTile<Sums>& t, const Vec16 (&acc)[A * B]) {
   if (Sums::kInteger || t.buffer != nullptr) {
@@ -123,8 +121,7 @@ void forward_tile(const ForwardTile<Sums>& t) {
   finish_tile<Sums, A, B>(t, acc);
 }
 
-// Few pixels: U columns at once keep the multiply-adds independent, and U
-// weight loads in flight.
+// Few pixels: U columns at once keep the multiply-adds independent, and U weight loads in flight.
 template <class Sums, int A, int U>
 void forward_few(const ForwardTile<Sums>& t) {
   Vec16 acc[U][A];
@@ -173,8 +170,7 @@ struct TileShape {
   int64_t rows, cols;
 };
 
-// Fills the accumulators as well as the width allows: 56 = 28 + 28, 14 = two
-// rows at once.
+// Fills the accumulators as well as the width allows: 56 = 28 + 28, 14 = two rows at once.
 inline TileShape choose_tile(int64_t cols) {
   const int64_t b = ceil_div(cols, ceil_div(cols, Vec16::kTilePixels));
   return {min64(kTileRowsMax, Vec16::kTilePixels / b), b};
@@ -209,8 +205,7 @@ struct ForwardCall {
   bool stream;  // y is written past the caches
 };
 
-// n <= 16 finished sums, to which `residual` elements are added if there are
-// any: activation, type of y.
+// n <= 16 finished sums, to which `residual` elements are added if there are any: activation, type of y.
 template <class Words>
 inline void put(const ForwardCall<Words>& call, typename Words::Y* y, Vec16 v, const typename Words::Y* residual,
                 int n) {
@@ -224,8 +219,7 @@ inline void put(const ForwardCall<Words>& call, typename Words::Y* y, Vec16 v, c
   }
 }
 
-// Writes finished pixels from [pixel][16] for outputs that lie [pixel][row],
-// where a strip is ragged or scattered.
+// Writes finished pixels from [pixel][16] for outputs that lie [pixel][row], where a strip is ragged or scattered.
 template <class Words>
 inline void store_pixels(const ForwardCall<Words>& call, const Strip& strip, const float* buffer, int64_t pixel,
                          int64_t count) {
@@ -246,8 +240,7 @@ inline void store_pixels(const ForwardCall<Words>& call, const Strip& strip, con
   }
 }
 
-// The same for outputs that lie [row][pixel]: `count` neighbouring pixels of
-// one image.
+// The same for outputs that lie [row][pixel]: `count` neighbouring pixels of one image.
 template <class Words>
 inline void store_rows(const ForwardCall<Words>& call, const Strip& strip, const float* buffer, int64_t image,
                        int64_t pixel, int64_t count) {
@@ -305,8 +298,7 @@ inline void forward_strips(const ForwardCall<Words>& call, const Band& band, con
     tile.start = call.start + s * kStripRows;
     tile.scale = call.scale + s * kStripRows;
     tile.bias = call.bias + s * kStripRows;
-    // SiLU goes through the buffer: 28 inlined exponentials in each of the
-    // tiles would be mostly code.
+    // SiLU goes through the buffer: 28 inlined exponentials in each of the tiles would be mostly code.
     constexpr bool stored = std::is_same<typename Words::Y, typename Words::Sums::Stored>::value;
     const bool direct = stored && call.args.y_channels_last && strip.rows == nullptr && strip.lanes == kStripRows &&
                         call.args.activation != Activation::kSilu;
@@ -351,9 +343,8 @@ inline void forward_band(const ForwardCall<Words>& call, const Band& band, const
 template <class Words>
 using ForwardInput = Input<typename Words::X, Words::kDepth>;
 
-// Packing costs about as much as using every channel once, so it pays unless
-// few strips share it; tiles of single pixels in turn need long columns lists
-// to hide their set-up. Measured on 1 x 1 layers, see README.md.
+// Packing costs about as much as using every channel once, so it pays unless few strips share it; tiles of single
+// pixels in turn need long columns lists to hide their set-up. Measured on 1 x 1 layers, see README.md.
 template <class Words>
 inline Source choose_source(const Conv2dForward<typename Words::X, typename Words::Y>& args, const Conv2dGeometry& g,
                             const ForwardInput<Words>& in) {

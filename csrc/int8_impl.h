@@ -1,5 +1,4 @@
-// Eight-bit operands: exact sums in 32-bit integers, and the way from and to
-// floats.
+// Eight-bit operands: exact sums in 32-bit integers, and the way from and to floats.
 #pragma once
 
 #include <cstdint>
@@ -32,8 +31,7 @@ inline Vec16 madd_shorts(Vec16 a, Vec16 b, Vec16 sum) {
 #endif
 }
 
-// x - x_zero and the weights as 16 bits: exact on every CPU (vpmaddubsw of
-// bytes would saturate).
+// x - x_zero and the weights as 16 bits: exact on every CPU (vpmaddubsw of bytes would saturate).
 struct ShortSums {
   using Stored = void;
   static constexpr bool kInteger = true;

@@ -1,5 +1,4 @@
-// The int8 forward pass on vpdpbusd, and the four multiply-adds it does per
-// word; the rest is AVX-512's.
+// The int8 forward pass on vpdpbusd, and the four multiply-adds it does per word; the rest is AVX-512's.
 #include "simd/vec_avx512.h"
 
 #include "conv2d_forward_impl.h"
@@ -7,10 +6,9 @@
 
 namespace {
 
-// Four neighbouring channels of one pixel, unsigned, times four signed weights,
-// added to a 32-bit integer. Memory could be broadcast into the signed operand
-// for nothing, but then the weights would have to be the unsigned one, and
-// every pixel's sum of inputs be subtracted again.
+// Four neighbouring channels of one pixel, unsigned, times four signed weights, added to a 32-bit integer. Memory could
+// be broadcast into the signed operand for nothing, but then the weights would have to be the unsigned one, and every
+// pixel's sum of inputs be subtracted again.
 struct ByteSums {
   using Stored = void;
   static constexpr bool kInteger = true;

@@ -5,8 +5,7 @@
 
 namespace {
 
-// Independent multiply-adds on registers only: what the figures of the kernels
-// are compared with. `sink` is [32].
+// Independent multiply-adds on registers only: what the figures of the kernels are compared with. `sink` is [32].
 template <class Sums, int kDepth>
 double madd_burst(int64_t rounds, float* sink) {
   constexpr int kChains = Vec16::kTilePixels < 12 ? Vec16::kTilePixels : 12;
