@@ -91,7 +91,8 @@ inline Range strip_chunk(const Strips& strips, int64_t chunks, int64_t chunk) {
 
 // dy of one strip as [image][row][pixel][16], rows and images `row_stride` and `image_stride` floats apart; lanes that
 // are not there are zero.
-inline void pack_strip_pixels(const float* dy, bool channels_last, const Conv2dGeometry& g, const Band& band,
+template <class T>
+inline void pack_strip_pixels(const T* dy, bool channels_last, const Conv2dGeometry& g, const Band& band,
                               const Strip& strip, float* packed, int64_t row_stride, int64_t image_stride) {
   const int64_t area = g.p * g.q;
   for (int64_t image = 0; image < band.images; ++image)
@@ -100,9 +101,9 @@ inline void pack_strip_pixels(const float* dy, bool channels_last, const Conv2dG
       const int64_t n = band.image + image;
       const int64_t pixel = (band.y + y) * g.q + band.x;
       if (strip.rows == nullptr && channels_last) {
-        const float* source = dy + (n * area + pixel) * g.k + strip.row;
+        const T* source = dy + (n * area + pixel) * g.k + strip.row;
         for (int64_t x = 0; x < band.cols; ++x) {
-          Vec16::load_first(source + x * g.k, strip.lanes).store(target + x * kStripRows);
+          load16_first(source + x * g.k, strip.lanes).store(target + x * kStripRows);
           __builtin_prefetch(source + x * g.k + kStripRows, 0, 2);  // the next strip's
         }
       } else if (strip.rows == nullptr) {
@@ -110,11 +111,13 @@ inline void pack_strip_pixels(const float* dy, bool channels_last, const Conv2dG
         transpose_floats(dy + (n * g.k + strip.row) * area + pixel, area, strip.lanes, band.cols, target, kStripRows);
       } else {
         const int64_t lane_stride = channels_last ? 1 : area, pixel_stride = channels_last ? g.k : 1;
-        const float* source = dy + (channels_last ? (n * area + pixel) * g.k : n * g.k * area + pixel);
-        for (int64_t x = 0; x < band.cols; ++x)
-          for (int lane = 0; lane < kStripRows; ++lane)
-            target[x * kStripRows + lane] =
-                lane < strip.lanes ? source[strip.rows[lane] * lane_stride + x * pixel_stride] : 0.0f;
+        const T* source = dy + (channels_last ? (n * area + pixel) * g.k : n * g.k * area + pixel);
+        for (int64_t x = 0; x < band.cols; ++x) {
+          T lanes[kStripRows] = {};
+          for (int lane = 0; lane < strip.lanes; ++lane)
+            lanes[lane] = source[strip.rows[lane] * lane_stride + x * pixel_stride];
+          load16(lanes).store(target + x * kStripRows);
+        }
       }
     }
 }

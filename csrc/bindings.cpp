@@ -190,6 +190,34 @@ void def_run_linear(py::class_<Layer>& layer) {
 }
 
 template <class T>
+void def_conv2d_grad_input(py::module_& m, const char* name) {
+  m.def(
+      name,
+      [](const Conv2dShape& shape, Address dy, bool dy_channels_last, Address values, Address row_ptr, Address col_idx,
+         int64_t nnzb, Address dx, bool dx_channels_last, int threads) {
+        py::gil_scoped_release release;
+        sparsekd::conv2d_grad_input<T>(shape, {in<T>(dy), dy_channels_last}, in<T>(values),
+                                       blocks(row_ptr, col_idx, nnzb), {out<T>(dx), dx_channels_last}, threads);
+      },
+      "shape"_a, "dy"_a, "dy_channels_last"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "dx"_a,
+      "dx_channels_last"_a, "threads"_a);
+}
+
+template <class T>
+void def_conv2d_grad_values(py::module_& m, const char* name) {
+  m.def(
+      name,
+      [](const Conv2dShape& shape, Address x, bool x_channels_last, Address dy, bool dy_channels_last, Address row_ptr,
+         Address col_idx, int64_t nnzb, Address dvalues, int threads) {
+        py::gil_scoped_release release;
+        sparsekd::conv2d_grad_values<T>(shape, {in<T>(x), x_channels_last}, {in<T>(dy), dy_channels_last},
+                                        blocks(row_ptr, col_idx, nnzb), out<T>(dvalues), threads);
+      },
+      "shape"_a, "x"_a, "x_channels_last"_a, "dy"_a, "dy_channels_last"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a,
+      "dvalues"_a, "threads"_a);
+}
+
+template <class T>
 void def_packed_conv2d(py::module_& m, const char* name) {
   using Layer = PackedConv2d<T>;
   py::class_<Layer> layer(m, name);
@@ -269,26 +297,10 @@ void bind_conv2d(py::module_& m) {
 
   def_conv2d<float>(m, "conv2d_f32");
   def_conv2d<Bfloat16>(m, "conv2d_bf16");
-  m.def(
-      "conv2d_grad_input_f32",
-      [](const Conv2dShape& shape, Address dy, bool dy_channels_last, Address values, Address row_ptr, Address col_idx,
-         int64_t nnzb, Address dx, bool dx_channels_last, int threads) {
-        py::gil_scoped_release release;
-        sparsekd::conv2d_grad_input(shape, {in<float>(dy), dy_channels_last}, in<float>(values),
-                                    blocks(row_ptr, col_idx, nnzb), {out(dx), dx_channels_last}, threads);
-      },
-      "shape"_a, "dy"_a, "dy_channels_last"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "dx"_a,
-      "dx_channels_last"_a, "threads"_a);
-  m.def(
-      "conv2d_grad_values_f32",
-      [](const Conv2dShape& shape, Address x, bool x_channels_last, Address dy, bool dy_channels_last, Address row_ptr,
-         Address col_idx, int64_t nnzb, Address dvalues, int threads) {
-        py::gil_scoped_release release;
-        sparsekd::conv2d_grad_values(shape, {in<float>(x), x_channels_last}, {in<float>(dy), dy_channels_last},
-                                     blocks(row_ptr, col_idx, nnzb), out(dvalues), threads);
-      },
-      "shape"_a, "x"_a, "x_channels_last"_a, "dy"_a, "dy_channels_last"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a,
-      "dvalues"_a, "threads"_a);
+  def_conv2d_grad_input<float>(m, "conv2d_grad_input_f32");
+  def_conv2d_grad_input<Bfloat16>(m, "conv2d_grad_input_bf16");
+  def_conv2d_grad_values<float>(m, "conv2d_grad_values_f32");
+  def_conv2d_grad_values<Bfloat16>(m, "conv2d_grad_values_bf16");
 
   def_packed_conv2d<float>(m, "PackedConv2d");
   def_packed_conv2d<Bfloat16>(m, "PackedConv2dBf16");
@@ -331,6 +343,36 @@ void def_linear(py::module_& m, const char* name) {
 }
 
 template <class T>
+void def_linear_grad_input(py::module_& m, const char* name) {
+  m.def(
+      name,
+      [](Address dy, int64_t batch, int64_t out_features, Address values, Address row_ptr, Address col_idx,
+         int64_t nnzb, int64_t bh, int64_t bw, Address dx, int64_t in_features, int threads) {
+        py::gil_scoped_release release;
+        sparsekd::conv2d_grad_input<T>(sparsekd::linear_shape(batch, in_features, out_features, bh, bw),
+                                       {in<T>(dy), true}, in<T>(values), blocks(row_ptr, col_idx, nnzb),
+                                       {out<T>(dx), true}, threads);
+      },
+      "dy"_a, "batch"_a, "out_features"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "bh"_a, "bw"_a, "dx"_a,
+      "in_features"_a, "threads"_a);
+}
+
+template <class T>
+void def_linear_grad_values(py::module_& m, const char* name) {
+  m.def(
+      name,
+      [](Address x, int64_t batch, int64_t in_features, Address dy, int64_t out_features, Address row_ptr,
+         Address col_idx, int64_t nnzb, int64_t bh, int64_t bw, Address dvalues, int threads) {
+        py::gil_scoped_release release;
+        sparsekd::conv2d_grad_values<T>(sparsekd::linear_shape(batch, in_features, out_features, bh, bw),
+                                        {in<T>(x), true}, {in<T>(dy), true}, blocks(row_ptr, col_idx, nnzb),
+                                        out<T>(dvalues), threads);
+      },
+      "x"_a, "batch"_a, "in_features"_a, "dy"_a, "out_features"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "bh"_a, "bw"_a,
+      "dvalues"_a, "threads"_a);
+}
+
+template <class T>
 struct PackedLinear : PackedConv2d<T> {
   using PackedConv2d<T>::PackedConv2d;
 };
@@ -353,28 +395,10 @@ void def_packed_linear(py::module_& m, const char* name) {
 void bind_linear(py::module_& m) {
   def_linear<float>(m, "linear_f32");
   def_linear<Bfloat16>(m, "linear_bf16");
-  m.def(
-      "linear_grad_input_f32",
-      [](Address dy, int64_t batch, int64_t out_features, Address values, Address row_ptr, Address col_idx,
-         int64_t nnzb, int64_t bh, int64_t bw, Address dx, int64_t in_features, int threads) {
-        py::gil_scoped_release release;
-        sparsekd::conv2d_grad_input(sparsekd::linear_shape(batch, in_features, out_features, bh, bw),
-                                    {in<float>(dy), true}, in<float>(values), blocks(row_ptr, col_idx, nnzb),
-                                    {out(dx), true}, threads);
-      },
-      "dy"_a, "batch"_a, "out_features"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "bh"_a, "bw"_a, "dx"_a,
-      "in_features"_a, "threads"_a);
-  m.def(
-      "linear_grad_values_f32",
-      [](Address x, int64_t batch, int64_t in_features, Address dy, int64_t out_features, Address row_ptr,
-         Address col_idx, int64_t nnzb, int64_t bh, int64_t bw, Address dvalues, int threads) {
-        py::gil_scoped_release release;
-        sparsekd::conv2d_grad_values(sparsekd::linear_shape(batch, in_features, out_features, bh, bw),
-                                     {in<float>(x), true}, {in<float>(dy), true}, blocks(row_ptr, col_idx, nnzb),
-                                     out(dvalues), threads);
-      },
-      "x"_a, "batch"_a, "in_features"_a, "dy"_a, "out_features"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "bh"_a, "bw"_a,
-      "dvalues"_a, "threads"_a);
+  def_linear_grad_input<float>(m, "linear_grad_input_f32");
+  def_linear_grad_input<Bfloat16>(m, "linear_grad_input_bf16");
+  def_linear_grad_values<float>(m, "linear_grad_values_f32");
+  def_linear_grad_values<Bfloat16>(m, "linear_grad_values_bf16");
 
   def_packed_linear<float>(m, "PackedLinear");
   def_packed_linear<Bfloat16>(m, "PackedLinearBf16");

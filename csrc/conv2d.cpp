@@ -61,6 +61,14 @@ const float* strip_weights(StripSet& strips, const BlockWeight& weight, const T*
   return packed;
 }
 
+// The same in their own type, so that two rows of a column make a word.
+const float* row_pairs(StripSet& strips, const BlockWeight& weight, const Bfloat16* values) {
+  if (strips.in_place()) return reinterpret_cast<const float*>(values);
+  float* packed = packed_weights(strips);
+  strips.pack(weight, values, reinterpret_cast<Bfloat16*>(packed));
+  return packed;
+}
+
 }  // namespace
 
 template <class T>
@@ -89,24 +97,51 @@ template void conv2d(const Conv2dShape&, Tensor4d<const float>, const float*, co
 template void conv2d(const Conv2dShape&, Tensor4d<const Bfloat16>, const Bfloat16*, const Blocks&,
                      const Epilogue<Bfloat16>&, Tensor4d<Bfloat16>, int);
 
-void conv2d_grad_input(const Conv2dShape& shape, Tensor4d<const float> dy, const float* values, const Blocks& blocks,
-                       Tensor4d<float> dx, int threads) {
+template <class T>
+void conv2d_grad_input(const Conv2dShape& shape, Tensor4d<const T> dy, const T* values, const Blocks& blocks,
+                       Tensor4d<T> dx, int threads) {
+  const KernelTable& table = kernels();
   const BlockWeight weight = block_weight(shape, blocks);
   StripSet& strips = call_strips(weight);
-  const float* weights = strip_weights(strips, weight, values);
-  kernels().conv2d_grad_input_f32({shape.geometry, strips.strips(), weights, dy.data, dy.channels_last, dx.data,
-                                   dx.channels_last, useful_threads(threads, shape.geometry, strips.strips())});
+  const auto run = [&](const auto& kernel, const float* weights) {
+    kernel({shape.geometry, strips.strips(), weights, dy.data, dy.channels_last, dx.data, dx.channels_last,
+            useful_threads(threads, shape.geometry, strips.strips())});
+  };
+  if constexpr (std::is_same_v<T, float>)
+    run(table.conv2d_grad_input_f32, strip_weights(strips, weight, values));
+  else
+    run(table.bf16.conv2d_grad_input,
+        table.bf16.depth == 2 ? row_pairs(strips, weight, values) : strip_weights(strips, weight, values));
 }
 
-void conv2d_grad_values(const Conv2dShape& shape, Tensor4d<const float> x, Tensor4d<const float> dy,
-                        const Blocks& blocks, float* dvalues, int threads) {
+template void conv2d_grad_input(const Conv2dShape&, Tensor4d<const float>, const float*, const Blocks&, Tensor4d<float>,
+                                int);
+template void conv2d_grad_input(const Conv2dShape&, Tensor4d<const Bfloat16>, const Bfloat16*, const Blocks&,
+                                Tensor4d<Bfloat16>, int);
+
+template <class T>
+void conv2d_grad_values(const Conv2dShape& shape, Tensor4d<const T> x, Tensor4d<const T> dy, const Blocks& blocks,
+                        T* dvalues, int threads) {
   const BlockWeight weight = block_weight(shape, blocks);
   StripSet& strips = call_strips(weight);
-  float* dweights = strips.in_place() ? dvalues : packed_weights(strips);
-  kernels().conv2d_grad_values_f32({shape.geometry, strips.strips(), x.data, x.channels_last, dy.data, dy.channels_last,
-                                    dweights, useful_threads(threads, shape.geometry, strips.strips())});
-  if (!strips.in_place()) strips.unpack(weight, dweights, dvalues);
+  const auto run = [&](const auto& kernel, float* dweights) {
+    kernel({shape.geometry, strips.strips(), x.data, x.channels_last, dy.data, dy.channels_last, dweights,
+            useful_threads(threads, shape.geometry, strips.strips())});
+  };
+  if constexpr (std::is_same_v<T, float>)
+    if (strips.in_place()) return run(kernels().conv2d_grad_values_f32, dvalues);
+  float* sums = packed_weights(strips);
+  if constexpr (std::is_same_v<T, float>)
+    run(kernels().conv2d_grad_values_f32, sums);
+  else
+    run(kernels().bf16.conv2d_grad_values, sums);
+  strips.unpack(weight, sums, dvalues);
 }
+
+template void conv2d_grad_values(const Conv2dShape&, Tensor4d<const float>, Tensor4d<const float>, const Blocks&,
+                                 float*, int);
+template void conv2d_grad_values(const Conv2dShape&, Tensor4d<const Bfloat16>, Tensor4d<const Bfloat16>, const Blocks&,
+                                 Bfloat16*, int);
 
 Conv2dShape linear_shape(int64_t batch, int64_t in_features, int64_t out_features, int64_t bh, int64_t bw) {
   return {{1, in_features, 1, batch, out_features, 1, batch, 1, 1, 1, 1, 0, 0, 1, 1, 1}, bh, bw};

@@ -44,10 +44,12 @@ struct Epilogue {
 template <class T>
 void conv2d(const Conv2dShape& shape, Tensor4d<const T> x, const T* values, const Blocks& blocks,
             const Epilogue<T>& epilogue, Tensor4d<T> y, int threads);
-void conv2d_grad_input(const Conv2dShape& shape, Tensor4d<const float> dy, const float* values, const Blocks& blocks,
-                       Tensor4d<float> dx, int threads);
-void conv2d_grad_values(const Conv2dShape& shape, Tensor4d<const float> x, Tensor4d<const float> dy,
-                        const Blocks& blocks, float* dvalues, int threads);
+template <class T>
+void conv2d_grad_input(const Conv2dShape& shape, Tensor4d<const T> dy, const T* values, const Blocks& blocks,
+                       Tensor4d<T> dx, int threads);
+template <class T>
+void conv2d_grad_values(const Conv2dShape& shape, Tensor4d<const T> x, Tensor4d<const T> dy, const Blocks& blocks,
+                        T* dvalues, int threads);
 
 // A linear layer is a 1 x 1 convolution over one image whose width is the batch.
 Conv2dShape linear_shape(int64_t batch, int64_t in_features, int64_t out_features, int64_t bh, int64_t bw);

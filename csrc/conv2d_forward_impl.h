@@ -6,31 +6,13 @@
 
 #include "activation_impl.h"
 #include "bands_impl.h"
+#include "words_impl.h"
 
 namespace {
 
 using sparsekd::Conv2dForward;
 
 constexpr int kTileRowsMax = 8;  // base pointers that still fit in general registers
-
-// What the loops do with a word of weights and a word of input. Stored: what a tile can write to y by itself; other
-// types of y take the way through the buffer, so that they share its code.
-struct FloatSums {
-  using Stored = float;
-  static constexpr bool kInteger = false;
-  static Vec16 madd(Vec16 weight, Vec16 x, Vec16 sum) { return Vec16::fma(weight, x, sum); }
-  // The same with one word of input for all lanes.
-  static Vec16 madd(Vec16 weight, const float* x, Vec16 sum) { return madd(weight, Vec16::broadcast(x), sum); }
-};
-
-// X: type of x, Y: of residual and y.
-template <class T>
-struct FloatWords {
-  using Sums = FloatSums;
-  using X = T;
-  using Y = T;
-  static constexpr int kDepth = 1;
-};
 
 // One register tile: a strip of 16 output rows x (A image rows x B pixels).
 template <class Sums>

@@ -75,8 +75,9 @@ GatherTileFn find_gather_tile(int64_t a, int64_t b) {
 
 // Positions are those of the phases in layout_impl.h: input (y + pad) / stride. Position y reads the outputs y - reach
 // to y. dy lies [strip][image][row][column][16] with `reach` zeros before and after every row and image, shared.
+template <class T>
 struct GatherCall {
-  Conv2dGradInput args;
+  Conv2dGradInput<T> args;
   Conv2dGeometry g;
   Axis h, w;
   int64_t images, rows, cols;  // of a band, in positions
@@ -93,10 +94,14 @@ struct GatherCall {
 };
 
 // Lists begin at `first[chunk * (planes + 2) + plane + 1]` while they are dealt out and at `... + plane` afterwards.
-inline int64_t first_size(const GatherCall& call) { return call.chunks * (call.g.c * call.phases() + 2); }
+template <class T>
+inline int64_t first_size(const GatherCall<T>& call) {
+  return call.chunks * (call.g.c * call.phases() + 2);
+}
 
 // table [taps * channels of a group][2]: plane and offset of a column.
-inline void fill_table(const GatherCall& call, int32_t* table) {
+template <class T>
+inline void fill_table(const GatherCall<T>& call, int32_t* table) {
   for (int64_t r = 0; r < call.h.taps; ++r)
     for (int64_t s = 0; s < call.w.taps; ++s)
       for (int64_t c = 0; c < call.g.c / call.g.groups; ++c) {
@@ -106,7 +111,8 @@ inline void fill_table(const GatherCall& call, int32_t* table) {
 }
 
 // Sorts the blocks of one chunk of strips by plane; `base` blocks lie before them.
-inline void sort_chunk(const GatherCall& call, int64_t chunk, int32_t base, const int32_t* table, int32_t* first,
+template <class T>
+inline void sort_chunk(const GatherCall<T>& call, int64_t chunk, int32_t base, const int32_t* table, int32_t* first,
                        GatherEntry* entries) {
   const Strips& strips = call.args.strips;
   const int64_t group_planes = call.g.c / call.g.groups * call.phases(), planes = call.g.c * call.phases();
@@ -130,7 +136,8 @@ inline void sort_chunk(const GatherCall& call, int64_t chunk, int32_t base, cons
   });
 }
 
-inline void pack_gather(const GatherCall& call, const Band& band, float* packed) {
+template <class T>
+inline void pack_gather(const GatherCall<T>& call, const Band& band, float* packed) {
   const Conv2dGeometry& g = call.g;
   // Outputs that the positions of the band read; the rest of the packed rows is zero.
   Band read = band;
@@ -158,28 +165,27 @@ struct GatherRows {
 };
 
 // `sums` [channels][stride] of one tile to dx.
-inline void store_gathered(const GatherCall& call, const GatherRows& rows, int64_t channel, int64_t channels,
+template <class T>
+inline void store_gathered(const GatherCall<T>& call, const GatherRows& rows, int64_t channel, int64_t channels,
                            const float* sums, int64_t stride) {
   const Conv2dGeometry& g = call.g;
   for (int64_t a = 0; a < rows.count; ++a) {
     const float* source = sums + a * rows.cols;
     if (call.args.dx_channels_last) {
-      float* target = call.args.dx + ((rows.image[a] * g.h + rows.y[a]) * g.w + rows.x) * g.c + channel;
+      T* target = call.args.dx + ((rows.image[a] * g.h + rows.y[a]) * g.w + rows.x) * g.c + channel;
       transpose_floats(source, stride, channels, rows.cols, target, g.stride_w * g.c);
       continue;
     }
     for (int64_t c = 0; c < channels; ++c, source += stride) {
-      float* target = call.args.dx + ((rows.image[a] * g.c + channel + c) * g.h + rows.y[a]) * g.w + rows.x;
-      if (g.stride_w == 1)
-        copy_floats(target, source, 1, rows.cols);
-      else
-        for (int64_t i = 0; i < rows.cols; ++i) target[i * g.stride_w] = source[i];
+      T* target = call.args.dx + ((rows.image[a] * g.c + channel + c) * g.h + rows.y[a]) * g.w + rows.x;
+      scatter_floats(target, g.stride_w, source, rows.cols);
     }
   }
 }
 
 // One phase of a band for the channels of a range.
-inline void gather_phase(const GatherCall& call, const Band& band, const float* packed, int64_t a, int64_t b,
+template <class T>
+inline void gather_phase(const GatherCall<T>& call, const Band& band, const float* packed, int64_t a, int64_t b,
                          Range channels) {
   constexpr int64_t kSums = (Vec16::kTilePixels + 15) / 16 * 16, kChannels = 16;
   alignas(64) float sums[kChannels * kSums];
@@ -241,7 +247,8 @@ inline int64_t count_blocks(const Strips& strips) {
 
 // Strips that one list of blocks covers: as many as have their dy under a tile near the L1 cache, but enough to have
 // some blocks between two sums of lanes.
-inline int64_t choose_chunk(const GatherCall& call, int64_t blocks) {
+template <class T>
+inline int64_t choose_chunk(const GatherCall<T>& call, int64_t blocks) {
   constexpr int64_t kTileFloats = 12 * 1024, kBlocks = 8;
   const int64_t strips = call.args.strips.count;
   const TileShape tile = choose_tile(call.g.q);
@@ -250,8 +257,9 @@ inline int64_t choose_chunk(const GatherCall& call, int64_t blocks) {
   return ceil_div(strips, ceil_div(strips, max64(1, max64(fit, useful))));
 }
 
-void conv2d_grad_input_gather(const Conv2dGradInput& args) {
-  GatherCall call{};
+template <class T>
+void conv2d_grad_input_gather(const Conv2dGradInput<T>& args) {
+  GatherCall<T> call{};
   call.args = args;
   call.g = flatten_pointwise(args.geometry, args.dy_channels_last && args.dx_channels_last);
   const Conv2dGeometry& g = call.g;

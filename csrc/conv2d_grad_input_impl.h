@@ -9,26 +9,26 @@ namespace {
 
 using sparsekd::Conv2dGradInput;
 
-// E columns x V vectors of 16 flat pixels: dx[offset[e] + pixel] += sum over lanes of weight[e][lane] *
-// dy[lane][pixel].
+// E columns x V vectors of 16 flat pixels: dx[offset[e] + pixel] += sum over words of rows of weight[e][row] *
+// dy[row][pixel].
 struct InputTile {
   float* dx;
   const int32_t* offsets;
   const float* weights;
   int64_t weight_stride;
-  const float* dy;  // [lanes][dy_stride]
+  const float* dy;  // [rows][dy_stride]
   int64_t dy_stride;
-  int64_t lanes;
+  int64_t rows;
 };
 
-template <int E, int V>
+template <class Sums, int E, int V>
 inline void input_tile(const InputTile& t, int64_t entry) {
   Vec16 acc[E * V];
 #pragma GCC unroll 32
   for (int i = 0; i < E * V; ++i) acc[i] = Vec16::zero();
   const float* w = t.weights + entry * t.weight_stride;
   const float* dy = t.dy;
-  for (int64_t lane = 0; lane < t.lanes; ++lane, dy += t.dy_stride, ++w) {
+  for (int64_t row = 0; row < t.rows; ++row, dy += t.dy_stride, ++w) {
     Vec16 weight[E];
 #pragma GCC unroll 8
     for (int e = 0; e < E; ++e) weight[e] = Vec16::broadcast(w + e * t.weight_stride);
@@ -36,7 +36,7 @@ inline void input_tile(const InputTile& t, int64_t entry) {
     for (int v = 0; v < V; ++v) {
       const Vec16 pixels = Vec16::load(dy + v * 16);
 #pragma GCC unroll 8
-      for (int e = 0; e < E; ++e) acc[e * V + v] = Vec16::fma(weight[e], pixels, acc[e * V + v]);
+      for (int e = 0; e < E; ++e) acc[e * V + v] = Sums::madd(weight[e], pixels, acc[e * V + v]);
     }
   }
 #pragma GCC unroll 8
@@ -48,53 +48,61 @@ inline void input_tile(const InputTile& t, int64_t entry) {
 }
 
 // All columns of a strip, in groups of E, then E / 2, ...
-template <int V, int E = Vec16::kInputEntries>
+template <class Sums, int V, int E = Vec16::kInputEntries>
 void input_columns(const InputTile& t, int64_t count, int64_t entry = 0) {
-  for (; entry + E <= count; entry += E) input_tile<E, V>(t, entry);
+  for (; entry + E <= count; entry += E) input_tile<Sums, E, V>(t, entry);
   if constexpr (E > 1)
-    if (entry < count) input_columns<V, E / 2>(t, count, entry);
+    if (entry < count) input_columns<Sums, V, E / 2>(t, count, entry);
 }
 
-template <int V = Vec16::kInputVectors>
+template <class Sums, int V = Vec16::kInputVectors>
 inline void run_input_columns(int64_t vectors, const InputTile& t, int64_t count) {
-  if (vectors == V) return input_columns<V>(t, count);
-  if constexpr (V > 1) run_input_columns<V - 1>(vectors, t, count);
+  if (vectors == V) return input_columns<Sums, V>(t, count);
+  if constexpr (V > 1) run_input_columns<Sums, V - 1>(vectors, t, count);
 }
 
-// dy of one strip as [lane][flat pixel]: rows as far apart as in the packed input, zeros where there is no output.
-inline void pack_strip_flat(const Conv2dGradInput& args, const Conv2dGeometry& g, const Layout& l, const Band& band,
-                            const Strip& strip, float* flat, int64_t flat_stride) {
-  const int64_t area = g.p * g.q;
-  const bool dense = l.pitch == band.cols && l.image_rows == band.rows && band.images * l.row(1, 0) == flat_stride;
-  if (!dense) zero_floats(flat, strip.lanes * flat_stride);
-  for (int64_t image = 0; image < band.images; ++image)
-    for (int64_t y = 0; y < band.rows; ++y) {
-      const int64_t n = band.image + image;
-      const int64_t pixel = (band.y + y) * g.q + band.x;
-      float* target = flat + l.row(image, y);
-      if (args.dy_channels_last && strip.rows == nullptr) {
-        const float* next = args.dy + (n * area + pixel) * g.k + strip.row + kStripRows;
-        for (int64_t x = 0; x < band.cols; ++x) __builtin_prefetch(next + x * g.k, 0, 2);
-        transpose_floats(args.dy + (n * area + pixel) * g.k + strip.row, g.k, band.cols, strip.lanes, target,
-                         flat_stride);
-        continue;
-      }
-      for (int lane = 0; lane < strip.lanes; ++lane) {
-        const int64_t row = row_of(strip, lane);
-        if (args.dy_channels_last)
-          copy_floats(target + lane * flat_stride, args.dy + (n * area + pixel) * g.k + row, g.k, band.cols);
-        else
-          copy_floats(target + lane * flat_stride, args.dy + (n * g.k + row) * area + pixel, 1, band.cols);
-      }
-    }
-}
-
+template <class Words>
 struct GradInputCall {
-  Conv2dGradInput args;
+  Conv2dGradInput<typename Words::X> args;
   Conv2dGeometry g;
   Layout layout;
   const int32_t* offsets;
 };
+
+// dy of one strip as [row][flat pixel], kDepth rows to a word: pixels as far apart as in the packed input, zeros where
+// there is no output.
+template <class Words>
+inline void pack_strip_flat(const GradInputCall<Words>& call, const Band& band, const Strip& strip, float* flat,
+                            int64_t flat_stride) {
+  constexpr int kDepth = Words::kDepth;
+  const Conv2dGeometry& g = call.g;
+  const Layout& l = call.layout;
+  const bool last = call.args.dy_channels_last;
+  const int64_t area = g.p * g.q, words = ceil_div(strip.lanes, kDepth), row_stride = last ? 1 : area;
+  const bool whole_words = g.k % kDepth == 0 && strip.lanes % kDepth == 0;  // as they lie in a pixel
+  const bool dense = l.pitch == band.cols && l.image_rows == band.rows && band.images * l.row(1, 0) == flat_stride;
+  if (!dense) zero_floats(flat, words * flat_stride);
+  for (int64_t image = 0; image < band.images; ++image)
+    for (int64_t y = 0; y < band.rows; ++y) {
+      const int64_t n = band.image + image;
+      const int64_t pixel = (band.y + y) * g.q + band.x;
+      const typename Words::X* dy = call.args.dy + (last ? (n * area + pixel) * g.k : n * g.k * area + pixel);
+      float* target = flat + l.row(image, y);
+      if (last && strip.rows == nullptr && whole_words) {
+        const auto* next = dy + strip.row + kStripRows;
+        for (int64_t x = 0; x < band.cols; ++x) __builtin_prefetch(next + x * g.k, 0, 2);
+        using Word = std::conditional_t<kDepth == 1, typename Words::X, float>;
+        transpose_floats(reinterpret_cast<const Word*>(dy + strip.row), g.k / kDepth, band.cols, words, target,
+                         flat_stride);
+        continue;
+      }
+      for (int lane = 0; lane < strip.lanes; lane += kDepth, target += flat_stride) {
+        const int rows = static_cast<int>(min64(kDepth, strip.lanes - lane));
+        const int64_t row = row_of(strip, lane), next = rows > 1 ? row_of(strip, lane + 1) - row : 0;
+        copy_words<kDepth>(target, dy + row * row_stride, next * row_stride, rows, last ? g.k : 1, band.cols, 0);
+      }
+    }
+}
 
 // Pixels of a flat line: rows and images with the gaps between them, but none behind the last.
 inline int64_t flat_pixels(const Layout& l, int64_t images, int64_t rows, int64_t cols) {
@@ -102,33 +110,36 @@ inline int64_t flat_pixels(const Layout& l, int64_t images, int64_t rows, int64_
 }
 
 // Adds what the outputs of `band` contribute to the packed gradient.
-inline void grad_input_band(const GradInputCall& call, const Band& band, float* dx) {
+template <class Words>
+inline void grad_input_band(const GradInputCall<Words>& call, const Band& band, float* dx) {
+  constexpr int kDepth = Words::kDepth;
   const Layout& l = call.layout;
   const int64_t flat = flat_pixels(l, band.images, band.rows, band.cols);
-  float* dy =
-      static_cast<float*>(scratch(sparsekd::kScratchOutput, sizeof(float) * kStripRows * static_cast<size_t>(flat)));
+  float* dy = static_cast<float*>(
+      scratch(sparsekd::kScratchOutput, sizeof(float) * kStripRows / kDepth * static_cast<size_t>(flat)));
   const Cuts tiles{flat / 16, ceil_div(flat / 16, Vec16::kInputVectors)};
   for (int32_t s = 0; s < call.args.strips.count; ++s) {
     const Strip& strip = call.args.strips.strip[s];
     if (strip.count == 0 || strip.lanes == 0) continue;
-    pack_strip_flat(call.args, call.g, l, band, strip, dy, flat);
+    pack_strip_flat(call, band, strip, dy, flat);
     for (int64_t i = 0; i < tiles.count; ++i) {
       const int64_t at = tiles.begin(i) * 16;
       const InputTile tile{dx + at,
                            call.offsets + strip.first,
-                           call.args.weights + strip.weights,
-                           call.args.strips.weight_stride,
+                           call.args.weights + strip.weights / kDepth,
+                           call.args.strips.weight_stride / kDepth,
                            dy + at,
                            flat,
-                           strip.lanes};
-      run_input_columns(tiles.size(i), tile, strip.count);
+                           ceil_div(strip.lanes, kDepth)};
+      run_input_columns<typename Words::Sums>(tiles.size(i), tile, strip.count);
     }
   }
 }
 
 // Whole images, or the rows of one image whose packed positions lie in `owned`. Bands follow each other; the rows that
 // two of them touch are carried over.
-inline void grad_input_rows(const GradInputCall& call, Band range, Range owned, int64_t band_rows, float* dx) {
+template <class Words>
+inline void grad_input_rows(const GradInputCall<Words>& call, Band range, Range owned, int64_t band_rows, float* dx) {
   const Layout& l = call.layout;
   const int64_t reach = l.h.reach, planes = call.g.c * l.h.phases * l.w.phases;
   const int64_t y_begin = max64(0, owned.begin - reach), y_end = min64(call.g.p, owned.end);
@@ -157,7 +168,8 @@ constexpr int64_t kEnd = int64_t{1} << 40;  // beyond any row
 
 // Whether gathering costs less: flat lines spend multiply-adds on padding, and on the rows that two threads share;
 // gathering spends them on sums of lanes. The constants fit the 3 x 3 layers of `benchmarks/conv2d.py` at 0.5 and 0.1.
-inline bool better_gathered(const GradInputCall& call, const BandSize& size, int64_t segments) {
+template <class Words>
+inline bool better_gathered(const GradInputCall<Words>& call, const BandSize& size, int64_t segments) {
   const Conv2dGeometry& g = call.g;
   if (g.r * g.s == 1 || g.n * g.p * g.q == 0) return false;
   const Layout& l = call.layout;
@@ -169,12 +181,15 @@ inline bool better_gathered(const GradInputCall& call, const BandSize& size, int
   return blocks > 0 && lanes > 1.1 + 3 / blocks;
 }
 
-void conv2d_grad_input(const Conv2dGradInput& args) {
-  GradInputCall call{
+template <class Words>
+void conv2d_grad_input(const Conv2dGradInput<typename Words::X>& args) {
+  GradInputCall<Words> call{
       args, flatten_pointwise(args.geometry, args.dy_channels_last && args.dx_channels_last), {}, nullptr};
   const Conv2dGeometry& g = call.g;
   if (g.n * g.h * g.w * g.c == 0) return;
-  if (is_pointwise(g) && g.n * g.p * g.q <= kScatteredPixels) return conv2d_grad_input_scatter(args);
+  constexpr bool kOtherForms = Words::kDepth == 1;  // which have rows as lanes, so no two of them in a word
+  if constexpr (kOtherForms)
+    if (is_pointwise(g) && g.n * g.p * g.q <= kScatteredPixels) return conv2d_grad_input_scatter(args);
   const int64_t bytes = 4 * (offsets_memory(g, args.strips) + 2 * layout_memory(g));
   int32_t* offsets = static_cast<int32_t*>(scratch(sparsekd::kScratchCall, static_cast<size_t>(bytes)));
   int32_t* axes = offsets + offsets_memory(g, args.strips);
@@ -187,7 +202,8 @@ void conv2d_grad_input(const Conv2dGradInput& args) {
   const int64_t segments = size.image_bands * size.col_bands >= args.threads
                                ? 1
                                : min64(size.row_bands, ceil_div(args.threads, size.image_bands * size.col_bands));
-  if (better_gathered(call, size, segments)) return conv2d_grad_input_gather(args);
+  if constexpr (kOtherForms)
+    if (better_gathered(call, size, segments)) return conv2d_grad_input_gather(args);
   call.offsets = fill_offsets(call.layout, g.groups, args.strips, offsets);
   parallel(args.threads, size.image_bands * size.col_bands * segments, [&](int64_t item) {
     const int64_t segment = item % segments, rest = item / segments;

@@ -38,7 +38,8 @@ inline void scatter_strip(const Strips& strips, const Strip& strip, const float*
 
 // Parts of the strips have sums of their own, added in order; how many there are depends on the layer alone, so the
 // result does not depend on the number of threads.
-void conv2d_grad_input_scatter(const Conv2dGradInput& args) {
+template <class T>
+void conv2d_grad_input_scatter(const Conv2dGradInput<T>& args) {
   constexpr int64_t kParts = 8, kStripsOfPart = 8;
   const Conv2dGeometry& g = args.geometry;
   const int64_t area = g.p * g.q, pixels = g.n * area, size = pixels * g.c;

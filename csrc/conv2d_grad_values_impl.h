@@ -2,27 +2,30 @@
 #pragma once
 
 #include "bands_impl.h"
+#include "words_impl.h"
 
 namespace {
 
 using sparsekd::Conv2dGradValues;
 
 // dweights[e][lane] = or += sum over pixels of dy[pixel][lane] * x[offset[e] + pixel], for E columns and rows of
-// `steps` x B pixels.
+// `steps` x B words of kDepth pixels.
+template <class Words>
 struct ValueTile {
-  const float* x;  // packed input of the first pixel
+  const typename Words::Line* x;  // packed input of the first pixel
   int64_t images, image_stride, rows, row_stride;
-  const float* dy;        // [image][row][pixel][16], dense
-  int64_t dy_row_stride;  // floats
-  int64_t steps;          // B pixels each
+  const float* dy;        // [image][row][word][16], dense
+  int64_t dy_row_stride;  // words
+  int64_t steps;          // B words each
   const int32_t* offsets;
   float* dweights;
   int64_t weight_stride;
   bool accumulate;
 };
 
-template <int E, int B>
-void value_tile(const ValueTile& t) {
+template <class Words, int E, int B>
+void value_tile(const ValueTile<Words>& t) {
+  using Line = typename Words::Line;
   // An accumulator is a chain of dependent multiply-adds. Columns advance together in small groups, and few columns get
   // several chains each.
   constexpr int kGroup = E < 4 ? E : 4;
@@ -38,22 +41,23 @@ void value_tile(const ValueTile& t) {
   const float* dy_row = t.dy;
   for (int64_t image = 0; image < t.images; ++image)
     for (int64_t row = 0; row < t.rows; ++row, dy_row += t.dy_row_stride) {
-      const float* x = t.x + image * t.image_stride + row * t.row_stride;
+      const Line* x = t.x + image * t.image_stride + row * t.row_stride;
       const float* dy = dy_row;
-      for (int64_t step = 0; step < t.steps; ++step, x += B, dy += B * kStripRows) {
+      for (int64_t step = 0; step < t.steps; ++step, x += B * Words::kDepth, dy += B * kStripRows) {
         Vec16 pixel[B];
 #pragma GCC unroll 8
         for (int b = 0; b < B; ++b) pixel[b] = Vec16::load(dy + b * kStripRows);
 #pragma GCC unroll 16
         for (int e = 0; e < E; e += kGroup) {
-          const float* at[kGroup];
+          const Line* at[kGroup];
 #pragma GCC unroll 4
           for (int i = 0; i < kGroup; ++i) at[i] = x + t.offsets[e + i];
 #pragma GCC unroll 8
           for (int b = 0; b < B; ++b)
 #pragma GCC unroll 4
             for (int i = 0; i < kGroup; ++i)
-              acc[e + i][b % kChains] = Vec16::fma(pixel[b], Vec16::broadcast(at[i] + b), acc[e + i][b % kChains]);
+              acc[e + i][b % kChains] = Words::Sums::madd(
+                  pixel[b], reinterpret_cast<const float*>(at[i] + b * Words::kDepth), acc[e + i][b % kChains]);
         }
       }
     }
@@ -65,26 +69,26 @@ void value_tile(const ValueTile& t) {
   }
 }
 
-template <int E, int B = Vec16::kValuePixels>
-inline void run_value_tile(int64_t pixels, const ValueTile& t) {
-  if (pixels == B) return value_tile<E, B>(t);
-  if constexpr (B > 1) run_value_tile<E, B - 1>(pixels, t);
+template <int E, class Words, int B = Vec16::kValuePixels>
+inline void run_value_tile(int64_t words, const ValueTile<Words>& t) {
+  if (words == B) return value_tile<Words, E, B>(t);
+  if constexpr (B > 1) run_value_tile<E, Words, B - 1>(words, t);
 }
 
 // All columns of a strip, in groups of E, then E / 2, ...
-template <int E = Vec16::kValueEntries>
-inline void value_columns(ValueTile t, int64_t count, int64_t pixels) {
+template <class Words, int E = Vec16::kValueEntries>
+inline void value_columns(ValueTile<Words> t, int64_t count, int64_t words) {
   int64_t entry = 0;
   for (; entry + E <= count; entry += E) {
-    run_value_tile<E>(pixels, t);
+    run_value_tile<E>(words, t);
     t.offsets += E;
     t.dweights += E * t.weight_stride;
   }
   if constexpr (E > 1)
-    if (entry < count) value_columns<E / 2>(t, count - entry, pixels);
+    if (entry < count) value_columns<Words, E / 2>(t, count - entry, words);
 }
 
-// Pixels a step: the largest divisor of the row if one comes close to the most that fit, else equal steps and a shorter
+// Words a step: the largest divisor of the row if one comes close to the most that fit, else equal steps and a shorter
 // one, which costs a second pass.
 inline int64_t choose_step(int64_t cols) {
   constexpr int64_t kMost = Vec16::kValuePixels;
@@ -95,46 +99,76 @@ inline int64_t choose_step(int64_t cols) {
 
 constexpr int64_t kPixelsInPlace = 8;  // that are not worth packing
 
+template <class Words>
 struct GradValuesCall {
-  Conv2dGradValues args;
+  Conv2dGradValues<typename Words::X> args;
   Conv2dGeometry g;
   Layout layout;
   const int32_t* offsets;
   bool pixels;  // x is read where it lies, [pixel][channel]
 };
 
-inline void grad_values_band(const GradValuesCall& call, const Band& band, Range strips, float* dweights,
+// dy of one strip as [image][row][word][16], kDepth neighbouring pixels to a word.
+template <class Words>
+inline void pack_strip_words(const GradValuesCall<Words>& call, const Band& band, const Strip& strip, float* packed) {
+  const auto pack = [&](const Band& part, float* target) {
+    pack_strip_pixels(call.args.dy, call.args.dy_channels_last, call.g, part, strip, target, part.cols * kStripRows,
+                      part.rows * part.cols * kStripRows);
+  };
+  if constexpr (Words::kDepth == 1) {
+    pack(band, packed);
+  } else {
+    const int64_t words = ceil_div(band.cols, Words::kDepth);
+    Band row{0, 1, 0, 1, band.x, band.cols};
+    for (int64_t i = 0; i < band.images * band.rows; ++i, packed += words * kStripRows) {
+      row.image = band.image + i / band.rows;
+      row.y = band.y + i % band.rows;
+      float* pixels = static_cast<float*>(
+          scratch(sparsekd::kScratchWords, sizeof(float) * static_cast<size_t>(words * Words::kDepth * kStripRows)));
+      pack(row, pixels);
+      zero_floats(pixels + band.cols * kStripRows, (words * Words::kDepth - band.cols) * kStripRows);
+      for (int64_t word = 0; word < words; ++word, pixels += 2 * kStripRows)
+        Words::join(Vec16::load(pixels), Vec16::load(pixels + kStripRows)).store(packed + word * kStripRows);
+    }
+  }
+}
+
+template <class Words>
+inline void grad_values_band(const GradValuesCall<Words>& call, const Band& band, Range strips, float* dweights,
                              bool accumulate) {
+  using T = typename Words::X;
+  using Line = typename Words::Line;
   const Layout& l = call.layout;
   const Conv2dGeometry& g = call.g;
+  const int64_t cols = ceil_div(band.cols, Words::kDepth);
   float* dy = static_cast<float*>(scratch(
-      sparsekd::kScratchOutput, sizeof(float) * kStripRows * static_cast<size_t>(band.images * band.rows * band.cols)));
-  const float* x = call.args.x + band.x * g.c;
-  if (!call.pixels) {
-    float* packed =
-        static_cast<float*>(scratch(sparsekd::kScratchInput, sizeof(float) * static_cast<size_t>(l.size())));
-    const Input<float> input{call.args.x, call.args.x_channels_last, g.c, g.c / g.groups};
+      sparsekd::kScratchOutput, sizeof(float) * kStripRows * static_cast<size_t>(band.images * band.rows * cols)));
+  const Line* x;
+  if (call.pixels) {
+    x = reinterpret_cast<const Line*>(call.args.x) + band.x * g.c;
+  } else {
+    Line* packed = static_cast<Line*>(scratch(sparsekd::kScratchInput, sizeof(Line) * static_cast<size_t>(l.size())));
+    const Input<T> input{call.args.x, call.args.x_channels_last, g.c, g.c / g.groups};
     pack_input(input, g, l, band, !accumulate, packed);
     x = packed;
   }
-  const int64_t step = choose_step(band.cols), rest = band.cols % step;
+  const int64_t step = choose_step(cols), rest = cols % step;
   for (int64_t s = strips.begin; s < strips.end; ++s) {
     const Strip& strip = call.args.strips.strip[s];
     if (strip.count == 0) continue;
-    pack_strip_pixels(call.args.dy, call.args.dy_channels_last, g, band, strip, dy, band.cols * kStripRows,
-                      band.rows * band.cols * kStripRows);
-    ValueTile tile{x,
-                   band.images,
-                   l.image_rows * l.pitch,
-                   band.rows,
-                   l.pitch,
-                   dy,
-                   band.cols * kStripRows,
-                   band.cols / step,
-                   call.offsets + strip.first,
-                   dweights + strip.weights,
-                   call.args.strips.weight_stride,
-                   accumulate};
+    pack_strip_words(call, band, strip, dy);
+    ValueTile<Words> tile{x,
+                          band.images,
+                          l.image_rows * l.pitch,
+                          band.rows,
+                          l.pitch,
+                          dy,
+                          cols * kStripRows,
+                          cols / step,
+                          call.offsets + strip.first,
+                          dweights + strip.weights,
+                          call.args.strips.weight_stride,
+                          accumulate};
     if (call.pixels) {
       tile.rows = band.cols;
       tile.row_stride = g.c;
@@ -145,8 +179,8 @@ inline void grad_values_band(const GradValuesCall& call, const Band& band, Range
     }
     value_columns(tile, strip.count, step);
     if (rest == 0) continue;
-    tile.x += band.cols - rest;
-    tile.dy += (band.cols - rest) * kStripRows;
+    tile.x += (cols - rest) * Words::kDepth;
+    tile.dy += (cols - rest) * kStripRows;
     tile.steps = 1;
     tile.accumulate = true;
     value_columns(tile, strip.count, rest);
@@ -154,8 +188,9 @@ inline void grad_values_band(const GradValuesCall& call, const Band& band, Range
 }
 
 // By bands: fixed ranges of them have sums of their own, added in order, so the result does not depend on threads.
-inline void grad_values_by_bands(const GradValuesCall& call, const BandSize& size, int64_t parts) {
-  const Conv2dGradValues& args = call.args;
+template <class Words>
+inline void grad_values_by_bands(const GradValuesCall<Words>& call, const BandSize& size, int64_t parts) {
+  const auto& args = call.args;
   const int64_t num_weights = args.strips.num_weights;
   float* sums = args.dweights;
   if (parts > 1)
@@ -178,8 +213,9 @@ inline void grad_values_by_bands(const GradValuesCall& call, const BandSize& siz
 }
 
 // By strips: every thread packs all of x for its own.
-inline void grad_values_by_strips(const GradValuesCall& call, const BandSize& size) {
-  const Conv2dGradValues& args = call.args;
+template <class Words>
+inline void grad_values_by_strips(const GradValuesCall<Words>& call, const BandSize& size) {
+  const auto& args = call.args;
   const int64_t chunks = min64(args.threads, args.strips.count);
   parallel(args.threads, chunks, [&](int64_t chunk) {
     const Range strips = strip_chunk(args.strips, chunks, chunk);
@@ -194,8 +230,9 @@ inline bool share_strips(const Strips& strips, const Conv2dGeometry& g) {
   return strips.count >= kStrips && kPacking * strips.num_weights > g.n * g.c * g.h * g.w;
 }
 
-void conv2d_grad_values(const Conv2dGradValues& args) {
-  GradValuesCall call{
+template <class Words>
+void conv2d_grad_values(const Conv2dGradValues<typename Words::X>& args) {
+  GradValuesCall<Words> call{
       args, flatten_pointwise(args.geometry, args.x_channels_last && args.dy_channels_last), {}, nullptr, false};
   const Conv2dGeometry& g = call.g;
   const int64_t num_weights = args.strips.num_weights;
@@ -205,13 +242,14 @@ void conv2d_grad_values(const Conv2dGradValues& args) {
   int32_t* axes = offsets + offsets_memory(g, args.strips);
   if (g.n * g.p * g.q == 0) return zero_floats(args.dweights, num_weights);
 
-  call.pixels = is_pointwise(g) && args.x_channels_last && g.n == 1 && g.h == 1 && g.w <= kPixelsInPlace;
+  constexpr bool kFloats = std::is_same<typename Words::X, float>::value;
+  call.pixels = kFloats && is_pointwise(g) && args.x_channels_last && g.n == 1 && g.h == 1 && g.w <= kPixelsInPlace;
   const bool by_strips = share_strips(args.strips, g);
   const Layout whole = make_layout(g, 1, g.p, g.q, axes);
   const int64_t pieces = by_strips || call.pixels ? 1 : max64(4, min64(16, g.n));
   // Sums that leave the L2 cache should do so seldom, so the more of them there are the larger the bands.
   const int64_t floats = max64(kPackedFloats, min64(num_weights, 4 * kPackedFloats));
-  const BandSize size = choose_bands(g, whole, pieces, 1, Vec16::kValuePixels, floats);
+  const BandSize size = choose_bands(g, whole, pieces, 1, Words::kDepth * Vec16::kValuePixels, floats);
   call.layout = make_layout(g, size.images, size.rows, size.cols, axes + layout_memory(g));
   if (call.pixels) call.layout.channel = 1;
   call.offsets = fill_offsets(call.layout, g.groups, args.strips, offsets);

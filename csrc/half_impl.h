@@ -107,11 +107,11 @@ inline Vec16 load16_first(const Half* p, int n) {
 }
 template <class Half>
 inline void store16_first(Half* p, Vec16 v, int n) {
+#ifdef __AVX512BW__
+  _mm256_mask_storeu_epi16(p, Vec16::first(n), half_bits(p, v));
+#else
   Half lane[16];
   store16(lane, v);
-#ifdef __AVX512BW__
-  _mm256_mask_storeu_epi16(p, Vec16::first(n), half_load(lane));
-#else
   memcpy(p, lane, sizeof(Half) * static_cast<unsigned>(n));
 #endif
 }
@@ -167,6 +167,16 @@ inline Vec16 load16_words(const T* p, int64_t row_stride, int rows, int64_t stri
   Vec16 v;
   memcpy(&v, word, sizeof v);
   return v;
+}
+
+// The first n <= 32 halves of 16 words.
+inline void store16_words(Bfloat16* p, Vec16 v, int n) {
+#ifdef __AVX512BW__
+  const __mmask32 first = n == 32 ? 0xffffffffu : (1u << n) - 1u;
+  _mm512_mask_storeu_epi16(p, first, _mm512_castps_si512(v.v));
+#else
+  memcpy(p, &v, sizeof(Bfloat16) * static_cast<unsigned>(n));
+#endif
 }
 
 }  // namespace

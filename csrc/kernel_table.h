@@ -72,23 +72,26 @@ struct Conv2dForward {
   Quantized quantized;  // of uint8_t
 };
 
+// T: float or Bfloat16.
+template <class T>
 struct Conv2dGradInput {
   Conv2dGeometry geometry;
-  Strips strips;
+  Strips strips;  // of floats, or of T where Bf16Kernels::depth is 2
   const float* weights;
-  const float* dy;
+  const T* dy;
   bool dy_channels_last;
-  float* dx;
+  T* dx;
   bool dx_channels_last;
   int threads;
 };
 
+template <class T>
 struct Conv2dGradValues {
   Conv2dGeometry geometry;
   Strips strips;
-  const float* x;
+  const T* x;
   bool x_channels_last;
-  const float* dy;
+  const T* dy;
   bool dy_channels_last;
   float* dweights;  // [num_weights], every strip's [count][16] is overwritten
   int threads;
@@ -170,6 +173,8 @@ struct AttentionKernels {
 struct Bf16Kernels {
   int depth;  // channels in a word of the weights and of the packed input: 2, or 1 converted to floats
   void (*conv2d)(const Conv2dForward<Bfloat16>&);
+  void (*conv2d_grad_input)(const Conv2dGradInput<Bfloat16>&);
+  void (*conv2d_grad_values)(const Conv2dGradValues<Bfloat16>&);
   double (*burst)(int64_t rounds, float* sink);  // like KernelTable::fma_burst
 };
 
@@ -211,8 +216,8 @@ struct PoolKernels {
 struct KernelTable {
   const char* isa;
   void (*conv2d_f32)(const Conv2dForward<float>&);
-  void (*conv2d_grad_input_f32)(const Conv2dGradInput&);
-  void (*conv2d_grad_values_f32)(const Conv2dGradValues&);
+  void (*conv2d_grad_input_f32)(const Conv2dGradInput<float>&);
+  void (*conv2d_grad_values_f32)(const Conv2dGradValues<float>&);
   void (*depthwise_f32)(const Depthwise&);
   PoolKernels pool;
   AttentionKernels attention;

@@ -1,12 +1,14 @@
-// The bf16 forward pass on vdpbf16ps, and the pair of multiply-adds it does per word; the rest is AVX-512's.
+// bf16 on vdpbf16ps: forward pass and gradients, and the pair of multiply-adds per word; the rest is AVX-512's.
 #include "simd/vec_avx512.h"
 
 #include "conv2d_forward_impl.h"
+#include "conv2d_grad_input_impl.h"
+#include "conv2d_grad_values_impl.h"
 #include "madd_burst_impl.h"
 
 namespace {
 
-// Two neighbouring channels of one pixel times two weights, added to a float. Denormals count as zero.
+// Two numbers of a word times two weights, added to a float. Denormals count as zero.
 struct PairSums {
   using Stored = sparsekd::Bfloat16;
   static constexpr bool kInteger = false;
@@ -24,11 +26,20 @@ struct PairWords {
   using Sums = PairSums;
   using X = sparsekd::Bfloat16;
   using Y = sparsekd::Bfloat16;
+  using Line = sparsekd::Bfloat16;
   static constexpr int kDepth = 2;
+  // Floats that were made of halves, side by side again.
+  static Vec16 join(Vec16 low, Vec16 high) {
+    const __m512i bits = _mm512_castps_si512(high.v);
+    return {_mm512_castsi512_ps(
+        _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(_mm512_castps_si512(low.v), 16), bits))};
+  }
 };
 
 }  // namespace
 
 namespace sparsekd {
-extern const Bf16Kernels kAvx512Bf16Kernels = {PairWords::kDepth, conv2d_forward<PairWords>, madd_burst<PairSums, 2>};
+extern const Bf16Kernels kAvx512Bf16Kernels = {PairWords::kDepth, conv2d_forward<PairWords>,
+                                               conv2d_grad_input<PairWords>, conv2d_grad_values<PairWords>,
+                                               madd_burst<PairSums, 2>};
 }

@@ -11,13 +11,14 @@ namespace {
 constexpr sparsekd::KernelTable kKernels = {
     Vec16::kIsa,
     conv2d_forward<FloatWords<float>>,
-    conv2d_grad_input,
-    conv2d_grad_values,
+    conv2d_grad_input<FloatWords<float>>,
+    conv2d_grad_values<FloatWords<float>>,
     depthwise,
     {pool<float, false>, pool<float, true>, pool<Bfloat16, false>, pool<Bfloat16, true>},
     kAttention,
     madd_burst<FloatSums, 1>,
-    {FloatWords<Bfloat16>::kDepth, conv2d_forward<FloatWords<Bfloat16>>, madd_burst<FloatSums, 1>},
+    {FloatWords<Bfloat16>::kDepth, conv2d_forward<FloatWords<Bfloat16>>, conv2d_grad_input<FloatWords<Bfloat16>>,
+     conv2d_grad_values<FloatWords<Bfloat16>>, madd_burst<FloatSums, 1>},
     {2, conv2d_forward<ShortWords<float>>, conv2d_forward<ShortWords<uint8_t>>, madd_burst<ShortSums, 2>},
     quantize,
 };

@@ -145,13 +145,15 @@ inline const int32_t* fill_offsets(const Layout& l, int64_t groups, const Strips
   return offsets;
 }
 
-inline void fill_floats(float* p, int64_t n, Vec16 value) {
+template <class E>
+inline void fill_floats(E* p, int64_t n, Vec16 value) {
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) value.store(p + i);
-  if (i < n) value.store_first(p + i, static_cast<int>(n - i));
+  for (; i + 16 <= n; i += 16) store16(p + i, value);
+  if (i < n) store16_first(p + i, value, static_cast<int>(n - i));
 }
 
 inline void zero_floats(float* p, int64_t n) { fill_floats(p, n, Vec16::zero()); }
+inline void zero_floats(Bfloat16* p, int64_t n) { memset(p, 0, sizeof *p * static_cast<size_t>(n)); }
 
 // Copies n elements that lie `stride` apart, to floats or from floats.
 template <class To, class From>
@@ -168,9 +170,21 @@ inline void copy_floats(To* p, const From* source, int64_t stride, int64_t n) {
   }
 }
 
+// The reverse: n neighbouring floats to elements that lie `stride` apart.
+template <class T>
+inline void scatter_floats(T* p, int64_t stride, const float* source, int64_t n) {
+  if (stride == 1) return copy_floats(p, source, 1, n);
+  for (int64_t i = 0; i < n; i += 16) {
+    T lane[16];
+    const int have = static_cast<int>(min64(16, n - i));
+    store16_first(lane, Vec16::load_first(source + i, have), have);
+    for (int j = 0; j < have; ++j) p[(i + j) * stride] = lane[j];
+  }
+}
+
 // One row of words from the planes of `channels` <= kDepth channels, `channel_stride` apart; n pixels, `stride` apart.
-template <int kDepth, class T>
-inline void copy_words(float* p, const T* source, int64_t channel_stride, int64_t channels, int64_t stride, int64_t n,
+template <int kDepth, class E, class T>
+inline void copy_words(E* p, const T* source, int64_t channel_stride, int64_t channels, int64_t stride, int64_t n,
                        int zero) {
   if constexpr (kDepth == 1) {
     copy_floats(p, source, stride, n);
@@ -185,7 +199,7 @@ inline void copy_words(float* p, const T* source, int64_t channel_stride, int64_
 
 // Whether an output of `rows` x `floats` should not displace what the caches hold: one that they cannot keep until it
 // is read, in whole cache lines. 16 MiB is half the last-level cache of eight Zen cores.
-inline bool stream_output(const float* p, int64_t rows, int64_t floats) {
+inline bool stream_output(const void* p, int64_t rows, int64_t floats) {
   constexpr int64_t kManyFloats = 4 << 20;
   return rows * floats >= kManyFloats && floats % 16 == 0 && reinterpret_cast<uintptr_t>(p) % 64 == 0;
 }
@@ -213,6 +227,16 @@ inline void transpose_tile(const From* source, int64_t source_stride, int rows, 
   Vec16::transpose(v);
   for (int i = 0; i < 16; ++i)
     if (i < cols) store16_first(target + i * target_stride, v[i], rows);
+}
+
+// Halves as they are: `rows` <= 32, two of them to a word on the way.
+inline void transpose_tile(const Bfloat16* source, int64_t source_stride, int rows, int cols, Bfloat16* target,
+                           int64_t target_stride) {
+  Vec16 v[16];
+  for (int i = 0; i < 16; ++i, source += 2 * source_stride)
+    v[i] = 2 * i < rows ? load16_words<2>(source, source_stride, rows - 2 * i > 1 ? 2 : 1, 1, cols, 0) : Vec16::zero();
+  Vec16::transpose(v);
+  for (int i = 0; i < cols; ++i) store16_words(target + i * target_stride, v[i], rows);
 }
 
 // The same for any numbers of rows and columns.
@@ -279,9 +303,9 @@ struct Input {
   int64_t held(int64_t word) const { return min64(kDepth, group_channels - word % group_words() * kDepth); }
 };
 
-template <class T, int kDepth>
+template <class T, int kDepth, class E>
 inline void pack_plane(const Input<T, kDepth>& in, const T* x, int64_t word, const Conv2dGeometry& g, const Layout& l,
-                       const Rows& rows, const Columns& columns, float* plane) {
+                       const Rows& rows, const Columns& columns, E* plane) {
   const int64_t count = columns.count(), area = g.h * g.w;
   const Vec16 padding = in.padding();
   for (int64_t i = 0; i < rows.valid.begin; ++i) fill_floats(plane + i * l.pitch, count, padding);
@@ -303,17 +327,18 @@ inline void fill_words(const Input<T, kDepth>& in, const T* source, int64_t stri
 }
 
 // `count` pixels, `stride` elements apart, to one row of words of every channel plane.
-template <class T, int kDepth>
+template <class T, int kDepth, class E>
 inline void pack_row(const Input<T, kDepth>& in, const T* source, int64_t stride, int64_t count, const Layout& l,
-                     float* target) {
+                     E* target) {
+  constexpr int64_t kRows = 16 * sizeof(float) / sizeof(E);  // of a tile
   // Whole pixels, so that memory is read in order.
   const auto transpose = [&](const auto* pixels, int64_t pixel) {
-    for (int64_t i = 0; i < count; i += 16)
+    for (int64_t i = 0; i < count; i += kRows)
       for (int64_t c = 0; c < l.channels; c += 16) {
         const auto* tile = pixels + i * pixel + c;
-        const int rows = static_cast<int>(min64(16, count - i));
+        const int rows = static_cast<int>(min64(kRows, count - i));
         if (l.w.stride == 1)
-          for (int row = 0; row < rows; ++row) __builtin_prefetch(tile + (16 + row) * pixel);
+          for (int row = 0; row < rows; ++row) __builtin_prefetch(tile + (kRows + row) * pixel);
         transpose_tile(tile, pixel, rows, static_cast<int>(min64(16, l.channels - c)), target + i + c * l.channel,
                        l.channel);
       }
@@ -330,13 +355,13 @@ inline void pack_row(const Input<T, kDepth>& in, const T* source, int64_t stride
   }
 }
 
-template <class T, int kDepth>
+template <class T, int kDepth, class E>
 inline void pack_pixels(const Input<T, kDepth>& in, const T* x, const Conv2dGeometry& g, const Layout& l,
-                        const Rows& rows, const Columns& columns, float* planes) {
+                        const Rows& rows, const Columns& columns, E* planes) {
   const int64_t count = columns.count();
   const Vec16 padding = in.padding();
   for (int64_t i = 0; i < rows.count; ++i) {
-    float* target = planes + i * l.pitch;
+    E* target = planes + i * l.pitch;
     if (i < rows.valid.begin || i >= rows.valid.end) {
       for (int64_t c = 0; c < g.c; ++c) fill_floats(target + c * l.channel, count, padding);
       continue;
@@ -347,11 +372,13 @@ inline void pack_pixels(const Input<T, kDepth>& in, const T* x, const Conv2dGeom
 }
 
 // Packs the input that the outputs of `band` read. `fresh` says that the memory may hold anything; else it was packed
-// for an earlier band of this call, and columns that are padding in both stay zero.
-template <class T, int kDepth>
+// for an earlier band of this call, and columns that are padding in both stay zero. E: float, which may hold a word, or
+// T, one of two neighbours that a word is read as; then a line's last one has a neighbour behind it, which must be a
+// number.
+template <class T, int kDepth, class E>
 inline void pack_input(const Input<T, kDepth>& in, const Conv2dGeometry& g, const Layout& l, const Band& band,
-                       bool fresh, float* packed) {
-  const bool padded = l.w.reach > 0 || l.w.pad > 0 || l.h.reach > 0 || l.h.pad > 0;
+                       bool fresh, E* packed) {
+  const bool padded = l.w.reach > 0 || l.w.pad > 0 || l.h.reach > 0 || l.h.pad > 0 || sizeof(E) < sizeof(float);
   const bool moved = band.cols < g.q && padded;
   if ((fresh && padded) || moved) fill_floats(packed, l.size(), in.padding());
   for (int64_t image = 0; image < band.images; ++image) {
@@ -361,7 +388,7 @@ inline void pack_input(const Input<T, kDepth>& in, const Conv2dGeometry& g, cons
         const Rows rows = input_rows(l, band, image, a);
         const Columns columns = input_columns(l, band, b);
         if (columns.count() == 0) continue;
-        float* plane = packed + (a * l.w.phases + b) * l.plane + l.row(image, 0) + columns.valid.begin;
+        E* plane = packed + (a * l.w.phases + b) * l.plane + l.row(image, 0) + columns.valid.begin;
         if (in.channels_last) {
           pack_pixels(in, source, g, l, rows, columns, plane);
           continue;
@@ -373,11 +400,12 @@ inline void pack_input(const Input<T, kDepth>& in, const Conv2dGeometry& g, cons
 
 // The reverse of pack_input for gradients: writes every input row whose position in its phase, (y + pad) / stride, lies
 // in `rows`. Input that no output reads becomes zero.
+template <class T>
 inline void unpack_input(const float* packed, const Conv2dGeometry& g, const Layout& l, const Band& band, Range rows,
-                         bool channels_last, float* x) {
+                         bool channels_last, T* x) {
   int64_t covered = 0;
   for (int64_t b = 0; b < l.w.phases; ++b) covered += input_columns(l, band, b).count();
-  const bool stream = channels_last && stream_output(x, g.n * g.h * g.w, g.c);
+  const bool stream = sizeof(T) == sizeof(float) && channels_last && stream_output(x, g.n * g.h * g.w, g.c);
   const bool whole = band.cols == g.q;  // a band of some columns is a 1 x 1 convolution and owns just those
   const int64_t width = whole ? g.w : band.cols;
   const int64_t x0 = whole ? 0 : band.x;
@@ -405,11 +433,8 @@ inline void unpack_input(const float* packed, const Conv2dGeometry& g, const Lay
           continue;
         }
         for (int64_t c = 0; c < g.c; ++c) {
-          float* target = x + ((n * g.c + c) * g.h + y) * g.w + columns.first;
-          if (l.w.stride == 1)
-            copy_floats(target, source + c * l.channel, 1, columns.count());
-          else
-            for (int64_t j = 0; j < columns.count(); ++j) target[j * l.w.stride] = source[c * l.channel + j];
+          T* target = x + ((n * g.c + c) * g.h + y) * g.w + columns.first;
+          scatter_floats(target, l.w.stride, source + c * l.channel, columns.count());
         }
       }
     }

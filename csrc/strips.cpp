@@ -133,9 +133,4 @@ void StripSet::close_strip(const BlockWeight& w, int32_t group) {
   open_.clear();
 }
 
-void StripSet::unpack(const BlockWeight& weight, const float* packed, float* values) {
-  std::memset(values, 0, sizeof(float) * static_cast<size_t>(weight.nnzb * weight.bh * weight.bw));
-  visit(weight, [&](int64_t value, int64_t strip_weight) { values[value] = packed[strip_weight]; });
-}
-
 }  // namespace sparsekd

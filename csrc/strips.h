@@ -35,8 +35,9 @@ class StripSet {
   // when the two types differ.
   template <class T, class Packed>
   void pack(const BlockWeight& weight, const T* values, Packed* packed);
-  // And back, when not in place.
-  void unpack(const BlockWeight& weight, const float* packed, float* values);
+  // And back from floats, when not in place or when the two types differ. `depth` is 1.
+  template <class T>
+  void unpack(const BlockWeight& weight, const float* packed, T* values);
 
  private:
   void build_in_place(const BlockWeight& weight);
@@ -71,6 +72,11 @@ inline void convert(int8_t from, int8_t& to) { to = from; }
 inline void convert(int8_t from, int16_t& to) { to = from; }
 inline void convert(Bfloat16 from, Bfloat16& to) { to = from; }
 inline void convert(Bfloat16 from, float& to) { to = to_float(from); }
+inline void convert(float from, Bfloat16& to) {  // to nearest even
+  uint32_t bits;
+  std::memcpy(&bits, &from, sizeof bits);
+  to.bits = static_cast<uint16_t>(from == from ? (bits + 0x7fffu + (bits >> 16 & 1)) >> 16 : 0x7fc0u);
+}
 
 template <class T, class Packed>
 void StripSet::pack(const BlockWeight& weight, const T* values, Packed* packed) {
@@ -80,6 +86,16 @@ void StripSet::pack(const BlockWeight& weight, const T* values, Packed* packed) 
   }
   std::fill_n(packed, view_.num_weights * weight.depth, Packed{});
   visit(weight, [&](int64_t value, int64_t at) { convert(values[value], packed[at]); });
+}
+
+template <class T>
+void StripSet::unpack(const BlockWeight& weight, const float* packed, T* values) {
+  if (in_place_) {
+    for (int64_t i = 0; i < view_.num_weights; ++i) convert(packed[i], values[i]);
+    return;
+  }
+  std::fill_n(values, weight.nnzb * weight.bh * weight.bw, T{});
+  visit(weight, [&](int64_t value, int64_t at) { convert(packed[at], values[value]); });
 }
 
 // Calls body(index into values, index into the elements of the strip weights) for every weight that exists.

@@ -97,6 +97,12 @@ def linear_grad_values_f32(
 conv2d_bf16 = conv2d_f32  # bf16 values, x, residual and y; float32 bias
 linear_bf16 = linear_f32
 
+# bf16 operands and results; sums are float32.
+conv2d_grad_input_bf16 = conv2d_grad_input_f32
+conv2d_grad_values_bf16 = conv2d_grad_values_f32
+linear_grad_input_bf16 = linear_grad_input_f32
+linear_grad_values_bf16 = linear_grad_values_f32
+
 ELEMENTS: dict[str, int]
 
 # Of a tapped layer: features, gradient (0 in the forward pass), element, channels_last, channels, pixels.

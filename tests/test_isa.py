@@ -253,6 +253,69 @@ def test_conv2d_bf16_errs_at_most_twice_as_much_as_torch(isa, case, pair, channe
         assert error.abs().max() <= 2 * limit.abs().max() + 1e-6
 
 
+def assert_rounded_once(got, want):
+    """bf16 results of float32 sums: half a unit in the last place off, beside what the sums lose."""
+    torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("pair", [False, True], ids=["own-block", "16x2"])
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+@pytest.mark.parametrize("isa", KNOWN_ISAS)
+def test_conv2d_bf16_gradients_are_rounded_once(isa, case, pair, channels_last, threads, isa_restored):
+    if isa not in _C.isas():
+        pytest.skip(f"this CPU has no {isa}")
+    _C.use_isa(isa)
+    n, c, h, w, k, (r, s), stride, padding, dilation, groups, block, density, dead_rows = CONVOLUTIONS[case]
+    blocks = Blocks(k, c // groups, r, s, *((16, 2) if pair else block), density, 0, dead_rows)
+    blocks.values = blocks.values.bfloat16()
+    geometry = (stride, padding, dilation, groups)
+    shape = _C.Conv2dShape((n, c, h, w), k, (r, s), *geometry, (blocks.bh, blocks.bw))
+    generator = torch.Generator().manual_seed(1)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x, dy = (
+        guarded(torch.randn(size, generator=generator).bfloat16().contiguous(memory_format=layout))
+        for size in ((n, c, h, w), (n, k, shape.p, shape.q))
+    )
+    x64, weight64 = x.double().requires_grad_(), blocks.dense.bfloat16().double().requires_grad_()
+    dx64, dweight64 = torch.autograd.grad(F.conv2d(x64, weight64, None, *geometry), (x64, weight64), dy.double())
+
+    dx = unwritten(*x.shape, channels_last=channels_last).to(torch.bfloat16, memory_format=layout)
+    _C.conv2d_grad_input_bf16(shape, dy.data_ptr(), channels_last, *blocks.pointers, dx.data_ptr(), channels_last,
+                              threads)  # fmt: skip
+    assert_rounded_once(dx, dx64)
+    dvalues = unwritten(*blocks.values.shape).bfloat16()
+    _C.conv2d_grad_values_bf16(shape, x.data_ptr(), channels_last, dy.data_ptr(), channels_last, *blocks.pointers[1:],
+                               dvalues.data_ptr(), threads)  # fmt: skip
+    assert_rounded_once(dvalues, blocks.gather(dweight64))
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3, 7, 40])
+@pytest.mark.parametrize("block", [(16, 1), (16, 2), (8, 3)], ids=["16x1", "16x2", "8x3"])
+@pytest.mark.parametrize("isa", KNOWN_ISAS)
+def test_linear_bf16_gradients_are_rounded_once(isa, block, batch, isa_restored):
+    if isa not in _C.isas():
+        pytest.skip(f"this CPU has no {isa}")
+    _C.use_isa(isa)
+    for in_features, out_features in ((70, 52), (69, 51)):
+        blocks = Blocks(out_features, in_features, 1, 1, *block, density=0.4, seed=3)
+        blocks.values = blocks.values.bfloat16()
+        generator = torch.Generator().manual_seed(4)
+        x, dy = (
+            guarded(torch.randn(batch, size, generator=generator).bfloat16()) for size in (in_features, out_features)
+        )
+        dx = unwritten(*x.shape).bfloat16()
+        _C.linear_grad_input_bf16(dy.data_ptr(), batch, out_features, *blocks.pointers, *block, dx.data_ptr(),
+                                  in_features, 2)  # fmt: skip
+        assert_rounded_once(dx, dy.double() @ blocks.dense.bfloat16().double().reshape(out_features, in_features))
+        dvalues = unwritten(*blocks.values.shape).bfloat16()
+        _C.linear_grad_values_bf16(x.data_ptr(), batch, in_features, dy.data_ptr(), out_features, *blocks.pointers[1:],
+                                   *block, dvalues.data_ptr(), 2)  # fmt: skip
+        want = blocks.gather((dy.double().T @ x.double()).reshape(out_features, in_features, 1, 1))
+        assert_rounded_once(dvalues, want)
+
+
 @pytest.mark.parametrize("batch", [0, 1, 3, 40])
 @pytest.mark.parametrize("block", [(16, 1), (16, 2), (8, 3)], ids=["16x1", "16x2", "8x3"])
 @pytest.mark.parametrize("isa", KNOWN_ISAS)

@@ -82,9 +82,11 @@ class Image {
   Image(int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last, Side side)
       : c_(c), h_(h), w_(w), last_(channels_last), memory_(sizeof(float) * static_cast<size_t>(n * c * h * w), side) {}
 
-  float& at(int64_t n, int64_t c, int64_t y, int64_t x) const {
-    return memory_.floats()[last_ ? ((n * h_ + y) * w_ + x) * c_ + c : ((n * c_ + c) * h_ + y) * w_ + x];
+  size_t place(int64_t n, int64_t c, int64_t y, int64_t x) const {
+    return static_cast<size_t>(last_ ? ((n * h_ + y) * w_ + x) * c_ + c : ((n * c_ + c) * h_ + y) * w_ + x);
   }
+  float& at(int64_t n, int64_t c, int64_t y, int64_t x) const { return memory_.floats()[place(n, c, y, x)]; }
+  const Guarded& memory() const { return memory_; }
   Tensor4d<const float> in() const { return {memory_.floats(), last_}; }
   Tensor4d<float> out() const { return {memory_.floats(), last_}; }
   template <class Random>
@@ -96,6 +98,23 @@ class Image {
   int64_t c_, h_, w_;
   bool last_;
   Guarded memory_;
+};
+
+// Floats cut to bf16, and what they are worth.
+struct Halves {
+  Guarded memory;
+  std::vector<float> exact;
+
+  Halves(const Guarded& floats, Side side) : memory(floats.bytes() / 2, side) {
+    Bfloat16* target = reinterpret_cast<Bfloat16*>(memory.floats());
+    for (size_t i = 0; i < floats.bytes() / sizeof(float); ++i) {
+      uint32_t bits;
+      memcpy(&bits, floats.floats() + i, sizeof bits);
+      target[i].bits = static_cast<uint16_t>(bits >> 16);
+      exact.push_back(to_float(target[i]));
+    }
+  }
+  Halves(const Image& image, Side side) : Halves(image.memory(), side) {}
 };
 
 Guarded guarded_ints(const std::vector<int32_t>& values, Side side) {
@@ -329,39 +348,36 @@ struct Check {
     }
   }
 
-  // bf16 in and out. What the kernel is given is rounded, so `exact` is taken from that; y is off by its own rounding.
-  void forward_bf16() const {
-    const auto rounded = [&](const float* source, size_t count, std::vector<float>& exact) {
-      Guarded memory(sizeof(Bfloat16) * count, set.side);
-      Bfloat16* target = reinterpret_cast<Bfloat16*>(memory.floats());
-      for (size_t i = 0; i < count; ++i) {
-        uint32_t bits;
-        memcpy(&bits, source + i, sizeof bits);
-        target[i].bits = static_cast<uint16_t>(bits >> 16);
-        exact.push_back(to_float(target[i]));
-      }
-      return memory;
-    };
-    const size_t size = static_cast<size_t>(l.n * l.c * l.h * l.w);
-    std::vector<float> exact_x, exact_values;
-    const Guarded x16 = rounded(x.in().data, size, exact_x);
-    const Guarded values = rounded(weight.values.floats(), weight.size(), exact_values);
-    const Image inputs(l.n, l.c, l.h, l.w, set.x_last, set.side);
-    if (size > 0) memcpy(&inputs.at(0, 0, 0, 0), exact_x.data(), sizeof(float) * size);
-    Exact exact(l.n * l.k * l.p() * l.q());
+  // y, dx and the gradients of the values in bf16. What the kernels are given is rounded, so exact answers are taken
+  // from that; results are off by their own rounding.
+  void bf16() const {
+    const Halves x16(x, set.side), dy16(dy, set.side), values(weight.values, set.side);
+    const auto at = [](const Guarded& memory) { return reinterpret_cast<Bfloat16*>(memory.floats()); };
+    const auto value = [&](int64_t v) { return double(values.exact[static_cast<size_t>(v)]); };
+    const Tensor4d<const Bfloat16> in{at(x16.memory), set.x_last}, out{at(dy16.memory), set.y_last};
+
+    Exact y(l.n * l.k * l.p() * l.q()), dx(l.n * l.c * l.h * l.w), dvalues(static_cast<int64_t>(weight.size()));
     weight.each_product(
         [&](int64_t v, int64_t n, int64_t k, int64_t oy, int64_t ox, int64_t c, int64_t iy, int64_t ix) {
-          exact.add(flat(l, n, k, oy, ox), double(exact_values[static_cast<size_t>(v)]) * inputs.at(n, c, iy, ix));
+          const double from = x16.exact[x.place(n, c, iy, ix)], to = dy16.exact[dy.place(n, k, oy, ox)];
+          y.add(static_cast<int64_t>(dy.place(n, k, oy, ox)), value(v) * from);
+          dx.add(static_cast<int64_t>(x.place(n, c, iy, ix)), value(v) * to);
+          dvalues.add(v, from * to);
         });
-    const Guarded y(sizeof(Bfloat16) * exact.value.size(), set.side);
-    const auto at = [](const Guarded& memory) { return reinterpret_cast<Bfloat16*>(memory.floats()); };
-    conv2d<Bfloat16>(l.shape(), {at(x16), set.x_last}, at(values), weight.blocks(), {}, {at(y), set.y_last},
-                     set.threads);
-    each_output([&](int64_t n, int64_t k, int64_t oy, int64_t ox) {
-      const int64_t i = flat(l, n, k, oy, ox);
-      const int64_t place = set.y_last ? ((n * l.p() + oy) * l.q() + ox) * l.k + k : i;
-      compare(name + " forward bf16", exact, i, to_float(at(y)[place]), 1.0 / 256);
-    });
+    const auto expect16 = [&](const char* what, const Exact& exact, const Guarded& got, int64_t i) {
+      compare(name + what, exact, i, to_float(at(got)[i]), 1.0 / 256);
+    };
+    const auto memory = [&](const Exact& exact) { return Guarded(sizeof(Bfloat16) * exact.value.size(), set.side); };
+    const Guarded y16 = memory(y), dx16 = memory(dx);
+    conv2d<Bfloat16>(l.shape(), in, at(values.memory), weight.blocks(), {}, {at(y16), set.y_last}, set.threads);
+    for (int64_t i = 0; i < static_cast<int64_t>(y.value.size()); ++i) expect16(" forward bf16", y, y16, i);
+    conv2d_grad_input<Bfloat16>(l.shape(), out, at(values.memory), weight.blocks(), {at(dx16), set.x_last},
+                                set.threads);
+    for (int64_t i = 0; i < static_cast<int64_t>(dx.value.size()); ++i) expect16(" grad_input bf16", dx, dx16, i);
+    const Guarded dvalues16 = memory(dvalues);
+    conv2d_grad_values<Bfloat16>(l.shape(), in, out, weight.blocks(), at(dvalues16), set.threads);
+    weight.each(
+        [&](int64_t v, int64_t, int64_t, int64_t, int64_t) { expect16(" grad_values bf16", dvalues, dvalues16, v); });
   }
 
   // Bytes in; floats with everything fused out, then bytes.
@@ -413,7 +429,7 @@ struct Check {
           exact.add(((n * l.c + c) * l.h + iy) * l.w + ix, double(weight.values.floats()[v]) * dy.at(n, k, oy, ox));
         });
     const Image dx(l.n, l.c, l.h, l.w, set.x_last, set.side);
-    conv2d_grad_input(l.shape(), dy.in(), weight.values.floats(), weight.blocks(), dx.out(), set.threads);
+    conv2d_grad_input<float>(l.shape(), dy.in(), weight.values.floats(), weight.blocks(), dx.out(), set.threads);
     for (int64_t n = 0, i = 0; n < l.n; ++n)
       for (int64_t c = 0; c < l.c; ++c)
         for (int64_t y = 0; y < l.h; ++y)
@@ -425,7 +441,7 @@ struct Check {
     weight.each_product([&](int64_t v, int64_t n, int64_t k, int64_t oy, int64_t ox, int64_t c, int64_t iy,
                             int64_t ix) { exact.add(v, double(x.at(n, c, iy, ix)) * dy.at(n, k, oy, ox)); });
     const Guarded dvalues(sizeof(float) * weight.size(), set.side);
-    conv2d_grad_values(l.shape(), x.in(), dy.in(), weight.blocks(), dvalues.floats(), set.threads);
+    conv2d_grad_values<float>(l.shape(), x.in(), dy.in(), weight.blocks(), dvalues.floats(), set.threads);
     weight.each([&](int64_t v, int64_t, int64_t, int64_t, int64_t) {
       compare(name + " grad_values", exact, v, dvalues.floats()[v]);
     });
@@ -445,7 +461,7 @@ void check_problem(const Problem& problem, const char* isa) {
     const auto random = [&] { return uniform(generator); };
     const Check check(problem, setting, isa, random);
     check.forward();
-    check.forward_bf16();
+    check.bf16();
     check.forward_int8();
     check.depthwise();
     check.pools();

@@ -1,7 +1,7 @@
 """CPU kernels: hands pointers and sizes to ``sparsekd._C``. Operands were checked in ``sparsekd/ops``.
 
-The compiled kernels take float32; bfloat16 in the forward pass of layers; feature maps in all half types. Other half
-types are converted around a float32 kernel. float64, and machines without the compiled module, run the reference.
+The compiled kernels take float32; layers and their gradients bfloat16 too; feature maps all half types. Layers in
+float16 are converted around a float32 kernel. float64, and machines without the compiled module, run the reference.
 """
 
 from __future__ import annotations
