@@ -79,7 +79,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--no-measure", action="store_true", help="train only: --remeasure freezes and times later")
     run.add_argument("--stop-after", type=float, metavar="MIN", help="stop after so many minutes; exit code 75")
     run.add_argument("--fresh", action="store_true", help="begin anew instead of going on with what --out holds")
-    run.add_argument("--remeasure", action="store_true", help="time the finished networks again, without training")
+    run.add_argument(
+        "--remeasure",
+        action="store_true",
+        help="score and time the finished networks again, without training; with --no-measure the test scores alone",
+    )
     bench = commands.add_parser("bench", help="time your own networks: dense, dense frozen, block-sparse frozen")
     bench.add_argument("models", nargs="+", metavar="MODEL", help="package.module:factory, called without arguments")
     bench.add_argument(

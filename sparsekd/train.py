@@ -74,7 +74,8 @@ class RunConfig:
     compiled   torch.compile every training step.
     measure    freeze and time the networks; False leaves that to a later call with `remeasure`.
     fresh      throw away what an earlier run left in `out`, instead of going on with it.
-    remeasure  freeze and time finished networks again, as they are: on a quiet machine, or with other threads.
+    remeasure  score finished networks on test, freeze and time them again, as they are: on a quiet machine, or with
+               other threads. Without `measure` the scores alone: soon done, and timings stay as they were.
     stop_after minutes after which `run` raises OutOfTime; the same call goes on from there.
     """
 
@@ -245,10 +246,10 @@ def _finished(
     if rank() == 0 and (not rows or config.remeasure):
         if rows and time.monotonic() > runtime.deadline:
             raise OutOfTime(f"{network.name} seed {seed}: not measured again")
-        measure = config.measure or config.remeasure
+        densities = network.densities or (None,)
         rows = [
-            _row(task, network, density, seed, epochs, settings, folder, config.quick, measure, runtime)
-            for density in network.densities or (None,)
+            _row(task, network, density, seed, epochs, settings, folder, config, runtime, before)
+            for density, before in zip(densities, rows or [None] * len(densities), strict=True)
         ]
         checkpoint.write_atomically(path, json.dumps(rows, indent=1).encode())
         (folder / "state.safetensors").unlink(missing_ok=True)
@@ -284,21 +285,22 @@ def _row(
     epochs: list[dict[str, Any]],
     settings: dict[str, Any],
     folder: Path,
-    quick: bool,
-    measure: bool,
+    config: RunConfig,
     runtime: Runtime,
+    before: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """One row of the report: errors on test, sizes, training cost; of the frozen network, speed and energy."""
+    """One row of the report: errors on test in float32, sizes, training cost; of the frozen network, speed and energy.
+
+    Where nothing is measured, speed and energy are those of `before`, the row as it was.
+    """
     path = folder / network.file(density)
     model = checkpoint.load(_fresh(task, network, seed), path)
     picked = picked_epoch(epochs, 1.0 if density is None else density, network.recipe.select, task.metric)
     assert picked is not None
-    with runtime.autocast():
-        reference = predict(model.to(runtime.device), task.test)
     spent = epochs[: picked["epoch"]] if len(network.densities) > 1 else epochs  # what came after is of other rows
     joules = [epoch["joules"] for epoch in spent]
     metrics = {
-        **scores(reference, task, task.test),
+        **scores(predict(model.to(runtime.device), task.test), task, task.test),
         **{name: value for name, value in picked.items() if name.startswith("val_")},
         "weights_kept": kept_share(model),
         "parameters": count_parameters(model),
@@ -308,14 +310,17 @@ def _row(
         "step_ms_first": spent[0]["step_ms"],
         "step_ms_last": spent[-1]["step_ms"],
     }
-    found, note, plan = _frozen(model.cpu(), task, network, quick) if measure else ({}, "", {})
+    if config.measure:
+        measured, note, plan = _frozen(model.cpu(), task, network, config.quick)
+    else:
+        measured, note, plan = (before[key] for key in ("metrics", "energy_note", "plan")) if before else ({}, "", {})
     return {
         "name": network.name,
         "method": network.method,
         "seed": seed,
         "target_density": density,
         "best_epoch": picked["epoch"],
-        "metrics": {**metrics, **found},
+        "metrics": {**measured, **metrics},
         "energy_note": note,
         "plan": plan,
         "blocks": kept_blocks(model) if seed == 0 else {},
@@ -325,7 +330,10 @@ def _row(
 
 
 def _frozen(model: nn.Module, task: Task, network: Network, quick: bool) -> tuple[dict[str, Any], str, dict[str, Any]]:
-    """What the frozen network scores on test and costs, where the joules come from, its plan for each batch size."""
+    """What the frozen network costs, where the joules come from, its plan for each batch size.
+
+    Raises RuntimeError where it predicts anything else than `model`.
+    """
     task = task.to("cpu")
     batches = (1, 64) if quick or task.kind == "images" else (1, 64, 512)
     frozen = freeze_for(model, task, batches, 15.0 if quick else 60.0)
@@ -336,13 +344,12 @@ def _frozen(model: nn.Module, task: Task, network: Network, quick: bool) -> tupl
             f"sparsekd.train: the frozen {network.name} predicts up to {difference:.2g} beside the trained one: "
             "a fault of sparsekd.freeze on this machine; please report it with the output of sparsekd doctor"
         )
-    metrics = {
-        **scores(prediction, task, task.test),
-        f"{task.metric}_unfrozen": scores(reference, task, task.test)[task.metric],
-        "frozen_difference": difference,
-    }
     measured, note = speed(model, frozen, task, quick)
-    return {**metrics, **measured}, note, {str(batch): net.plan.to_dict() for batch, net in frozen.items()}
+    return (
+        {"frozen_difference": difference, **measured},
+        note,
+        {str(batch): net.plan.to_dict() for batch, net in frozen.items()},
+    )
 
 
 def kept_blocks(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -383,6 +390,7 @@ def _describe_protocol(task: Task, config: RunConfig, runtime: Runtime) -> dict[
     """How the numbers were made, for a reader of the JSON."""
     trained = networks(task, config.choice)
     images = task.kind == "images"
+    precision = "in bf16 autocast" if runtime.bf16 else "in float32"
     described: dict[str, Any] = {
         "quick": config.quick,
         "seeds": list(range(config.seeds)),
@@ -399,18 +407,18 @@ def _describe_protocol(task: Task, config: RunConfig, runtime: Runtime) -> dict[
             "augmentation": f"crop after padding by {task.sizes['pixels'] // 8}, mirror",
             "selection": "last epoch; of the densities that of the best validation accuracy (marked); the test part is "
             "used once for each row",
-            "precision": ("bf16 autocast" if runtime.bf16 else "float32") + ", compiled" * runtime.compiled,
             "trained_on": torch.cuda.get_device_name() if runtime.device.startswith("cuda") else "cpu",
         }
     else:
         described |= {
             "budget": "every student, dense or pruned, trains for the same number of epochs with the same optimizer",
             "selection": "epoch of smallest validation MSE among those at the final density; the test part is used "
-            "once, for the frozen network of that epoch",
+            "once, for that epoch",
             "batch_norm": f"statistics of {RECALIBRATION} training batches, taken before each validation with dropout "
             "off",
         }
     return described | {
+        "precision": f"training and validation {precision}" + ", compiled" * runtime.compiled + "; test in float32",
         "threads": f"{torch.get_num_threads()} in the latest timing",
         "machine": machine_line(),
         "kernels": {op: where["cpu"] for op, where in backends.describe().items()},
