@@ -43,6 +43,14 @@ class BlockPattern:
         return f"{self.bh}x{self.bw}"
 
     @classmethod
+    def parse(cls, text: str) -> BlockPattern:
+        """Of ``str(pattern)``: "16x2". Raises ValueError for any other text."""
+        sides = text.split("x")
+        if len(sides) != 2 or not all(side.isdecimal() for side in sides):
+            raise ValueError(f'BlockPattern.parse: expected outputs x inputs as in "16x1", got {text!r}')
+        return cls(int(sides[0]), int(sides[1]))
+
+    @classmethod
     def for_device(cls, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> BlockPattern:
         """The pattern whose block is the machine's own vector (design table: CPU 16x1/2/4, GPU tensor-core tiles)."""
         kind = torch.device(device).type

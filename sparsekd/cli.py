@@ -63,12 +63,13 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         type=float,
         metavar="D",
-        help="shares of the weights to keep (0.45; cifar100: 0.7 0.5 0.4 0.3 0.2)",
+        help="shares of the weights to keep (0.45; cifar100: 0.7 0.5 0.4 0.3, ours also 0.2)",
     )
     run.add_argument("--teacher", metavar="NAME", help="cifar100: wrn-40-2 (default), resnet-34, ...")
     run.add_argument("--student", metavar="NAME", help="cifar100: wrn-16-2 (default), resnet-18, mobilenet-v2, ...")
     run.add_argument("--recipe", default="ours", help="cifar100: ours (default), or paper for its Table 2")
     run.add_argument("--protocol", default="full", help="cifar100: full (default), or reduced for a CPU")
+    run.add_argument("--pattern", default="16x1", metavar="RxC", help="blocks to prune, outputs x inputs (16x1)")
     run.add_argument("--seeds", type=int, default=1, metavar="N", help="how many seeds (1)")
     run.add_argument("--quick", action="store_true", help="less data and fewer epochs: to see it work, not to quote")
     run.add_argument("--out", metavar="DIR", help="folder for everything that is written (runs/<task>)")
@@ -113,11 +114,12 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         data_dir=options.data,
         options=_networks(options),
         methods=_methods(options),
-        densities=tuple(options.density or ((0.7, 0.5, 0.4, 0.3, 0.2) if options.task == "cifar100" else (0.45,))),
+        densities=tuple(options.density or _densities(options)),
         seeds=options.seeds,
         quick=options.quick,
         recipe=options.recipe,
         protocol=options.protocol,
+        pattern=options.pattern,
         out=options.out,
         threads=options.threads,
         device=options.device,
@@ -148,6 +150,12 @@ def _methods(options: argparse.Namespace) -> tuple[str, ...]:
     if "all" not in options.method:
         return tuple(options.method)
     return (*train.METHODS, *(train.ABLATIONS if options.task == "cifar100" else ()))
+
+
+def _densities(options: argparse.Namespace) -> tuple[float, ...]:
+    if options.task != "cifar100":
+        return (0.45,)
+    return (0.7, 0.5, 0.4, 0.3) if options.recipe == "paper" else (0.7, 0.5, 0.4, 0.3, 0.2)
 
 
 def _networks(options: argparse.Namespace) -> dict[str, Any]:

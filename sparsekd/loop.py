@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import checkpoint, distributed, energy
+from .blocks import BlockPattern
 from .data import Recipe, Split, Task
 from .distill import AttentionTransfer, Distiller, FeatureTap
 from .evaluate import kept_share, not_pruned, predict, scores
@@ -88,7 +89,8 @@ def fit(
     epochs = _resume(folder / "state.safetensors", parts, settings)
     for epoch in _progress(range(len(epochs) + 1, recipe.epochs + 1), recipe.epochs, f"{network.name} seed {seed}"):
         with energy.EnergyMeter(runtime.device) as meter:
-            losses = _train_epoch(model, trainee, optimizer, task, recipe, epoch, seed, runtime)
+            learning = network.ticket if network.ticket and method and method.stage == "ticket" else recipe
+            losses = _train_epoch(model, trainee, optimizer, task, learning, epoch, seed, runtime)
         if not math.isfinite(losses["loss"]):
             raise RuntimeError(
                 f"sparsekd.train: {network.name} diverged in epoch {epoch} (loss {losses['loss']}); lower the learning "
@@ -151,6 +153,7 @@ def _train_epoch(
     for inputs, target in batches:
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(recipe, epoch, taken / steps, cycle)
+            group["weight_decay"] = recipe.weight_decay
         optimizer.zero_grad()
         with runtime.autocast():
             losses = loss(inputs, target)
@@ -283,6 +286,7 @@ def _trainee(
         distiller,
         network.schedule,
         epochs=network.recipe.epochs,
+        pattern=BlockPattern.parse(network.pattern),
         exclude=not_pruned(model) or None,
         seed=seed,
         example_inputs=examples,

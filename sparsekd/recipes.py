@@ -63,6 +63,7 @@ class Choice:
     quick: bool = False
     recipe: str = "ours"
     protocol: str = "full"
+    pattern: str = "16x1"
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Network:
     alpha, beta, features   weights of KD and of the feature term, and which it is: "sad" or "at".
     method, schedule        what prunes it and when, None for dense networks; `options` are the method's.
     densities               shares of weights at which it is kept and becomes a row, on the schedule; () for dense ones.
+    ticket                  how the first stage of SS-SAD learns, where that is not as the second: its rate and decay.
+    pattern                 blocks that are pruned, the same on every device: what is learnt must not depend on it.
     """
 
     name: str
@@ -84,6 +87,8 @@ class Network:
     densities: tuple[float, ...] = ()
     schedule: Schedule | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    ticket: Recipe | None = None
+    pattern: str = "16x1"
 
     def file(self, density: float | None) -> str:
         """Name of the file with the weights of one row."""
@@ -93,7 +98,7 @@ class Network:
 def networks(task: Task, choice: Choice) -> list[Network]:
     """The teacher first, then the dense students, then the pruned ones."""
     found = _of_images(task, choice) if task.kind == "images" else _of_ratings(task, choice)
-    return list(found)
+    return [dataclasses.replace(network, pattern=choice.pattern) for network in found]
 
 
 # The weights of KD and SAD for ratings. On the validation part of the movies task alpha 1 with beta 0 and 10 are within
@@ -176,7 +181,11 @@ def _sweep(method: str, targets: tuple[float, ...], length: int) -> tuple[Schedu
 
 
 def _paper_networks(task: Task, choice: Choice, batch: int, scale: float) -> Iterator[Network]:
-    """Table 2 of arXiv 2401.10484 with all epochs times `scale`; what it has no column for learns as SAD or SP-SAD."""
+    """Table 2 of arXiv 2401.10484 with all epochs times `scale`; what it has no column for learns as SAD or SP-SAD.
+
+    The column of SS-SAD is that of its second stage (a constant 5e-4, no decay); the first is a lottery ticket and
+    learns as LTH-SAD does, at 0.05: at 5e-4 it would be cut by the size of weights that are hardly trained.
+    """
     plain = dataclasses.replace(task.student_recipe, batch_size=batch)
     dense = dataclasses.replace(
         plain, epochs=_times(plain.epochs, scale), milestones=tuple(_times(m, scale) for m in plain.milestones or ())
@@ -185,26 +194,33 @@ def _paper_networks(task: Task, choice: Choice, batch: int, scale: float) -> Ite
     for method in (m for m in choice.methods if m not in ("kd", "at")):
         base, options = _base(method)
         column = _scaled(PAPER[base], scale)
-        passed = [round(1 - column.schedule.removed_after(e), 6) for e in range(1, column.epochs + 1)]
-        densities = tuple(d for d in sorted(choice.densities, reverse=True) if round(d, 6) in passed and d < 1)
-        if not densities:
-            continue
+        passed = sorted({round(1 - column.schedule.removed_after(e), 6) for e in range(1, column.epochs + 1)})
+        densities = tuple(d for d in sorted(choice.densities, reverse=True) if d < 1)
+        if not {round(d, 6) for d in densities} <= set(passed):
+            raise ValueError(
+                f"sparsekd run: --recipe paper prunes {method} to the densities {', '.join(f'{d:g}' for d in passed)}, "
+                f"got {', '.join(f'{d:g}' for d in densities)}; choose among these, or --recipe ours"
+            )
+        learning = dataclasses.replace(
+            plain,
+            lr=column.learning_rate,
+            weight_decay=column.weight_decay,
+            epochs=column.epochs,
+            milestones=column.milestones,
+            restart="never",
+        )
+        lottery = PAPER["lth-sad"]
+        ticket = dataclasses.replace(learning, lr=lottery.learning_rate, weight_decay=lottery.weight_decay)
         yield Network(
             _title(method),
             method,
-            dataclasses.replace(
-                plain,
-                lr=column.learning_rate,
-                weight_decay=column.weight_decay,
-                epochs=column.epochs,
-                milestones=column.milestones,
-                restart="never",
-            ),
+            learning,
             *((0.0, 0.0) if method == "magnitude" else (column.alpha, column.beta)),
             method=base,
             densities=densities,
             schedule=column.schedule,
             options=options,
+            ticket=ticket if base == "ss-sad" else None,
         )
 
 

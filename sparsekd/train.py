@@ -38,7 +38,7 @@ import torch.distributed as dist
 from torch import nn
 
 from . import __version__, backends, baselines, checkpoint, data, models, report
-from .blocks import check_density
+from .blocks import BlockPattern, check_density
 from .convert import named_layers
 from .data import Task
 from .evaluate import count_parameters, freeze_for, kept_share, not_pruned, predict, scores, speed
@@ -67,6 +67,8 @@ class RunConfig:
     quick      fewer rows, fewer epochs, short timings: to see it work, not to quote.
     recipe     images: "ours", or "paper" for Table 2 of arXiv 2401.10484 to the letter.
     protocol   images: "full", or "reduced" for what a CPU can do: see `recipes.PROTOCOLS`.
+    pattern    blocks that are pruned, outputs x inputs: "16x1", on every device, so that they can be compared. GPU
+               tensor cores want "64x32", other blocks run dense there.
     out        folder of everything that is written; default runs/<task>, with the recipe and protocol that differ.
     threads    of torch and of the kernels; None leaves torch's choice.
     device     "cpu" or "cuda" for training; None: cuda for images where there is one. Frozen networks are for the CPU.
@@ -88,6 +90,7 @@ class RunConfig:
     quick: bool = False
     recipe: str = "ours"
     protocol: str = "full"
+    pattern: str = "16x1"
     out: str | None = None
     threads: int | None = None
     device: str | None = None
@@ -104,6 +107,7 @@ class RunConfig:
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         for density in self.densities:
             check_density("sparsekd run", density)
+        BlockPattern.parse(self.pattern)
         known = (*METHODS, *ABLATIONS)
         for method in self.methods:
             if method not in known:
@@ -122,7 +126,7 @@ class RunConfig:
 
     @property
     def choice(self) -> Choice:
-        return Choice(self.methods, self.densities, self.quick, self.recipe, self.protocol)
+        return Choice(self.methods, self.densities, self.quick, self.recipe, self.protocol, self.pattern)
 
 
 def _print(line: str) -> None:
@@ -398,6 +402,7 @@ def _describe_protocol(task: Task, config: RunConfig, runtime: Runtime) -> dict[
         "teacher": _settings_of(trained[0]),
         "students": {network.folder: _settings_of(network) for network in trained[1:]},
         "not_pruned": list(not_pruned(models.student(task))),
+        "blocks": f"{config.pattern}, outputs x inputs",
     }
     if images:
         described |= {
@@ -440,6 +445,8 @@ def _settings_of(network: Network) -> str:
     if network.schedule is not None:
         text += f"; {network.method}: {network.schedule}"
         text += "".join(f", {name} {value}" for name, value in network.options.items())
+    if network.ticket is not None:
+        text += f"; its first stage with lr {network.ticket.lr:g}, weight decay {network.ticket.weight_decay:g}"
     return text
 
 

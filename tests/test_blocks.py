@@ -99,6 +99,10 @@ def test_a_broken_index_is_refused(name, value, says):
 
 def test_patterns_follow_the_device():
     assert str(BlockPattern.for_device("cpu")) == "16x1"
+    assert BlockPattern.parse("16x2") == BlockPattern(16, 2)
+    for text in ("16", "16x", "16x1x1", "ax1", "-16x1"):
+        with pytest.raises(ValueError, match=f"outputs x inputs as in .*got '{text}'"):
+            BlockPattern.parse(text)
     assert str(BlockPattern.for_device("cpu", torch.bfloat16)) == "16x2"
     assert BlockPattern.for_device("cuda").bh % 16 == 0
     with pytest.raises(ValueError, match="cpu or cuda"):

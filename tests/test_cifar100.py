@@ -188,7 +188,7 @@ def test_standardised_over_the_training_part(task):
 
 
 def test_paper_recipes_are_those_of_its_table(task):
-    choice = recipes.Choice((*train.METHODS, *train.ABLATIONS), (0.7, 0.5, 0.4, 0.3, 0.2), recipe="paper")
+    choice = recipes.Choice((*train.METHODS, *train.ABLATIONS), (0.7, 0.5, 0.4, 0.3), recipe="paper")
     found = {network.folder: network for network in recipes.networks(task, choice)}
     for method, column in PAPER.items():
         recipe = found[method].recipe
@@ -204,7 +204,12 @@ def test_paper_recipes_are_those_of_its_table(task):
             column.beta,
             column.schedule,
         )
-    assert found["sp-sad"].densities == (0.7, 0.5, 0.4, 0.3)  # 0.2 is beyond its schedule
+    assert found["sp-sad"].densities == (0.7, 0.5, 0.4, 0.3)
+    with pytest.raises(ValueError, match=r"prunes sp-sad to the densities 0.3, 0.4, .*, got 0.2; choose among these"):
+        recipes.networks(task, dataclasses.replace(choice, densities=(0.2,)))  # beyond its schedule
+    ticket = found["ss-sad"].ticket
+    assert (ticket.lr, ticket.weight_decay, ticket.milestones) == (0.05, 5e-4, ())
+    assert {network.pattern for network in found.values()} == {"16x1"}
     assert found["sad"].recipe.milestones == (150, 180, 210) and found["sad"].beta == 200
     assert (found["magnitude"].alpha, found["magnitude"].beta) == (0, 0)
     assert found["random"].options == {"score": "random"} and found["at"].features == "at"
@@ -226,6 +231,22 @@ def test_our_reduced_recipe_is_that_of_its_protocol(task):
     assert {found[name].beta for name in ("sad", "random", *train.METHODS)} == {protocol.beta}
     quick = {n.folder: n for n in recipes.networks(task, dataclasses.replace(choice, quick=True))}
     assert quick["teacher"].recipe.epochs == quick["student"].recipe.epochs == 6
+
+
+def test_the_ticket_of_the_paper_learns_at_its_own_rate(task, monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.setattr(
+        loop,
+        "_train_epoch",
+        lambda *args: seen.update({args[5]: args[4]}) or dict.fromkeys(("loss", "task", "kd", "sad"), 0.0),
+    )
+    monkeypatch.setattr(loop, "predict", lambda model, part: torch.zeros(len(part), 100))
+    choice = recipes.Choice(("ss-sad",), (0.5,), quick=True, recipe="paper")
+    network = next(n for n in recipes.networks(task, choice) if n.method)
+    loop.fit(Tiny(), task, dataclasses.replace(network, alpha=0.0, beta=0.0), folder=tmp_path)
+    rates = [seen[epoch].lr for epoch in sorted(seen)]
+    ticket = rates.count(0.05)
+    assert 0 < ticket < len(rates) and rates == [0.05] * ticket + [5e-4] * (len(rates) - ticket)
 
 
 @pytest.mark.parametrize("method", list(train.METHODS))

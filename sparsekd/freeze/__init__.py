@@ -354,7 +354,7 @@ def _weight_and_bias(
         weight = values = tensors["weight"]
     else:
         values, index = tensors["values"], (tensors["row_ptr"], tensors["col_idx"])
-        weight = BlockSparse(values, *index, geometry.weight, BlockPattern(*map(int, place.pattern.split("x"))))
+        weight = BlockSparse(values, *index, geometry.weight, BlockPattern.parse(place.pattern))
         weight.validate()
     channels = math.prod(geometry.weight[1:2]) * geometry.groups
     fits = weight.shape == ((0,) if geometry.pool else geometry.weight)

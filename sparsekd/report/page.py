@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..blocks import BlockPattern
 from . import charts
 from .charts import Chart, Series, pareto
 from .summary import label, metric_of
@@ -232,9 +233,10 @@ def _maps(run: Mapping[str, Any]) -> str:
         )
     if not parts:
         return ""
+    pattern = BlockPattern.parse(rows[0].get("settings", {}).get("pattern", "16x1"))
     note = (
-        "A row is 16 outputs of the layer, a column one of its inputs; the darker, the more of the kernel's places are "
-        "kept, and empty is gone."
+        f"A row is {pattern.bh} outputs of the layer, a column {pattern.bw} of its inputs; the darker, the more of the "
+        "kernel's places are kept, and empty is gone."
     )
     return f"<h3>Kept blocks (seed {seed})</h3><p class=small>{note}</p>{''.join(parts)}"
 
