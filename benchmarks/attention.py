@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -216,21 +216,29 @@ def measure(
             steps.append(synchronised(gradients(call, [*case.student, *trained]), device))
         samples = interleaved(steps, repeats=9, seconds=seconds * len(steps))
         row = {"case": label, "batch": pair.batch, "bytes": case.bytes(teacher), "bandwidth": rates}
-        row |= {f"{who}_us": median(taken) * 1e6 for who, taken in zip(calls, samples, strict=True)}
-        for who, taken in list(zip(calls, samples, strict=True))[1:]:
-            row[f"speedup_{who}"] = median([b / a for a, b in zip(samples[0], taken, strict=True)])
+        row |= figures(calls, samples)
         row["share"] = row["bytes"] / row["ours_us"] / 1e3 / rates["triad"]
         rows.append(row)
         print_row(row)
     return rows
 
 
+def figures(names: Iterable[str], samples: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Median microseconds of each contestant, and of each but the first its time over that one's in the same round."""
+    taken = dict(zip(names, samples, strict=True))
+    found = {f"{who}_us": median(each) * 1e6 for who, each in taken.items()}
+    for who, each in list(taken.items())[1:]:
+        found[f"speedup_{who}"] = median([b / a for a, b in zip(samples[0], each, strict=True)])
+    return found
+
+
 def print_row(row: dict[str, Any]) -> None:
     cells = [f"{row['case']:44} {row['ours_us']:9.0f} us"]
     cells += [f"{who} {row[f'{who}_us']:9.0f} us {row[f'speedup_{who}']:5.2f}x" for who in ("eager", "compiled")
               if f"{who}_us" in row]  # fmt: skip
-    rates = row["bandwidth"]
-    cells.append(f"{row['share']:4.0%} of {rates['triad']:.1f} GB/s (reading {rates['read']:.1f})")
+    if "share" in row:
+        rates = row["bandwidth"]
+        cells.append(f"{row['share']:4.0%} of {rates['triad']:.1f} GB/s (reading {rates['read']:.1f})")
     print(" | ".join(cells), flush=True)
 
 
@@ -248,9 +256,8 @@ def measure_kd(device: str, compiled: bool, seconds: float) -> dict[str, Any]:
     check("kd", list(calls.values()), [student])
     steps = [synchronised(gradients(call, [student]), device) for call in calls.values()]
     samples = interleaved(steps, seconds=seconds * len(steps))
-    row: dict[str, Any] = {"case": "kd 64x100"}
-    row |= {f"{who}_us": median(taken) * 1e6 for who, taken in zip(calls, samples, strict=True)}
-    print(", ".join(f"{key} {value:.0f}" if key != "case" else value for key, value in row.items()), flush=True)
+    row = {"case": "kd 64x100", **figures(calls, samples)}
+    print_row(row)
     return row
 
 

@@ -88,9 +88,9 @@ stage_training() {
 }
 
 stage_losses() {
-  local where=(--device cuda --json "$out/losses.json")
+  local where=(--device cuda)
   ((${#rehearse[@]})) && where=(--quick)
-  timeout 540 "$python" -m benchmarks.attention "${where[@]}"
+  timeout 540 "$python" -m benchmarks.attention "${where[@]}" --json "$out/losses.json"
 }
 
 stage_energy() { run -m benchmarks.gpu_network energy --network resnet50 --batch 256 --density 0.3 --out "$out"; }

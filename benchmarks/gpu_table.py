@@ -1,4 +1,4 @@
-"""The short table of an acceptance run: speed-ups per density and direction, networks, joules, and what was predicted.
+"""The short table of an acceptance run: speed-ups per density and direction, predicted too; networks, joules, losses.
 
 python -m benchmarks.gpu_table benchmarks/results/gpu
 """
@@ -10,6 +10,8 @@ import math
 import sys
 from pathlib import Path
 from typing import Any
+
+from sparsekd import report
 
 from .gpu_common import LAYERS
 
@@ -87,32 +89,83 @@ def network_lines(records: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def loss_lines(records: list[dict[str, Any]]) -> list[str]:
+    """Our microseconds, how many times as long torch takes, and the share of the memory's bandwidth."""
+    lines = ["| loss | us | eager x | compiled x | bandwidth |", "|" + "---|" * 5]
+    for row in (row for record in records for row in record["rows"]):
+        cells = [row["case"], f"{row['ours_us']:.0f}"]
+        cells += [_known(row.get(f"speedup_{who}"), ".2f") for who in ("eager", "compiled")]
+        lines.append(f"| {' | '.join([*cells, _known(row.get('share'), '.0%')])} |")
+    return lines
+
+
+def image_lines(records: list[dict[str, Any]]) -> list[str]:
+    lines = ["| CIFAR-100 | accuracy | sd | seeds |", "|" + "---|" * 4]
+    for entry in (entry for record in records for entry in report.summarise(record["rows"])):
+        cells = [_known(entry[what]["accuracy"], ".2%") for what in ("mean", "sd")]
+        lines.append(f"| {' | '.join([report.label(entry), *cells, str(len(entry['seeds']))])} |")
+    return lines
+
+
+def _known(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def kind_of(record: Any) -> str:
+    """Which section of the table the contents of a JSON file belong to: "" for those of a file of other origin."""
+    record = record if isinstance(record, dict) else {}
+    if "stage" in record:
+        return "layers" if record["stage"].startswith("layers") else "networks"
+    if "benchmarks.attention" in record.get("command", ""):
+        return "losses"
+    return "images" if {"schema", "task"} <= set(record) and report.metric_of(record) == "accuracy" else ""
+
+
+def read(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+    """The results of a folder by `kind_of`, and the names of its JSON files that are none."""
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in ("layers", "networks", "losses", "images")}
+    others = []
+    for path in sorted(folder.glob("*.json")):
+        if path.name == "plan.json":  # what the kernels chose, no figures
+            continue
+        try:
+            record = json.loads(path.read_text())
+        except ValueError:
+            record = None
+        if kind := kind_of(record):
+            found[kind].append(record)
+        else:
+            others.append(path.name)
+    return found, others
+
+
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.name != "plan.json"]
+    found, others = read(folder)
+    records = [record for some in found.values() for record in some]
     if not records:
         sys.exit(f"gpu_table: {folder} holds no results; run benchmarks/gpu_acceptance.sh first")
-    layers = [row for record in records if record["stage"].startswith("layers") for row in record["rows"]]
-    networks = [record for record in records if not record["stage"].startswith("layers")]
-    state = records[-1]["after"]
+    layers = [row for record in found["layers"] for row in record["rows"]]
+    states = [record["after"] for record in records if "after" in record]
+    state = states[-1] if states else next((record["machine"] for record in found["losses"]), {})
     left = sum(len(record.get("left", ())) for record in records)
-    parts = [f"{name}: {value}" for name, value in state.items()]
-    warning = ["REHEARSAL, interpreted on a CPU: no figure below means anything", ""] if state["rehearsal"] else []
-    text = [
-        *warning,
-        "; ".join(parts),
-        "",
-        *layer_lines(layers),
-        "",
-        *target_lines(layers),
-        "",
-        *network_lines(networks),
+    rehearsed = any("--quick" in record.get("command", "") for record in records) or state.get("rehearsal")
+    sections = [
+        ["REHEARSAL, interpreted on a CPU: no figure below means anything"] if rehearsed else [],
+        ["; ".join(f"{name}: {value}" for name, value in state.items())],
+        layer_lines(layers) if layers else [],
+        target_lines(layers),
+        network_lines(found["networks"]) if found["networks"] else [],
+        loss_lines(found["losses"]) if found["losses"] else [],
+        image_lines(found["images"]) if found["images"] else [],
+        [f"{left} layer rows were left out for time"] if left else [],
+        [f"not read, for they are no results of these benchmarks: {', '.join(others)}"] if others else [],
     ]
-    text += [f"\n{left} layer rows were left out for time"] if left else []
-    print("\n".join(text))
-    (folder / "table.md").write_text("\n".join(text) + "\n")
+    text = "\n\n".join("\n".join(lines) for lines in sections if lines)
+    print(text)
+    (folder / "table.md").write_text(text + "\n")
 
 
 if __name__ == "__main__":

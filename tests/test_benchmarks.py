@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import sparsekd
-from benchmarks import conv2d, gate, paper_tables, shapes, timing, zeus_check
+from benchmarks import attention, conv2d, gate, gpu_table, paper_tables, shapes, timing, zeus_check
 from benchmarks.contest import Replay, Setup, agree, energy_info, seconds_info
 from benchmarks.gate import Figure, judge
 from benchmarks.models import wrn_16_2
@@ -304,6 +304,31 @@ def test_the_paper_figures_agree_with_its_claim():
     (sad_watts, sad_minutes), (watts, minutes) = paper_tables.PAPER_RUNS.values()
     saved = 100 * (1 - watts * minutes / (sad_watts * sad_minutes))
     assert saved == pytest.approx(paper_tables.PAPER_POWER["categorical"], abs=0.01)
+
+
+# ---- the table of an acceptance run on a GPU
+
+
+def test_the_gpu_table_has_losses_and_images_and_names_what_else_lies_there(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "losses.json"
+    monkeypatch.setattr(sys, "argv", ["attention", "--quick", "--dtype", "float32", "--json", str(path)])
+    attention.main()
+    rows = {row["case"]: row for row in json.loads(path.read_text())["rows"]}
+    accuracies = [network("SAD", accuracy=0.5), network("LTH-SAD", 0.4, accuracy=0.25)]
+    results = {"schema": 1, "command": "sparsekd run cifar100", "task": {"kind": "images"}, "rows": accuracies}
+    (tmp_path / "cifar100.json").write_text(json.dumps(results))
+    (tmp_path / "merged.json").write_text(json.dumps({"schema": 1, "runs": []}))
+    (tmp_path / "cut.json").write_text("{")
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["gpu_table", str(tmp_path)])
+    gpu_table.main()
+    text = capsys.readouterr().out
+    assert text == (tmp_path / "table.md").read_text() and "REHEARSAL" in text
+    for name in ("kd 64x100", "quick sad nhwc float32"):
+        found, row = cells(text, name), rows[name]
+        assert found[:3] == [f"{row['ours_us']:.0f}", f"{row['speedup_eager']:.2f}", "-"]
+    assert cells(text, "LTH-SAD @ 0.4") == ["25.00%", "-", "1"]
+    assert "no results of these benchmarks: cut.json, merged.json" in text
 
 
 # ---- the contests

@@ -500,12 +500,13 @@ def test_a_new_mask_inside_a_capture_is_refused(monkeypatch):
 @pytest.mark.slow
 def test_the_acceptance_script_rehearses(tmp_path):
     script = Path(__file__).parents[1] / "benchmarks" / "gpu_acceptance.sh"
-    stages = ["build", "layers1", "network", "training", "energy", "table"]
+    stages = ["build", "layers1", "network", "training", "losses", "energy", "table"]
     environment = {**os.environ, "PYTHON": sys.executable, "TMPDIR": str(tmp_path)}
     environment.pop("SPARSEKD_PLAN")
     subprocess.run(["bash", script, "--rehearse", *stages], env=environment, check=True, timeout=500)
     table = (tmp_path / "sparsekd-gpu-rehearsal" / "table.md").read_text()
     assert "rehearsal: True" in table and "train-tiny" in table and "grad_values" not in table
+    assert "| quick sad nchw float32 |" in table
 
 
 # ---- On a GPU only: what the interpreter cannot show
