@@ -326,6 +326,22 @@ def test_match_maps_refuses_other_shapes():
         match_maps(None, maps, torch.ones(2, 18), size, size * 2)
     with pytest.raises(TypeError, match=r"one dtype, got torch.float64 and torch.float32"):
         match_maps(None, maps.double(), maps, size, size)
+    with pytest.raises(ValueError, match=r"student maps .* of one or more pixels each, got .* \[\(3, 3\), \(0, 8\)\]"):
+        match_maps(torch.ones(2, 1, 2), maps, maps, size, [*size, (0, 8)])
+    with pytest.raises(ValueError, match=r"teacher maps must be one or more"):
+        match_maps(torch.ones(2, 0, 1), maps[:, :0], maps, [], size)
+
+
+@pytest.mark.parametrize("attended", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_loss_of_no_images_is_nan_as_in_torch(attended, dtype):
+    student = torch.rand(0, 20, dtype=dtype, requires_grad=True)
+    attention = torch.rand(0, 1, 2, dtype=dtype) if attended else None
+    teacher_sizes = [(3, 3)] if attended else [(3, 3), (2, 2)]
+    teacher = torch.rand(0, 9 if attended else 13, dtype=dtype)
+    loss = match_maps(attention, teacher, student, teacher_sizes, [(4, 4), (2, 2)])
+    assert loss.isnan() and kd(torch.rand(0, 5), torch.rand(0, 5), 4.0).isnan()
+    assert torch.autograd.grad(loss, student)[0].shape == (0, 20)
 
 
 @pytest.mark.parametrize("classes", [1, 10, 100, 1000])

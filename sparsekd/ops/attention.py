@@ -9,6 +9,7 @@ compute their gradients along with the loss; the backward pass only scales them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,6 +87,8 @@ def match_maps(
         sum_t mean_b sum_s attention[b, t, s] * mean_hw (student[b, s -> t] - teacher[b, t])^2
 
     The teacher maps get no gradient.
+
+    Raises ValueError for maps that are not of these sizes, or of no pixels, and TypeError for two dtypes.
     """
     flat = [[side for size in sizes for side in size] for sizes in (teacher_sizes, student_sizes)]
     _check_maps(attention, teacher, student, *flat)
@@ -102,9 +105,10 @@ def match_maps_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, its gradient to attention, its gradient to student), all of them differentiable."""
     teachers, students = _split_maps(teacher, teacher_sizes), _split_maps(student, student_sizes)
-    batch = student.shape[0]
+    batch, images = student.shape[0], max(student.shape[0], 1)
     weights = torch.eye(len(teachers)).to(student).expand(batch, -1, -1) if attention is None else attention
-    loss, grads = student.new_zeros(()), [torch.zeros_like(maps) for maps in students]
+    loss = student.new_full((), 0.0 if batch else math.nan)  # the mean of no images, as in `kd`
+    grads = [torch.zeros_like(maps) for maps in students]
     distances = [student.new_empty(0)] * len(teachers)
     for size in dict.fromkeys((maps.shape[1], maps.shape[2]) for maps in teachers):
         # Once for each distinct size. Differences are formed: |a|^2 + |b|^2 - 2ab is not 0 for equal maps.
@@ -114,9 +118,9 @@ def match_maps_reference(
         unit, grad = pooled / divisor, torch.zeros_like(pooled)
         for t in (t for t, maps in enumerate(teachers) if maps.shape[1:] == size):
             difference = unit - F.normalize(teachers[t].flatten(1), eps=_EPS)[:, None]
-            distances[t] = difference.square().mean(2) / batch
+            distances[t] = difference.square().mean(2) / images
             loss = loss + (weights[:, t] * distances[t]).sum()
-            grad = grad + difference * weights[:, t, :, None] * (2 / (batch * unit.shape[2]))
+            grad = grad + difference * weights[:, t, :, None] * (2 / (images * unit.shape[2]))
         along = (unit * grad).sum(2, keepdim=True) * (norm > _EPS)
         grad = ((grad - unit * along) / divisor).unflatten(2, size)
         grads = [total + _unpool(grad[:, s], maps) for s, (total, maps) in enumerate(zip(grads, students, strict=True))]
@@ -195,6 +199,11 @@ def _check_maps(
 ) -> None:
     count_t, count_s = len(teacher_sizes) // 2, len(student_sizes) // 2
     for side, maps, sizes in (("teacher", teacher, teacher_sizes), ("student", student, student_sizes)):
+        if min(sizes, default=0) < 1:
+            raise ValueError(
+                f"sparsekd.match_maps: {side} maps must be one or more, of one or more pixels each, got (H, W) "
+                f"{list(zip(sizes[::2], sizes[1::2], strict=True))}; tap a layer whose output is not empty"
+            )
         pixels = sum(height * width for height, width in zip(sizes[::2], sizes[1::2], strict=True))
         if maps.shape != (student.shape[0], pixels):
             raise ValueError(
