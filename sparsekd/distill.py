@@ -184,7 +184,7 @@ class SAD(nn.Module):
     def _content(self, query: Tensor, key: Tensor) -> Tensor:
         """<K'[b,s,t], Q[b,t]> as [B, T, S], of Q [B, T, q] and K [B, S, q]."""
         linear, norm = self.bilinear
-        if type(linear) is nn.Linear and type(norm) is nn.BatchNorm1d:
+        if type(linear) is nn.Linear and type(norm) is nn.BatchNorm1d and _are_as_made(linear, norm):
             return _project_queries(query, key, linear, norm)
         bilinear = self.bilinear(key.flatten(0, 1)).view(*key.shape[:2], *query.shape[1:])  # [B, S, T, q]
         return torch.einsum("bstq,btq->bts", bilinear, query)
@@ -211,6 +211,11 @@ class SAD(nn.Module):
                 f"sparsekd.SAD: training needs a batch of at least 2 (batch norm), got {student_features[0].shape[0]}; "
                 "drop the last partial batch (DataLoader(drop_last=True)) or call .eval()"
             )
+
+
+def _are_as_made(linear: nn.Linear, norm: nn.BatchNorm1d) -> bool:
+    """Whether these are set up as `SAD` did; without a momentum, for one, a norm computes something else."""
+    return linear.bias is not None and norm.affine and norm.track_running_stats and norm.momentum is not None
 
 
 def _project_queries(query: Tensor, key: Tensor, linear: nn.Linear, norm: Any) -> Tensor:
@@ -505,6 +510,11 @@ class Distiller(nn.Module):
                 raise ValueError(f"sparsekd.Distiller: {name} must be finite and >= 0, got {value}; 0 leaves it out")
         if not temperature > 0:
             raise ValueError(f"sparsekd.Distiller: temperature must be positive, got {temperature}; 4 is usual")
+        if not (matching is None or isinstance(matching, nn.Module)):
+            raise TypeError(
+                "sparsekd.Distiller: matching must be a module (teacher features, student features) -> scalar, "
+                f"got {type(matching).__name__} {matching!r}; None makes a SAD, or pass AttentionTransfer()"
+            )
         self.task, self.alpha, self.beta, self.temperature = task, alpha, beta, temperature
         # In tuples, so that torch registers neither network as a part of this module.
         self._networks = (teacher, student)
@@ -518,7 +528,7 @@ class Distiller(nn.Module):
                 )
             self._taps = (FeatureTap(teacher, teacher_taps), FeatureTap(student, student_taps))
             teacher_features, student_features = (_example_features(tap, example_inputs) for tap in self._taps)
-            self.sad = matching or SAD.from_features(teacher_features, student_features, dim)
+            self.sad = SAD.from_features(teacher_features, student_features, dim) if matching is None else matching
 
     @property
     def teacher(self) -> nn.Module:

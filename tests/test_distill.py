@@ -151,14 +151,20 @@ def test_sad_attention_equals_the_formulas_and_sums_to_one(teacher):
         torch.testing.assert_close(got[index], value)
 
 
-def test_sad_projects_queries_as_its_modules_would():
+NORMS = [{}, {"momentum": None}, {"track_running_stats": False}, {"affine": False}]
+
+
+@pytest.mark.parametrize("options", NORMS, ids=str)
+def test_sad_projects_queries_as_its_modules_would(options):
     class Norm(nn.BatchNorm1d):  # any type but the one that SAD knows: its modules are called then
         pass
 
     sad = randomized_sad(TEACHER, STUDENT, dim=4)
     plain = copy.deepcopy(sad)
-    plain.bilinear[1] = Norm(plain.bilinear[1].num_features).double()
-    plain.bilinear.load_state_dict(sad.bilinear.state_dict())
+    for module, kind in ((sad, nn.BatchNorm1d), (plain, Norm)):
+        module.bilinear[1] = kind(module.bilinear[1].num_features, **options).double()
+        for parameter in module.bilinear[1].parameters():
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
     teacher, student = features(TEACHER), features(STUDENT)
     for training in (True, False):
         results = []
@@ -168,7 +174,7 @@ def test_sad_projects_queries_as_its_modules_would():
             results.append((attention, torch.autograd.grad(attention[..., 0].sum(), [means, *module.parameters()])))
         torch.testing.assert_close(*results)
         torch.testing.assert_close(sad.state_dict(), plain.state_dict())
-    assert sad.bilinear[1].num_batches_tracked == 1
+    assert sad.bilinear[1].num_batches_tracked == (1 if sad.bilinear[1].track_running_stats else None)
 
 
 def test_sad_has_the_published_number_of_parameters():
@@ -689,12 +695,23 @@ def test_distiller_follows_a_sparsified_student():
         ({"beta": math.nan}, ValueError, "beta must be finite and >= 0, got nan"),
         ({"temperature": 0}, ValueError, "temperature must be positive, got 0"),
         ({"example_inputs": None}, TypeError, "beta > 0 needs example_inputs"),
+        ({"matching": "at"}, TypeError, r"matching must be a module .* got str 'at'; .* AttentionTransfer\(\)"),
         ({"example_inputs": torch.zeros(2, 3, 8, 8)}, TypeError, "got Tensor; pass one small batch"),
     ],
 )
 def test_distiller_refuses_bad_arguments(options, error, message):
     with pytest.raises(error, match=message):
         distiller(**options)
+
+
+def test_distiller_takes_a_matching_that_is_false():
+    class Norms(nn.ModuleList):  # empty, so false
+        def forward(self, teacher_features, student_features):
+            return student_features[0].norm()
+
+    d = distiller(matching=Norms(), beta=2.0)
+    inputs, target = batch()
+    torch.testing.assert_close(d.loss(inputs, target).sad, FeatureTap(d.student, TAPS)(*inputs)[1][0].norm())
 
 
 def test_docstring_examples_run():
