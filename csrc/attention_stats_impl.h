@@ -85,12 +85,29 @@ inline void scale_floats(float* p, int64_t n, float scale) {
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 constexpr int64_t kAhead = 8192;  // bytes
 
+// step(i, load, load_floats, store) for every 16 of n places, and once for the rest with loads and a store of so many.
+template <class T, class Step>
+inline void in_vectors(int64_t n, Step step) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    step(
+        i, [](const T* at) { return load16(at); }, [](const float* at) { return Vec16::load(at); },
+        [](float* at, Vec16 v) { v.store(at); });
+  if (const int rest = static_cast<int>(n - i))
+    step(
+        i, [=](const T* at) { return load16_first(at, rest); },
+        [=](const float* at) { return Vec16::load_first(at, rest); },
+        [=](float* at, Vec16 v) { v.store_first(at, rest); });
+}
+
 // `kPlanes` channels of [channels][pitch]: adds their squares to energy, or begins it, and pushes their sums.
 template <int kPlanes, class T>
 inline void stats_of_planes(const T* x, int64_t pitch, int64_t pixels, bool first, float* energy, LaneSums& sums) {
   Vec16 sum[kPlanes];
   for (Vec16& s : sum) s = Vec16::zero();
-  const auto step = [&](int64_t p, auto load, auto load_floats, auto store) {
+  const int64_t ahead = max64(kPlanes * pitch, kAhead / static_cast<int64_t>(sizeof(T)));
+  in_vectors<T>(pixels, [&](int64_t p, auto load, auto load_floats, auto store) {
+    for (int i = 0; i < kPlanes; ++i) prefetch(x + i * pitch + p + ahead);
     Vec16 e = first ? Vec16::zero() : load_floats(energy + p);
     for (int i = 0; i < kPlanes; ++i) {
       const Vec16 v = load(x + i * pitch + p);
@@ -98,20 +115,7 @@ inline void stats_of_planes(const T* x, int64_t pitch, int64_t pixels, bool firs
       e = Vec16::fma(v, v, e);
     }
     store(energy + p, e);
-  };
-  const int64_t ahead = max64(kPlanes * pitch, kAhead / static_cast<int64_t>(sizeof(T)));
-  int64_t p = 0;
-  for (; p + 16 <= pixels; p += 16) {
-    for (int i = 0; i < kPlanes; ++i) prefetch(x + i * pitch + p + ahead);
-    step(
-        p, [](const T* at) { return load16(at); }, [](const float* at) { return Vec16::load(at); },
-        [](float* at, Vec16 v) { v.store(at); });
-  }
-  if (const int rest = static_cast<int>(pixels - p))
-    step(
-        p, [=](const T* at) { return load16_first(at, rest); },
-        [=](const float* at) { return Vec16::load_first(at, rest); },
-        [=](float* at, Vec16 v) { v.store_first(at, rest); });
+  });
   for (const Vec16& s : sum) sums.push(s);
 }
 
@@ -131,7 +135,9 @@ template <int kPixels, class T>
 inline void stats_of_pixels(const T* x, int64_t channels, bool first, float* means, LaneSums& sums) {
   Vec16 square[kPixels];
   for (Vec16& s : square) s = Vec16::zero();
-  const auto step = [&](int64_t c, auto load, auto load_floats, auto store) {
+  const int64_t ahead = kAhead / static_cast<int64_t>(sizeof(T));
+  in_vectors<T>(channels, [&](int64_t c, auto load, auto load_floats, auto store) {
+    for (int i = 0; i < kPixels; ++i) prefetch(x + i * channels + c + ahead);
     Vec16 total = first ? Vec16::zero() : load_floats(means + c);
     for (int i = 0; i < kPixels; ++i) {
       const Vec16 v = load(x + i * channels + c);
@@ -139,20 +145,7 @@ inline void stats_of_pixels(const T* x, int64_t channels, bool first, float* mea
       total = Vec16::add(total, v);
     }
     store(means + c, total);
-  };
-  const int64_t ahead = kAhead / static_cast<int64_t>(sizeof(T));
-  int64_t c = 0;
-  for (; c + 16 <= channels; c += 16) {
-    for (int i = 0; i < kPixels; ++i) prefetch(x + i * channels + c + ahead);
-    step(
-        c, [](const T* at) { return load16(at); }, [](const float* at) { return Vec16::load(at); },
-        [](float* at, Vec16 v) { v.store(at); });
-  }
-  if (const int rest = static_cast<int>(channels - c))
-    step(
-        c, [=](const T* at) { return load16_first(at, rest); },
-        [=](const float* at) { return Vec16::load_first(at, rest); },
-        [=](float* at, Vec16 v) { v.store_first(at, rest); });
+  });
   for (const Vec16& s : square) sums.push(s);
 }
 
