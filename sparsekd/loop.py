@@ -55,6 +55,10 @@ class Runtime:
     def autocast(self) -> torch.autocast:
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16)
 
+    def settings(self) -> dict[str, Any]:
+        """What all networks of one report have in common: they round alike."""
+        return {"device": torch.device(self.device).type, "bf16": self.bf16, "ranks": distributed.num_ranks()}
+
 
 def rank() -> int:
     """This process's place among those of torchrun; 0 without it."""
@@ -326,12 +330,13 @@ def _resume(path: Path, parts: dict[str, Any], settings: dict[str, Any]) -> list
 
 
 def check_same_settings(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raise ValueError where a file was written under other settings; one it does not name was not there yet."""
     expected = json.loads(json.dumps(expected))
     found = json.loads(json.dumps(found))
-    for key in [*expected, *found]:
-        if found.get(key) != expected.get(key):
+    for key in found:
+        if found[key] != expected.get(key):
             raise ValueError(
-                f"sparsekd run: {path} is of another run: its {key} is {found.get(key)}, now {expected.get(key)}; "
+                f"sparsekd run: {path} is of another run: its {key} is {found[key]}, now {expected.get(key)}; "
                 "give another --out, or --fresh to begin anew"
             )
 

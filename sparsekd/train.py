@@ -163,7 +163,7 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[st
             results = {
                 "command": config.command,
                 "task": _describe_task(task),
-                "protocol": _describe_protocol(task, config, runtime),
+                "protocol": _describe_protocol(task, config, runtime, rows),
                 "baselines": scores,
                 "rows": rows,
             }
@@ -235,11 +235,16 @@ def _finished(
         "seed": seed,
         "quick": config.quick,
         **dataclasses.asdict(network),
+        **runtime.settings(),
     }
     path = folder / "rows.json"
     rows = json.loads(path.read_text()) if path.is_file() else []
     if rows:
-        check_same_settings(path, rows[0]["settings"], settings)
+        then = rows[0]["settings"]
+        if config.remeasure:  # nothing of it is trained, so here may be another device
+            settings |= {key: then[key] for key in runtime.settings() if key in then}
+        check_same_settings(path, then, settings)
+        settings = then
         epochs = rows[0]["epochs"]
     else:
         model = _fresh(task, network, seed).to(runtime.device)
@@ -390,11 +395,12 @@ def _describe_task(task: Task) -> dict[str, Any]:
     }
 
 
-def _describe_protocol(task: Task, config: RunConfig, runtime: Runtime) -> dict[str, Any]:
-    """How the numbers were made, for a reader of the JSON."""
+def _describe_protocol(task: Task, config: RunConfig, runtime: Runtime, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How the numbers of `rows` were made, for a reader of the JSON."""
     trained = networks(task, config.choice)
     images = task.kind == "images"
-    precision = "in bf16 autocast" if runtime.bf16 else "in float32"
+    trained_with = [{**runtime.settings(), **row["settings"]} for row in rows]
+    precisions = sorted({"bf16 autocast" if how["bf16"] else "float32" for how in trained_with})
     described: dict[str, Any] = {
         "quick": config.quick,
         "seeds": list(range(config.seeds)),
@@ -412,7 +418,7 @@ def _describe_protocol(task: Task, config: RunConfig, runtime: Runtime) -> dict[
             "augmentation": f"crop after padding by {task.sizes['pixels'] // 8}, mirror",
             "selection": "last epoch; of the densities that of the best validation accuracy (marked); the test part is "
             "used once for each row",
-            "trained_on": torch.cuda.get_device_name() if runtime.device.startswith("cuda") else "cpu",
+            "trained_on": ", ".join(sorted({_device_name(how["device"]) for how in trained_with})),
         }
     else:
         described |= {
@@ -423,7 +429,9 @@ def _describe_protocol(task: Task, config: RunConfig, runtime: Runtime) -> dict[
             "off",
         }
     return described | {
-        "precision": f"training and validation {precision}" + ", compiled" * runtime.compiled + "; test in float32",
+        "precision": f"training and validation in {' and '.join(precisions)}"
+        + ", compiled" * runtime.compiled
+        + "; test in float32",
         "threads": f"{torch.get_num_threads()} in the latest timing",
         "machine": machine_line(),
         "kernels": {op: where["cpu"] for op, where in backends.describe().items()},
@@ -448,6 +456,10 @@ def _settings_of(network: Network) -> str:
     if network.ticket is not None:
         text += f"; its first stage with lr {network.ticket.lr:g}, weight decay {network.ticket.weight_decay:g}"
     return text
+
+
+def _device_name(kind: str) -> str:
+    return torch.cuda.get_device_name() if kind == "cuda" and torch.cuda.is_available() else kind
 
 
 def machine_line() -> str:

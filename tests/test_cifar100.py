@@ -342,7 +342,7 @@ def test_learning_rates():
 
 def test_precision_is_bf16_where_asked(folder, tmp_path, tiny):
     results, _ = train.run(config(folder, tmp_path, methods=("sp-sad",), bf16=True), lambda line: None)
-    assert results["protocol"]["precision"] == "bf16 autocast"
+    assert results["protocol"]["precision"] == "training and validation in bf16 autocast; test in float32"
     assert all(np.isfinite(row["metrics"]["cross_entropy"]) for row in results["rows"])
 
 

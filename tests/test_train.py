@@ -189,6 +189,31 @@ def test_state_of_another_run_is_refused(task, tmp_path):
         loop.fit(models.student(task), task, net, folder=tmp_path, settings={"density": 0.3})
 
 
+def test_other_precision_or_device_is_refused_but_may_measure_again(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "load", lambda *args, **options: task)
+    config = train.RunConfig("synthetic", methods=(), quick=True, out=str(tmp_path), bf16=True, measure=False)
+    one_epoch = dataclasses.replace(config, stop_after=1e-6)
+    with pytest.raises(train.OutOfTime):
+        train.run(one_epoch, lambda line: None)
+    float32 = dataclasses.replace(config, bf16=False)
+    with pytest.raises(ValueError, match=r"state\.safetensors is of another run: its bf16 is True, now False"):
+        train.run(float32, lambda line: None)
+    train.run(config, lambda line: None)
+    with pytest.raises(ValueError, match=r"rows\.json is of another run: its bf16 is True, now False"):
+        train.run(float32, lambda line: None)
+    again, _ = train.run(dataclasses.replace(float32, remeasure=True), lambda line: None)
+    assert {row["settings"]["bf16"] for row in again["rows"]} == {True}
+    assert again["protocol"]["precision"] == "training and validation in bf16 autocast; test in float32"
+
+    for path in tmp_path.rglob("rows.json"):  # as they were before there was such a setting
+        rows = json.loads(path.read_text())
+        for key in ("device", "bf16", "ranks"):
+            del rows[0]["settings"][key]
+        path.write_text(json.dumps(rows))
+    for call in (config, float32, dataclasses.replace(config, remeasure=True)):
+        assert "bf16" not in train.run(call, lambda line: None)[0]["rows"][0]["settings"]
+
+
 def test_divergence_is_said(task, tmp_path):
     broken = dataclasses.replace(task, train=dataclasses.replace(task.train, target=task.train.target * float("nan")))
     with pytest.raises(RuntimeError, match="diverged in epoch 1"):
