@@ -26,7 +26,16 @@ from torch import Tensor, nn
 
 from .nn import BlockSparseLayer
 
-__all__ = ["average_gradients", "broadcast", "check_same_masks", "data_parallel", "num_ranks"]
+__all__ = [
+    "average_gradients",
+    "broadcast",
+    "check_same_masks",
+    "check_same_parameters",
+    "data_parallel",
+    "num_ranks",
+]
+
+ROUNDING = 1e-3  # of the norm of all parameters: far more than ranks on other hardware drift apart
 
 
 def num_ranks() -> int:
@@ -102,6 +111,18 @@ def check_same_masks(model: nn.Module) -> None:
     _check_same("masks", model, masks)
 
 
+@torch.no_grad()
+def check_same_parameters(parameters: Iterable[nn.Parameter]) -> None:
+    """Raise RuntimeError, naming a rank, where one holds other values than rank 0 by more than rounding: it has missed
+    an exchange of gradients."""
+    if num_ranks() == 1:
+        return
+    mine = torch.cat([parameter.flatten().float() for parameter in parameters])
+    first = mine.clone()
+    dist.broadcast(first, src=0)
+    _check_same("parameters", None, bool((mine - first).norm() <= ROUNDING * first.norm()))
+
+
 def agree(keep: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """The choice of rank 0 in place of this rank's: bool ``[blocks]`` for each layer, on the CPU.
 
@@ -124,7 +145,8 @@ def _check_same(what: str, model: nn.Module | None, mine: Any) -> None:
             of = "" if model is None else f" of {type(model).__name__}"
             raise RuntimeError(
                 f"sparsekd.distributed: rank {rank} holds other {what}{of} than rank 0; build and prune the model "
-                "alike on all ranks, and call distributed.broadcast(model) before making a Pruner"
+                "alike on all ranks, call distributed.broadcast(model) before making a Pruner, and average_gradients "
+                "in every step"
             )
 
 

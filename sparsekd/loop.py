@@ -101,7 +101,8 @@ def fit(
                 f"rate ({recipe.lr:g}) or the weights of the distillation (alpha {network.alpha:g}, beta "
                 f"{network.beta:g})"
             )
-        _share_buffers(model, trainee)
+        distributed.check_same_parameters([*model.parameters(), *trainee.parameters()])
+        _share_statistics(model, trainee)
         if recipe.recalibrate:
             recalibrate(model, task.train, recipe.batch_size, _shuffle(seed, epoch))
         with runtime.autocast():
@@ -210,10 +211,15 @@ def _selection(epoch: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in epoch.items() if name.startswith("val_")}
 
 
-def _share_buffers(*modules: nn.Module | Method) -> None:
-    """Batch norm statistics of rank 0 for every rank: each has seen other rows."""
+def _share_statistics(*modules: nn.Module | Method) -> None:
+    """Batch norm statistics of rank 0 for every rank: each has seen other rows. Nothing else, which would hide that
+    ranks train apart."""
+    if distributed.num_ranks() == 1:
+        return
     for module in modules:
-        distributed.broadcast(module.distiller if isinstance(module, Method) else module)
+        for buffer in (module.distiller if isinstance(module, Method) else module).buffers():
+            if buffer.is_floating_point():
+                dist.broadcast(buffer, src=0)
 
 
 def _is_over(deadline: float) -> bool:

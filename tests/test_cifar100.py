@@ -363,7 +363,7 @@ def test_compiled_steps_learn_the_same(folder, tmp_path, tiny, monkeypatch):
 
 
 TWO_RANKS = """
-import sys, pathlib
+import sys
 sys.path.insert(0, sys.argv[3])
 import pytest
 from tests import test_cifar100 as here
@@ -383,19 +383,31 @@ print(len(results["rows"]))
 """
 
 
+def on_two_ranks(script: str, folder, tmp_path) -> subprocess.CompletedProcess:
+    (tmp_path / "two.py").write_text(script)
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*command, str(tmp_path / "two.py"), str(folder), str(tmp_path / "out"), root],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_two_ranks_train_one_network(folder, tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(TWO_RANKS)
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(folder), str(tmp_path / "out"), root], capture_output=True, text=True, env=environment
-    )
+    done = on_two_ranks(TWO_RANKS, folder, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["7", "7"]
     rows = json.loads((tmp_path / "out/seed0/lth-sad/rows.json").read_text())
     saved = checkpoint.load(Tiny(), tmp_path / "out/seed0/lth-sad/model-0.3.safetensors")
     kept = [layer.num_kept for layer in saved.modules() if isinstance(layer, SPARSE_TYPES)]
     assert kept and rows[1]["metrics"]["weights_kept"] == pytest.approx(0.3, abs=0.02)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_ranks_that_train_apart_are_found_after_an_epoch(folder, tmp_path):
+    apart = "from sparsekd import distributed; distributed.average_gradients = lambda parameters: None"
+    done = on_two_ranks(f"{apart}\n{TWO_RANKS}", folder, tmp_path)
+    assert done.returncode == 1 and "rank 1 holds other parameters than rank 0" in done.stderr

@@ -118,11 +118,14 @@ def _check_agreement(rank, folder):
     distributed.average_gradients(model.parameters())
     assert model[4].bias.grad.tolist() == [1.5] * 5 and model[0].values.grad is None
 
+    near, far = ([torch.full((3,), 1 + off * rank)] for off in (1e-5, 1e-2))
+    distributed.check_same_parameters(near)
     other = Pruner(copy.deepcopy(network()), pattern=BlockPattern(16, 1 + rank))
     for complaint, call in (
         ("rank 1 holds other blocks", lambda: other.prune_to(0.5)),
         ("rank 1 holds other masks of Sequential", lambda: distributed.check_same_masks(other.model)),
         ("rank 1 holds other tensors of Sequential", lambda: distributed.broadcast(other.model)),
+        ("rank 1 holds other parameters than", lambda: distributed.check_same_parameters(far)),
     ):
         with pytest.raises(RuntimeError, match=complaint):
             call()
