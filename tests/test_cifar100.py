@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -340,10 +341,27 @@ def test_learning_rates():
     assert loop._learning_rate(cosine, 4, 0.0, (3, 4)) == pytest.approx(0.5)
 
 
-def test_precision_is_bf16_where_asked(folder, tmp_path, tiny):
-    results, _ = train.run(config(folder, tmp_path, methods=("sp-sad",), bf16=True), lambda line: None)
-    assert results["protocol"]["precision"] == "training and validation in bf16 autocast; test in float32"
-    assert all(np.isfinite(row["metrics"]["cross_entropy"]) for row in results["rows"])
+class Watched(Tiny):
+    """Notes in which mode and type it computes."""
+
+    seen: ClassVar = set()
+
+    def forward(self, x):
+        logits = super().forward(x)
+        self.seen.add((self.training and torch.is_grad_enabled(), logits.dtype))
+        return logits
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_precision_is_bf16_where_asked(folder, tmp_path, tiny, monkeypatch, bf16):
+    monkeypatch.setattr(Watched, "seen", set())
+    monkeypatch.setitem(models.CLASSIFIERS, "wrn-16-2", lambda classes: Watched())
+    results, _ = train.run(config(folder, tmp_path, methods=(), bf16=bf16), lambda line: None)
+    trained = torch.bfloat16 if bf16 else torch.float32
+    assert {dtype for training, dtype in Watched.seen if training} == {trained}
+    assert {dtype for training, dtype in Watched.seen if not training} == {trained, torch.float32}  # test: float32
+    precision = "bf16 autocast" if bf16 else "float32"
+    assert results["protocol"]["precision"] == f"training and validation in {precision}; test in float32"
 
 
 def test_compiled_steps_learn_the_same(folder, tmp_path, tiny, monkeypatch):

@@ -73,6 +73,19 @@ def test_one_seed_has_no_deviation(results):
     assert entry["mean"]["mse"] == 1.5 and entry["sd"]["mse"] is None
 
 
+def test_the_density_is_selected_on_the_validation_part():
+    """Whatever the test part says, which here has another favourite."""
+    scored = {0.5: (0.70, 0.60), 0.4: (0.68, 0.65), 0.3: (0.72, 0.61)}  # test, validation
+    rows = [
+        row("SP-SAD", seed, density, accuracy=test + 0.01 * seed, val_accuracy=validation - 0.01 * seed)
+        for density, (test, validation) in scored.items()
+        for seed in (0, 1)
+    ]
+    rows += [row("SAD", 0, accuracy=0.8, val_accuracy=0.8)]
+    selected = {(entry["name"], entry["target_density"]) for entry in report.summarise(rows) if entry["selected"]}
+    assert selected == {("SP-SAD", 0.4)}
+
+
 def cells(text, first):
     line = next(line for line in text.splitlines() if line.startswith(f"| {first} "))
     return [cell.strip() for cell in line.strip("|").split("|")]
