@@ -77,36 +77,42 @@ inline void pack_strip_flat(const GradInputCall<Words>& call, const Band& band, 
   constexpr int kDepth = Words::kDepth;
   const Conv2dGeometry& g = call.g;
   const Layout& l = call.layout;
-  const bool last = call.args.dy_channels_last;
+  const bool last = call.args.dy_channels_last, beside = l.lanes > 1;
   const int64_t area = g.p * g.q, words = ceil_div(strip.lanes, kDepth), row_stride = last ? 1 : area;
+  const int64_t pixel_stride = last ? g.k : 1, image_stride = area * g.k;
   const bool whole_words = g.k % kDepth == 0 && strip.lanes % kDepth == 0;  // as they lie in a pixel
-  const bool dense = l.pitch == band.cols && l.image_rows == band.rows && band.images * l.row(1, 0) == flat_stride;
+  const bool dense = l.pitch == band.cols * l.lanes && l.image_rows == band.rows &&
+                     band.images * l.row(1, 0) == flat_stride && g.n % l.lanes == 0;
   if (!dense) zero_floats(flat, words * flat_stride);
+  // `count` pixels, `stride` apart, one after the other in every row of words.
+  const auto pack = [&](const typename Words::X* dy, int64_t stride, int64_t count, float* target) {
+    if (last && strip.rows == nullptr && whole_words) {
+      const auto* next = dy + strip.row + kStripRows;
+      for (int64_t x = 0; x < count; ++x) __builtin_prefetch(next + x * stride, 0, 2);
+      using Word = std::conditional_t<kDepth == 1, typename Words::X, float>;
+      return transpose_floats(reinterpret_cast<const Word*>(dy + strip.row), stride / kDepth, count, words, target,
+                              flat_stride);
+    }
+    for (int lane = 0; lane < strip.lanes; lane += kDepth, target += flat_stride) {
+      const int rows = static_cast<int>(min64(kDepth, strip.lanes - lane));
+      const int64_t row = row_of(strip, lane), next = rows > 1 ? row_of(strip, lane + 1) - row : 0;
+      copy_words<kDepth>(target, dy + row * row_stride, next * row_stride, rows, stride, count, 0);
+    }
+  };
   for (int64_t image = 0; image < band.images; ++image)
     for (int64_t y = 0; y < band.rows; ++y) {
-      const int64_t n = band.image + image;
-      const int64_t pixel = (band.y + y) * g.q + band.x;
-      const typename Words::X* dy = call.args.dy + (last ? (n * area + pixel) * g.k : n * g.k * area + pixel);
+      const int64_t n = (band.image + image) * l.lanes, images = min64(l.lanes, g.n - n);
+      const auto* dy = call.args.dy + n * image_stride + ((band.y + y) * g.q + band.x) * pixel_stride;
       float* target = flat + l.row(image, y);
-      if (last && strip.rows == nullptr && whole_words) {
-        const auto* next = dy + strip.row + kStripRows;
-        for (int64_t x = 0; x < band.cols; ++x) __builtin_prefetch(next + x * g.k, 0, 2);
-        using Word = std::conditional_t<kDepth == 1, typename Words::X, float>;
-        transpose_floats(reinterpret_cast<const Word*>(dy + strip.row), g.k / kDepth, band.cols, words, target,
-                         flat_stride);
-        continue;
-      }
-      for (int lane = 0; lane < strip.lanes; lane += kDepth, target += flat_stride) {
-        const int rows = static_cast<int>(min64(kDepth, strip.lanes - lane));
-        const int64_t row = row_of(strip, lane), next = rows > 1 ? row_of(strip, lane + 1) - row : 0;
-        copy_words<kDepth>(target, dy + row * row_stride, next * row_stride, rows, last ? g.k : 1, band.cols, 0);
-      }
+      if (!beside) pack(dy, pixel_stride, band.cols, target);
+      for (int64_t x = 0; x < band.cols && beside; ++x)
+        pack(dy + x * pixel_stride, image_stride, images, target + x * l.lanes);
     }
 }
 
 // Pixels of a flat line: rows and images with the gaps between them, but none behind the last.
 inline int64_t flat_pixels(const Layout& l, int64_t images, int64_t rows, int64_t cols) {
-  return round_up(((images - 1) * l.image_rows + rows - 1) * l.pitch + cols, 16);
+  return round_up(((images - 1) * l.image_rows + rows - 1) * l.pitch + cols * l.lanes, 16);
 }
 
 // Adds what the outputs of `band` contribute to the packed gradient.
@@ -165,6 +171,14 @@ inline void grad_input_rows(const GradInputCall<Words>& call, Band range, Range 
 }
 
 constexpr int64_t kEnd = int64_t{1} << 40;  // beyond any row
+constexpr int64_t kBeside = 16;             // images side by side: a vector
+constexpr int64_t kRowsBeside = 4;          // of a band, or what two bands share is too much
+
+// Whether images lie side by side: then every column of the weight finds dx in whole vectors of the cache, and only
+// whole columns of a line are gaps. Pixels of 1 x 1 convolutions already do.
+inline bool beside_pays(bool channels_last, const Conv2dGeometry& g) {
+  return channels_last && g.r * g.s > 1 && 8 * round_up(g.n, kBeside) <= 9 * g.n;
+}
 
 // Whether gathering costs less: flat lines spend multiply-adds on padding, and on the rows that two threads share;
 // gathering spends them on sums of lanes. The constants fit the 3 x 3 layers of `benchmarks/conv2d.py` at 0.5 and 0.1.
@@ -195,19 +209,32 @@ void conv2d_grad_input(const Conv2dGradInput<typename Words::X>& args) {
   int32_t* axes = offsets + offsets_memory(g, args.strips);
 
   const Layout whole = make_layout(g, 1, g.p, g.q, axes);
-  BandSize size = choose_bands(g, whole, args.threads == 1 ? 1 : 2 * args.threads, 1, 16, kPackedFloats);
-  if (!is_pointwise(g)) size = make_band_size(g, size.images, size.rows, g.q);  // bands share columns, not rows
-  call.layout = make_layout(g, size.images, size.rows, size.cols, axes + layout_memory(g));
+  const int64_t pieces = args.threads == 1 ? 1 : 2 * args.threads;
+  Conv2dGeometry groups = g;  // of images, which bands count
+  BandSize size = choose_bands(g, whole, pieces, 1, 16, kPackedFloats);
+  int64_t lanes = 1;
+  if (beside_pays(args.dy_channels_last && args.dx_channels_last, g)) {
+    groups.n = ceil_div(g.n, kBeside);
+    const BandSize beside = choose_bands(groups, whole, pieces, 1, 16, kPackedFloats / kBeside);
+    if (beside.rows >= min64(g.p, kRowsBeside) && beside.cols == g.q) {
+      size = beside;
+      lanes = kBeside;
+    }
+  }
+  if (lanes == 1) groups.n = g.n;
+  if (!is_pointwise(g)) size = make_band_size(groups, size.images, size.rows, g.q);  // bands share columns, not rows
+  call.layout = make_layout(g, size.images, size.rows, size.cols, axes + layout_memory(g), lanes);
   // An image is cut by rows only when there are too few images: the cut costs the rows that both parts need.
   const int64_t segments = size.image_bands * size.col_bands >= args.threads
                                ? 1
                                : min64(size.row_bands, ceil_div(args.threads, size.image_bands * size.col_bands));
   if constexpr (kOtherForms)
-    if (better_gathered(call, size, segments)) return conv2d_grad_input_gather(args);
+    if (lanes == 1 && better_gathered(call, size, segments)) return conv2d_grad_input_gather(args);
   call.offsets = fill_offsets(call.layout, g.groups, args.strips, offsets);
   parallel(args.threads, size.image_bands * size.col_bands * segments, [&](int64_t item) {
     const int64_t segment = item % segments, rest = item / segments;
-    const Band range = size.band(g, rest / size.col_bands * size.row_bands * size.col_bands + rest % size.col_bands);
+    const Band range =
+        size.band(groups, rest / size.col_bands * size.row_bands * size.col_bands + rest % size.col_bands);
     Range owned = share(g.p + (segments > 1 ? call.layout.h.reach : 0), segments, segment);
     if (segment + 1 == segments) owned.end = kEnd;
     float* dx =

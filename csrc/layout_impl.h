@@ -95,21 +95,24 @@ struct Layout {
   int64_t image_rows;  // rows from one image to the next
   int64_t plane;       // floats of one phase of one channel
   int64_t channel;     // floats of one channel
+  int64_t lanes;       // neighbouring images that lie side by side in every column; "images" then counts groups of them
 
   int64_t size() const { return channels * channel; }
   int64_t row(int64_t image, int64_t y) const { return (image * image_rows + y) * pitch; }
 };
 
 // A layout for bands of up to images x rows x cols outputs.
-inline Layout make_layout(const Conv2dGeometry& g, int64_t images, int64_t rows, int64_t cols, int32_t* memory) {
+inline Layout make_layout(const Conv2dGeometry& g, int64_t images, int64_t rows, int64_t cols, int32_t* memory,
+                          int64_t lanes = 1) {
   Layout l{};
   l.h = make_axis(g.stride_h, g.dilation_h, g.pad_h, g.r, g.h, g.p, memory);
   l.w = make_axis(g.stride_w, g.dilation_w, g.pad_w, g.s, g.w, g.q, memory + 2 * g.stride_h);
   l.channels = g.c;
-  l.pitch = cols == g.q ? l.w.shared_pitch() : cols + l.w.reach;
+  l.lanes = lanes;
+  l.pitch = (cols == g.q ? l.w.shared_pitch() : cols + l.w.reach) * lanes;
   l.image_rows = rows == g.p ? l.h.shared_pitch() : rows;
   // 16 more floats: vectors of output pixels may run past the last one.
-  l.plane = round_up((images * l.image_rows + l.h.reach) * l.pitch + l.w.reach + 16, 16);
+  l.plane = round_up((images * l.image_rows + l.h.reach) * l.pitch + l.w.reach * lanes + 16, 16);
   // An odd number of cache lines, so that the channels of one pixel spread over all cache sets.
   l.channel = (l.h.phases * l.w.phases * l.plane / 16 | 1) * 16;
   return l;
@@ -130,8 +133,8 @@ inline const int32_t* fill_offsets(const Layout& l, int64_t groups, const Strips
   int32_t* entry = table;
   for (int64_t r = 0; r < l.h.taps; ++r)
     for (int64_t s = 0; s < l.w.taps; ++s) {
-      const int64_t tap =
-          (l.h.phase_of(r) * l.w.phases + l.w.phase_of(s)) * l.plane + l.h.shift_of(r) * l.pitch + l.w.shift_of(s);
+      const int64_t tap = (l.h.phase_of(r) * l.w.phases + l.w.phase_of(s)) * l.plane + l.h.shift_of(r) * l.pitch +
+                          l.w.shift_of(s) * l.lanes;
       for (int64_t c = 0; c < group_channels; ++c) *entry++ = static_cast<int32_t>(tap + c * l.channel);
     }
   for (int32_t i = 0; i < strips.count; ++i) {
@@ -399,7 +402,7 @@ inline void pack_input(const Input<T, kDepth>& in, const Conv2dGeometry& g, cons
 }
 
 // The reverse of pack_input for gradients: writes every input row whose position in its phase, (y + pad) / stride, lies
-// in `rows`. Input that no output reads becomes zero.
+// in `rows`. Input that no output reads becomes zero. Images side by side must be channels_last.
 template <class T>
 inline void unpack_input(const float* packed, const Conv2dGeometry& g, const Layout& l, const Band& band, Range rows,
                          bool channels_last, T* x) {
@@ -416,20 +419,24 @@ inline void unpack_input(const float* packed, const Conv2dGeometry& g, const Lay
       const int64_t a = l.h.slot[(y + g.pad_h) % g.stride_h];
       const int64_t row = (y + g.pad_h) / g.stride_h - band.y;
       const bool empty = a < 0 || row >= band.rows + l.h.reach;
-      const int64_t n = band.image + image;
-      if (empty || covered < width) {
+      const int64_t n = (band.image + image) * l.lanes, images = min64(l.lanes, g.n - n);
+      for (int64_t i = n; i < n + images && (empty || covered < width); ++i) {
         if (channels_last)
-          zero_floats(x + ((n * g.h + y) * g.w + x0) * g.c, width * g.c);
+          zero_floats(x + ((i * g.h + y) * g.w + x0) * g.c, width * g.c);
         else
-          for (int64_t c = 0; c < g.c; ++c) zero_floats(x + ((n * g.c + c) * g.h + y) * g.w + x0, width);
+          for (int64_t c = 0; c < g.c; ++c) zero_floats(x + ((i * g.c + c) * g.h + y) * g.w + x0, width);
       }
       if (empty) continue;
       for (int64_t b = 0; b < l.w.phases; ++b) {
         const Columns columns = input_columns(l, band, b);
-        const float* source = packed + (a * l.w.phases + b) * l.plane + l.row(image, row) + columns.valid.begin;
+        const float* source =
+            packed + (a * l.w.phases + b) * l.plane + l.row(image, row) + columns.valid.begin * l.lanes;
         if (channels_last) {
-          transpose_floats(source, l.channel, g.c, columns.count(), x + ((n * g.h + y) * g.w + columns.first) * g.c,
-                           l.w.stride * g.c, stream);
+          T* target = x + ((n * g.h + y) * g.w + columns.first) * g.c;
+          if (l.lanes == 1) transpose_floats(source, l.channel, g.c, columns.count(), target, l.w.stride * g.c, stream);
+          for (int64_t i = 0; i < columns.count() && l.lanes > 1; ++i)
+            transpose_floats(source + i * l.lanes, l.channel, g.c, images, target + i * l.w.stride * g.c,
+                             g.h * g.w * g.c, stream);
           continue;
         }
         for (int64_t c = 0; c < g.c; ++c) {
