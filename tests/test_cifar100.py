@@ -69,6 +69,13 @@ def pickled(content) -> bytes:
     return stream.getvalue()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _small_files():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cifar100, "IMAGES", {part: 100 * count for part, count in PER_CLASS.items()})
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("cifar")
@@ -110,6 +117,19 @@ def test_parts_are_balanced_and_do_not_overlap(task, folder):
     assert torch.equal(few.val.target, task.val.target)  # held out whatever else is asked for
     blocks = task.val.inputs[0].float().unflatten(3, (8, 4)).unflatten(2, (8, 4)).mean((3, 5))
     assert (few.val.inputs[0].float() - blocks).abs().max() <= 0.5
+
+
+def test_files_that_are_not_the_whole_official_part_are_refused(folder, tmp_path):
+    train_file, test_file = ((folder / "cifar-100-binary" / f"{part}.bin").read_bytes() for part in PER_CLASS)
+    for first, second, message in (
+        (train_file[: -100 * 3074], test_file, "train.bin must hold the 600 images of the official .* got 500"),
+        (train_file, test_file[3074:], "test.bin must hold the 200 images of the official test part, got 199"),
+        (test_file, train_file, "train.bin must hold the 600 images of the official train part, got 200"),
+    ):
+        (tmp_path / "train.bin").write_bytes(first)
+        (tmp_path / "test.bin").write_bytes(second)
+        with pytest.raises(ValueError, match=message):
+            data.load("cifar100", tmp_path, validation=100)
 
 
 class Evil:
@@ -387,6 +407,7 @@ import pytest
 from tests import test_cifar100 as here
 from sparsekd import models, train, distributed, checkpoint
 patch = pytest.MonkeyPatch()
+patch.setattr(here.cifar100, "IMAGES", {part: 100 * count for part, count in here.PER_CLASS.items()})
 here.tiny.__wrapped__(patch) if hasattr(here.tiny, "__wrapped__") else here.tiny.__pytest_wrapped__.obj(patch)
 fit = train.fit
 def checked(model, *args, **options):

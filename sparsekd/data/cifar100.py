@@ -25,6 +25,7 @@ from . import sources
 from .task import Recipe, Split, Task
 
 CLASSES, PIXELS = 100, 32
+IMAGES = {"train": 50_000, "test": 10_000}  # in the file of each part
 _RECORD = 2 + 3 * PIXELS**2
 # The recipe of arXiv 2102.02973 for plain training; that of RepDistiller too.
 PLAIN = Recipe(
@@ -142,6 +143,11 @@ def _read(root: Path | None, part: str) -> tuple[np.ndarray, np.ndarray, str, st
         raise ValueError(
             f"sparsekd.data: {path.name} image {wrong[0]}: the label must lie in 0..99, got {labels[wrong[0]]}; "
             "fetch the file again"
+        )
+    if len(labels) != IMAGES[part]:
+        raise ValueError(
+            f"sparsekd.data: {path.name} must hold the {IMAGES[part]} images of the official {part} part, "
+            f"got {len(labels)}; fetch the file again"
         )
     return pictures.reshape(-1, 3, PIXELS, PIXELS), labels.astype(np.int64), path.name, sources.sha256(data)
 
