@@ -112,6 +112,10 @@ def test_report_of_nothing(capsys, tmp_path):
     assert "does not exist" in failure(capsys, "report", str(tmp_path / "none"))
     (tmp_path / "results.json").write_text("{")
     assert "results.json is not a result file" in failure(capsys, "report", str(tmp_path))
+    nameless = {"schema": 1, "task": {}, "protocol": {}, "baselines": [], "rows": []}
+    (tmp_path / "results.json").write_text(json.dumps(nameless))
+    line = failure(capsys, "report", str(tmp_path))
+    assert f"{tmp_path}/results.json has" in line and "lacks the name of its task" in line
 
 
 def test_out_that_is_a_file(capsys, tmp_path, tiny):

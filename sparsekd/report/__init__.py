@@ -77,6 +77,7 @@ def read(folder: str | Path) -> dict[str, Any]:
         results = json.loads(path.read_text())
         schema = results["schema"]
         missing = [key for key in ("task", "protocol", "baselines", "rows") if key not in results]
+        missing += [] if "name" in results.get("task", ["name"]) else ["the name of its task"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"sparsekd report: {path} is not a result file of sparsekd ({error!r}); run again") from error
     if schema != SCHEMA or missing:
