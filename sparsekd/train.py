@@ -148,6 +148,7 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[st
     runtime = _runtime(config, task, deadline)
     task = task.to(runtime.device)
     out = folder_of(config, task)
+    out.mkdir(parents=True, exist_ok=True)  # raises now, not after the first epoch, where there can be no such folder
     if config.fresh and rank() == 0:
         _clear(out)
     # First: what these need is missing before anything was trained, or not at all.

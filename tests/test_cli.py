@@ -118,7 +118,8 @@ def test_report_of_nothing(capsys, tmp_path):
     assert f"{tmp_path}/results.json has" in line and "lacks the name of its task" in line
 
 
-def test_out_that_is_a_file(capsys, tmp_path, tiny):
+def test_out_that_is_a_file(capsys, tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(train, "fit", lambda *args, **options: pytest.fail("trained before it looked"))
     (tmp_path / "taken").write_text("")
     assert "taken" in failure(capsys, "run", "--quick", "--out", str(tmp_path / "taken"))
 
