@@ -29,6 +29,10 @@ __all__ = ["load", "load_state", "metadata", "save", "save_state", "write_atomic
 
 VERSION = 1
 _MODEL, _STATE = "sparsekd-model", "sparsekd-state"
+_REMEDY = {
+    _MODEL: "fetch or save it again",
+    _STATE: "delete it to train this network from its start, or pass --fresh to begin the run anew",
+}
 _KEY = "sparsekd"  # our one entry in the safetensors header, a JSON text
 
 Path_ = str | os.PathLike[str]
@@ -149,7 +153,7 @@ def _read(path: Path_, expected: str) -> tuple[dict[str, Tensor], dict[str, Any]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"sparsekd.checkpoint: {path} is corrupt or cut short ({error}); fetch or save it again"
+            f"sparsekd.checkpoint: {path} is corrupt or cut short ({error}); {_REMEDY[expected]}"
         ) from error
     found = header.get("format") if isinstance(header, dict) else None
     if found != expected:
@@ -163,7 +167,7 @@ def _read(path: Path_, expected: str) -> tuple[dict[str, Tensor], dict[str, Any]
             "upgrade sparsekd"
         )
     if _digest(tensors) != header["sha256"]:
-        raise ValueError(f"sparsekd.checkpoint: {path} is corrupt (its checksum differs); fetch or save it again")
+        raise ValueError(f"sparsekd.checkpoint: {path} is corrupt (its checksum differs); {_REMEDY[expected]}")
     return tensors, header
 
 

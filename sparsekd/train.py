@@ -239,7 +239,7 @@ def _finished(
         **runtime.settings(),
     }
     path = folder / "rows.json"
-    rows = json.loads(path.read_text()) if path.is_file() else []
+    rows = _kept_rows(path)
     if rows:
         then = rows[0]["settings"]
         if config.remeasure:  # nothing of it is trained, so here may be another device
@@ -269,6 +269,17 @@ def _finished(
     last = network.densities[-1] if network.densities else None
     model = checkpoint.load(_fresh(task, network, seed), folder / network.file(last))
     return json.loads(path.read_text()), model.to(runtime.device)
+
+
+def _kept_rows(path: Path) -> list[Any]:
+    """Rows of a finished network; none where there is no such file."""
+    try:
+        return json.loads(path.read_text()) if path.is_file() else []
+    except ValueError as error:
+        raise ValueError(
+            f"sparsekd run: {path} is damaged ({error}); delete it to train this network again, or pass --fresh to "
+            "begin anew"
+        ) from error
 
 
 def _fresh(task: Task, network: Network, seed: int) -> nn.Module:

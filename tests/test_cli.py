@@ -124,6 +124,17 @@ def test_out_that_is_a_file(capsys, tmp_path, tiny, monkeypatch):
     assert "taken" in failure(capsys, "run", "--quick", "--out", str(tmp_path / "taken"))
 
 
+@pytest.mark.parametrize("name", ["rows.json", "state.safetensors"])
+def test_a_damaged_file_of_an_earlier_run_is_named_with_the_way_out(capsys, tmp_path, tiny, name):
+    arguments = ["run", "--quick", "--method", "sp-sad", "--out", str(tmp_path)]
+    path = tmp_path / "seed0" / "teacher" / name
+    path.parent.mkdir(parents=True)
+    path.write_text('[{"name')
+    line = failure(capsys, *arguments)
+    assert str(path) in line and "delete it to train this network" in line and "--fresh" in line
+    assert cli.main([*arguments, "--fresh"]) == 0
+
+
 def test_full_disk(capsys, tmp_path, tiny, monkeypatch):
     import os
 
