@@ -78,7 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="autocast (cifar100 on cuda: on)")
     run.add_argument("--compile", action="store_true", help="torch.compile the training steps (no gain on a CPU)")
     run.add_argument("--no-measure", action="store_true", help="train only: --remeasure freezes and times later")
-    run.add_argument("--stop-after", type=float, metavar="MIN", help="stop after so many minutes; exit code 75")
+    run.add_argument(
+        "--stop-after",
+        type=float,
+        metavar="MIN",
+        help="stop after so many minutes; exit code 75 (that of torchrun is 1)",
+    )
     run.add_argument("--fresh", action="store_true", help="begin anew instead of going on with what --out holds")
     run.add_argument(
         "--remeasure",
@@ -135,7 +140,8 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         try:
             results, folder = train.run(one)
         except train.OutOfTime as stopped:
-            print(f"sparsekd: time is up ({stopped}); the same command goes on from there.", file=sys.stderr)
+            if train.rank() == 0:
+                print(f"sparsekd: time is up ({stopped}); the same command goes on from there.", file=sys.stderr)
             return TRY_AGAIN
         if train.rank():  # rank 0 of torchrun prints
             continue

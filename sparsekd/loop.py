@@ -28,7 +28,7 @@ from .evaluate import kept_share, not_pruned, predict, scores
 from .methods import METHODS, Method
 from .recipes import Network
 
-__all__ = ["OutOfTime", "Runtime", "check_same_settings", "fit", "picked_epoch", "rank", "recalibrate"]
+__all__ = ["OutOfTime", "Runtime", "check_same_settings", "fit", "is_over", "picked_epoch", "rank", "recalibrate"]
 
 RECALIBRATION = 10  # batches
 
@@ -132,7 +132,7 @@ def fit(
         epochs[-1] |= {"pruned": event is not None, "rewound": event is not None and event.rewound}
         if rank() == 0:
             _save_state(folder / "state.safetensors", parts, epochs, settings)
-        if epoch < recipe.epochs and _is_over(runtime.deadline):
+        if epoch < recipe.epochs and is_over(runtime.deadline):
             raise OutOfTime(f"{network.name} seed {seed}: {epoch} of {recipe.epochs} epochs")
     return epochs
 
@@ -222,7 +222,7 @@ def _share_statistics(*modules: nn.Module | Method) -> None:
                 dist.broadcast(buffer, src=0)
 
 
-def _is_over(deadline: float) -> bool:
+def is_over(deadline: float) -> bool:
     """Whether rank 0 says so: all ranks stop after the same epoch."""
     over = [time.monotonic() > deadline]
     if distributed.num_ranks() > 1:

@@ -42,7 +42,7 @@ from .blocks import BlockPattern, check_density
 from .convert import named_layers
 from .data import Task
 from .evaluate import count_parameters, freeze_for, kept_share, not_pruned, predict, scores, speed
-from .loop import RECALIBRATION, OutOfTime, Runtime, check_same_settings, fit, picked_epoch, rank
+from .loop import RECALIBRATION, OutOfTime, Runtime, check_same_settings, fit, is_over, picked_epoch, rank
 from .memory import keep_freed_memory
 from .methods import METHODS
 from .nn import SPARSE_TYPES
@@ -151,6 +151,7 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[st
     out.mkdir(parents=True, exist_ok=True)  # raises now, not after the first epoch, where there can be no such folder
     if config.fresh and rank() == 0:
         _clear(out)
+    _wait()
     # First: what these need is missing before anything was trained, or not at all.
     scores = [dataclasses.asdict(score) for score in baselines.run(task)]
     rows: list[dict[str, Any]] = []
@@ -253,9 +254,9 @@ def _finished(
             model, task, network, teacher=teacher, seed=seed, folder=folder, settings=settings, runtime=runtime
         )
     _wait()
+    if rows and config.remeasure and is_over(runtime.deadline):
+        raise OutOfTime(f"{network.name} seed {seed}: not measured again")
     if rank() == 0 and (not rows or config.remeasure):
-        if rows and time.monotonic() > runtime.deadline:
-            raise OutOfTime(f"{network.name} seed {seed}: not measured again")
         densities = network.densities or (None,)
         rows = [
             _row(task, network, density, seed, epochs, settings, folder, config, runtime, before)
