@@ -11,6 +11,7 @@ worth in evaluate.py.
       seed0/<network>/state.safetensors  where to go on after a kill, while it trains
       seed0/<network>/rows.json          its rows of the report, once finished
 
+A later call with other methods or fewer seeds adds to the report: what else has finished in the folder stays in it.
 A run that was stopped goes on after the last finished epoch of the network in training, with the same numbers as if it
 had never stopped.
 """
@@ -162,12 +163,13 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[st
             found, model = _finished(task, network, config, runtime, seed, teacher, folder, say)
             teacher = model if teacher is None else teacher  # the first network is the teacher
             rows += found
+            everything = rows + _other_rows(out, rows, _settings_of_task(task, config))
             results = {
                 "command": config.command,
                 "task": _describe_task(task),
-                "protocol": _describe_protocol(task, config, runtime, rows),
+                "protocol": _describe_protocol(task, config, runtime, everything),
                 "baselines": scores,
-                "rows": rows,
+                "rows": everything,
             }
             if rank() == 0:
                 report.write(results, out)
@@ -229,13 +231,8 @@ def _finished(
 ) -> tuple[list[dict[str, Any]], nn.Module]:
     """Rows of the report and the trained network; trains where an earlier run has not."""
     settings = {
-        "task": task.name,
-        "data": task.meta.get("sha256"),
-        "train_rows": len(task.train),
-        "sizes": task.sizes,
-        "networks": task.networks,
+        **_settings_of_task(task, config),
         "seed": seed,
-        "quick": config.quick,
         **dataclasses.asdict(network),
         **runtime.settings(),
     }
@@ -281,6 +278,31 @@ def _kept_rows(path: Path) -> list[Any]:
             f"sparsekd run: {path} is damaged ({error}); delete it to train this network again, or pass --fresh to "
             "begin anew"
         ) from error
+
+
+def _settings_of_task(task: Task, config: RunConfig) -> dict[str, Any]:
+    """What all networks of one report have in common."""
+    return {
+        "task": task.name,
+        "data": task.meta.get("sha256"),
+        "train_rows": len(task.train),
+        "sizes": task.sizes,
+        "networks": task.networks,
+        "quick": config.quick,
+    }
+
+
+def _other_rows(out: Path, rows: list[dict[str, Any]], common: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of what else has finished in `out` at the same task; the settings in each say how."""
+    common = json.loads(json.dumps(common))
+    known = {(row["seed"], row["settings"]["folder"]) for row in rows}
+    found = []
+    for path in sorted(out.glob("seed*/*/rows.json")):
+        others = json.loads(path.read_text())
+        settings = others[0]["settings"]
+        if (settings["seed"], settings["folder"]) not in known and settings.items() >= common.items():
+            found += others
+    return found
 
 
 def _fresh(task: Task, network: Network, seed: int) -> nn.Module:
@@ -416,10 +438,17 @@ def _describe_protocol(task: Task, config: RunConfig, runtime: Runtime, rows: li
     precisions = sorted({"bf16 autocast" if how["bf16"] else "float32" for how in trained_with})
     described: dict[str, Any] = {
         "quick": config.quick,
-        "seeds": list(range(config.seeds)),
+        "seeds": sorted({row["seed"] for row in rows}),
         "loss": "task + alpha * KD + beta * features; the task is the cross-entropy of a class, else the squared error",
         "teacher": _settings_of(trained[0]),
-        "students": {network.folder: _settings_of(network) for network in trained[1:]},
+        "students": {
+            **{
+                row["settings"]["folder"]: "of another call, see its settings in results.json"
+                for row in rows
+                if row["name"] != "teacher"
+            },
+            **{network.folder: _settings_of(network) for network in trained[1:]},
+        },
         "not_pruned": list(not_pruned(models.student(task))),
         "blocks": f"{config.pattern}, outputs x inputs",
     }

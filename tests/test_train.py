@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -310,6 +311,20 @@ def test_test_errors_are_those_of_the_trained_network_in_float32(task, tmp_path,
     monkeypatch.setattr(train, "freeze_for", None)  # nor timed
     again = check(train.run(dataclasses.replace(config, remeasure=True), lambda line: None)[0])
     assert again["rows"] == measured["rows"]
+
+
+def test_fewer_methods_keep_the_rows_of_the_others(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "load", lambda *args, **options: task)
+    config = train.RunConfig("synthetic", methods=("kd", "at"), quick=True, out=str(tmp_path), measure=False)
+    both, _ = train.run(config, lambda line: None)
+    shutil.copytree(tmp_path / "seed0/at", tmp_path / "seed0/foreign")
+    path = tmp_path / "seed0/foreign/rows.json"
+    path.write_text(path.read_text().replace('"train_rows": 256', '"train_rows": 100').replace('"at"', '"foreign"'))
+    for name in ("kd", "at"):
+        one, _ = train.run(dataclasses.replace(config, methods=(name,)), lambda line: None)
+        assert sorted(map(json.dumps, one["rows"])) == sorted(map(json.dumps, both["rows"]))
+    assert one["protocol"]["students"]["kd"] == "of another call, see its settings in results.json"
+    assert one["protocol"]["students"]["at"] == both["protocol"]["students"]["at"]
 
 
 def test_ctrl_c_keeps_what_is_finished(task, tmp_path, monkeypatch, untimed):
