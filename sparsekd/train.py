@@ -298,7 +298,7 @@ def _other_rows(out: Path, rows: list[dict[str, Any]], common: dict[str, Any]) -
     known = {(row["seed"], row["settings"]["folder"]) for row in rows}
     found = []
     for path in sorted(out.glob("seed*/*/rows.json")):
-        others = json.loads(path.read_text())
+        others = _kept_rows(path)
         settings = others[0]["settings"]
         if (settings["seed"], settings["folder"]) not in known and settings.items() >= common.items():
             found += others

@@ -34,6 +34,7 @@ def _rank(rank, check, folder, port):
     dist.init_process_group("gloo", rank=rank, world_size=RANKS)
     try:
         check(rank, folder)
+        dist.barrier()  # a rank that leaves while another still receives takes it down
     finally:
         dist.destroy_process_group()
 
