@@ -20,6 +20,7 @@ from ..ops.attention import (
     match_maps_reference,
 )
 from ..ops.conv2d import (
+    Geometry,
     conv2d_grad_input_reference,
     conv2d_grad_values_reference,
     conv2d_reference,
@@ -128,16 +129,16 @@ def conv2d(
     col_idx: Tensor,
     bias: Tensor | None,
     out_channels: int,
-    *geometry: Any,
+    *fields: Any,
 ) -> Tensor:
     kernel = _kernel("conv2d", x, values, bias)
     if kernel is None:
-        return conv2d_reference(x, values, row_ptr, col_idx, bias, out_channels, *geometry)
+        return conv2d_reference(x, values, row_ptr, col_idx, bias, out_channels, *fields)
     layout = memory_format(x)
     x = x.contiguous(memory_format=layout)
     values, row_ptr, col_idx = (t.contiguous() for t in (values, row_ptr, col_idx))
     bias = None if bias is None else bias.float().contiguous()
-    shape = _shape(x.shape, out_channels, values.shape[1:], *geometry)
+    shape = _shape(x.shape, out_channels, Geometry.of(*fields), values.shape[1:])
     y = _empty(x, (x.shape[0], out_channels, shape.p, shape.q), layout)
     last = layout == torch.channels_last
     kernel(
@@ -148,15 +149,15 @@ def conv2d(
 
 
 def conv2d_grad_input(
-    grad: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, input_shape: Sequence[int], *geometry: Any
+    grad: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, input_shape: Sequence[int], *fields: Any
 ) -> Tensor:
     kernel = _kernel("conv2d_grad_input", grad, values)
     if kernel is None:
-        return conv2d_grad_input_reference(grad, values, row_ptr, col_idx, input_shape, *geometry)
+        return conv2d_grad_input_reference(grad, values, row_ptr, col_idx, input_shape, *fields)
     layout = memory_format(grad)
     grad = grad.contiguous(memory_format=layout)
     values, row_ptr, col_idx = (t.contiguous() for t in (values, row_ptr, col_idx))
-    shape = _shape(input_shape, grad.shape[1], values.shape[1:], *geometry)
+    shape = _shape(input_shape, grad.shape[1], Geometry.of(*fields), values.shape[1:])
     dx = _empty(grad, tuple(input_shape), layout)
     last = layout == torch.channels_last
     kernel(
@@ -167,15 +168,15 @@ def conv2d_grad_input(
 
 
 def conv2d_grad_values(
-    grad: Tensor, x: Tensor, row_ptr: Tensor, col_idx: Tensor, bh: int, bw: int, *geometry: Any
+    grad: Tensor, x: Tensor, row_ptr: Tensor, col_idx: Tensor, bh: int, bw: int, *fields: Any
 ) -> Tensor:
     kernel = _kernel("conv2d_grad_values", grad, x)
     if kernel is None:
-        return conv2d_grad_values_reference(grad, x, row_ptr, col_idx, bh, bw, *geometry)
+        return conv2d_grad_values_reference(grad, x, row_ptr, col_idx, bh, bw, *fields)
     x_layout, grad_layout = memory_format(x), memory_format(grad)
     x, grad = x.contiguous(memory_format=x_layout), grad.contiguous(memory_format=grad_layout)
     row_ptr, col_idx = row_ptr.contiguous(), col_idx.contiguous()
-    shape = _shape(x.shape, grad.shape[1], (bh, bw), *geometry)
+    shape = _shape(x.shape, grad.shape[1], Geometry.of(*fields), (bh, bw))
     dvalues = x.new_empty(col_idx.shape[0], bh, bw)
     kernel(
         shape, x.data_ptr(), x_layout == torch.channels_last, grad.data_ptr(), grad_layout == torch.channels_last,
@@ -244,12 +245,16 @@ def kd(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Te
 
 def _native_maps(features: Sequence[Tensor]) -> bool:
     """Whether the compiled kernels take all of these; of an empty map the means are NaN, which torch knows."""
-    return all(str(f.dtype)[6:] in native.ELEMENTS and f.numel() for f in features)
+    return all(_dtype_name(f) in native.ELEMENTS and f.numel() for f in features)
 
 
 def _map_layer(f: Tensor, grad: int) -> tuple[int, int, int, bool, int, int]:
     last = memory_format(f) == torch.channels_last
-    return f.data_ptr(), grad, native.ELEMENTS[str(f.dtype)[6:]], last, f.shape[1], f.shape[2] * f.shape[3]
+    return f.data_ptr(), grad, native.ELEMENTS[_dtype_name(f)], last, f.shape[1], f.shape[2] * f.shape[3]
+
+
+def _dtype_name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
 
 
 def _native(*operands: Tensor | None) -> bool:
@@ -268,24 +273,14 @@ def _kernel(op: str, *operands: Tensor | None) -> Any:
     return getattr(native, f"{op}_{_SUFFIXES[first]}", None)
 
 
-def _shape(
-    input_shape: Sequence[int],
-    out_channels: int,
-    block: Sequence[int],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Any:
-    pairs = tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation)
-    return _cached_shape(tuple(input_shape), out_channels, *pairs, groups, tuple(block))
+def _shape(input_shape: Sequence[int], out_channels: int, geometry: Geometry, block: Sequence[int]) -> Any:
+    return _cached_shape(tuple(input_shape), out_channels, geometry, tuple(block))
 
 
 @lru_cache(maxsize=4096)
-def _cached_shape(*sizes: Any) -> Any:
-    """The geometry object of the kernels; building one costs more than a small layer."""
-    return native.Conv2dShape(*sizes)
+def _cached_shape(input_shape: tuple, out_channels: int, geometry: Geometry, block: tuple) -> Any:
+    """What the kernels know of a layer; building it costs more than a small layer."""
+    return native.Conv2dShape(input_shape, out_channels, **geometry._asdict(), block=block)
 
 
 def _empty(like: Tensor, shape: tuple[int, ...], layout: torch.memory_format) -> Tensor:

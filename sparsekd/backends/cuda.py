@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..blocks import BlockPattern, BlockSparse
-from ..ops.conv2d import memory_format, output_size
+from ..ops.conv2d import Geometry, memory_format
 from . import cuda_attention, cuda_driver
 
 MASKS_KEPT = 1024
@@ -251,14 +251,14 @@ def conv2d(
     activation: str | None = None,
 ) -> Tensor:
     """``act(conv(x) + bias + residual)``; the last two are for frozen models, the op itself has neither."""
-    geometry = (kernel_size, stride, padding, dilation, groups)
+    geometry = Geometry.of(kernel_size, stride, padding, dilation, groups)
     weight = _weight(out_channels, x.shape[1] // groups, values, *geometry)
     if _runs_dense(values, weight, forward=True):
         layout = memory_format(x)
         dense = _mask(row_ptr, col_idx, weight).dense(values).contiguous(memory_format=layout)
         y = F.conv2d(x, dense, bias, stride, padding, dilation, groups)
         return _finish(y, residual, activation).contiguous(memory_format=layout)
-    layout, image = memory_format(x), output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    layout, image = memory_format(x), geometry.output_size(x.shape[2:])
     x, values, added = _last(x), values.contiguous(), None if residual is None else _last(residual)
     mask, family = _mask(row_ptr, col_idx, weight), _family(x, conv=True)
     shape = (x.shape[0], out_channels, *image)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,43 @@ from ..blocks import BlockPattern, BlockSparse, gather_blocks
 from ._schema import autocast, check_operands, check_weight, define
 
 Pair = Sequence[int]
+
+
+class Geometry(NamedTuple):
+    """How a convolution walks over an image; pairs are (height, width). The ops take its fields in this order."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @classmethod
+    def of(cls, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> Geometry:
+        """From what an op was given: lists become tuples, so that a geometry can be the key of a cache."""
+        return cls(_pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation), groups)
+
+    @property
+    def steps(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
+        """(stride, padding, dilation, groups): what torch's functions take when the kernel's size is a weight's."""
+        return self[1:]
+
+    def weight_shape(self, out_channels: int, in_channels: int) -> tuple[int, int, int, int]:
+        """[K, C / groups, R, S] of the dense weight."""
+        return (out_channels, in_channels // self.groups, *self.kernel_size)
+
+    def output_size(self, image: Pair) -> tuple[int, int]:
+        """(P, Q) of a convolution over an image of (H, W) pixels."""
+        height, width = (
+            (size + 2 * pad - dilation * (taps - 1) - 1) // step + 1
+            for size, taps, step, pad, dilation in zip(image, *self[:4], strict=True)
+        )
+        return height, width
+
+
+def _pair(sizes: Pair) -> tuple[int, int]:
+    """As it is, if not a pair: ``_check`` refuses it by name."""
+    return tuple(sizes)  # type: ignore[return-value]
 
 
 def conv2d(
@@ -49,9 +86,9 @@ def conv2d(
         ``[N, K, P, Q]`` in the dtype and memory format of ``x``.
     """
     x, values, bias = autocast(x, values, bias)
-    args = (out_channels, kernel_size, stride, padding, dilation, groups)
-    _check(x, values, row_ptr, col_idx, bias, *args)
-    return torch.ops.sparsekd.conv2d(x, values, row_ptr, col_idx, bias, *args)
+    geometry = Geometry.of(kernel_size, stride, padding, dilation, groups)
+    _check(x, values, row_ptr, col_idx, bias, out_channels, geometry)
+    return torch.ops.sparsekd.conv2d(x, values, row_ptr, col_idx, bias, out_channels, *geometry)
 
 
 def conv2d_reference(
@@ -61,52 +98,32 @@ def conv2d_reference(
     col_idx: Tensor,
     bias: Tensor | None,
     out_channels: int,
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
+    *fields: Any,
 ) -> Tensor:
-    shape = (out_channels, x.shape[1] // groups, *kernel_size)
+    geometry = Geometry.of(*fields)
+    shape = geometry.weight_shape(out_channels, x.shape[1])
     weight = _weight(values, row_ptr, col_idx, shape).to_dense()
-    out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    out = F.conv2d(x, weight, bias, *geometry.steps)
     return out.contiguous(memory_format=memory_format(x))
 
 
 def conv2d_grad_input_reference(
-    grad: Tensor,
-    values: Tensor,
-    row_ptr: Tensor,
-    col_idx: Tensor,
-    input_shape: Sequence[int],
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
+    grad: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, input_shape: Sequence[int], *fields: Any
 ) -> Tensor:
-    shape = (grad.shape[1], input_shape[1] // groups, *kernel_size)
+    geometry = Geometry.of(*fields)
+    shape = geometry.weight_shape(grad.shape[1], input_shape[1])
     weight = _weight(values, row_ptr, col_idx, shape).to_dense()
-    dx = torch.nn.grad.conv2d_input(list(input_shape), weight, grad, stride, padding, dilation, groups)
+    dx = torch.nn.grad.conv2d_input(list(input_shape), weight, grad, *geometry.steps)
     return dx.contiguous(memory_format=memory_format(grad))
 
 
 def conv2d_grad_values_reference(
-    grad: Tensor,
-    x: Tensor,
-    row_ptr: Tensor,
-    col_idx: Tensor,
-    bh: int,
-    bw: int,
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
+    grad: Tensor, x: Tensor, row_ptr: Tensor, col_idx: Tensor, bh: int, bw: int, *fields: Any
 ) -> Tensor:
-    shape = (grad.shape[1], x.shape[1] // groups, *kernel_size)
+    geometry = Geometry.of(*fields)
+    shape = geometry.weight_shape(grad.shape[1], x.shape[1])
     kept = _weight(grad.new_empty(col_idx.shape[0], bh, bw), row_ptr, col_idx, shape).mask()
-    dense = torch.nn.grad.conv2d_weight(x, list(shape), grad, stride, padding, dilation, groups)
+    dense = torch.nn.grad.conv2d_weight(x, list(shape), grad, *geometry.steps)
     return gather_blocks(dense, BlockPattern(bh, bw), kept)
 
 
@@ -115,15 +132,6 @@ def memory_format(x: Tensor) -> torch.memory_format:
     if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
-
-
-def output_size(x_size: Pair, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> tuple[int, int]:
-    """(P, Q) of a convolution over (H, W)."""
-    height, width = (
-        (size + 2 * pad - dil * (taps - 1) - 1) // step + 1
-        for size, taps, step, pad, dil in zip(x_size, kernel_size, stride, padding, dilation, strict=True)
-    )
-    return height, width
 
 
 def _weight(values: Tensor, row_ptr: Tensor, col_idx: Tensor, shape: tuple[int, ...]) -> BlockSparse:
@@ -137,14 +145,11 @@ def _check(
     col_idx: Tensor,
     bias: Tensor | None,
     out_channels: int,
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
+    geometry: Geometry,
 ) -> None:
     if x.dim() != 4:
         raise ValueError(f"sparsekd.conv2d: input must be [N, C, H, W], got shape {tuple(x.shape)}; x.unsqueeze(0)?")
+    groups = geometry.groups
     if x.shape[1] % groups or out_channels % groups:
         raise ValueError(
             f"sparsekd.conv2d: input channels {x.shape[1]} and output channels {out_channels} must be multiples of "
@@ -157,36 +162,36 @@ def _check(
             f"multiple of the block height {values.shape[1]}; use a lower block or leave this layer dense"
         )
     check_operands("conv2d", x, values, bias, out_channels)
-    for name, pair in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
+    for name in ("kernel_size", "stride", "dilation"):
+        pair = getattr(geometry, name)
         if len(pair) != 2 or min(pair) < 1:
-            raise ValueError(f"sparsekd.conv2d: {name} must be two positive ints, got {tuple(pair)}")
-    if len(padding) != 2 or min(padding) < 0:
-        raise ValueError(f"sparsekd.conv2d: padding must be two ints >= 0, got {tuple(padding)}")
-    size = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
-    if min(size) < 1:
+            raise ValueError(f"sparsekd.conv2d: {name} must be two positive ints, got {pair}")
+    if len(geometry.padding) != 2 or min(geometry.padding) < 0:
+        raise ValueError(f"sparsekd.conv2d: padding must be two ints >= 0, got {geometry.padding}")
+    if min(geometry.output_size(x.shape[2:])) < 1:
         raise ValueError(
-            f"sparsekd.conv2d: a {tuple(kernel_size)} kernel with dilation {tuple(dilation)} and padding "
-            f"{tuple(padding)} does not fit an image of {tuple(x.shape[2:])} pixels; pad the image?"
+            f"sparsekd.conv2d: a {geometry.kernel_size} kernel with dilation {geometry.dilation} and padding "
+            f"{geometry.padding} does not fit an image of {tuple(x.shape[2:])} pixels; pad the image?"
         )
 
 
 def _fake(
-    x: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, bias: Tensor | None, out_channels: int, *geometry: Any
+    x: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, bias: Tensor | None, out_channels: int, *fields: Any
 ) -> Tensor:
-    _check(x, values, row_ptr, col_idx, bias, out_channels, *geometry)
-    size = output_size(x.shape[2:], *geometry[:4])
-    out = x.new_empty(x.shape[0], out_channels, *size)
+    geometry = Geometry.of(*fields)
+    _check(x, values, row_ptr, col_idx, bias, out_channels, geometry)
+    out = x.new_empty(x.shape[0], out_channels, *geometry.output_size(x.shape[2:]))
     return out.contiguous(memory_format=memory_format(x))
 
 
 def _fake_grad_input(
-    grad: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, input_shape: Sequence[int], *_geometry: object
+    grad: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, input_shape: Sequence[int], *_fields: object
 ) -> Tensor:
     return grad.new_empty(list(input_shape)).contiguous(memory_format=memory_format(grad))
 
 
 def _fake_grad_values(
-    grad: Tensor, x: Tensor, row_ptr: Tensor, col_idx: Tensor, bh: int, bw: int, *_geometry: object
+    grad: Tensor, x: Tensor, row_ptr: Tensor, col_idx: Tensor, bh: int, bw: int, *_fields: object
 ) -> Tensor:
     return x.new_empty(col_idx.shape[0], bh, bw)
 
@@ -238,6 +243,7 @@ def _backward_grad_values(ctx: Any, grad: Tensor) -> tuple:
     )
 
 
+# The fields of Geometry, as torch's schemas write them.
 _GEOMETRY = "SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
 define(
     "conv2d",
