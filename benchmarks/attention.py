@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.timing import interleaved, machine, write_json
+from benchmarks.lib.timing import interleaved, machine, write_json
 from sparsekd.distill import SAD, attention_transfer_loss, kd_loss
 from sparsekd.memory import keep_freed_memory
 from sparsekd.ops.attention import layer_stats, match_maps

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.contest import Case, Contest, Pace, Setup, energy_info, measure, replay, report, seconds_info
-from benchmarks.shapes import BATCHES
+from benchmarks.lib.contest import Case, Contest, Pace, Setup, energy_info, measure, replay, report, seconds_info
+from benchmarks.lib.shapes import BATCHES
 from sparsekd import __version__, energy
 from sparsekd.backends import cpu
 

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.conv2d_passes import DTYPES, Pass, passes
-from benchmarks.shapes import BATCHES, CONVS, LINEARS, Conv, Linear
-from benchmarks.timing import bandwidth, compare, machine, write_json
+from benchmarks.lib.passes import DTYPES, Pass, passes
+from benchmarks.lib.shapes import BATCHES, CONVS, LINEARS, Conv, Linear
+from benchmarks.lib.timing import bandwidth, compare, machine, write_json
 from sparsekd import _C
 
 QUICK = {"resnet50": [1], "cifar": [64], "mobilenetv2": [1], "recommender": [1, 512], "mlp": [1, 64]}

@@ -29,9 +29,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.contest import Case, Setup
+from benchmarks.lib.contest import Case, Setup
+from benchmarks.lib.timing import interleaved, machine
 from benchmarks.suites import layers
-from benchmarks.timing import interleaved, machine
 from sparsekd.energy import median_interval
 
 RESULTS = Path(__file__).parent / "results"

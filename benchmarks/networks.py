@@ -32,8 +32,8 @@ import torch
 from torch import Tensor, nn
 
 import sparsekd
-from benchmarks.models import MobileNetV2, ResNet50, settle, wrn_16_2
-from benchmarks.timing import write_json
+from benchmarks.lib.models import MobileNetV2, ResNet50, settle, wrn_16_2
+from benchmarks.lib.timing import write_json
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet50-n1": (ResNet50, (1, 3, 224, 224)),

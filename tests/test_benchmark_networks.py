@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import networks
-from benchmarks.models import MobileNetV2, ResNet50
+from benchmarks.lib.models import MobileNetV2, ResNet50
 from benchmarks.networks import Contestant
 from benchmarks.suites.compact import count_weights
 

@@ -14,10 +14,13 @@ import torch
 from torch import nn
 
 import sparsekd
-from benchmarks import attention, conv2d, gate, gpu_table, paper_tables, shapes, timing, zeus_check
-from benchmarks.contest import Replay, Setup, agree, energy_info, seconds_info
+from benchmarks import attention, conv2d, gate, paper_tables
 from benchmarks.gate import Figure, judge
-from benchmarks.models import wrn_16_2
+from benchmarks.gpu import table
+from benchmarks.lib import shapes, timing
+from benchmarks.lib.contest import Replay, Setup, agree, energy_info, seconds_info
+from benchmarks.lib.models import wrn_16_2
+from benchmarks.power import zeus_check
 from benchmarks.suites import embeddings, layers, losses, students, training
 from benchmarks.suites.compact import compact, count_weights
 from benchmarks.suites.networks import load, randomised
@@ -350,8 +353,8 @@ def test_the_gpu_table_has_losses_and_images_and_names_what_else_lies_there(tmp_
     (tmp_path / "merged.json").write_text(json.dumps({"schema": 1, "runs": []}))
     (tmp_path / "cut.json").write_text("{")
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["gpu_table", str(tmp_path)])
-    gpu_table.main()
+    monkeypatch.setattr(sys, "argv", ["table", str(tmp_path)])
+    table.main()
     text = capsys.readouterr().out
     assert text == (tmp_path / "table.md").read_text() and "REHEARSAL" in text
     for name in ("kd 64x100", "quick sad nhwc float32"):
@@ -461,7 +464,7 @@ def test_there_is_no_embedding_yet():
 
 
 def test_own_models_are_loaded_by_name():
-    assert isinstance(load("benchmarks.models:wrn_16_2"), WideResNet)
+    assert isinstance(load("benchmarks.lib.models:wrn_16_2"), WideResNet)
     with pytest.raises(ValueError, match=r"package\.module:factory"):
         load("torch.nn.Linear")
     with pytest.raises(ValueError, match=r"must make an nn\.Module, got dict"):
@@ -469,7 +472,7 @@ def test_own_models_are_loaded_by_name():
 
 
 def test_layers_of_an_own_model_are_measured_at_the_inputs_they_get():
-    setup = Setup(model="benchmarks.models:wrn_16_2", input_shapes=((2, 3, 32, 32),), exclude=("stem",))
+    setup = Setup(model="benchmarks.lib.models:wrn_16_2", input_shapes=((2, 3, 32, 32),), exclude=("stem",))
     found = layers.cases(setup)
     assert not any("stem" in case.id for case in found)
     shapes = {layer.id.split("n2-")[1]: layer.input for layer in layers._layers_of_model(setup)}
@@ -599,10 +602,10 @@ def test_what_cannot_run_says_why(args, said):
 
 
 def test_an_own_model_is_one_option():
-    args = ["--model", "benchmarks.models:Bottleneck", "--input-shape", "2,3,8,8"]
+    args = ["--model", "benchmarks.lib.models:Bottleneck", "--input-shape", "2,3,8,8"]
     status, out = run_suite("benchmarks/throughput", "--quick", "--benchmark-disable", "-k", "students", *args)
     assert status != 0 and "missing 3 required positional arguments" in out
-    args[1] = "benchmarks.models:wrn_16_2"
+    args[1] = "benchmarks.lib.models:wrn_16_2"
     status, out = run_suite("benchmarks/throughput", "--quick", "--benchmark-disable", "-k", "students", *args)
     assert status == 0 and "7 passed" in out, out
 

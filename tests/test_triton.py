@@ -499,7 +499,7 @@ def test_a_new_mask_inside_a_capture_is_refused(monkeypatch):
 
 @pytest.mark.slow
 def test_the_acceptance_script_rehearses(tmp_path):
-    script = Path(__file__).parents[1] / "benchmarks" / "gpu_acceptance.sh"
+    script = Path(__file__).parents[1] / "benchmarks" / "gpu" / "acceptance.sh"
     stages = ["build", "layers1", "network", "training", "losses", "energy", "table"]
     environment = {**os.environ, "PYTHON": sys.executable, "TMPDIR": str(tmp_path)}
     environment.pop("SPARSEKD_PLAN")

@@ -1,5 +1,5 @@
 """The machine code of the Triton kernels, compiled here for GPUs that are not: tensor cores, asynchronous copies, no
-spilled registers, shared memory within the device's limit. `python -m benchmarks.gpu_aot` sweeps all configurations."""
+spilled registers, shared memory within the device's limit. `python -m benchmarks.gpu.aot` sweeps all configurations."""
 
 import json
 import os
@@ -19,7 +19,7 @@ KEPT = ROOT / "benchmarks" / "results" / "gpu_aot.json"
 def compiled(*options):
     """How many configurations came out good. In a process of its own: the kernels of this one may be interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.gpu_aot", *options, "--out", ""]
+    command = [sys.executable, "-m", "benchmarks.gpu.aot", *options, "--out", ""]
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     print(found.stdout)
     assert found.returncode == 0, found.stderr
@@ -48,4 +48,4 @@ def test_the_kept_sweep_is_good_and_covers_every_tile():
                     assert any(
                         row["sm"] == sm and row["config"].startswith(direction) and f"{family} {tile} " in row["config"]
                         for row in rows
-                    ), f"{direction} {family} {tile} on sm_{sm}: run python -m benchmarks.gpu_aot"
+                    ), f"{direction} {family} {tile} on sm_{sm}: run python -m benchmarks.gpu.aot"

@@ -110,7 +110,7 @@ def test_machine_code():
     """Compiled for GPUs that need not be there: no spills, maps read 16 bytes at a time. In a process of its own, since
     the kernels of this one may be interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.gpu_aot_losses", "--quick"]
+    command = [sys.executable, "-m", "benchmarks.gpu.aot_losses", "--quick"]
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     assert found.stdout.count("good") >= 4 * 13

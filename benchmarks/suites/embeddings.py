@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.contest import Case, Contest, Setup, agree
+from benchmarks.lib.contest import Case, Contest, Setup, agree
 
 MISSING = "sparsekd.ops has no embedding, and sparsekd.nn no SparseEmbedding, yet"
 

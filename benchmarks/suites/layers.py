@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import sparsekd
-from benchmarks import shapes
-from benchmarks.contest import Case, Contest, Setup, agree
+from benchmarks.lib import shapes
+from benchmarks.lib.contest import Case, Contest, Setup, agree
 from benchmarks.suites.networks import sources
 from benchmarks.suites.students import infer
 from benchmarks.suites.training import agree_gradients

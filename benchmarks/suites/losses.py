@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.contest import Case, Contest, Setup, agree
+from benchmarks.lib.contest import Case, Contest, Setup, agree
 from sparsekd.distill import SAD, attention_transfer_loss, kd_loss
 from sparsekd.ops.attention import feature_stats
 

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contest import Setup
-from benchmarks.models import wrn_16_2
+from benchmarks.lib.contest import Setup
+from benchmarks.lib.models import wrn_16_2
 from sparsekd.bench import load
 from sparsekd.models import STUDENT, RatingCNN
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsekd
-from benchmarks.contest import Case, Contest, Setup, agree
+from benchmarks.lib.contest import Case, Contest, Setup, agree
 from benchmarks.suites.compact import compact, count_weights
 from benchmarks.suites.networks import Source, sources
 from sparsekd.nn import SPARSE_TYPES

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsekd
-from benchmarks.contest import Case, Contest, Setup, agree
+from benchmarks.lib.contest import Case, Contest, Setup, agree
 from benchmarks.suites.networks import Source, sources
 from benchmarks.suites.students import kept_weights
 from sparsekd import BlockSparse

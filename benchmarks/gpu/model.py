@@ -1,8 +1,8 @@
 """What the cost model expects of an H200, kept to be held against measurements.
 
-    python -m benchmarks.gpu_model              # writes benchmarks/results/gpu_model.json; needs no GPU
+    python -m benchmarks.gpu.model              # writes benchmarks/results/gpu_model.json; needs no GPU
 
-Bytes, multiplications, tile efficiency and waves as in kernels/_cost.py; the masks are those of gpu_layers. Every
+Bytes, multiplications, tile efficiency and waves as in kernels/_cost.py; the masks are those of gpu.layers. Every
 figure here is a prediction.
 """
 
@@ -16,7 +16,7 @@ from sparsekd.kernels import _cost, _index, _plan
 
 from sparsekd.backends import cuda
 
-from . import gpu_common as common
+from . import common
 
 
 def predict(layer: common.Layer, batch: int, density: float, kind: str, direction: str) -> dict:

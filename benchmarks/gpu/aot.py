@@ -1,7 +1,7 @@
 """Compile every configuration the dispatcher can choose, for GPUs that need not be here, and look at the machine code.
 
-    python -m benchmarks.gpu_aot                    # all of them; keeps benchmarks/results/gpu_aot.{json,md}
-    python -m benchmarks.gpu_aot --quick --out ''   # the widest of each family; what the tests run
+    python -m benchmarks.gpu.aot                    # all of them; keeps benchmarks/results/gpu_aot.{json,md}
+    python -m benchmarks.gpu.aot --quick --out ''   # the widest of each family; what the tests run
 
 Asserted of each: tensor-core instructions (wgmma on sm_90, tcgen05 on sm_100, mma on sm_80, mfma on gfx942; none for
 float32 without tf32), 16-byte asynchronous copies (CUDA), no bytes of stack (so no spilled register), shared memory
@@ -29,7 +29,7 @@ from sparsekd.kernels._tiles import FAMILIES, Tile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 GFX942 = 942  # AMD MI300, among the compute capabilities of NVIDIA
 # Shared memory a program may have, that of a processor, registers and warps of a processor.
 LIMITS = {
@@ -204,7 +204,7 @@ def _resources(compiled: Any) -> tuple[int, int]:
         out = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", out)
     if found is None:
-        raise RuntimeError(f"gpu_aot: cuobjdump -res-usage names no registers: {out!r}")
+        raise RuntimeError(f"gpu.aot: cuobjdump -res-usage names no registers: {out!r}")
     return int(found[1]), int(found[2])
 
 
@@ -271,7 +271,7 @@ def main() -> None:
         stem.with_suffix(".json").write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
         stem.with_suffix(".md").write_text(
             f"# Machine code of the Triton kernels\n\nCompiled by Triton {triton.__version__} with "
-            f"`python -m benchmarks.gpu_aot`; nothing here was run. A line is the worst of a tile's variants "
+            f"`python -m benchmarks.gpu.aot`; nothing here was run. A line is the worst of a tile's variants "
             f"(blocks, dtypes, fused, pointwise, ragged, parts), each in `gpu_aot.json`.\n\n{table(rows)}\n"
         )
     if wrong:

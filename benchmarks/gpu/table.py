@@ -1,6 +1,6 @@
 """The short table of an acceptance run: speed-ups per density and direction, predicted too; networks, joules, losses.
 
-python -m benchmarks.gpu_table benchmarks/results/gpu
+python -m benchmarks.gpu.table benchmarks/results/gpu
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 from sparsekd import report
 
-from .gpu_common import LAYERS
+from .common import LAYERS
 
-PREDICTED = Path(__file__).parent / "results" / "gpu_model.json"
+PREDICTED = Path(__file__).parents[1] / "results" / "gpu_model.json"
 TARGETS = {  # on an H200 in bfloat16: see target_lines for the layers they are meant for
     ("forward", 0.5): 1.6, ("forward", 0.3): 2.6, ("forward", 0.1): 6.0,
     ("grad_input", 0.5): 1.5, ("grad_input", 0.3): 2.4, ("grad_input", 0.1): 5.5,
@@ -146,7 +146,7 @@ def main() -> None:
     found, others = read(folder)
     records = [record for some in found.values() for record in some]
     if not records:
-        sys.exit(f"gpu_table: {folder} holds no results; run benchmarks/gpu_acceptance.sh first")
+        sys.exit(f"gpu.table: {folder} holds no results; run benchmarks/gpu/acceptance.sh first")
     layers = [row for record in found["layers"] for row in record["rows"]]
     states = [record["after"] for record in records if "after" in record]
     state = states[-1] if states else next((record["machine"] for record in found["losses"]), {})

@@ -1,6 +1,6 @@
 """Each layer, direction, density and batch: cuDNN (dense weight, channels_last, autotuned) against every candidate.
 
-    python -m benchmarks.gpu_layers --batch 32 --out results/gpu
+    python -m benchmarks.gpu.layers --batch 32 --out results/gpu
 
 `speedup` is dense / fastest kernel of ours, `auto` dense / the path the planner takes, both against a dense layer that
 pays nothing to make its weight dense; `native_us` is the CUDA C++ kernel's. Stops politely when `--seconds` are over
@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from . import gpu_common as common
+from . import common
 
 
 def dense_call(layer: common.Layer, direction: str, x, weight, grad):

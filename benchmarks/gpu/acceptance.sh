@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The day there is a GPU: build offline, prove, measure, tabulate. Each command has 9 minutes; name the stages to run.
 #
-#   benchmarks/gpu_acceptance.sh [--rehearse] [--links] [--out DIR] [stage ...]
+#   benchmarks/gpu/acceptance.sh [--rehearse] [--links] [--out DIR] [stage ...]
 #
 #   build      pip install -e . without network; with --links, or where that fails, a tree of links to the sources
 #   tests      the tests of the kernels, Triton and CUDA C++, on this GPU, compiled for it
@@ -18,7 +18,7 @@
 #
 # --rehearse runs every stage on tiny shapes, interpreted on the CPU. Without stages, all of them.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 repo=$PWD
 python=${PYTHON:-python3}
@@ -32,7 +32,7 @@ while (($#)); do
     --out) out=$2; shift 2 ;;
     --links) use_links=1; shift ;;
     -h | --help) sed -n '2,18p' "$0"; exit ;;
-    -*) echo "gpu_acceptance.sh: unknown option $1; see --help" >&2; exit 2 ;;
+    -*) echo "acceptance.sh: unknown option $1; see --help" >&2; exit 2 ;;
     *) stages+=("$1"); shift ;;
   esac
 done
@@ -70,21 +70,21 @@ stage_tests() {
     tests/test_cuda_modules.py tests/freeze/test_cuda.py ${some[@]+"${some[@]}"}
 }
 
-stage_layers() { run -m benchmarks.gpu_layers --batch 32 --out "$out"; }
-stage_layers256() { run -m benchmarks.gpu_layers --batch 256 --mask wide square --out "$out"; }
-stage_layers1() { run -m benchmarks.gpu_layers --batch 1 --direction forward --out "$out"; }
+stage_layers() { run -m benchmarks.gpu.layers --batch 32 --out "$out"; }
+stage_layers256() { run -m benchmarks.gpu.layers --batch 256 --mask wide square --out "$out"; }
+stage_layers1() { run -m benchmarks.gpu.layers --batch 1 --direction forward --out "$out"; }
 
 stage_network() {
-  run -m benchmarks.gpu_network infer --network resnet50 --batch 256 --out "$out"
+  run -m benchmarks.gpu.network infer --network resnet50 --batch 256 --out "$out"
   ((${#rehearse[@]})) && return
-  run -m benchmarks.gpu_network infer --network resnet50 --batch 1 --out "$out"
-  run -m benchmarks.gpu_network infer --network vgg16 --batch 64 --out "$out"
+  run -m benchmarks.gpu.network infer --network resnet50 --batch 1 --out "$out"
+  run -m benchmarks.gpu.network infer --network vgg16 --batch 64 --out "$out"
 }
 
 stage_training() {
-  run -m benchmarks.gpu_network train --network wrn-28-10 --batch 128 --out "$out"
+  run -m benchmarks.gpu.network train --network wrn-28-10 --batch 128 --out "$out"
   ((${#rehearse[@]})) && return
-  run -m benchmarks.gpu_network train --network resnet50 --batch 128 --density 0.3 --out "$out"
+  run -m benchmarks.gpu.network train --network resnet50 --batch 128 --density 0.3 --out "$out"
 }
 
 stage_losses() {
@@ -95,7 +95,7 @@ stage_losses() {
   done
 }
 
-stage_energy() { run -m benchmarks.gpu_network energy --network resnet50 --batch 256 --density 0.3 --out "$out"; }
+stage_energy() { run -m benchmarks.gpu.network energy --network resnet50 --batch 256 --density 0.3 --out "$out"; }
 
 # Weights and where to go on stay under runs/, which git ignores; what is kept is the JSON.
 stage_cifar() {
@@ -111,10 +111,10 @@ stage_cifar() {
   esac
 }
 
-stage_table() { "$python" -m benchmarks.gpu_table "$out"; }
+stage_table() { "$python" -m benchmarks.gpu.table "$out"; }
 
 for stage in "${stages[@]}"; do
-  declare -F "stage_$stage" >/dev/null || { echo "gpu_acceptance.sh: no stage $stage; see --help" >&2; exit 2; }
+  declare -F "stage_$stage" >/dev/null || { echo "acceptance.sh: no stage $stage; see --help" >&2; exit 2; }
   printf '\n== %s\n' "$stage"
   SECONDS=0
   "stage_$stage"

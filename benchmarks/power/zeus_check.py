@@ -1,4 +1,6 @@
-"""The energy meter against Zeus, over one window of the same work: `pip install zeus; python -m benchmarks.zeus_check`.
+"""The energy meter against Zeus, over one window of the same work.
+
+    pip install zeus; python -m benchmarks.power.zeus_check
 
 Zeus (https://ml.energy/zeus) reads the same counters with other code, so it is a check and no source: sparsekd.energy
 neither needs nor imports it. Exit status: 0 both agree, 1 they do not, 2 there is nothing to compare.

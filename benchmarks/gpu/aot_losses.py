@@ -1,6 +1,6 @@
 """The machine code of the distillation kernels (kernels/attention.py), compiled for GPUs that need not be there.
 
-    python -m benchmarks.gpu_aot_losses [--sm 80 90 100 942] [--quick]
+    python -m benchmarks.gpu.aot_losses [--sm 80 90 100 942] [--quick]
 
 Fails where a kernel spills registers, or where maps whose rows are multiples of 16 bytes are not read 16 at a time.
 """
@@ -18,7 +18,7 @@ from sparsekd.kernels import attention
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.gpu_aot import GFX942, LIMITS, _name, _resources
+from benchmarks.gpu.aot import GFX942, LIMITS, _name, _resources
 
 WIDE_LOAD = {True: r"global_load_dwordx[24]", False: r"ld\.global\S*\.v[24]\.b32"}  # by whether the target is AMD
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.shapes import Conv, Linear
+from benchmarks.lib.shapes import Conv, Linear
 from sparsekd import _C, BlockPattern, BlockSparse, quantize
 
 Call = Callable[[], Tensor]

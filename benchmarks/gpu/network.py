@@ -1,8 +1,8 @@
 """Whole networks: inference and training steps in CUDA graphs, dense against sparse, in time or in joules.
 
-    python -m benchmarks.gpu_network infer --network resnet50 --batch 256     # and frozen: folded, fused, in a graph
-    python -m benchmarks.gpu_network train --network wrn-28-10 --batch 128
-    python -m benchmarks.gpu_network energy --network vgg16 --density 0.3      # windows of 5 s, interleaved, idle net
+    python -m benchmarks.gpu.network infer --network resnet50 --batch 256     # and frozen: folded, fused, in a graph
+    python -m benchmarks.gpu.network train --network wrn-28-10 --batch 128
+    python -m benchmarks.gpu.network energy --network vgg16 --density 0.3      # windows of 5 s, interleaved, idle net
 
 Dense is torch with channels_last and cuDNN autotuned. "masked" is the same dense network with the dropped weights set
 to zero: zeros draw less power at the same time, so energy is held against both. Sparse layers are the 3x3 ones.
@@ -21,7 +21,7 @@ from torch import nn
 from sparsekd import freeze
 from sparsekd.nn import SparseConv2d
 
-from . import gpu_common as common
+from . import common
 
 
 class Residual(nn.Module):

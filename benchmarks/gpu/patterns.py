@@ -1,6 +1,6 @@
 """What blocks that a GPU likes cost in accuracy: SP-SAD on the main job, one density, block patterns side by side.
 
-    python -m benchmarks.gpu_patterns --density 0.45 0.2 --seeds 1
+    python -m benchmarks.gpu.patterns --density 0.45 0.2 --seeds 1
 
 All students of a seed start alike, learn from one teacher and train as `sparsekd run movietweetings` has it. Rows are
 kept in --out as they finish; a run that was stopped goes on. MAE and MSE are those of the test part, at the epoch of
@@ -69,7 +69,7 @@ def main() -> None:
                 rows.append(row | {"pattern": str(pattern), "test_mae": mae, "test_mse": mse})
                 print(rows[-1], flush=True)
                 record = {"task": task.name, "data": task.meta.get("sha256"), "method": "SP-SAD", "rows": rows}
-                record["command"] = shlex.join(["python", "-m", "benchmarks.gpu_patterns", *sys.argv[1:]])
+                record["command"] = shlex.join(["python", "-m", "benchmarks.gpu.patterns", *sys.argv[1:]])
                 record["versions"] = {"torch": torch.__version__, "quick": options.quick}
                 Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
 

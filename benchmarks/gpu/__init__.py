@@ -1,0 +1,1 @@
+"""Benchmarks for the day there is a GPU; `acceptance.sh` runs them in order."""

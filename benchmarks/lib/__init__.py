@@ -1,0 +1,1 @@
+"""What the benchmarks share: layers, networks, contests, timing."""
