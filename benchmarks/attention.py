@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from benchmarks.lib.timing import interleaved, machine, write_json
 from sparsekd.distill import SAD, attention_transfer_loss, kd_loss
-from sparsekd.memory import keep_freed_memory
 from sparsekd.ops.attention import layer_stats, match_maps
+from sparsekd.runs.memory import keep_freed_memory
 
 Taps = Sequence[tuple[int, int, int]]  # (channels, side, how many)
 

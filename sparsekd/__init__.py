@@ -11,7 +11,7 @@ distributed  one mask and one gradient on every rank
 methods    SP-SAD, LTH-SAD, SS-SAD
 freeze     the inference network: folded, fused, each layer as fast as this machine can run it
 energy     EnergyMeter: joules with the name of the counter they come from
-train      the main job: distil, prune, freeze, measure (``sparsekd run``)
+runs       the main job: distil, prune, freeze, measure (``sparsekd run``)
 """
 
 from . import backends, nn, ops

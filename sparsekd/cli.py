@@ -1,6 +1,6 @@
 """The command `sparsekd`: parses, calls one library function, prints what it returns.
 
-sparsekd run [movietweetings|movielens|movies|cifar100] ...   train, prune, freeze, measure; see train.py
+sparsekd run [movietweetings|movielens|movies|cifar100] ...   train, prune, freeze, measure; see runs/
 sparsekd bench package.module:factory ...                     your own networks, dense and frozen; see bench.py
 sparsekd report DIR ...                                       one page about one or several runs
 sparsekd doctor                                               what this machine offers, and why not more
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .train import RunConfig
+    from .runs import RunConfig
 
 # Bad input, or a machine that cannot: one line and exit code 2. Anything else is our fault and shows its traceback.
 _EXPECTED = (ValueError, RuntimeError, OSError)
@@ -112,9 +112,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    from . import report, train
+    from . import report, runs
 
-    config = train.RunConfig(
+    config = runs.RunConfig(
         task=options.task,
         data_dir=options.data,
         options=_networks(options),
@@ -138,12 +138,12 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     )
     for one in _by_group(config, options.group):
         try:
-            results, folder = train.run(one)
-        except train.OutOfTime as stopped:
-            if train.rank() == 0:
+            results, folder = runs.run(one)
+        except runs.OutOfTime as stopped:
+            if runs.rank() == 0:
                 print(f"sparsekd: time is up ({stopped}); the same command goes on from there.", file=sys.stderr)
             return TRY_AGAIN
-        if train.rank():  # rank 0 of torchrun prints
+        if runs.rank():  # rank 0 of torchrun prints
             continue
         tables = report.result_tables(results)
         print(f"\n{results['task']['name']}\n\n{tables}\n\nresults.json, report.md and report.html: {folder}")
@@ -151,11 +151,11 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def _methods(options: argparse.Namespace) -> tuple[str, ...]:
-    from . import train
+    from .runs import recipes
 
     if "all" not in options.method:
         return tuple(options.method)
-    return (*train.METHODS, *(train.ABLATIONS if options.task == "cifar100" else ()))
+    return (*recipes.METHODS, *(recipes.ABLATIONS if options.task == "cifar100" else ()))
 
 
 def _densities(options: argparse.Namespace) -> tuple[float, ...]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import io
 import json
 import os
@@ -14,10 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from sparsekd import checkpoint, data, loop, models, recipes, report, train
+from sparsekd import checkpoint, data, models, report
 from sparsekd.data import cifar100
 from sparsekd.methods import PAPER
 from sparsekd.nn import SPARSE_TYPES
+from sparsekd.runs import epochs as loop
+from sparsekd.runs import recipes
+
+train = importlib.import_module("sparsekd.runs.run")  # the module, whose name `runs.run` is the function
 
 PER_CLASS = {"train": 6, "test": 2}
 
@@ -410,7 +415,8 @@ import sys
 sys.path.insert(0, sys.argv[3])
 import pytest
 from tests import test_cifar100 as here
-from sparsekd import models, train, distributed, checkpoint
+from sparsekd import distributed
+train = here.train
 here.shrink(pytest.MonkeyPatch())
 fit = train.fit
 def checked(model, *args, **options):
@@ -460,7 +466,8 @@ import datetime, sys, time
 sys.path.insert(0, sys.argv[3])
 import pytest, torch
 from tests import test_cifar100 as here
-from sparsekd import cli, train
+from sparsekd import cli
+train = here.train
 here.shrink(pytest.MonkeyPatch())
 torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
 def run(**fields):

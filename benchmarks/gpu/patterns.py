@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 
-from sparsekd import SPSAD, BlockPattern, checkpoint, data, train
-from sparsekd.evaluate import errors, kept_share, predict
-from sparsekd.loop import Network, fit
+from sparsekd import SPSAD, BlockPattern, checkpoint, data
 from sparsekd.methods import METHODS
 from sparsekd.pruning import Grouping
+from sparsekd.runs import run as train
+from sparsekd.runs.epochs import Network, fit
+from sparsekd.runs.evaluate import errors, kept_share, predict
 
 LAYOUTS = {
     "16x1 (CPU)": (BlockPattern(16, 1), Grouping()),

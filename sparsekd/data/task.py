@@ -23,7 +23,7 @@ class Recipe:
     milestones   the learning rate is multiplied by 0.1 after each of these epochs; None: cosine decay to zero.
     restart      what begins the learning rate anew: "rewind" (and a new stage), every "prune", or "never".
     select       the epoch a network is kept from: "best" of the validation part, or "last".
-    recalibrate  whether batch norm statistics are taken anew before each validation (see `loop.recalibrate`).
+    recalibrate  whether batch norm statistics are taken anew before each validation (see `runs.epochs.recalibrate`).
     """
 
     lr: float

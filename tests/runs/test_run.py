@@ -1,6 +1,7 @@
 """The loop learns, prunes to the target, and goes on after a kill as if nothing had happened."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 from types import SimpleNamespace
@@ -10,8 +11,12 @@ import pytest
 import torch
 from threadpoolctl import threadpool_limits
 
-from sparsekd import checkpoint, data, evaluate, loop, models, recipes, train
+from sparsekd import checkpoint, data, models
 from sparsekd.data import Recipe, Split, Task
+from sparsekd.runs import epochs as loop
+from sparsekd.runs import evaluate, recipes
+
+train = importlib.import_module("sparsekd.runs.run")  # the module, whose name `runs.run` is the function
 
 RECIPE = Recipe(lr=3e-3, weight_decay=1e-2, epochs=4, batch_size=64, dropout=0.1)
 

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import baselines, energy
-from .convert import densify, named_layers
-from .data import Split, Task
-from .freeze import freeze
-from .nn import SPARSE_TYPES, BlockSparseLayer
+from .. import energy
+from ..convert import densify, named_layers
+from ..data import Split, Task
+from ..freeze import freeze
+from ..nn import SPARSE_TYPES, BlockSparseLayer
+from . import baselines
 
 __all__ = ["count_parameters", "errors", "freeze_for", "kept_share", "not_pruned", "predict", "scores", "speed"]
 

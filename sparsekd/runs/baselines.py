@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .data.task import Split, Task
+from ..data.task import Split, Task
 
 BIAS_SHRINKS = (2.0, 5.0, 10.0, 20.0, 40.0)
 RIDGE_ALPHAS = (1e-1, 1e0, 1e1, 1e2, 1e3, 1e4)
@@ -123,7 +123,7 @@ def _shrunk_means(keys: np.ndarray, values: np.ndarray, size: int, shrink: float
 
 def _ratings_only(task: Task, what: str) -> None:
     if task.kind != "ratings":
-        raise ValueError(f"sparsekd.baselines.{what}: needs a task with users and items, got {task.name!r}")
+        raise ValueError(f"sparsekd.runs.baselines.{what}: needs a task with users and items, got {task.name!r}")
 
 
 def _sklearn() -> tuple[Any, Any]:
@@ -131,7 +131,7 @@ def _sklearn() -> tuple[Any, Any]:
         from sklearn import ensemble, linear_model
     except ImportError as error:
         raise RuntimeError(
-            "sparsekd.baselines needs scikit-learn for ridge and boosting; pip install 'sparsekd[run]'"
+            "sparsekd.runs.baselines needs scikit-learn for ridge and boosting; pip install 'sparsekd[run]'"
         ) from error
     return linear_model, ensemble
 

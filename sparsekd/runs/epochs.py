@@ -20,12 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import checkpoint, distributed, energy
-from .blocks import BlockPattern
-from .data import Recipe, Split, Task
-from .distill import AttentionTransfer, Distiller, FeatureTap
+from .. import checkpoint, distributed, energy
+from ..blocks import BlockPattern
+from ..data import Recipe, Split, Task
+from ..distill import AttentionTransfer, Distiller, FeatureTap
+from ..methods import METHODS, Method
 from .evaluate import kept_share, not_pruned, predict, scores
-from .methods import METHODS, Method
 from .recipes import Network
 
 __all__ = ["OutOfTime", "Runtime", "check_same_settings", "fit", "is_over", "picked_epoch", "rank", "recalibrate"]
@@ -97,7 +97,7 @@ def fit(
             losses = _train_epoch(model, trainee, optimizer, task, learning, epoch, seed, runtime)
         if not math.isfinite(losses["loss"]):
             raise RuntimeError(
-                f"sparsekd.train: {network.name} diverged in epoch {epoch} (loss {losses['loss']}); lower the learning "
+                f"sparsekd.runs: {network.name} diverged in epoch {epoch} (loss {losses['loss']}); lower the learning "
                 f"rate ({recipe.lr:g}) or the weights of the distillation (alpha {network.alpha:g}, beta "
                 f"{network.beta:g})"
             )

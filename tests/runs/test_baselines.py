@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparsekd import baselines
 from sparsekd.data.task import Recipe, Split, Task
+from sparsekd.runs import baselines
 
 
 @pytest.fixture(autouse=True)

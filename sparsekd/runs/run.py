@@ -2,7 +2,7 @@
 
     results, folder = run(RunConfig("movietweetings", methods=("lth-sad",)))
 
-`run` reads top to bottom; what is trained is in recipes.py, the training loop in loop.py, what a trained network is
+`run` reads top to bottom; what is trained is in recipes.py, the training loop in epochs.py, what a trained network is
 worth in evaluate.py.
 
     runs/movietweetings/
@@ -38,15 +38,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from . import __version__, backends, baselines, checkpoint, data, models, report
-from .blocks import BlockPattern, check_density
-from .convert import named_layers
-from .data import Task
+from .. import __version__, backends, checkpoint, data, models, report
+from ..blocks import BlockPattern, check_density
+from ..convert import named_layers
+from ..data import Task
+from ..methods import METHODS
+from ..nn import SPARSE_TYPES
+from . import baselines
+from .epochs import RECALIBRATION, OutOfTime, Runtime, check_same_settings, fit, is_over, picked_epoch, rank
 from .evaluate import count_parameters, freeze_for, kept_share, not_pruned, predict, scores, speed
-from .loop import RECALIBRATION, OutOfTime, Runtime, check_same_settings, fit, is_over, picked_epoch, rank
 from .memory import keep_freed_memory
-from .methods import METHODS
-from .nn import SPARSE_TYPES
 from .recipes import ABLATIONS, PROTOCOLS, RECIPES, Choice, Network, networks
 
 __all__ = ["ABLATIONS", "METHODS", "OutOfTime", "RunConfig", "folder_of", "rank", "run"]
@@ -101,7 +102,7 @@ class RunConfig:
     fresh: bool = False
     remeasure: bool = False
     stop_after: float | None = None
-    command: str = "sparsekd.train.run"
+    command: str = "sparsekd.runs.run"
 
     def __post_init__(self) -> None:
         for name in ("densities", "methods"):  # each once, in the order given
@@ -385,7 +386,7 @@ def _frozen(model: nn.Module, task: Task, network: Network, quick: bool) -> tupl
     difference = float((prediction - reference).abs().max())
     if difference > 1e-3:
         raise RuntimeError(
-            f"sparsekd.train: the frozen {network.name} predicts up to {difference:.2g} beside the trained one: "
+            f"sparsekd.runs: the frozen {network.name} predicts up to {difference:.2g} beside the trained one: "
             "a fault of sparsekd.freeze on this machine; please report it with the output of sparsekd doctor"
         )
     measured, note = speed(model, frozen, task, quick)

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .data.task import Recipe, Task
-from .methods import METHODS, PAPER, PaperRecipe
-from .pruning import LinearSchedule, ListedSchedule, Schedule
+from ..data.task import Recipe, Task
+from ..methods import METHODS, PAPER, PaperRecipe
+from ..pruning import LinearSchedule, ListedSchedule, Schedule
 
 __all__ = ["ABLATIONS", "PROTOCOLS", "RECIPES", "Choice", "Network", "Protocol", "networks", "plan"]
 
@@ -56,7 +56,7 @@ PROTOCOLS = {
 
 @dataclass(frozen=True)
 class Choice:
-    """What the user picked. See `train.RunConfig`, which has the same fields."""
+    """What the user picked. See `RunConfig`, which has the same fields."""
 
     methods: tuple[str, ...] = tuple(METHODS)
     densities: tuple[float, ...] = (0.45,)

@@ -1,0 +1,1 @@
+"""Tests of sparsekd.runs, one file for each of its source files."""
