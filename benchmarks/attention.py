@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.lib.timing import interleaved, machine, write_json
-from sparsekd.distill import SAD, attention_transfer_loss, kd_loss
+from sparsekd.losses import SAD, attention_transfer_loss, kd_loss
 from sparsekd.ops.attention import layer_stats, match_maps
 from sparsekd.runs.memory import keep_freed_memory
 

@@ -5,7 +5,9 @@ ops        linear, conv2d, feature_stats: what each op means on any device
 backends   which kernel runs an op here, and why
 nn         SparseLinear, SparseConv2d: drop-in layers
 convert    sparsify, densify: swap a model's layers in place
-distill    SAD, AT and KD losses, FeatureTap
+losses     SAD, AT and KD: what a student can learn from a teacher
+taps       FeatureTap: the outputs of inner modules
+distill    Distiller: the loss of a student, with its teacher or without
 pruning    scores, schedules, Pruner
 distributed  one mask and one gradient on every rank
 methods    SP-SAD, LTH-SAD, SS-SAD
@@ -17,11 +19,13 @@ runs       the main job: distil, prune, freeze, measure (``sparsekd run``)
 from . import backends, nn, ops
 from .blocks import BlockPattern, BlockSparse
 from .convert import densify, sparsify
-from .distill import SAD, Distiller, FeatureTap, attention_transfer_loss, kd_loss, kd_regression_loss
+from .distill import Distiller
 from .energy import EnergyMeter
 from .freeze import FrozenModel, freeze, load_frozen
+from .losses import SAD, attention_transfer_loss, kd_loss, kd_regression_loss
 from .methods import LTHSAD, SPSAD, SSSAD
 from .pruning import LinearSchedule, Pruner
+from .taps import FeatureTap
 
 __version__ = "0.1.0"
 

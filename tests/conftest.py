@@ -16,6 +16,14 @@ def _outputs_start_as_nan(monkeypatch):
         monkeypatch.setattr(owner, name, _nan_filled(getattr(owner, name)))
 
 
+@pytest.fixture
+def fresh_compiler():
+    """Nothing that another test compiled is there, and nothing of this one stays."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 def _nan_filled(allocate):
     def nan_filled(*args, **kwargs):
         tensor = allocate(*args, **kwargs)

@@ -14,7 +14,8 @@ from torch.optim import SGD
 
 import sparsekd
 from sparsekd import BlockPattern, distributed
-from sparsekd.distill import AttentionTransfer, Distiller
+from sparsekd.distill import Distiller
+from sparsekd.losses import AttentionTransfer
 from sparsekd.pruning import Pruner
 
 RANKS = 2

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.lib.contest import Case, Contest, Setup, agree
-from sparsekd.distill import SAD, attention_transfer_loss, kd_loss
+from sparsekd.losses import SAD, attention_transfer_loss, kd_loss
 from sparsekd.ops.attention import feature_stats
 
 # Channels and side of the feature maps, shallow to deep.

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from .. import checkpoint, distributed, energy
 from ..blocks import BlockPattern
 from ..data import Recipe, Split, Task
-from ..distill import AttentionTransfer, Distiller, FeatureTap
+from ..distill import Distiller
+from ..losses import AttentionTransfer
 from ..methods import METHODS, Method
+from ..taps import FeatureTap
 from .evaluate import kept_share, not_pruned, predict, scores
 from .recipes import Network
 
