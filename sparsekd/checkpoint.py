@@ -23,7 +23,8 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from .blocks import BlockPattern, BlockSparse
-from .nn import BlockSparseLayer, SparseConv2d, SparseLinear
+from .convert import sparse_layer
+from .nn import BlockSparseLayer
 
 __all__ = ["load", "load_state", "metadata", "save", "save_state", "write_atomically"]
 
@@ -68,12 +69,11 @@ def load(model: nn.Module, path: Path_) -> nn.Module:
         BlockSparse(parts[0], parts[1], parts[2], tuple(shape), pattern).validate()
     for name, layer in list(model.named_modules()):
         wanted = sparse[name][0] if name in sparse else None
-        if isinstance(layer, (SparseLinear, SparseConv2d)) and layer.pattern != wanted:
+        if isinstance(layer, BlockSparseLayer) and layer.pattern != wanted:
             layer = layer.to_dense()
             model.set_submodule(name, layer)
         if wanted is not None and not isinstance(layer, BlockSparseLayer):
-            kind = SparseLinear if isinstance(layer, nn.Linear) else SparseConv2d
-            model.set_submodule(name, kind.from_dense(layer, wanted))
+            model.set_submodule(name, sparse_layer(layer, wanted))
     model.load_state_dict(tensors)
     return model
 

@@ -10,7 +10,11 @@ from torch import nn
 
 from .backends import cuda
 from .blocks import BlockPattern, check_density
-from .nn import SPARSE_TYPES, BlockSparseLayer, SparseConv2d, SparseLinear
+from .nn import BlockSparseLayer, SparseConv2d, SparseLinear
+
+# The block-sparse layer that stands for each dense one. A layer that comes to the library is entered here.
+SPARSE_OF: dict[type[nn.Module], type[BlockSparseLayer]] = {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d}
+DENSE_TYPES, SPARSE_TYPES = tuple(SPARSE_OF), tuple(SPARSE_OF.values())
 
 
 def sparsify(
@@ -36,16 +40,22 @@ def sparsify(
     they do not take (the three of an image, ten classes).
     """
     check_density("sparsekd.sparsify", density)
-    if isinstance(model, (nn.Linear, nn.Conv2d)):
-        name = "SparseLinear" if isinstance(model, nn.Linear) else "SparseConv2d"
-        raise ValueError(f"sparsekd.sparsify: a bare layer cannot be replaced in place; use {name}.from_dense(layer)")
-    for name, layer in list(named_layers(model, (nn.Linear, nn.Conv2d), include, exclude)):
+    for dense, sparse in SPARSE_OF.items():
+        if isinstance(model, dense):
+            raise ValueError(
+                f"sparsekd.sparsify: a bare layer cannot be replaced in place; use {sparse.__name__}.from_dense(layer)"
+            )
+    for name, layer in list(named_layers(model, DENSE_TYPES, include, exclude)):
         if include is None and not _fits(layer, pattern):
             continue
         _refuse_tied(model, name, layer)
-        kind: Any = SparseLinear if isinstance(layer, nn.Linear) else SparseConv2d
-        _replace(model, layer, kind.from_dense(layer, pattern, density=density))
+        _replace(model, layer, sparse_layer(layer, pattern, density=density))
     return model
+
+
+def sparse_layer(dense: nn.Module, pattern: BlockPattern | None = None, **options: Any) -> BlockSparseLayer:
+    """The block-sparse layer that stands for a dense one; ``options`` as in its ``from_dense``."""
+    return SPARSE_OF[type(dense)].from_dense(dense, pattern, **options)
 
 
 def densify(model: nn.Module) -> nn.Module:
@@ -106,4 +116,4 @@ def _on_gpu(layer: nn.Module) -> bool:
     return layer.weight.is_cuda  # type: ignore[union-attr, return-value]
 
 
-__all__ = ["BlockSparseLayer", "densify", "named_layers", "sparsify"]
+__all__ = ["DENSE_TYPES", "SPARSE_OF", "SPARSE_TYPES", "densify", "named_layers", "sparse_layer", "sparsify"]

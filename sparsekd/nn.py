@@ -72,6 +72,10 @@ class BlockSparseLayer(nn.Module):
     ) -> None:  # pragma: no cover - abstract
         raise NotImplementedError
 
+    def to_dense(self) -> nn.Module:  # pragma: no cover - abstract
+        """The dense layer with the same weight, zeros where no block is kept."""
+        raise NotImplementedError
+
     @property
     def blocks(self) -> BlockSparse:
         """The weight as a BlockSparse that shares this layer's storage."""
@@ -278,9 +282,6 @@ class SparseConv2d(BlockSparseLayer):
             if getattr(self, name) != plain:
                 described += f", {name}={getattr(self, name)}"
         return f"{described}, {self._describe_weight()}"
-
-
-SPARSE_TYPES = (SparseLinear, SparseConv2d)
 
 
 def _replace_data(parameter: nn.Parameter, data: Tensor) -> None:

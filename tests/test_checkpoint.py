@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sparsekd import BlockPattern, checkpoint, densify, sparsify
-from sparsekd.nn import SPARSE_TYPES
+from sparsekd.convert import SPARSE_TYPES
 
 
 def network(width: int = 24) -> nn.Module:

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from sparsekd import checkpoint, data, models, report
+from sparsekd.convert import SPARSE_TYPES
 from sparsekd.data import cifar100
 from sparsekd.methods import PAPER
-from sparsekd.nn import SPARSE_TYPES
 from sparsekd.runs import epochs as loop
 from sparsekd.runs import recipes
 

@@ -9,7 +9,8 @@ from torch.optim import SGD, Adam, AdamW
 
 import sparsekd
 from sparsekd import BlockPattern
-from sparsekd.nn import SPARSE_TYPES, SparseConv2d, SparseLinear
+from sparsekd.convert import SPARSE_TYPES
+from sparsekd.nn import SparseConv2d, SparseLinear
 from sparsekd.pruning import (
     Grouping,
     LinearSchedule,

@@ -17,6 +17,7 @@ from benchmarks.suites.networks import sources
 from benchmarks.suites.students import infer
 from benchmarks.suites.training import agree_gradients
 from sparsekd import BlockSparse
+from sparsekd.convert import DENSE_TYPES, named_layers
 from sparsekd.nn import SparseConv2d, SparseLinear
 
 
@@ -165,7 +166,7 @@ def _layers_of_model(setup: Setup) -> list[Layer]:
     """Each layer of --model that `sparsify` would take, once for every geometry, with the input it gets."""
     (source,) = sources(setup)
     model = source.build().eval()
-    wanted = {name for name, _ in sparsekd.convert.named_layers(model, (nn.Conv2d, nn.Linear), None, source.exclude)}
+    wanted = {name for name, _ in named_layers(model, DENSE_TYPES, None, source.exclude)}
     found: dict[str, Layer] = {}
 
     def keep(name: str, module: nn.Conv2d | nn.Linear, shape: tuple[int, ...]) -> None:

@@ -17,7 +17,7 @@ import sparsekd
 from benchmarks.lib.contest import Case, Contest, Setup, agree
 from benchmarks.suites.compact import compact, count_weights
 from benchmarks.suites.networks import Source, sources
-from sparsekd.nn import SPARSE_TYPES
+from sparsekd.convert import SPARSE_TYPES
 
 NAMES = ("dense", "masked", "compacted", "ours", "dense_frozen", "compacted_frozen", "ours_frozen")
 

@@ -15,7 +15,7 @@ from benchmarks.lib.contest import Case, Contest, Setup, agree
 from benchmarks.suites.networks import Source, sources
 from benchmarks.suites.students import kept_weights
 from sparsekd import BlockSparse
-from sparsekd.nn import SPARSE_TYPES
+from sparsekd.convert import SPARSE_TYPES
 
 # Some of the many activations that are about 0 are rounded to the other side of their ReLU, and their gradient comes or
 # goes whole: between float32 and float64 that is about 1 % of the largest entry in a WRN-16-2, dense or block-sparse.

@@ -35,7 +35,7 @@ from torch import Tensor, fx, nn
 from .. import checkpoint
 from ..backends import cpu
 from ..blocks import BlockPattern, BlockSparse
-from ..nn import SPARSE_TYPES
+from ..convert import SPARSE_TYPES
 from .cuda import FrozenCudaModel, freeze_on_gpu, tolerance_of
 from .int8 import check_int8, to_int8
 from .layer import FORMATS, FrozenLayer

@@ -11,13 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..blocks import BlockPattern
-from ..convert import named_layers, sparsify
-from ..nn import SPARSE_TYPES
+from ..convert import DENSE_TYPES, SPARSE_TYPES, named_layers, sparsify
 from .grouping import Grouping
 from .scores import energies
 from .surgery import drop_blocks
-
-_DENSE_TYPES = (nn.Linear, nn.Conv2d)
 
 
 class BlockUnits:
@@ -189,9 +186,9 @@ def prunable_layers(
 ) -> list[Units]:
     """The layers to prune, converted in place as the granularity needs it. Layers that are sparse already stay so."""
     if granularity == "unstructured":
-        units: list[Units] = [WeightUnits(n, m) for n, m in named_layers(model, _DENSE_TYPES, include, exclude)]
+        units: list[Units] = [WeightUnits(n, m) for n, m in named_layers(model, DENSE_TYPES, include, exclude)]
     else:
-        found = dict(named_layers(model, (*_DENSE_TYPES, *SPARSE_TYPES), include, exclude))
+        found = dict(named_layers(model, (*DENSE_TYPES, *SPARSE_TYPES), include, exclude))
         _make_sparse(model, found, granularity, pattern, include, exclude)
         kind = FilterUnits if granularity == "filter" else BlockUnits
         layers = {name: model.get_submodule(name) for name in found}
@@ -216,7 +213,7 @@ def _make_sparse(
                 f"Pruner: layer {name!r} is block-sparse with pattern {layer.pattern}, whose blocks span several "
                 "filters; densify(model) first, or use granularity 'block'"
             )
-    dense = {name: layer for name, layer in found.items() if isinstance(layer, _DENSE_TYPES)}
+    dense: dict[str, Any] = {name: layer for name, layer in found.items() if isinstance(layer, DENSE_TYPES)}
     if granularity == "filter":
         for name, layer in dense.items():
             sparsify(model, BlockPattern(1, layer.weight.shape[1]), include=[name])

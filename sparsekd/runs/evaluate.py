@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import energy
-from ..convert import densify, named_layers
+from ..convert import DENSE_TYPES, SPARSE_TYPES, densify, named_layers
 from ..data import Split, Task
 from ..freeze import freeze
-from ..nn import SPARSE_TYPES, BlockSparseLayer
+from ..nn import BlockSparseLayer
 from . import baselines
 
 __all__ = ["count_parameters", "errors", "freeze_for", "kept_share", "not_pruned", "predict", "scores", "speed"]
@@ -62,7 +62,7 @@ def kept_share(model: nn.Module) -> float:
     """Kept share of the weights that the methods may prune; 1 for a dense model."""
     leave = not_pruned(model)
     sparse: list[Any] = [layer for _, layer in named_layers(model, SPARSE_TYPES, None, leave)]
-    dense: list[Any] = [layer for _, layer in named_layers(model, (nn.Conv2d, nn.Linear), None, leave)]
+    dense: list[Any] = [layer for _, layer in named_layers(model, DENSE_TYPES, None, leave)]
     loose = sum(layer.weight.numel() for layer in dense)
     kept = sum(layer.num_kept for layer in sparse) + loose
     return kept / (sum(layer.num_weights for layer in sparse) + loose)

@@ -40,10 +40,9 @@ from torch import nn
 
 from .. import __version__, backends, checkpoint, data, models, report
 from ..blocks import BlockPattern, check_density
-from ..convert import named_layers
+from ..convert import SPARSE_TYPES, named_layers
 from ..data import Task
 from ..methods import METHODS
-from ..nn import SPARSE_TYPES
 from . import baselines
 from .epochs import RECALIBRATION, OutOfTime, Runtime, check_same_settings, fit, is_over, picked_epoch, rank
 from .evaluate import count_parameters, freeze_for, kept_share, not_pruned, predict, scores, speed
