@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.lib.contest import Case, Contest, Pace, Setup, energy_info, measure, replay, report, seconds_info
 from benchmarks.lib.shapes import BATCHES
-from sparsekd import __version__, energy
+from sparsekd import __version__, energy, processor
 from sparsekd.backends import cpu
 
 _CASES: pytest.StashKey[dict[str, tuple[Case, str]]] = pytest.StashKey()
@@ -210,7 +210,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "version": __version__,
         "torch": torch.__version__,
         "isa": None if cpu.native is None else cpu.native.isa(),
-        "cpu": None if cpu.native is None else cpu.native.cpu_name(),
+        "cpu": processor.name(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

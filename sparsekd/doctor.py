@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from . import processor
 from .energy import Machine, available_sources
 
 Import = Callable[[str], ModuleType]
@@ -30,7 +31,7 @@ def collect(import_module: Import = importlib.import_module, machine: Machine | 
     native, native_reason = _imported(import_module, "sparsekd._C", "`pip install sparsekd` builds it")
     return {
         "python": {"version": platform.python_version(), "platform": platform.platform()},
-        "cpu": _cpu(native, native_reason),
+        "cpu": _cpu(native, native_reason, machine.cpuinfo if machine else processor.CPUINFO),
         "threads": _threads(torch, torch_reason, native),
         "torch": _version(torch, torch_reason),
         "triton": _version(*_imported(import_module, "triton", "`pip install triton` (Linux)")),
@@ -108,9 +109,9 @@ def _version(module: Any, reason: str | None) -> dict[str, Any]:
     return {"version": version, "reason": _joined(reason, failed)}
 
 
-def _cpu(native: Any, reason: str | None) -> dict[str, Any]:
+def _cpu(native: Any, reason: str | None, cpuinfo: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {
-        "name": _cpu_name(native),
+        "name": processor.name(cpuinfo),
         "cores": os.cpu_count(),
         "isas": [],
         "isa": None,
@@ -125,15 +126,6 @@ def _cpu(native: Any, reason: str | None) -> dict[str, Any]:
     facts["isa"], isa_failed = _attempt(lambda: str(native.isa()))
     facts["reason"] = _joined(isas_failed, isa_failed)
     return facts
-
-
-def _cpu_name(native: Any) -> str:
-    name, _ = _attempt(lambda: str(native.cpu_name()).strip())
-    if not name:
-        info, _ = _attempt(lambda: Path("/proc/cpuinfo").read_text())
-        named = (line.partition(":")[2].strip() for line in (info or "").splitlines() if line.startswith("model name"))
-        name = next(named, "")
-    return name or platform.processor() or platform.machine()
 
 
 def _threads(torch: Any, torch_reason: str | None, native: Any) -> dict[str, Any]:

@@ -15,7 +15,6 @@ NATIVE = SimpleNamespace(
     isas=lambda: ("scalar", "avx2", "avx512"),
     isa=lambda: "avx512",
     openmp=lambda: "libgomp (OpenMP 4.5)",
-    cpu_name=lambda: "Test CPU 9000 ",
 )
 GPU = SimpleNamespace(name="H200", major=9, minor=0, total_memory=140 * 2**30)
 CPU_TORCH = SimpleNamespace(
@@ -79,6 +78,7 @@ def lines_of(text: str, name: str) -> str:
 
 
 def test_a_machine_that_has_everything(bare):
+    bare.cpuinfo.write_text("processor\t: 0\nmodel name\t: Test CPU 9000 \nmodel\t\t: 17\n")
     facts = doctor.collect(importer(ALL_THERE), bare)
     text = doctor.report(facts)
     assert facts["cpu"] | {"cores": 0} == {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from sparsekd import _C, processor
 
 
 def interleaved(
@@ -72,10 +73,8 @@ def bandwidth(megabytes: int = 256) -> float:
 
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
-    from sparsekd import _C
-
     return {
-        "cpu": f"{_C.cpu_name()} ({_cpu_model()})",
+        "cpu": f"{processor.name()} ({processor.generation()})",
         "isa": _C.isa(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -86,13 +85,6 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _cpu_model() -> str:
-    """Family and model: virtual machines give one name to several generations of a processor."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    found = dict(re.findall(r"^(cpu family|model|CPU implementer|CPU part)\s*: (.*)$", info, re.MULTILINE))
-    return ", ".join(f"{key.split()[-1]} {value}" for key, value in found.items()) or platform.machine()
 
 
 def write_json(

@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .. import __version__, backends, checkpoint, data, models, report
+from .. import __version__, backends, checkpoint, data, models, processor, report
 from ..blocks import BlockPattern, check_density
 from ..convert import SPARSE_TYPES, named_layers
 from ..data import Task
@@ -506,10 +506,4 @@ def _device_name(kind: str) -> str:
 
 def machine_line() -> str:
     """CPU model, cores and system in one line."""
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    except OSError:
-        pass  # not Linux
-    return f"{model}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
+    return f"{processor.name()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
