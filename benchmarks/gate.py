@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.lib import shapes
 from benchmarks.lib.contest import Case, Setup
 from benchmarks.lib.timing import interleaved, machine
 from benchmarks.suites import layers
@@ -47,14 +48,7 @@ PROCESSES = 5
 REPEATS = 31
 
 DENSITY = 0.3
-LAYERS = [
-    layers.conv("conv-64-64-4x4", 64, 64, 64, 4),
-    layers.conv("conv-128-128-8x8", 8, 128, 128, 8),
-    layers.conv("conv-256-256-14x14", 1, 256, 256, 14),
-    layers.conv("conv-256-64-14x14-1x1", 4, 256, 64, 14, kernel=1),
-    layers.linear("linear-512-512", 64, 512, 512),
-    layers.linear("linear-256-1024", 128, 256, 1024),
-]
+LAYERS = [layers.at(id, n, shape) for id, (n, shape) in shapes.GATE.items()]
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,11 @@ import torch
 from torch import Tensor, nn
 
 import sparsekd
-from benchmarks.lib.models import MobileNetV2, ResNet50, settle, wrn_16_2
+from benchmarks.lib.models import MobileNetV2, resnet50, settle, wrn_16_2
 from benchmarks.lib.timing import write_json
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "resnet50-n1": (ResNet50, (1, 3, 224, 224)),
+    "resnet50-n1": (resnet50, (1, 3, 224, 224)),
     "wrn-16-2-n1": (wrn_16_2, (1, 3, 32, 32)),
     "wrn-16-2-n64": (wrn_16_2, (64, 3, 32, 32)),
     "mobilenetv2-n1": (MobileNetV2, (1, 3, 224, 224)),

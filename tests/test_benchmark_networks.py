@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from benchmarks import networks
-from benchmarks.lib.models import MobileNetV2, ResNet50
+from benchmarks.lib.models import MobileNetV2, resnet50
 from benchmarks.networks import Contestant
 from benchmarks.suites.compact import count_weights
 
 
-@pytest.mark.parametrize(("build", "millions"), [(ResNet50, 25.50), (MobileNetV2, 3.47)])
+@pytest.mark.parametrize(("build", "millions"), [(resnet50, 25.50), (MobileNetV2, 3.47)])
 def test_models_have_the_published_sizes(build, millions):
     model = build()
     assert count_weights(model) / 1e6 == pytest.approx(millions, abs=0.01)

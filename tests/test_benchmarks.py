@@ -150,7 +150,11 @@ def store(path, cases, **here):
 
 
 def test_the_gate_measures_and_judges(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gate, "LAYERS", [layers.conv("tiny", 2, 16, 16, 4), layers.linear("flat", 4, 32, 32)])
+    monkeypatch.setattr(
+        gate,
+        "LAYERS",
+        [layers.at("tiny", 2, shapes.Conv("any", 16, 4, 16, 3)), layers.at("flat", 4, shapes.Linear("any", 32, 32))],
+    )
     monkeypatch.setattr(gate, "REPEATS", 7)
     threads = torch.get_num_threads()
     path = tmp_path / "gate.json"

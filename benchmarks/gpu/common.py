@@ -1,4 +1,4 @@
-"""What the GPU benchmarks share: the layers, the masks, the state of the device, and a rehearsal without one."""
+"""What the GPU benchmarks share: the masks, the state of the device, and a rehearsal without one."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.lib.shapes import Conv
 from sparsekd import BlockPattern, BlockSparse
 
 DENSITIES = (1.0, 0.5, 0.3, 0.1)
@@ -22,60 +23,18 @@ BATCHES = (1, 32, 256)
 DIRECTIONS = ("forward", "grad_input", "grad_values")
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One convolution: c -> k channels on a square image."""
-
-    id: str
-    c: int
-    k: int
-    image: int
-    kernel: int = 3
-    stride: int = 1
-
-    @property
-    def padding(self) -> int:
-        return self.kernel // 2
-
-    @property
-    def out_image(self) -> int:
-        return (self.image + 2 * self.padding - self.kernel) // self.stride + 1
-
-
-LAYERS = (
-    Layer("resnet50-3x3-64", 64, 64, 56),
-    Layer("resnet50-3x3-128", 128, 128, 28),
-    Layer("resnet50-3x3-256", 256, 256, 14),
-    Layer("resnet50-3x3-512", 512, 512, 7),
-    Layer("resnet50-3x3-128-stride2", 128, 128, 56, stride=2),
-    Layer("resnet50-1x1-1024-256", 1024, 256, 14, kernel=1),
-    Layer("resnet50-1x1-2048-512", 2048, 512, 7, kernel=1),
-    Layer("wrn-28-10-160", 160, 160, 32),
-    Layer("wrn-28-10-320", 320, 320, 16),
-    Layer("wrn-28-10-640", 640, 640, 8),
-    Layer("vgg16-256", 256, 256, 56),
-    Layer("vgg16-512", 512, 512, 28),
-    Layer("vgg16-512-14", 512, 512, 14),
-)
-TINY = (
-    Layer("tiny-3x3", 16, 32, 4),
-    Layer("tiny-1x1", 32, 16, 4, kernel=1),
-    Layer("tiny-stride2", 16, 16, 5, stride=2),
-)
-
-
-def pattern_for(layer: Layer, device: torch.device) -> BlockPattern:
+def pattern_for(layer: Conv, device: torch.device) -> BlockPattern:
     """64x64 blocks, or the largest power of two from 16 up that divides the channels; 16x16 in a rehearsal."""
     if device.type == "cpu":
         return BlockPattern(16, 16)
-    sides = (min(64, channels & -channels) for channels in (layer.k, layer.c))
+    sides = (min(64, channels & -channels) for channels in (layer.out_channels, layer.channels))
     return BlockPattern(*(max(side, 16) for side in sides))
 
 
 MASKS = ("wide", "square", "shared", "free")
 
 
-def mask_of(layer: Layer, pattern: BlockPattern, density: float, kind: str) -> torch.Tensor:
+def mask_of(layer: Conv, pattern: BlockPattern, density: float, kind: str) -> torch.Tensor:
     """A seeded block mask in which every row block keeps the same number of blocks.
 
     "free": each block for itself; "shared": the same for every 128 outputs (`Grouping(rows=128)`: what the forward pass
@@ -83,7 +42,7 @@ def mask_of(layer: Layer, pattern: BlockPattern, density: float, kind: str) -> t
     widest tile, of 128 pixels x 256 channels, multiplies no zeros.
     """
     group = 256 if kind == "wide" else 128
-    grid = pattern.grid((layer.k, layer.c, layer.kernel, layer.kernel))
+    grid = pattern.grid(layer.weight)
     tall = 1 if kind == "free" else max(group // pattern.bh, 1)
     broad = max(group // pattern.bw, 1) if kind in ("square", "wide") else 1
     rows, columns = -(-grid[0] // tall), -(-grid[1] // broad)
@@ -93,11 +52,11 @@ def mask_of(layer: Layer, pattern: BlockPattern, density: float, kind: str) -> t
     return kept.repeat_interleave(tall, 0).repeat_interleave(broad, 1)[: grid[0], : grid[1]].clone()
 
 
-def operands(layer: Layer, batch: int, density: float, kind: str, device: torch.device, dtype: torch.dtype) -> tuple:
+def operands(layer: Conv, batch: int, density: float, kind: str, device: torch.device, dtype: torch.dtype) -> tuple:
     """(x, dense weight, blocks, grad) on the device, channels_last; activations as after a ReLU."""
     pattern = pattern_for(layer, device)
     generator = torch.Generator().manual_seed(1)
-    dense = torch.randn(layer.k, layer.c, layer.kernel, layer.kernel, generator=generator) * 0.02
+    dense = torch.randn(layer.weight, generator=generator) * 0.02
     blocks = BlockSparse.from_dense(dense, pattern, mask=mask_of(layer, pattern, density, kind))
     blocks = replace(
         blocks,
@@ -105,7 +64,7 @@ def operands(layer: Layer, batch: int, density: float, kind: str, device: torch.
         row_ptr=blocks.row_ptr.to(device),
         col_idx=blocks.col_idx.to(device),
     )
-    shapes = (batch, layer.c, layer.image, layer.image), (batch, layer.k, layer.out_image, layer.out_image)
+    shapes = (batch, *layer.input), (batch, layer.out_channels, layer.out_size, layer.out_size)
     x, grad = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
     last = {"memory_format": torch.channels_last}
     return x.relu().contiguous(**last), dense.to(device, dtype).contiguous(**last), blocks, grad.contiguous(**last)
@@ -202,8 +161,3 @@ def write(
     record = {"stage": name, "before": before, "after": facts(device), **more, "rows": rows}
     (target / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"{name}: {len(rows)} rows in {target / f'{name}.json'}", file=sys.stderr)
-
-
-def chosen(names: Sequence[str] | None) -> Iterator[Layer]:
-    """The layers of the names given, else all."""
-    yield from (layer for layer in LAYERS if not names or layer.id in names)

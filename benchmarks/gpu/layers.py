@@ -11,13 +11,20 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from . import common
+from benchmarks.gpu import common
+from benchmarks.lib.shapes import GPU, REHEARSAL, Conv
+from sparsekd import BlockSparse
+
+Call = Callable[[], object]
 
 
-def dense_call(layer: common.Layer, direction: str, x, weight, grad):
+def dense_call(layer: Conv, direction: str, x: Tensor, weight: Tensor, grad: Tensor) -> Call:
     """What a dense layer runs in a direction."""
     if direction == "forward":
         return lambda: torch.nn.functional.conv2d(x, weight, None, layer.stride, layer.padding)
@@ -26,19 +33,19 @@ def dense_call(layer: common.Layer, direction: str, x, weight, grad):
     return lambda: torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, wanted)
 
 
-def sparse_call(layer: common.Layer, direction: str, x, blocks, grad):
+def sparse_call(layer: Conv, direction: str, x: Tensor, blocks: BlockSparse, grad: Tensor) -> Call:
     """The op of a direction."""
     geometry = ([layer.kernel] * 2, [layer.stride] * 2, [layer.padding] * 2, [1, 1], 1)
     index = (blocks.row_ptr, blocks.col_idx)
     ops = torch.ops.sparsekd
     if direction == "forward":
-        return lambda: ops.conv2d(x, blocks.values, *index, None, layer.k, *geometry)
+        return lambda: ops.conv2d(x, blocks.values, *index, None, layer.out_channels, *geometry)
     if direction == "grad_input":
         return lambda: ops.conv2d_grad_input(grad, blocks.values, *index, x.shape, *geometry)
     return lambda: ops.conv2d_grad_values(grad, x, *index, *blocks.values.shape[1:], *geometry)
 
 
-def native_call(layer: common.Layer, x, blocks, grad):
+def native_call(layer: Conv, x: Tensor, blocks: BlockSparse, grad: Tensor) -> Call | None:
     """The forward pass in CUDA C++, or None where it was not built."""
     from sparsekd.kernels import _index
 
@@ -47,12 +54,14 @@ def native_call(layer: common.Layer, x, blocks, grad):
     if cuda_driver.why_not(x.dtype, x.device) is not None:
         return None
     pairs = tuple((size, size) for size in (layer.kernel, layer.stride, layer.padding, 1))
-    weight = _index.Weight(layer.k, layer.c, *blocks.values.shape[1:], *pairs, 1)
+    weight = _index.Weight(layer.out_channels, layer.channels, *blocks.values.shape[1:], *pairs, 1)
     mask, out = cuda.Mask(blocks.row_ptr, blocks.col_idx, weight), torch.empty_like(grad)
     return lambda: cuda._native(x, blocks.values, mask, out, None, None, None)
 
 
-def measure(layer: common.Layer, batch: int, density: float, kind: str, direction: str, device, dtype) -> dict:
+def measure(
+    layer: Conv, batch: int, density: float, kind: str, direction: str, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
     """One row: microseconds of dense, of the path chosen, of every candidate."""
     from sparsekd.kernels import _plan
 
@@ -70,9 +79,8 @@ def measure(layer: common.Layer, batch: int, density: float, kind: str, directio
     dense, auto, *native_us = common.medians(calls)
     ours = {name: time for name, time in found.candidates.items() if name.startswith("triton")}
     fastest = min(ours, key=ours.__getitem__)
-    flops = 2 * batch * layer.out_image**2 * layer.k * layer.c * layer.kernel**2
+    flops = 2 * batch * layer.out_size**2 * math.prod(layer.weight)
     return {
-        "layer": layer.id,
         "batch": batch,
         "density": density,
         "mask": kind,
@@ -102,35 +110,41 @@ def main() -> None:
     parser.add_argument("--density", type=float, nargs="*", default=list(common.DENSITIES))
     parser.add_argument("--mask", nargs="*", default=["wide", "free"], choices=common.MASKS)
     parser.add_argument("--direction", nargs="*", default=list(common.DIRECTIONS), choices=common.DIRECTIONS)
-    parser.add_argument("--layer", nargs="*")
+    parser.add_argument("--layer", nargs="*", default=list(GPU), choices=GPU)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--seconds", type=float, default=500)
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--out", default="benchmarks/results/gpu")
     options = parser.parse_args()
     device = common.start(options.rehearse)
-    layers = common.TINY if options.rehearse else list(common.chosen(options.layer))
+    layers = REHEARSAL if options.rehearse else {id: GPU[id] for id in options.layer}
     dtype = torch.float16 if options.rehearse else getattr(torch, options.dtype)
     name = f"layers-{'-'.join(map(str, options.batch))}-{str(dtype).removeprefix('torch.')}"
     if options.rehearse:
         options.batch, options.density = [1], [0.5]
-    goes_on, before, rows, left = common.until(options.seconds), common.facts(device), [], []
-    for batch in options.batch:
-        for layer in layers:
-            for density in options.density:
-                kinds = options.mask if density < 1 else options.mask[:1]
-                for case in ((layer, batch, density, kind, way) for kind in kinds for way in options.direction):
-                    if not goes_on():
-                        left.append(" ".join(map(str, (case[0].id, *case[1:]))))
-                        continue
-                    row = measure(*case, device, dtype)
-                    rows.append(row)
-                    print(
-                        f"{layer.id:26} n{batch:<4} d{density:<4} {row['mask']:6} {row['direction']:11} "
-                        f"dense {row['dense_us']:9.1f}  ours {row['fastest_us']:9.1f} us  x{row['speedup']:<6} "
-                        f"auto x{row['auto']:<6} {row['fastest']}",
-                        flush=True,
-                    )
+    goes_on, before = common.until(options.seconds), common.facts(device)
+    rows: list[dict[str, Any]] = []
+    left: list[str] = []
+    cases = [
+        (id, batch, density, kind, direction)
+        for batch in options.batch
+        for id in layers
+        for density in options.density
+        for kind in (options.mask if density < 1 else options.mask[:1])
+        for direction in options.direction
+    ]
+    for id, batch, density, kind, direction in cases:
+        if not goes_on():
+            left.append(f"{id} {batch} {density} {kind} {direction}")
+            continue
+        row = {"layer": id} | measure(layers[id], batch, density, kind, direction, device, dtype)
+        rows.append(row)
+        print(
+            f"{id:26} n{batch:<4} d{density:<4} {row['mask']:6} {row['direction']:11} "
+            f"dense {row['dense_us']:9.1f}  ours {row['fastest_us']:9.1f} us  x{row['speedup']:<6} "
+            f"auto x{row['auto']:<6} {row['fastest']}",
+            flush=True,
+        )
     common.write(options.out, name, before, device, rows, left=left)
     for density in options.density:
         for way in options.direction:

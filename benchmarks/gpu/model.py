@@ -10,27 +10,28 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 import torch
 from sparsekd.kernels import _cost, _index, _plan
 
+from benchmarks.gpu import common
+from benchmarks.lib.shapes import GPU, Conv
 from sparsekd.backends import cuda
 
-from . import common
 
-
-def predict(layer: common.Layer, batch: int, density: float, kind: str, direction: str) -> dict:
+def predict(layer: Conv, batch: int, density: float, kind: str, direction: str) -> dict[str, Any]:
     """Predicted microseconds of dense and of the best tile."""
     pattern = common.pattern_for(layer, torch.device("cuda"))
     mask = common.mask_of(layer, pattern, density, kind)
-    grid = pattern.grid((layer.k, layer.c, layer.kernel, layer.kernel))
+    grid = pattern.grid(layer.weight)
     flat = mask.permute(0, 2, 3, 1).reshape(grid[0], -1)
     row_ptr = torch.zeros(grid[0] + 1, dtype=torch.int32)
     row_ptr[1:] = flat.sum(1).cumsum(0)
     pairs = tuple((n, n) for n in (layer.kernel, layer.stride, layer.padding, 1))
-    weight = _index.Weight(layer.k, layer.c, pattern.bh, pattern.bw, *pairs, 1)
+    weight = _index.Weight(layer.out_channels, layer.channels, pattern.bh, pattern.bw, *pairs, 1)
     known = cuda.Mask(row_ptr, flat.nonzero()[:, 1].int(), weight)
-    image = layer.image if direction == "grad_input" else layer.out_image
+    image = layer.size if direction == "grad_input" else layer.out_size
     problem = _plan.Problem(direction, "bfloat16", "half", batch, (image, image), weight, density)
     values = torch.empty(0, pattern.bh, pattern.bw, dtype=torch.bfloat16)
     tile, ours = min(cuda.tiles(problem, known, values), key=lambda pair: pair[1])
@@ -38,7 +39,6 @@ def predict(layer: common.Layer, batch: int, density: float, kind: str, directio
     depth = tile.bm if direction == "grad_values" else table.slot
     dense = _cost.dense_seconds(_cost.dense_flops(problem), _cost.moved_bytes(problem), "half", device)
     return {
-        "layer": layer.id,
         "batch": batch,
         "density": density,
         "mask": kind,
@@ -57,15 +57,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="benchmarks/results/gpu_model.json")
     options = parser.parse_args()
-    cases = (
-        (layer, batch, density, kind, direction)
-        for layer in common.LAYERS
+    rows = [
+        {"layer": name} | predict(layer, batch, density, kind, direction)
+        for name, layer in GPU.items()
         for batch in common.BATCHES
         for density in common.DENSITIES
         for kind in (common.MASKS if density < 1 else common.MASKS[:1])
         for direction in common.DIRECTIONS
-    )
-    rows = [predict(*case) for case in cases]
+    ]
     assumed = {
         name: getattr(_cost, name)
         for name in ("DENSE_SHARE", "KERNEL_SHARE", "BYTES_SHARE", "LAUNCH", "TRIP_INSTRUCTIONS")

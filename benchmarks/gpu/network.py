@@ -18,66 +18,24 @@ from functools import partial
 import torch
 from torch import nn
 
+from benchmarks.gpu import common
+from benchmarks.lib.models import Basic, ResNet, conv_norm, resnet34, resnet50, vgg16, wide_resnet_28_10
+from benchmarks.lib.shapes import Conv
 from sparsekd import freeze
 from sparsekd.nn import SparseConv2d
 
-from . import common
+
+def tiny() -> nn.Module:
+    """For a rehearsal."""
+    return ResNet(conv_norm(3, 16, 3, act=nn.ReLU), 16, [(16, 1), (32, 1)], Basic)
 
 
-class Residual(nn.Module):
-    """A residual block of ResNet: 3x3 twice, or 1x1, 3x3, 1x1 (bottleneck); BN and ReLU behind each convolution."""
-
-    def __init__(self, c: int, width: int, stride: int, bottleneck: bool) -> None:
-        super().__init__()
-        k = 4 * width if bottleneck else width
-        sizes = [(c, width, 1, 1), (width, width, 3, stride), (width, k, 1, 1)]
-        sizes = sizes if bottleneck else [(c, width, 3, stride), (width, k, 3, 1)]
-        layers: list[nn.Module] = []
-        for i, o, kernel, step in sizes:
-            layers += [nn.Conv2d(i, o, kernel, step, kernel // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
-        self.body = nn.Sequential(*layers[:-1])
-        plain = stride == 1 and c == k
-        self.shortcut = nn.Sequential() if plain else nn.Sequential(nn.Conv2d(c, k, 1, stride, bias=False))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.body(x) + self.shortcut(x))
-
-
-def resnet(widths: list[int], depths: list[int], bottleneck: bool, stem: list[nn.Module], c: int) -> nn.Sequential:
-    layers = list(stem)
-    for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-        for block in range(depth):
-            layers.append(Residual(c, width, 2 if stage and not block else 1, bottleneck))
-            c = 4 * width if bottleneck else width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 1000))
-
-
-def conv_relu(c: int, k: int) -> list[nn.Module]:
-    return [nn.Conv2d(c, k, 3, padding=1, bias=False), nn.BatchNorm2d(k), nn.ReLU()]
-
-
-def vgg(plan: list[int | str], c: int = 3) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for step in plan:
-        if isinstance(step, str):
-            layers.append(nn.MaxPool2d(2))
-        else:
-            layers += conv_relu(c, step)
-            c = step
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 1000))
-
-
-def stem_of(k: int) -> list[nn.Module]:
-    return [nn.Conv2d(3, k, 7, 2, 3, bias=False), nn.BatchNorm2d(k), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
-
-
-VGG16: list[int | str] = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"]
-NETWORKS: dict[str, tuple[int, Callable[[], nn.Sequential]]] = {  # name: (image, network)
-    "resnet50": (224, lambda: resnet([64, 128, 256, 512], [3, 4, 6, 3], True, stem_of(64), 64)),
-    "resnet34": (224, lambda: resnet([64, 128, 256, 512], [3, 4, 6, 3], False, stem_of(64), 64)),
-    "wrn-28-10": (32, lambda: resnet([160, 320, 640], [4, 4, 4], False, conv_relu(3, 16), 16)),
-    "vgg16": (224, lambda: vgg(VGG16)),
-    "tiny": (8, lambda: resnet([16, 32], [1, 1], False, conv_relu(3, 16), 16)),
+NETWORKS: dict[str, tuple[int, Callable[[], nn.Module]]] = {  # name: (image, network)
+    "resnet50": (224, resnet50),
+    "resnet34": (224, resnet34),
+    "wrn-28-10": (32, wide_resnet_28_10),
+    "vgg16": (224, vgg16),
+    "tiny": (8, tiny),
 }
 
 
@@ -87,7 +45,7 @@ def sparse_twin(model: nn.Module, density: float, kind: str, device: torch.devic
     for name, conv in list(twin.named_modules()):
         if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (3, 3) or conv.in_channels < narrowest:
             continue
-        layer = common.Layer(name, conv.in_channels, conv.out_channels, 1)
+        layer = Conv(name, conv.in_channels, 1, conv.out_channels, 3)
         pattern = common.pattern_for(layer, device)
         mask = common.mask_of(layer, pattern, density, kind).to(device)
         parent, _, last = name.rpartition(".")

@@ -11,9 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lib.shapes import GPU
 from sparsekd import report
-
-from .common import LAYERS
 
 PREDICTED = Path(__file__).parents[1] / "results" / "gpu_model.json"
 TARGETS = {  # on an H200 in bfloat16: see target_lines for the layers they are meant for
@@ -54,7 +53,7 @@ def layer_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 def target_lines(rows: list[dict[str, Any]]) -> list[str]:
     """Where the targets hold: 3x3 layers of 256 channels and more, batch 64 and more; the best mask of each density."""
-    wide = {layer.id for layer in LAYERS if layer.kernel == 3 and min(layer.c, layer.k) >= 256}
+    wide = {name for name, layer in GPU.items() if layer.kernel == 3 and min(layer.channels, layer.out_channels) >= 256}
     lines = ["| direction | density | mask | layers | ours | target |", "|" + "---|" * 6]
     for (direction, density), target in TARGETS.items():
         means = {}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,25 +24,55 @@ def conv_norm(
     return nn.Sequential(*layers, *([act()] if act else []))
 
 
-class ResNet50(nn.Module):
-    """arXiv 1512.03385, the stride in the 3x3 layers: 4.1 G multiply-adds at 224 x 224."""
+class ResNet(nn.Module):
+    """A stem, stages of blocks whose first one halves the image from the second stage on, the mean, a linear layer."""
 
-    def __init__(self, classes: int = 1000) -> None:
+    def __init__(
+        self,
+        stem: nn.Module,
+        channels: int,
+        stages: Sequence[tuple[int, int]],
+        block: type[Bottleneck] | type[Basic],
+        classes: int = 1000,
+    ) -> None:
+        """stages: (width, how many blocks). channels: what the stem gives."""
         super().__init__()
-        self.stem = nn.Sequential(conv_norm(3, 64, 7, 2, act=nn.ReLU), nn.MaxPool2d(3, 2, 1))
-        blocks, c = [], 64
-        for width, count, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        self.stem = stem
+        blocks, c = [], channels
+        for stage, (width, count) in enumerate(stages):
             for place in range(count):
-                blocks.append(Bottleneck(c, width, stride if place == 0 else 1))
-                c = 4 * width
+                blocks.append(block(c, width, 2 if stage and not place else 1))
+                c = block.widening * width
         self.blocks, self.head = nn.Sequential(*blocks), nn.Linear(c, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(F.adaptive_avg_pool2d(self.blocks(self.stem(x)), 1).flatten(1))
 
 
+def photo_stem() -> nn.Module:
+    """Of 224 x 224 images: 64 channels at 56 x 56."""
+    return nn.Sequential(conv_norm(3, 64, 7, 2, act=nn.ReLU), nn.MaxPool2d(3, 2, 1))
+
+
+def resnet50() -> nn.Module:
+    """arXiv 1512.03385, the stride in the 3x3 layers: 4.1 G multiply-adds at 224 x 224."""
+    return ResNet(photo_stem(), 64, [(64, 3), (128, 4), (256, 6), (512, 3)], Bottleneck)
+
+
+def resnet34() -> nn.Module:
+    """arXiv 1512.03385: 3.6 G multiply-adds at 224 x 224."""
+    return ResNet(photo_stem(), 64, [(64, 3), (128, 4), (256, 6), (512, 3)], Basic)
+
+
+def wide_resnet_28_10() -> nn.Module:
+    """The widths and depths of WRN-28-10 (arXiv 1605.07146) in blocks that normalise after each convolution."""
+    return ResNet(conv_norm(3, 16, 3, act=nn.ReLU), 16, [(160, 4), (320, 4), (640, 4)], Basic)
+
+
 class Bottleneck(nn.Module):
     """relu(1x1, 3x3, 1x1 of four times the width + shortcut)."""
+
+    widening = 4
 
     def __init__(self, c: int, width: int, stride: int) -> None:
         super().__init__()
@@ -52,6 +85,32 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.inner(x) + self.shortcut(x))
+
+
+class Basic(nn.Module):
+    """relu(3x3, 3x3 + shortcut)."""
+
+    widening = 1
+
+    def __init__(self, c: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(conv_norm(c, width, 3, stride, act=nn.ReLU), conv_norm(width, width, 3))
+        plain = stride == 1 and c == width
+        self.shortcut = nn.Identity() if plain else conv_norm(c, width, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.inner(x) + self.shortcut(x))
+
+
+def vgg16() -> nn.Module:
+    """arXiv 1409.1556 with batch norm, and a mean with one linear layer for its head: 15.3 G multiply-adds at 224."""
+    layers, c = list[nn.Module](), 3
+    for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(count):
+            layers.append(conv_norm(c, width, 3, act=nn.ReLU))
+            c = width
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 1000))
 
 
 class MobileNetV2(nn.Module):
@@ -105,11 +164,11 @@ def settle(model: nn.Module, x: Tensor) -> nn.Module:
         norm.momentum = 1.0
         nn.init.uniform_(norm.weight, 0.5, 1.0)
         nn.init.normal_(norm.bias, std=0.2)
-    for (
-        block
-    ) in model.modules():  # branches add a little to their residual, as after training: bf16 keeps up with depth
-        if isinstance(block, (Bottleneck, InvertedResidual)):
-            nn.init.uniform_(block.inner[-1][1].weight, 0.1, 0.3)
+    # Branches add a little to their residual, as after training, so that bf16 keeps up with the depth.
+    for block in model.modules():
+        if isinstance(block, (Basic, Bottleneck, InvertedResidual)):
+            last: Any = block.inner[-1]
+            nn.init.uniform_(last[1].weight, 0.1, 0.3)
     model.train()(x)
     for norm in norms:
         norm.momentum = 0.1

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,29 +31,9 @@ class Layer:
     input: tuple[int, ...]
 
 
-def conv(id: str, n: int, c: int, k: int, image: int, kernel: int = 3, stride: int = 1) -> Layer:
-    return Layer(id, lambda: nn.Conv2d(c, k, kernel, stride, kernel // 2), (n, c, image, image))
-
-
-def linear(id: str, n: int, inputs: int, outputs: int) -> Layer:
-    return Layer(id, lambda: nn.Linear(inputs, outputs), (n, inputs))
-
-
-QUICK = [conv("conv-64-64-8x8", 16, 64, 64, 8), linear("linear-256-256", 64, 256, 256)]
-LAYERS = [
-    conv("student-32-32-8x8", 64, 32, 32, 8),
-    conv("student-32-64-8x8-s2", 64, 32, 64, 8, stride=2),
-    conv("student-64-64-4x4", 64, 64, 64, 4),
-    conv("wrn-32-32-32x32", 16, 32, 32, 32),
-    conv("wrn-128-128-8x8", 16, 128, 128, 8),
-    conv("resnet-64-64-56x56", 1, 64, 64, 56),
-    conv("resnet-256-256-14x14", 1, 256, 256, 14),
-    conv("resnet-512-128-28x28-1x1", 1, 512, 128, 28, kernel=1),
-    conv("resnet-512-512-7x7", 1, 512, 512, 7),
-    linear("linear-512-512-n1", 1, 512, 512),
-    linear("linear-512-512-n64", 64, 512, 512),
-    linear("linear-1024-4096-n64", 64, 1024, 4096),
-]
+def at(id: str, n: int, shape: shapes.Layer) -> Layer:
+    """A layer of shapes.py at a batch size."""
+    return Layer(id, shape.build, (n, *shape.input))
 
 
 def cases(setup: Setup) -> list[Case]:
@@ -76,8 +57,8 @@ def forward(setup: Setup, layer: Layer, density: float) -> Contest:
     dense = ours.to_dense()
     inputs = (torch.randn(layer.input, device=setup.device),)
     # On a GPU the planner of backends.cuda chooses.
-    options = {"layer_ms": 5.0} if setup.device.type == "cpu" else {}
-    sparse = {"min_gain": 0.0, **options} if setup.device.type == "cpu" else {}
+    options: dict[str, Any] = {"layer_ms": 5.0} if setup.device.type == "cpu" else {}
+    sparse: dict[str, Any] = {"min_gain": 0.0, **options} if setup.device.type == "cpu" else {}
     networks: dict[str, nn.Module] = {
         "dense": dense,
         "ours": ours,
@@ -141,24 +122,25 @@ def _layers(setup: Setup) -> list[Layer]:
         return _layers_of_model(setup)
     if setup.layers:
         return _layers_of_groups(setup)
-    return QUICK if setup.quick else LAYERS
+    chosen = shapes.QUICK if setup.quick else shapes.SUITE
+    return [at(id, n, shape) for id, (n, shape) in chosen.items()]
 
 
 def _layers_of_groups(setup: Setup) -> list[Layer]:
     """Every layer of shapes.py whose group was asked for, at --batch or the batches of its group."""
     found = []
-    for shape in (*shapes.CONVS, *shapes.LINEARS):
+    every: list[shapes.Layer] = [*shapes.CONVS, *shapes.LINEARS]
+    for shape in every:
         if shape.group not in setup.layers:
             continue
         for n in setup.layer_batches or shapes.BATCHES[shape.group]:
             if isinstance(shape, shapes.Linear):
-                found.append(
-                    linear(f"{shape.group}-{shape.inputs}-{shape.outputs}-n{n}", n, shape.inputs, shape.outputs)
+                sizes = f"{shape.inputs}-{shape.outputs}"
+            else:
+                sizes = (
+                    f"{shape.channels}-{shape.out_channels}-{shape.size}x{shape.size}-k{shape.kernel}s{shape.stride}"
                 )
-                continue
-            c, k, image = shape.channels, shape.out_channels, shape.size
-            id = f"{shape.group}-{c}-{k}-{image}x{image}-k{shape.kernel}s{shape.stride}-n{n}"
-            found.append(conv(id, n, c, k, image, shape.kernel, shape.stride))
+            found.append(at(f"{shape.group}-{sizes}-n{n}", n, shape))
     return found
 
 
