@@ -6,6 +6,7 @@ backends   which kernel runs an op here, and why
 nn         SparseLinear, SparseConv2d: drop-in layers
 convert    sparsify, densify: swap a model's layers in place
 losses     SAD, AT and KD: what a student can learn from a teacher
+goals      Regression, Classification, Ranking, Click: what a network learns and how it is judged
 taps       FeatureTap: the outputs of inner modules
 distill    Distiller: the loss of a student, with its teacher or without
 pruning    scores, schedules, Pruner
@@ -22,6 +23,7 @@ from .convert import densify, sparsify
 from .distill import Distiller
 from .energy import EnergyMeter
 from .freeze import FrozenModel, freeze, load_frozen
+from .goals import Classification, Click, Ranking, Regression
 from .losses import SAD, attention_transfer_loss, kd_loss, kd_regression_loss
 from .methods import LTHSAD, SPSAD, SSSAD
 from .pruning import LinearSchedule, Pruner
@@ -36,12 +38,16 @@ __all__ = [
     "SSSAD",
     "BlockPattern",
     "BlockSparse",
+    "Classification",
+    "Click",
     "Distiller",
     "EnergyMeter",
     "FeatureTap",
     "FrozenModel",
     "LinearSchedule",
     "Pruner",
+    "Ranking",
+    "Regression",
     "__version__",
     "attention_transfer_loss",
     "backends",
