@@ -1,9 +1,9 @@
 """Prune and distil PyTorch models into block-sparse students that really run faster.
 
 blocks     BlockPattern, BlockSparse: which blocks of a weight exist, and their values
-ops        linear, conv2d, feature_stats: what each op means on any device
+ops        linear, conv2d, conv_transpose2d, feature_stats: what each op means on any device
 backends   which kernel runs an op here, and why
-nn         SparseLinear, SparseConv2d: drop-in layers
+nn         SparseLinear, SparseConv2d and others: drop-in layers
 convert    sparsify, densify: swap a model's layers in place
 losses     SAD, AT and KD: what a student can learn from a teacher
 goals      Regression, Classification, Ranking, Click: what a network learns and how it is judged

@@ -1,0 +1,260 @@
+"""What every block-sparse layer shares: the weight as kept blocks, conversion, state, and changes to the blocks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from ..blocks import BlockPattern, BlockSparse
+
+Layer = TypeVar("Layer", bound="BlockSparseLayer")
+
+
+class TracedWhole(nn.Module):
+    """A module that ``torch.fx`` records as one call, as it does torch's own layers, and that ONNX export refuses."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        proxy = next((value for value in (*args, *kwargs.values()) if isinstance(value, Proxy)), None)
+        if proxy is None:
+            if (torch.jit.is_tracing() or torch.compiler.is_exporting()) and torch.onnx.is_in_onnx_export():
+                raise RuntimeError(
+                    f"{type(self).__name__}: ONNX has no block-sparse layers; export "
+                    "sparsekd.densify(copy.deepcopy(model)), the same network with dense weights"
+                )
+            return super().__call__(*args, **kwargs)
+        tracer: Any = proxy.tracer
+        name = tracer.path_of_module(self)
+
+        def as_one_call(*args: Any, **kwargs: Any) -> Any:
+            return tracer.create_proxy("call_module", name, args, kwargs)
+
+        return tracer.call_module(self, as_one_call, args, kwargs)
+
+
+class BlockSparseLayer(TracedWhole):
+    """A layer whose weight exists only where a block is kept.
+
+    A subclass names the torch layer that it stands for (``dense_type``) and what describes it beside the weight
+    (``geometry``, names of constructor arguments), says in ``_check_geometry`` which of these layers it cannot stand
+    for, and in ``_matrix_shape`` how the dense weight is cut into blocks.
+    """
+
+    dense_type: ClassVar[type[nn.Module]]
+    geometry: ClassVar[tuple[str, ...]]
+
+    values: nn.Parameter
+    row_ptr: Tensor
+    col_idx: Tensor
+    bias: nn.Parameter | None
+    pattern: BlockPattern
+    weight_shape: tuple[int, ...]  # of the dense layer's weight
+    matrix_shape: tuple[int, ...]  # the same weights as `BlockSparse` takes them: [out, in] or [K, C/groups, R, S]
+
+    @classmethod
+    def from_dense(
+        cls: type[Layer],
+        dense: Any,
+        pattern: BlockPattern | None = None,
+        *,
+        density: float | None = None,
+        mask: Tensor | None = None,
+    ) -> Layer:
+        """Convert a dense layer, keeping the blocks of ``mask`` or the share ``density`` of largest norm (default all).
+
+        Args:
+            dense: the torch layer that this one stands for; left untouched.
+            pattern: block shape; default ``BlockPattern.for_device`` of the layer's device and dtype.
+            density: share of blocks to keep, in (0, 1].
+            mask: bool block mask, ``pattern.grid(matrix_shape)``: linear ``[ceil(out/bh), ceil(in/bw)]``, convolution
+                ``[ceil(K/bh), ceil(C/groups/bw), R, S]``.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._adopt(dense, pattern, density, mask)
+        return layer
+
+    @classmethod
+    def check_type(cls, dense: nn.Module) -> None:
+        """Raise TypeError unless ``dense`` computes what its ``dense_type`` does, from a weight and bias of its own."""
+        wanted = f"{cls.__name__}: expected nn.{cls.dense_type.__name__}"
+        if not computes_as(dense, cls.dense_type):
+            raise TypeError(f"{wanted}, got {type(dense).__name__}{_own_forward(dense, cls.dense_type)}")
+        own = {name for name, parameter in dense._parameters.items() if isinstance(parameter, nn.Parameter)}
+        if "weight" not in own or not own <= {"weight", "bias"} or dense._buffers or dense._modules:
+            raise TypeError(
+                f"{wanted} with its own weight and bias, got one whose weight is computed (weight_norm, spectral_norm, "
+                "torch.nn.utils.prune, parametrizations); make the computed weight its own first, with "
+                "torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm or prune.remove"
+            )
+        weight: Any = dense.weight
+        if isinstance(weight, nn.parameter.UninitializedParameter):
+            raise TypeError(f"{wanted} with a weight, got one that has none yet; run the model once")
+        if not weight.is_floating_point():
+            raise TypeError(f"{cls.__name__}: expected floating-point weights, got {weight.dtype}")
+
+    @classmethod
+    def check(cls, dense: nn.Module, pattern: BlockPattern | None = None) -> None:
+        """Raise TypeError or ValueError for what ``from_dense`` refuses: nothing is converted, nothing changes."""
+        cls.check_type(dense)
+        weight: Any = dense.weight
+        if weight.is_meta:
+            raise ValueError(
+                f"{cls.__name__}.from_dense: expected a layer with values, got one on the meta device; load it first"
+            )
+        cls._check_geometry(dense, pattern or BlockPattern.for_device(weight.device, weight.dtype))
+
+    @classmethod
+    def _check_geometry(cls, dense: Any, pattern: BlockPattern) -> None:
+        """Raise ValueError for a layer of the right type that this one cannot stand for."""
+
+    @classmethod
+    def _matrix_shape(cls, weight_shape: tuple[int, ...]) -> tuple[int, ...]:
+        return weight_shape
+
+    def _adopt(self, dense: Any, pattern: BlockPattern | None, density: float | None, mask: Tensor | None) -> None:
+        """Become the block-sparse twin of a dense layer. A parameter shares no memory with the dense one."""
+        self.check(dense, pattern)
+        weight = dense.weight
+        self.pattern = pattern or BlockPattern.for_device(weight.device, weight.dtype)
+        self.weight_shape = tuple(weight.shape)
+        self.matrix_shape = self._matrix_shape(self.weight_shape)
+        blocks = BlockSparse.from_dense(weight.reshape(self.matrix_shape), self.pattern, density=density, mask=mask)
+        self.values = nn.Parameter(blocks.values, requires_grad=weight.requires_grad)
+        self.register_buffer("row_ptr", blocks.row_ptr)
+        self.register_buffer("col_idx", blocks.col_idx)
+        bias = dense.bias
+        copied = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        self.register_parameter("bias", copied)
+        for name in self.geometry:
+            setattr(self, name, getattr(dense, name))
+        self.train(dense.training)
+
+    def to_dense(self) -> Any:
+        """The torch layer with the same weight, zeros where no block is kept."""
+        arguments: Any = {name: getattr(self, name) for name in self.geometry}
+        dense: Any = self.dense_type(**arguments, bias=self.bias is not None, device="meta")
+        weight = self.blocks.to_dense().reshape(self.weight_shape)
+        dense.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        return dense.train(self.training)
+
+    @property
+    def blocks(self) -> BlockSparse:
+        """The weight as a BlockSparse that shares this layer's storage."""
+        return BlockSparse(self.values.detach(), self.row_ptr, self.col_idx, self.matrix_shape, self.pattern)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, for code that reads it: a differentiable copy, so writing to it changes nothing."""
+        return dense_weight(self.values, self.row_ptr, self.col_idx, self.matrix_shape, self.weight_shape)
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of the dense layer this one stands for (bias not counted)."""
+        return math.prod(self.weight_shape)
+
+    @property
+    def num_kept(self) -> int:
+        """Weights that exist (padding of ragged blocks not counted)."""
+        return int(self.blocks.block_sizes().sum())
+
+    @property
+    def density(self) -> float:
+        """``num_kept / num_weights``."""
+        return self.num_kept / max(self.num_weights, 1)
+
+    def block_mask(self) -> Tensor:
+        """Bool block mask of the kept blocks, in the shape that ``from_dense(mask=)`` takes."""
+        return self.blocks.mask()
+
+    def dead_outputs(self) -> Tensor:
+        """Bool ``[outputs]``: those that no kept weight reaches, so that they are the bias alone."""
+        return (self.row_ptr[1:] == self.row_ptr[:-1]).repeat_interleave(self.pattern.bh)[: self.matrix_shape[0]]
+
+    @torch.no_grad()
+    def keep_(self, keep: Tensor) -> None:
+        """Drop every block that ``keep [nnzb]`` (bool) does not name. The Parameter ``values`` stays the same object.
+
+        Optimizers hold state of the old size: ``sparsekd.pruning.drop_blocks`` shrinks it along.
+        """
+        if keep.dtype != torch.bool or keep.shape != self.col_idx.shape:
+            raise ValueError(
+                f"{type(self).__name__}.keep_: expected one bool for each of the {self.col_idx.shape[0]} blocks, "
+                f"got {keep.dtype} of shape {tuple(keep.shape)}"
+            )
+        kept_before = torch.zeros(keep.shape[0] + 1, dtype=torch.int32, device=keep.device)
+        kept_before[1:] = keep.cumsum(0)
+        self.row_ptr = kept_before[self.row_ptr.long()]
+        self.col_idx = self.col_idx[keep]
+        _replace_data(self.values, self.values.data[keep])
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
+        """A state may hold other blocks, and another number of them, than this layer holds now."""
+        tensors: list[Any] = [state_dict.get(prefix + name) for name in ("values", "row_ptr", "col_idx")]
+        errors: list[str] = rest[-1]
+        if all(tensor is not None for tensor in tensors):
+            try:
+                BlockSparse(tensors[0], tensors[1], tensors[2], self.matrix_shape, self.pattern).validate()
+            except (TypeError, ValueError) as error:
+                errors.append(f"{prefix[:-1]}: {error}")
+                return
+            _replace_data(self.values, self.values.data.new_empty(tensors[0].shape))
+            self.col_idx = self.col_idx.new_empty(tensors[2].shape)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _describe_weight(self) -> str:
+        described = f"bias={self.bias is not None}, pattern={self.pattern}"
+        return described if self.values.is_meta else f"{described}, density={self.density:.3g}"
+
+    def _build(
+        self, dense_arguments: dict[str, Any], pattern: BlockPattern | None, density: float | None, mask: Tensor | None
+    ) -> None:
+        """Initialise as torch does the dense layer, then cut to blocks."""
+        device = dense_arguments.pop("device")
+        device = torch.get_default_device() if device is None else torch.device(device)
+        dense = self.dense_type(**dense_arguments, device="cpu")
+        kind = "cuda" if device.type == "cuda" else "cpu"
+        dtype = dense_arguments["dtype"] or torch.get_default_dtype()
+        self._adopt(dense, pattern or BlockPattern.for_device(kind, dtype), density, mask)
+        self.to(device)
+
+
+def dense_weight(
+    values: Tensor, row_ptr: Tensor, col_idx: Tensor, matrix_shape: tuple[int, ...], weight_shape: tuple[int, ...]
+) -> Tensor:
+    """The dense weight, differentiable; a function of its own so that ``torch.fx`` can record it."""
+    if has_torch_function_unary(values):
+        return handle_torch_function(
+            dense_weight, (values,), values, row_ptr, col_idx, matrix_shape, weight_shape=weight_shape
+        )
+    pattern = BlockPattern(values.shape[1], values.shape[2])
+    return BlockSparse(values, row_ptr, col_idx, matrix_shape, pattern).to_dense().reshape(weight_shape)
+
+
+def computes_as(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether ``layer`` is of this type, or of a subclass that inherits every function of its forward pass."""
+    names = ("forward", "__call__", "_conv_forward", "_output_padding")
+    return isinstance(layer, kind) and all(
+        getattr(type(layer), name, None) is getattr(kind, name, None) and name not in vars(layer) for name in names
+    )
+
+
+def _own_forward(layer: nn.Module, kind: type[nn.Module]) -> str:
+    return " whose forward is its own, not the inherited one" if isinstance(layer, kind) else ""
+
+
+def _replace_data(parameter: nn.Parameter, data: Tensor) -> None:
+    """Give a parameter data of another shape; it stays the same object and loses its gradient.
+
+    Autograd's gradient accumulator remembers the old shape for as long as some graph is alive (the loss of the last
+    batch is enough), and the next backward would raise. It is renewed only when the dtype changes: change it between.
+    """
+    parameter.grad = None
+    parameter.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float16 else torch.float16)
+    parameter.data = data
