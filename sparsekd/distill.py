@@ -1,33 +1,38 @@
 """The training loss of a student: its task, what its teacher says, and what its teacher sees.
 
-distiller = Distiller(teacher, student, teacher.tap_names, student.tap_names, example_inputs=inputs, beta=200.0)
-optimizer = torch.optim.SGD([*student.parameters(), *distiller.parameters()], lr=0.05)
-losses = distiller.loss(inputs, target)  # inputs is a tuple
-losses.total.backward()
+    goal = Classification()
+    distiller = Distiller(teacher, student, teacher.tap_names, student.tap_names, goal=goal, example_inputs=inputs)
+    optimizer = torch.optim.SGD([*student.parameters(), *distiller.parameters()], lr=0.05)
+    losses = distiller.loss(inputs, target)  # inputs is a tuple
+    losses.total.backward()
+
+`Plain(student, goal)` is the same without a teacher.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .losses import SAD, at_least_float32, kd_loss, kd_regression_loss
+from .goals import Goal
+from .losses import SAD
 from .taps import FeatureTap
 
-__all__ = ["Distiller", "Losses"]
+__all__ = ["Distiller", "Losses", "Plain"]
 
 
 @dataclass(frozen=True)
 class Losses:
     """Scalar terms of one training step; only `total` carries a graph, a term that was skipped is 0.
 
-    total = task + alpha * kd + beta * sad. `task`, `kd` and `sad` are unweighted.
+    total = task + alpha * kd + beta * sad. `task`, `kd` and `sad` are unweighted. A method with terms of its own adds
+    fields in a subclass: whoever sums up `terms()` need not know them.
     """
 
     total: Tensor
@@ -35,16 +40,47 @@ class Losses:
     kd: Tensor
     sad: Tensor
 
+    def terms(self) -> dict[str, Tensor]:
+        """What a log shows of a step, by name and without a graph: "loss" is the total, then every other field."""
+        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"loss": named.pop("total").detach(), **named}
+
+
+class Plain(nn.Module):
+    """The loss of a student that learns its task alone. It has no parameters: everything stays the student's."""
+
+    def __init__(self, student: nn.Module, goal: Goal) -> None:
+        super().__init__()
+        self.goal = _checked_goal("Plain", goal)
+        # In a tuple, so that torch does not register it as a part of this module.
+        self._student = (student,)
+
+    @property
+    def student(self) -> nn.Module:
+        return self._student[0]
+
+    def loss(self, inputs: Sequence[Any], target: Tensor) -> Losses:
+        """The goal's loss of one batch: `inputs` for the network, `target` as the goal wants it."""
+        _check_inputs("Plain.loss", inputs)
+        return _task_alone(self.goal, self.student(*inputs), target)
+
+    def task_loss(self, inputs: Sequence[Any], target: Tensor) -> Losses:
+        """The same: there is no teacher to leave out."""
+        return self.loss(inputs, target)
+
+    def extra_repr(self) -> str:
+        return f"goal={self.goal}"
+
 
 class Distiller(nn.Module):
     """The training loss of a student: task + alpha * KD + beta * SAD (papers: arXiv 2102.02973 and 2401.10484).
 
-    teacher, student: modules called with the same inputs. Each returns one tensor: of the target's shape, usually [B],
-    for `task="regression"` (mean squared error, also to the teacher); [B, classes] for `task="classification"`
-    (cross-entropy, KD at `temperature`).
+    teacher, student: modules called with the same inputs; their outputs are what `goal` takes.
+    goal: the task and how a teacher is imitated: `Regression()`, `Classification()`, `Click()` or `Ranking()`.
     teacher_taps, student_taps: names of the modules whose outputs SAD compares (see `FeatureTap`), used if beta > 0.
-    matching: what compares them instead of a new SAD of width `dim`: a module (teacher features, student features) ->
-    scalar, e.g. `AttentionTransfer()`.
+    temperature: softens what the goal compares for KD.
+    matching: what compares features instead of a new SAD of width `dim`: a module (teacher features, student features)
+    -> scalar, e.g. `AttentionTransfer()`.
     example_inputs: a tuple of inputs, needed if beta > 0: both networks run once, in eval mode, to learn the channels.
 
     The teacher is put into eval mode and runs without gradients in every call, and not at all if alpha and beta are 0.
@@ -60,8 +96,8 @@ class Distiller(nn.Module):
         teacher_taps: Sequence[str],
         student_taps: Sequence[str],
         *,
+        goal: Goal,
         example_inputs: Sequence[Any] | None = None,
-        task: Literal["regression", "classification"] = "regression",
         alpha: float = 0.9,
         beta: float = 200.0,
         temperature: float = 4.0,
@@ -69,8 +105,7 @@ class Distiller(nn.Module):
         matching: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if task not in ("regression", "classification"):
-            raise ValueError(f"sparsekd.Distiller: task must be 'regression' or 'classification', got {task!r}")
+        self.goal = _checked_goal("Distiller", goal)
         for name, value in (("alpha", alpha), ("beta", beta)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"sparsekd.Distiller: {name} must be finite and >= 0, got {value}; 0 leaves it out")
@@ -81,7 +116,7 @@ class Distiller(nn.Module):
                 "sparsekd.Distiller: matching must be a module (teacher features, student features) -> scalar, "
                 f"got {type(matching).__name__} {matching!r}; None makes a SAD, or pass AttentionTransfer()"
             )
-        self.task, self.alpha, self.beta, self.temperature = task, alpha, beta, temperature
+        self.alpha, self.beta, self.temperature = alpha, beta, temperature
         # In tuples, so that torch registers neither network as a part of this module.
         self._networks = (teacher, student)
         self._taps: tuple[FeatureTap, FeatureTap] | None = None
@@ -105,30 +140,34 @@ class Distiller(nn.Module):
         return self._networks[1]
 
     def loss(self, inputs: Sequence[Any], target: Tensor) -> Losses:
-        """The loss of one batch: `inputs` for the networks, `target` for `cross_entropy` or `mse_loss`.
+        """The loss of one batch: `inputs` for the networks, `target` as the goal wants it.
 
-        Raises ValueError for a regression output that has not the target's shape, and what `FeatureTap` and `SAD` do.
+        Raises what the goal, `FeatureTap` and `SAD` do for outputs and features that do not fit.
         """
-        if not isinstance(inputs, (tuple, list)):
-            raise TypeError(f"sparsekd.Distiller.loss: inputs must be a tuple, got {type(inputs).__name__}; pass (x,)")
+        _check_inputs("Distiller.loss", inputs)
         student_output, student_features = self._run(1, inputs)
-        task = self._task_loss(student_output, target)
+        task = self.goal.loss(student_output, target)
         kd, sad = task.new_zeros(()), task.new_zeros(())
         if self.alpha or self.beta:
             self.teacher.eval()  # each time: whoever holds the teacher may have called .train() on it
             with torch.no_grad():
                 teacher_output, teacher_features = self._run(0, inputs)
             if self.alpha:
-                kd = self._kd_loss(student_output, teacher_output)
+                kd = self.goal.imitation(student_output, teacher_output, self.temperature)
             if self.beta and self.sad is not None:
                 sad = self.sad(teacher_features, student_features)
         total = task + self.alpha * kd + self.beta * sad
         return Losses(total, task.detach(), kd.detach(), sad.detach())
 
-    def extra_repr(self) -> str:
-        return f"task={self.task!r}, alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}"
+    def task_loss(self, inputs: Sequence[Any], target: Tensor) -> Losses:
+        """The task alone: the teacher is not run, whatever alpha and beta are."""
+        _check_inputs("Distiller.task_loss", inputs)
+        return _task_alone(self.goal, self.student(*inputs), target)
 
-    def _run(self, which: int, inputs: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
+    def extra_repr(self) -> str:
+        return f"goal={self.goal}, alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}"
+
+    def _run(self, which: int, inputs: Sequence[Any]) -> tuple[Any, list[Tensor]]:
         """Output and tapped features of the teacher (0) or the student (1); no features where SAD needs none."""
         if not self.beta:
             return self._networks[which](*inputs), []
@@ -136,21 +175,25 @@ class Distiller(nn.Module):
             raise ValueError("sparsekd.Distiller: made with beta=0, so without SAD, got beta > 0 later; make a new one")
         return self._taps[which](*inputs)
 
-    def _task_loss(self, output: Tensor, target: Tensor) -> Tensor:
-        output = at_least_float32(output)
-        if self.task == "classification":
-            return F.cross_entropy(output, target)
-        if output.shape != target.shape:
-            raise ValueError(
-                "sparsekd.Distiller.loss: regression needs an output of the target's shape, "
-                f"got output {tuple(output.shape)} and target {tuple(target.shape)}; squeeze or reshape one of them"
-            )
-        return F.mse_loss(output, target.to(output.dtype))
 
-    def _kd_loss(self, student_output: Tensor, teacher_output: Tensor) -> Tensor:
-        if self.task == "classification":
-            return kd_loss(student_output, teacher_output, self.temperature)
-        return kd_regression_loss(student_output, teacher_output)
+def _task_alone(goal: Goal, output: Any, target: Tensor) -> Losses:
+    task = goal.loss(output, target)
+    nothing = task.new_zeros(())
+    return Losses(task, task.detach(), nothing, nothing)
+
+
+def _checked_goal(where: str, goal: Goal) -> Goal:
+    if not isinstance(goal, Goal):
+        raise TypeError(
+            f"sparsekd.{where}: goal must be a Goal, got {type(goal).__name__} {goal!r}; "
+            "pass sparsekd.Regression(), Classification(), Click() or Ranking()"
+        )
+    return goal
+
+
+def _check_inputs(function: str, inputs: Sequence[Any]) -> None:
+    if not isinstance(inputs, (tuple, list)):
+        raise TypeError(f"sparsekd.{function}: inputs must be a tuple, got {type(inputs).__name__}; pass (x,)")
 
 
 def _example_features(tap: FeatureTap, inputs: Sequence[Any]) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Distiller: the sum of its terms, who trains and who does not, and what it refuses."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from torch import nn
 
 from sparsekd import BlockPattern, sparsify
-from sparsekd.distill import Distiller
+from sparsekd.distill import Distiller, Losses, Plain
+from sparsekd.goals import Classification, Click, Ranking, Regression
 from sparsekd.losses import kd_loss
 from sparsekd.taps import FeatureTap
 
@@ -18,7 +20,7 @@ TAPS = ["0.2", "1.2"]
 
 
 def distiller(teacher=None, student=None, **options):
-    options = {"task": "classification", "example_inputs": (torch.randn(2, 3, 8, 8),), "dim": 8, **options}
+    options = {"goal": Classification(), "example_inputs": (torch.randn(2, 3, 8, 8),), "dim": 8, **options}
     return Distiller(teacher or network(6), student or network(4), TAPS, TAPS, **options)
 
 
@@ -48,7 +50,7 @@ def test_distiller_regression():
 
     taps = ["0.0.2", "0.1.2"]
     inputs, target = (torch.randn(4, 3, 8, 8),), torch.rand(4)
-    d = Distiller(regressor(6), regressor(4), taps, taps, example_inputs=inputs, alpha=0.5, beta=2.0)
+    d = Distiller(regressor(6), regressor(4), taps, taps, goal=Regression(), example_inputs=inputs, alpha=0.5, beta=2.0)
     losses = d.loss(inputs, target)
     output = d.student(*inputs)
     torch.testing.assert_close(losses.task, (output - target).square().mean())
@@ -104,7 +106,7 @@ class MustNotRun(nn.Module):
 
 def test_distiller_skips_terms_of_weight_zero():
     inputs, target = batch()
-    plain = Distiller(MustNotRun(), network(4), [], [], task="classification", alpha=0, beta=0)
+    plain = Distiller(MustNotRun(), network(4), [], [], goal=Classification(), alpha=0, beta=0)
     losses = plain.loss(inputs, target)
     assert losses.total.item() == losses.task.item() and losses.kd.item() == losses.sad.item() == 0
     assert not list(plain.parameters()) and not plain.state_dict()
@@ -118,8 +120,78 @@ def test_distiller_skips_terms_of_weight_zero():
     losses = sad_only.loss(inputs, target)
     assert losses.sad > 0 and losses.kd == 0
     sad_only.beta = 0
-    sad_only._networks = (MustNotRun(), sad_only.student)
+    sad_only.teacher.forward = MustNotRun().forward
     assert sad_only.loss(inputs, target).sad == 0
+
+
+def test_the_task_alone_leaves_the_teacher_out_and_the_weights_as_they_are():
+    d = distiller(alpha=0.7, beta=30.0)
+    d.teacher.forward = MustNotRun().forward
+    inputs, target = batch()
+    losses = d.task_loss(inputs, target)
+    torch.testing.assert_close(losses.total, nn.functional.cross_entropy(d.student(*inputs), target))
+    assert losses.task == losses.total and losses.kd == losses.sad == 0
+    assert losses.total.requires_grad and not losses.task.requires_grad
+    assert (d.alpha, d.beta) == (0.7, 30.0)
+    with pytest.raises(TypeError, match=r"task_loss: inputs must be a tuple, got Tensor"):
+        d.task_loss(inputs[0], target)
+
+
+def test_plain_is_a_distiller_without_a_teacher():
+    student, (inputs, target) = network(4), batch()
+    plain = Plain(student, Classification())
+    nothing = Distiller(MustNotRun(), student, [], [], goal=Classification(), alpha=0, beta=0)
+    for losses in (plain.loss(inputs, target), plain.task_loss(inputs, target)):
+        for name, value in nothing.loss(inputs, target).terms().items():
+            assert torch.equal(losses.terms()[name], value)
+        losses.total.backward()
+    assert plain.student is student and student[0][0].weight.grad.abs().sum() > 0
+    assert not list(plain.parameters()) and not plain.state_dict()
+    with pytest.raises(TypeError, match=r"Plain.loss: inputs must be a tuple, got Tensor; pass \(x,\)"):
+        plain.loss(inputs[0], target)
+    with pytest.raises(TypeError, match=r"Plain: goal must be a Goal, got str 'classification'"):
+        Plain(student, "classification")
+
+
+def test_terms_have_names_and_no_graph():
+    losses = distiller().loss(*batch())
+    terms = losses.terms()
+    assert list(terms) == ["loss", "task", "kd", "sad"]
+    assert terms["loss"] == losses.total and not any(term.requires_grad for term in terms.values())
+
+    @dataclasses.dataclass(frozen=True)
+    class More(Losses):
+        popularity: torch.Tensor
+
+    one = torch.tensor(1.0)
+    assert More(one, one, one, one, 2 * one).terms()["popularity"] == 2
+
+
+def test_a_teacher_of_clicks_and_of_rankings_is_imitated():
+    x, target = torch.randn(6, 5), torch.tensor([0, 1, 1, 0, 1, 0])
+    teacher, student = (nn.Sequential(nn.Linear(5, 1), nn.Flatten(0)) for _ in range(2))
+    d = Distiller(teacher, student, [], [], goal=Click(), alpha=0.5, beta=0, temperature=2.0)
+    losses = d.loss((x,), target)
+    torch.testing.assert_close(losses.kd, Click().imitation(student(x), teacher(x), 2.0))
+    torch.testing.assert_close(losses.total, Click().loss(student(x), target) + 0.5 * losses.kd)
+
+    class Factors(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.users, self.items = nn.Embedding(4, 3), nn.Embedding(7, 3)
+
+        def forward(self, users, items, negatives):
+            user = self.users(users)
+            return (user * self.items(items)).sum(1), torch.einsum("bd,bkd->bk", user, self.items(negatives))
+
+    inputs = torch.tensor([0, 3]), torch.tensor([1, 2]), torch.tensor([[5, 6], [0, 4]])
+    d = Distiller(Factors(), Factors(), [], [], goal=Ranking(), alpha=0.5, beta=0)
+    losses = d.loss(inputs, torch.empty(2, 0))
+    losses.total.backward()
+    outputs = d.student(*inputs), d.teacher(*inputs)
+    torch.testing.assert_close(losses.kd, Ranking().imitation(*outputs, 4.0))
+    torch.testing.assert_close(losses.task, Ranking().loss(outputs[0], torch.empty(2, 0)))
+    assert d.student.items.weight.grad.abs().sum() > 0 and d.teacher.items.weight.grad is None
 
 
 def test_distiller_follows_a_sparsified_student():
@@ -135,7 +207,7 @@ def test_distiller_follows_a_sparsified_student():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"task": "ranking"}, ValueError, "'regression' or 'classification', got 'ranking'"),
+        ({"goal": "ranking"}, TypeError, r"goal must be a Goal, got str 'ranking'; pass sparsekd.Regression\(\)"),
         ({"alpha": -1.0}, ValueError, "alpha must be finite and >= 0, got -1.0"),
         ({"beta": math.nan}, ValueError, "beta must be finite and >= 0, got nan"),
         ({"temperature": 0}, ValueError, "temperature must be positive, got 0"),

@@ -162,7 +162,7 @@ class Distilled(nn.Module):
         )
         self.distiller = Distiller(
             *(teacher, self.student, ["1", "3"], ["1", "3"]),
-            example_inputs=(torch.zeros(2, 3, 8, 8),), task="classification", dim=8, matching=matching,
+            example_inputs=(torch.zeros(2, 3, 8, 8),), goal=sparsekd.Classification(), dim=8, matching=matching,
         )  # fmt: skip
 
     def forward(self, images, labels):

@@ -7,6 +7,7 @@ from torch.optim import SGD, AdamW
 
 from sparsekd import BlockPattern
 from sparsekd.distill import Distiller
+from sparsekd.goals import Regression
 from sparsekd.methods import LTHSAD, METHODS, PAPER, SPSAD, SSSAD
 from sparsekd.pruning import LinearSchedule
 
@@ -45,7 +46,15 @@ def build(name, *, seed=0, granularity="block", kind=SGD, plan=None, **options):
     teacher, student = Net(12), Net(6)
     taps = ("relu1", "relu2")
     distiller = Distiller(
-        teacher, student, taps, taps, example_inputs=(torch.randn(2, 2, 5, 5),), alpha=0.5, beta=5.0, dim=8
+        teacher,
+        student,
+        taps,
+        taps,
+        example_inputs=(torch.randn(2, 2, 5, 5),),
+        goal=Regression(),
+        alpha=0.5,
+        beta=5.0,
+        dim=8,
     )
     schedule, epochs = plan or PLANS[name]
     pattern = SMALL if granularity == "block" else None
@@ -274,7 +283,7 @@ def test_the_state_of_another_training_is_refused():
 
 def test_an_optimizer_is_needed_before_the_first_epoch_ends():
     torch.manual_seed(0)
-    distiller = Distiller(Net(4), Net(4), (), (), alpha=0.5, beta=0.0)
+    distiller = Distiller(Net(4), Net(4), (), (), goal=Regression(), alpha=0.5, beta=0.0)
     method = SPSAD(distiller, LinearSchedule(0.2, 2, final=0.6), epochs=8)
     with pytest.raises(
         RuntimeError, match=r"no attached optimizer holds the weights of conv1, conv2, head; call attach"

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..goals import Classification, Goal, Regression
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -154,6 +156,10 @@ class Task:
     def metric(self) -> str:
         """What a network is judged by: "mse" (lower is better), or "accuracy" of classes (higher is)."""
         return "accuracy" if self.kind == "images" else "mse"
+
+    @property
+    def goal(self) -> Goal:
+        return Classification() if self.kind == "images" else Regression(self.target_range)
 
     def to(self, device: torch.device | str) -> Task:
         return replace(self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device))

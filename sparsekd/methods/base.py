@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..blocks import BlockPattern
-from ..distill import Distiller, Losses
+from ..distill import Distiller, Losses, Plain
 from ..pruning import Grouping, Pruner, Schedule
 
 
@@ -79,7 +79,7 @@ class Method:
 
     def __init__(
         self,
-        distiller: Distiller,
+        distiller: Distiller | Plain,
         schedule: Schedule,
         *,
         epochs: int,
@@ -141,14 +141,8 @@ class Method:
         """``Distiller.loss`` of the running stage; in stage ``"ticket"`` the teacher is not run."""
         if not self.pruner.observed and isinstance(inputs, (tuple, list)):
             self.pruner.observe(*inputs)
-        if self.stage == "distil":
-            return self.distiller.loss(inputs, target)
-        alpha, beta = self.distiller.alpha, self.distiller.beta
-        self.distiller.alpha = self.distiller.beta = 0.0
-        try:
-            return self.distiller.loss(inputs, target)
-        finally:
-            self.distiller.alpha, self.distiller.beta = alpha, beta
+        learner = self.distiller
+        return learner.loss(inputs, target) if self.stage == "distil" else learner.task_loss(inputs, target)
 
     def after_step(self) -> None:
         """Call after every ``optimizer.step()``: what is gone stays gone."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..distill import Distiller
+from ..distill import Distiller, Plain
 from ..pruning import LinearSchedule, Schedule
 from .base import Method, Stage
 
@@ -27,7 +27,7 @@ class SSSAD(Method):
 
     def __init__(
         self,
-        distiller: Distiller,
+        distiller: Distiller | Plain,
         schedule: Schedule,
         *,
         epochs: int,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .. import checkpoint, distributed, energy
 from ..blocks import BlockPattern
 from ..data import Recipe, Split, Task
-from ..distill import Distiller
+from ..distill import Distiller, Plain
 from ..losses import AttentionTransfer
 from ..methods import METHODS, Method
 from ..taps import FeatureTap
@@ -141,7 +141,7 @@ def fit(
 
 def _train_epoch(
     model: nn.Module,
-    trainee: Method | Distiller,
+    trainee: Method | Distiller | Plain,
     optimizer: torch.optim.Optimizer,
     task: Task,
     recipe: Recipe,
@@ -152,7 +152,7 @@ def _train_epoch(
     """One epoch; the mean of every term of the loss."""
     cycle = _cycle(trainee, epoch, recipe)
     steps = math.ceil(len(task.train) / recipe.batch_size)
-    sums, taken = torch.zeros(4, device=runtime.device), 0
+    names, sums, taken = ["loss"], torch.zeros(1, device=runtime.device), 0
     loss = torch.compile(trainee.loss) if runtime.compiled else trainee.loss
     trained = [*model.parameters(), *trainee.parameters()]
     model.train()
@@ -169,12 +169,13 @@ def _train_epoch(
         optimizer.step()
         if isinstance(trainee, Method):
             trainee.after_step()
-        sums += torch.stack([losses.total.detach(), losses.task, losses.kd, losses.sad])
+        terms = losses.terms()
+        names, sums = list(terms), sums + torch.stack([*terms.values()])
         taken += 1
     if distributed.num_ranks() > 1:
         dist.all_reduce(sums)
     means = sums / max(taken, 1) / distributed.num_ranks()
-    return dict(zip(("loss", "task", "kd", "sad"), means.tolist(), strict=True))
+    return dict(zip(names, means.tolist(), strict=True))
 
 
 def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
@@ -192,7 +193,7 @@ def _learning_rate(recipe: Recipe, epoch: int, done: float, cycle: tuple[int, in
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * over))
 
 
-def _cycle(trainee: Method | Distiller, epoch: int, recipe: Recipe) -> tuple[int, int]:
+def _cycle(trainee: Method | Distiller | Plain, epoch: int, recipe: Recipe) -> tuple[int, int]:
     """First and last epoch of the learning-rate cycle that `epoch` is in."""
     if not isinstance(trainee, Method) or recipe.restart == "never":
         return 1, recipe.epochs
@@ -270,13 +271,13 @@ def picked_epoch(epochs: Sequence[dict[str, Any]], density: float, select: str, 
 
 def _trainee(
     model: nn.Module, task: Task, network: Network, teacher: nn.Module | None, seed: int
-) -> Method | Distiller:
+) -> Method | Distiller | Plain:
     """What computes the loss of this network: the distillation alone, or a method around it."""
     torch.manual_seed(1_000 + seed)  # the SAD meta-network
-    kind: Any = "classification" if task.kind == "images" else "regression"
     examples = task.train.examples(2)
+    distiller: Distiller | Plain
     if network.alpha == network.beta == 0 or teacher is None:
-        distiller = Distiller(model, model, (), (), task=kind, alpha=0.0, beta=0.0)
+        distiller = Plain(model, task.goal)
     else:
         taps: Any = (teacher.tap_names, model.tap_names)
         matching = None
@@ -287,7 +288,7 @@ def _trainee(
             model,
             *taps,
             example_inputs=examples,
-            task=kind,
+            goal=task.goal,
             alpha=network.alpha,
             beta=network.beta,
             matching=matching,
