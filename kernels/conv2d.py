@@ -1,6 +1,6 @@
 """Launchers of the block-sparse convolution: shapes and layouts in, one kernel out. The choice of tile is the caller's.
 
-All tensors are channels_last. The kernels and what they compute are in ``_gather_gemm`` and ``_block_products``.
+All tensors are channels_last. The kernels and what they compute are in ``gather_gemm.py`` and ``block_products.py``.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._block_products import block_products
-from ._gather_gemm import Walk, gather_gemm
-from ._index import StepTable, Weight
-from ._tiles import Tile
+from .block_products import block_products
+from .gather_gemm import Walk, gather_gemm
+from .index import StepTable, Weight
+from .tiles import Tile
 
 
 def forward(

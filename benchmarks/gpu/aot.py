@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from sparsekd.kernels._block_products import _block_products_kernel
-from sparsekd.kernels._cost import shared_bytes, sums
-from sparsekd.kernels._gather_gemm import _gather_gemm_kernel, _sum_parts_kernel
-from sparsekd.kernels._tiles import FAMILIES, Tile
+from sparsekd.kernels.block_products import block_products_kernel
+from sparsekd.kernels.gather_gemm import gather_gemm_kernel, sum_parts_kernel
+from sparsekd.kernels.tiles import FAMILIES, Tile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from sparsekd.backends.cuda.cost import shared_bytes, sums
 
 RESULTS = Path(__file__).parents[1] / "results"
 GFX942 = 942  # AMD MI300, among the compute capabilities of NVIDIA
@@ -92,7 +93,7 @@ def _variants(direction: str, family: str, tile: Tile, quick: bool) -> Iterator[
 
 def compile_config(config: Config, capability: int) -> dict[str, Any]:
     """Compile one configuration and read its machine code."""
-    kernel = _block_products_kernel if config.direction == "grad_values" else _gather_gemm_kernel
+    kernel = block_products_kernel if config.direction == "grad_values" else gather_gemm_kernel
     began = time.perf_counter()
     compiled = _compile(kernel, _constants(config), config, capability)
     registers, stack = _resources(compiled)
@@ -150,7 +151,7 @@ def compile_sum(capability: int, activation: str | None) -> dict[str, Any]:
     if activation is None:
         constants |= {"bias_ptr": None, "residual_ptr": None}
     config = Config("sum_parts", "half", "bf16", Tile(0, 0, 0, 4, 3), (64, 64))
-    compiled = _compile(_sum_parts_kernel, constants, config, capability)
+    compiled = _compile(sum_parts_kernel, constants, config, capability)
     registers, stack = _resources(compiled)
     return {"config": f"sum_parts {activation}", "sm": capability, "registers": registers, "stack_bytes": stack}
 

@@ -40,17 +40,17 @@ def configurations(quick: bool) -> Iterator[Config]:
             for last in (False, True):
                 for aligned in (True, False):
                     yield from _stats(layers, dtype, last, aligned)
-    yield Config("means", attention._means_kernel, {**_tuples(6, "channels_of", "pixels_of", "means_at", "partial_at"),
+    yield Config("means", attention.means_kernel, {**_tuples(6, "channels_of", "pixels_of", "means_at", "partial_at"),
                  "COUNT": 6, "BLOCK": 128}, 4)  # fmt: skip
     for block in (1024,) if quick else (64, 1024, 4096, attention.LARGEST_MAP):
         constants = {"BLOCK": block, "EPS": 1e-12, "per_image": "fp32"}
         warps = min(max(block // 256, 1), 16)
-        yield Config(f"pairs {block}", attention._pairs_kernel, constants, warps)
-        yield Config(f"pairs {block} alone", attention._pairs_kernel, {**constants, "attention_ptr": None}, warps)
-    yield Config("unpool", attention._unpool_kernel, {"BLOCK": 1024}, 4)
+        yield Config(f"pairs {block}", attention.pairs_kernel, constants, warps)
+        yield Config(f"pairs {block} alone", attention.pairs_kernel, {**constants, "attention_ptr": None}, warps)
+    yield Config("unpool", attention.unpool_kernel, {"BLOCK": 1024}, 4)
     for block in (128,) if quick else (128, 1024, attention.LARGEST_ROW):
         arguments = {"BLOCK": block, "temperature": "fp32", "per_image": "fp32"}
-        yield Config(f"kd {block}", attention._kd_kernel, arguments, min(max(block // 256, 1), 16))
+        yield Config(f"kd {block}", attention.kd_kernel, arguments, min(max(block // 256, 1), 16))
 
 
 def _tuples(count: int, *names: str) -> dict[str, Any]:
@@ -63,9 +63,9 @@ def _stats(layers: int, dtype: str, last: bool, aligned: bool) -> Iterator[Confi
     name = f"{dtype} {layers} layers {'nhwc' if last else 'nchw'}{'' if aligned else ' ragged'}"
     warps = 4 if aligned else 8  # as Layers.warps
     forward = {**places, **constants, **_tuples(layers, "partial_at")}
-    yield Config(f"stats {name}", attention._stats_kernel, forward, warps, aligned)
+    yield Config(f"stats {name}", attention.stats_kernel, forward, warps, aligned)
     backward = {**places, **constants, "grads": (f"*{dtype}",) * layers}
-    yield Config(f"stats_grad {name}", attention._stats_grad_kernel, backward, warps, aligned)
+    yield Config(f"stats_grad {name}", attention.stats_grad_kernel, backward, warps, aligned)
 
 
 def compile_config(config: Config, capability: int) -> Any:

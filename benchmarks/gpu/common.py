@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.lib.shapes import Conv
-from sparsekd import BlockPattern, BlockSparse
+from sparsekd import BlockPattern, BlockSparse, timing
 
 DENSITIES = (1.0, 0.5, 0.3, 0.1)
 BATCHES = (1, 32, 256)
@@ -85,9 +85,8 @@ def start(rehearse: bool) -> torch.device:
 
 def _rehearse_on_cpu() -> None:
     """Make the CUDA backend what the ops run on CPU tensors, and the wall clock its clock, set so that dense loses."""
-    from sparsekd.kernels import _plan
-
     from sparsekd.backends import cuda
+    from sparsekd.backends.cuda import plan
 
     global _override
     _override = torch.library.Library("sparsekd", "IMPL")
@@ -95,7 +94,7 @@ def _rehearse_on_cpu() -> None:
     for op in ("linear", "conv2d"):
         for name in (op, f"{op}_grad_input", f"{op}_grad_values"):
             _override.impl(name, getattr(cuda, name), "CPU", allow_override=True)
-    _plan.gpu_medians = _rehearsed_medians
+    plan.medians = _rehearsed_medians
     freezing = sys.modules["sparsekd.freeze"]
     freezing._on_gpu = lambda inputs: True  # type: ignore[attr-defined]
     sys.modules["sparsekd.freeze.cuda"].capture = lambda run, inputs: run  # type: ignore[attr-defined]
@@ -104,20 +103,17 @@ def _rehearse_on_cpu() -> None:
 _override: Any = None  # lives as long as the process, as the ops do
 
 
-def _rehearsed_medians(functions: Sequence[Callable[[], object]]) -> list[float]:
-    times = []
-    for function in functions:
-        began = time.perf_counter()
-        function()
-        times.append((time.perf_counter() - began) * 1e6)
-    return [times[0] + 1e7, *times[1:]]  # the first is dense: so the kernels are chosen, and run
+def _rehearsed_medians(calls: Mapping[Any, Callable[[], object]], *_: Any, **__: Any) -> dict[Any, float]:
+    times = {name: timing.timed(call, 1) for name, call in calls.items()}
+    return {**times, next(iter(times)): 10.0}  # the first is dense: so the kernels are chosen, and run
 
 
 def medians(functions: Sequence[Callable[[], object]]) -> list[float]:
-    """Median microseconds of each, in turns: CUDA events, or the wall clock in a rehearsal."""
-    from sparsekd.kernels import _plan
-
-    return _plan.gpu_medians(functions)
+    """Median microseconds of each, in turns: queued on the GPU, or once by the wall clock in a rehearsal."""
+    calls = dict(enumerate(functions))
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+    found = _rehearsed_medians(calls) if _override else timing.medians(calls, 0.1, device=device)
+    return [1e6 * seconds for seconds in found.values()]
 
 
 def until(seconds: float) -> Callable[[], bool]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.gpu import common
 from benchmarks.lib.shapes import GPU, REHEARSAL, Conv
 from sparsekd import BlockSparse
+from sparsekd.ops.conv2d import Geometry
 
 Call = Callable[[], object]
 
@@ -47,33 +48,29 @@ def sparse_call(layer: Conv, direction: str, x: Tensor, blocks: BlockSparse, gra
 
 def native_call(layer: Conv, x: Tensor, blocks: BlockSparse, grad: Tensor) -> Call | None:
     """The forward pass in CUDA C++, or None where it was not built."""
-    from sparsekd.kernels import _index
+    from sparsekd.backends.cuda import driver, masks, ops
 
-    from sparsekd.backends import cuda, cuda_driver
-
-    if cuda_driver.why_not(x.dtype, x.device) is not None:
+    if driver.why_not(x.dtype, x.device) is not None:
         return None
     pairs = tuple((size, size) for size in (layer.kernel, layer.stride, layer.padding, 1))
-    weight = _index.Weight(layer.out_channels, layer.channels, *blocks.values.shape[1:], *pairs, 1)
-    mask, out = cuda.Mask(blocks.row_ptr, blocks.col_idx, weight), torch.empty_like(grad)
-    return lambda: cuda._native(x, blocks.values, mask, out, None, None, None)
+    weight = ops.weight_of(layer.out_channels, layer.channels, blocks.values, Geometry(*pairs))
+    mask, out = masks.masks.of(blocks.row_ptr, blocks.col_idx, weight), torch.empty_like(grad)
+    return lambda: ops.native_forward(x, blocks.values, mask, out, None, None, None)
 
 
 def measure(
     layer: Conv, batch: int, density: float, kind: str, direction: str, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """One row: microseconds of dense, of the path chosen, of every candidate."""
-    from sparsekd.kernels import _plan
-
-    from sparsekd.backends import cuda
+    from sparsekd.backends.cuda import choose
+    from sparsekd.backends.cuda.plan import measuring
 
     x, weight, blocks, grad = common.operands(layer, batch, density, kind, device, dtype)
     call = sparse_call(layer, direction, x, blocks, grad)
-    plan = cuda._plan_of(x.device)
-    plan.measured.clear()  # a free and a shared mask are one problem to the plan, and two rows here
-    with _plan.measuring():
+    choose.plan_of(x.device).measured.clear()  # each row is measured anew
+    with measuring() as measured:
         call()
-    (found,) = plan.measured.values()
+    (found,) = measured
     native = native_call(layer, x, blocks, grad) if direction == "forward" else None
     calls = [dense_call(layer, direction, x, weight, grad), call, *([native] if native else [])]
     dense, auto, *native_us = common.medians(calls)

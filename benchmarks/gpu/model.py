@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.model              # writes benchmarks/results/gpu_model.json; needs no GPU
 
-Bytes, multiplications, tile efficiency and waves as in kernels/_cost.py; the masks are those of gpu.layers. Every
+Bytes, multiplications, tile efficiency and waves as in backends/cuda/cost.py; the masks are those of gpu.layers. Every
 figure here is a prediction.
 """
 
@@ -13,11 +13,11 @@ import json
 from typing import Any
 
 import torch
-from sparsekd.kernels import _cost, _index, _plan
+from sparsekd.kernels.index import Weight
 
 from benchmarks.gpu import common
 from benchmarks.lib.shapes import GPU, Conv
-from sparsekd.backends import cuda
+from sparsekd.backends.cuda import choose, cost, masks, plan
 
 
 def predict(layer: Conv, batch: int, density: float, kind: str, direction: str) -> dict[str, Any]:
@@ -29,15 +29,15 @@ def predict(layer: Conv, batch: int, density: float, kind: str, direction: str) 
     row_ptr = torch.zeros(grid[0] + 1, dtype=torch.int32)
     row_ptr[1:] = flat.sum(1).cumsum(0)
     pairs = tuple((n, n) for n in (layer.kernel, layer.stride, layer.padding, 1))
-    weight = _index.Weight(layer.out_channels, layer.channels, pattern.bh, pattern.bw, *pairs, 1)
-    known = cuda.Mask(row_ptr, flat.nonzero()[:, 1].int(), weight)
+    weight = Weight(layer.out_channels, layer.channels, pattern.bh, pattern.bw, *pairs, 1)
+    known = masks.Mask(row_ptr, flat.nonzero()[:, 1].int(), weight)
     image = layer.size if direction == "grad_input" else layer.out_size
-    problem = _plan.Problem(direction, "bfloat16", "half", batch, (image, image), weight, density)
+    problem = plan.Problem(direction, "bfloat16", "half", batch, (image, image), weight, density)
     values = torch.empty(0, pattern.bh, pattern.bw, dtype=torch.bfloat16)
-    tile, ours = min(cuda.tiles(problem, known, values), key=lambda pair: pair[1])
-    device, table = _cost.DEVICES["NVIDIA H200"], known.table(direction, tile)
+    tile, ours = min(choose.tiles(problem, known, values), key=lambda pair: pair[1])
+    device, table = cost.DEVICES["NVIDIA H200"], known.table(direction, tile)
     depth = tile.bm if direction == "grad_values" else table.slot
-    dense = _cost.dense_seconds(_cost.dense_flops(problem), _cost.moved_bytes(problem), "half", device)
+    dense = cost.dense_seconds(cost.dense_flops(problem), cost.moved_bytes(problem), "half", device)
     return {
         "batch": batch,
         "density": density,
@@ -49,7 +49,7 @@ def predict(layer: Conv, batch: int, density: float, kind: str, direction: str) 
         "tile": str(tile),
         "parts": tile.splits,
         "fill": round(table.fill, 3),
-        "tile_cap": round(_cost.cap(direction, tile, device, depth), 3),
+        "tile_cap": round(cost.cap(direction, tile, device, depth), 3),
     }
 
 
@@ -66,10 +66,10 @@ def main() -> None:
         for direction in common.DIRECTIONS
     ]
     assumed = {
-        name: getattr(_cost, name)
+        name: getattr(cost, name)
         for name in ("DENSE_SHARE", "KERNEL_SHARE", "BYTES_SHARE", "LAUNCH", "TRIP_INSTRUCTIONS")
     }
-    device = _cost.DEVICES["NVIDIA H200"]._asdict()
+    device = cost.DEVICES["NVIDIA H200"]._asdict()
     with open(options.out, "w") as file:
         json.dump({"kind": "prediction", "device": device, "assumed": assumed, "rows": rows}, file, indent=1)
         file.write("\n")

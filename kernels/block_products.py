@@ -12,16 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._gather_gemm import Walk, sum_parts
-from ._index import SLOT_FIELDS, TILE_FIELDS, StepTable
-from ._tiles import Tile
+from .gather_gemm import Walk, sum_parts
+from .index import SLOT_FIELDS, TILE_FIELDS, StepTable
+from .tiles import Tile
 
 _SLOT_FIELDS = tl.constexpr(SLOT_FIELDS)
 _TILE_FIELDS = tl.constexpr(TILE_FIELDS)
 
 
 @triton.jit
-def _block_products_kernel(
+def block_products_kernel(
     x_ptr,  # [images, in_h, in_w, in_c]
     grad_ptr,  # [images, grid_h, grid_w, out_c]
     out_ptr,  # [nnzb, bh, bw], or float32 [parts, nnzb, bh, bw]
@@ -128,7 +128,7 @@ def block_products(
     parts = triton.cdiv(pixels, share)
     target = out if parts == 1 else torch.empty((parts, *out.shape), dtype=torch.float32, device=out.device)
     in_c, out_c = x.shape[1 if x.dim() == 4 else -1], grad.shape[1 if grad.dim() == 4 else -1]
-    _block_products_kernel[(table.num_steps, parts)](
+    block_products_kernel[(table.num_steps, parts)](
         x, grad, target, table.tiles, table.slots, table.offsets, table.step_tile,
         pixels, share, *walk.grid, *walk.gathered, in_c // 8, out_c // 8, *walk.in_step, out.numel() // 8,
         BM=tile.bm, BN=tile.bn, BK=table.slot * table.slots_per_step, LANE=table.lane, SLOT=table.slot,

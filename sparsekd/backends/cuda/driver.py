@@ -121,7 +121,7 @@ def launch(
 
 @lru_cache(maxsize=1)
 def _fatbin() -> Path | None:
-    from .cpu import native
+    from ..cpu import native
 
     path = Path(native.__file__).with_name(FATBIN) if native is not None else None
     return path if path is not None and path.is_file() else None

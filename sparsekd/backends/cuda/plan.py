@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,11 +24,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._index import Weight
-from ._tiles import Tile
+from sparsekd.kernels.index import Weight
+from sparsekd.kernels.tiles import Tile
+
+from ...timing import medians
 
 GAIN = 0.98  # a choice must take at most this share of the dense time
-ROUNDS = 15
+SECONDS = 0.03  # of measuring one candidate
+# How far a candidate may be from dense, relative to the largest output: both round, and add in their own order.
+TOLERANCES = {"half": 2e-2, "tf32": 1e-2, "ieee": 1e-4}
 
 
 class Choice(NamedTuple):
@@ -44,7 +49,11 @@ DENSE, COMPACT = Choice("dense"), Choice("compact")
 
 
 class Problem(NamedTuple):
-    """What a choice depends on. ``density`` is rounded to 5 %, so that it outlives small changes of the mask."""
+    """What a choice depends on. ``density`` and ``fill`` are rounded, so that it outlives small changes of the mask.
+
+    fill: the share of a wide tile's multiplications that are not by zero. Masks of one density differ in it: 1.0 where
+    the rows of a tile keep the same blocks, little more than the density where each row keeps its own.
+    """
 
     direction: str  # forward, grad_input, grad_values
     dtype: str
@@ -53,22 +62,36 @@ class Problem(NamedTuple):
     image: tuple[int, int]
     weight: Weight
     density: float
+    fill: float = 1.0
 
     def key(self) -> str:
         w = self.weight
         pairs = "x".join(map(str, self.image)), *("x".join(map(str, pair)) for pair in w[4:8])
-        sizes = (self.images, w.rows, w.cols, f"{w.bh}x{w.bw}", w.groups, *pairs, f"{self.density:.2f}")
+        sizes = (
+            self.images,
+            w.rows,
+            w.cols,
+            f"{w.bh}x{w.bw}",
+            w.groups,
+            *pairs,
+            f"{self.density:.2f}",
+            f"{self.fill:.1f}",
+        )
         return " ".join(map(str, (self.direction, self.dtype, self.family, *sizes)))
 
 
 @dataclass
 class Measured:
-    """A choice, its microseconds, those of the dense path, and those of every candidate by its name."""
+    """A choice, its microseconds, those of the dense path, and those of every candidate by its name.
+
+    dropped: candidates that failed, or computed something else than dense, and why.
+    """
 
     choice: Choice
     microseconds: float
     dense_microseconds: float
     candidates: dict[str, float]
+    dropped: dict[str, str] = field(default_factory=dict)
 
 
 class Plan:
@@ -88,17 +111,27 @@ class Plan:
             self.guessed[key] = guess()
         return self.guessed[key]
 
-    def measure(self, problem: Problem, choices: Sequence[Choice], run: Callable[[Choice], Tensor]) -> Choice:
-        """Time every choice (the first is dense) in turns, keep the fastest that beats dense, remember it."""
+    def measure(
+        self, problem: Problem, choices: Sequence[Choice], run: Callable[[Choice], Tensor], device: torch.device
+    ) -> Choice:
+        """Time every choice (the first is dense) in turns, keep the fastest that beats dense, remember it.
+
+        A candidate that fails, or whose result is not dense's, is dropped by name, with a warning.
+        """
         key = problem.key()
         if key not in self.measured:
-            times = dict(zip(choices, gpu_medians([partial(run, choice) for choice in choices]), strict=True))
-            dense = times[choices[0]]
+            dense, *others = choices
+            dropped = _wrong(dense, others, run, TOLERANCES[problem.family])
+            for name, why in dropped.items():
+                warnings.warn(f"sparsekd: {name} is left out of {key}: {why}", stacklevel=2)
+            sound = [dense, *(choice for choice in others if str(choice) not in dropped)]
+            calls = {choice: partial(run, choice) for choice in sound}
+            times = {choice: 1e6 * seconds for choice, seconds in medians(calls, SECONDS, device=device).items()}
             fastest = min(times, key=times.__getitem__)
-            if times[fastest] > GAIN * dense:
-                fastest = choices[0]
+            if times[fastest] > GAIN * times[dense]:
+                fastest = dense
             named = {str(choice): round(time, 2) for choice, time in times.items()}
-            self.measured[key] = Measured(fastest, round(times[fastest], 2), round(dense, 2), named)
+            self.measured[key] = Measured(fastest, round(times[fastest], 2), round(times[dense], 2), named, dropped)
         if _measuring is not None:
             _measuring.append(self.measured[key])
         return self.measured[key].choice
@@ -114,6 +147,34 @@ class Plan:
         os.replace(file.name, self.path)
 
 
+def _wrong(
+    dense: Choice, others: Sequence[Choice], run: Callable[[Choice], Tensor], tolerance: float
+) -> dict[str, str]:
+    """Name -> reason of the candidates that cannot be used. What dense raises passes through."""
+    want = run(dense).clone()  # an op may write all its results to one place
+    found = {}
+    for choice in others:
+        try:
+            why = _difference(run(choice), want, tolerance)
+        except Exception as error:  # whatever a compiler or a launch raises: the others may still run
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+        if why:
+            found[str(choice)] = why
+    return found
+
+
+def _difference(got: Tensor, want: Tensor, tolerance: float) -> str:
+    """What is wrong with a result, or ""."""
+    if not want.numel():
+        return ""
+    got, want = got.float(), want.float()
+    same = (got == want) | (got.isnan() & want.isnan())
+    largest = want.nan_to_num(0.0, 0.0, 0.0).abs().max()
+    error = torch.where(same, 0.0, (got - want).abs()).max() / largest.clamp_min(torch.finfo(torch.float32).tiny)
+    share = error.item()
+    return "" if share <= tolerance else f"it differs from dense by {share:.2g} of the largest value"
+
+
 def default_path() -> Path:
     """``$SPARSEKD_PLAN``, else ``sparsekd/plan.json`` in the user's cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -127,25 +188,6 @@ def device_key(device: torch.device) -> str:
     return f"{torch.cuda.get_device_name(device)}; torch {torch.__version__}; triton {triton.__version__}"
 
 
-def gpu_medians(functions: Sequence[Callable[[], object]]) -> list[float]:
-    """Median microseconds of each function on the current CUDA stream, called in turns."""
-    for fn in functions:
-        for _ in range(3):
-            fn()
-    events = [
-        [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in functions]
-        for _ in range(ROUNDS)
-    ]
-    for turn in events:
-        for (begin, end), fn in zip(turn, functions, strict=True):
-            begin.record()
-            fn()
-            end.record()
-    torch.cuda.synchronize()
-    times = [[begin.elapsed_time(end) * 1e3 for begin, end in turn] for turn in events]
-    return [sorted(column)[ROUNDS // 2] for column in zip(*times, strict=True)]
-
-
 _measuring: list[Measured] | None = None
 
 
@@ -157,14 +199,16 @@ def is_measuring() -> bool:
 def measuring() -> Iterator[list[Measured]]:
     """Inside, a layer that has no measured choice is timed with every candidate before it runs.
 
-    Yields what is found out, one entry for each op that runs.
+    cuDNN's own search is on meanwhile, for every path: what we compare with is the best that it has. Yields what is
+    found out, one entry for each op that runs.
     """
     global _measuring
     before, _measuring = _measuring, []
+    searched, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     try:
         yield _measuring
     finally:
-        _measuring = before
+        _measuring, torch.backends.cudnn.benchmark = before, searched
 
 
 def _read(path: Path) -> dict[str, dict[str, Measured]]:
@@ -185,6 +229,7 @@ def _to_json(measured: dict[str, Measured]) -> dict[str, dict]:
             "microseconds": row.microseconds,
             "dense_microseconds": row.dense_microseconds,
             "candidates": row.candidates,
+            "dropped": row.dropped,
         }
         for key, row in sorted(measured.items())
     }
@@ -192,4 +237,5 @@ def _to_json(measured: dict[str, Measured]) -> dict[str, dict]:
 
 def _from_json(row: dict) -> Measured:
     tile = None if row["tile"] is None else Tile(**row["tile"])
-    return Measured(Choice(row["kernel"], tile), row["microseconds"], row["dense_microseconds"], row["candidates"])
+    times = row["microseconds"], row["dense_microseconds"], row["candidates"]
+    return Measured(Choice(row["kernel"], tile), *times, row.get("dropped", {}))

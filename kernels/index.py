@@ -26,7 +26,8 @@ SLOT_FIELDS = 4  # dy, dx, first channel, channels inside the weight
 
 
 class Weight(NamedTuple):
-    """A block-sparse weight ``[rows, cols_per_group, *kernel]``; a linear layer is a 1x1 kernel."""
+    """A block-sparse weight ``[rows, cols_per_group, *kernel]``; a linear layer is a 1x1 kernel. From ``kernel`` on,
+    the fields are those of ``ops.conv2d.Geometry`` in its order."""
 
     rows: int
     cols: int  # per group

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.attention import (
+from ...ops.attention import (
     feature_stats_grad_reference,
     feature_stats_reference,
     kd_reference,
     match_maps_reference,
 )
-from ..ops.conv2d import memory_format
+from ...ops.conv2d import memory_format
+from .device import build_to_keep, on
 
 OPS = ("feature_stats", "feature_stats_grad", "match_maps", "kd")
 _MAP_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -44,7 +46,7 @@ def feature_stats(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     features, last = _dense(features)
     columns = (sum(f.shape[1] for f in features), sum(f.shape[2] * f.shape[3] for f in features))
     means, energy = (features[0].new_empty(features[0].shape[0], n, dtype=torch.float32) for n in columns)
-    with _on(features[0]):
+    with on(features[0].device):
         for _, layers in kernel.arrange(features, last):
             kernel.feature_stats(layers, means, energy)
     return means, energy
@@ -58,7 +60,7 @@ def feature_stats_grad(features: Sequence[Tensor], grad_means: Tensor, grad_ener
     features, last = _dense(features)
     grads = [torch.empty_like(f) for f in features]
     grad_means, grad_energy = grad_means.contiguous(), grad_energy.contiguous()
-    with _on(features[0]):
+    with on(features[0].device):
         for places, layers in kernel.arrange(features, last):
             kernel.feature_stats_grad(layers, [grads[place] for place in places], grad_means, grad_energy)
     return grads
@@ -71,15 +73,15 @@ def match_maps(
     teacher_sizes: Sequence[int],
     student_sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from sparsekd.kernels import attention as kernel
+    from sparsekd.kernels import attention_match as kernel
 
     largest = max(h * w for h, w in zip(teacher_sizes[::2], teacher_sizes[1::2], strict=True))
     if student.dtype != torch.float32 or not student.numel() or not 0 < largest <= kernel.LARGEST_MAP:
         return match_maps_reference(attention, teacher, student, teacher_sizes, student_sizes)
     teacher, student = teacher.contiguous(), student.contiguous()
     weights = None if attention is None else attention.contiguous()
-    with _on(student):
-        tables = kernel.map_tables(tuple(teacher_sizes), tuple(student_sizes), student.device)
+    with on(student.device):
+        tables = _map_tables(tuple(teacher_sizes), tuple(student_sizes), student.device)
         distance = student.new_empty(student.shape[0], len(teacher_sizes) // 2, len(student_sizes) // 2)
         grad_student = torch.empty_like(student)
         kernel.match_maps(weights, teacher, student, tables, distance, grad_student)
@@ -89,15 +91,23 @@ def match_maps(
 
 
 def kd(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    from sparsekd.kernels import attention as kernel
+    from sparsekd.kernels import attention_kd as kernel
 
     if student.dtype != torch.float32 or not student.numel() or student.shape[1] > kernel.LARGEST_ROW:
         return kd_reference(student, teacher, temperature)
     student, teacher = student.contiguous(), teacher.contiguous()
     losses, grad = student.new_empty(student.shape[0]), torch.empty_like(student)
-    with _on(student):
+    with on(student.device):
         kernel.kd(student, teacher, temperature, losses, grad)
     return losses.sum(), grad
+
+
+@lru_cache(maxsize=64)
+def _map_tables(teacher_sizes: tuple[int, ...], student_sizes: tuple[int, ...], device: torch.device) -> Any:
+    from sparsekd.kernels import attention_match as kernel
+
+    like = torch.empty(0, device=device)
+    return build_to_keep(lambda: kernel.map_tables(teacher_sizes, student_sizes, device), like)
 
 
 def _fits(features: Sequence[Tensor]) -> bool:
@@ -109,7 +119,3 @@ def _dense(features: Sequence[Tensor]) -> tuple[list[Tensor], list[bool]]:
     formats = [memory_format(f) for f in features]
     dense = [f.contiguous(memory_format=layout) for f, layout in zip(features, formats, strict=True)]
     return dense, [layout == torch.channels_last for layout in formats]
-
-
-def _on(x: Tensor) -> AbstractContextManager:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

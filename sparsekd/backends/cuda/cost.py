@@ -9,11 +9,15 @@ holds. The slowest counts. L2 feeds all processors together. Nothing here was fi
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
-from ._index import StepTable
-from ._plan import Problem
-from ._tiles import Tile
+import torch
+
+from sparsekd.kernels.index import StepTable
+from sparsekd.kernels.tiles import Tile
+
+from .plan import Problem
 
 
 class Device(NamedTuple):
@@ -28,7 +32,7 @@ class Device(NamedTuple):
     capability: int
 
 
-# Sources: vendor datasheets; L2 rate as estimated in the tile arithmetic above (9 TB/s on Hopper).
+# Sources: vendor datasheets; the rate of L2 is an estimate.
 DEVICES = {
     "NVIDIA H200": Device("NVIDIA H200", 132, 989e12, 4.8e12, 9e12, 232448, 90),
     "NVIDIA H100 80GB HBM3": Device("NVIDIA H100 80GB HBM3", 132, 989e12, 3.35e12, 9e12, 232448, 90),
@@ -46,6 +50,22 @@ ELEMENT_BYTES = {"half": 2, "tf32": 4, "ieee": 4}
 MOST_PARTS = 32
 TRIPS_OF_A_PART = 4  # at least: below, filling the pipeline and adding the parts cost more than they save
 NO_GROUPS = 1 << 20
+
+
+@lru_cache(maxsize=16)
+def of_device(device: torch.device) -> Device:
+    """A device's own figures where torch knows them, with the rates of the nearest one in ``DEVICES``."""
+    if device.type != "cuda":  # interpreted
+        return DEVICES["NVIDIA H200"]
+    found = torch.cuda.get_device_properties(device)
+    known = DEVICES.get(found.name, DEVICES["NVIDIA H100 80GB HBM3"])
+    return known._replace(
+        name=found.name,
+        processors=found.multi_processor_count,
+        flops=known.flops * found.multi_processor_count / known.processors,
+        shared_bytes=getattr(found, "shared_memory_per_block_optin", 101376),
+        capability=10 * found.major + found.minor,
+    )
 
 
 class Work(NamedTuple):

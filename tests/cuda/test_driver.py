@@ -15,15 +15,20 @@ import torch.nn.functional as F
 
 from sparsekd import BlockPattern
 from sparsekd.backends import cuda as backend
-from sparsekd.backends import cuda_driver
+from sparsekd.backends.cuda import choose, driver, masks, ops
 
-from .cases import CONVS, LINEARS, Conv, Linear, random_weight, tensor_core_case
+from ..cases import CONVS, LINEARS, Conv, Linear, random_weight, tensor_core_case
 
-SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 GPU = torch.cuda.is_available()
 HALVES = [torch.float16, torch.bfloat16]
 CONV_CASES = [tensor_core_case(case) for case in CONVS if case.id not in ("depthwise", "1x1-block", "4x4", "8x1")]
 CASES = CONV_CASES + [tensor_core_case(case) for case in LINEARS]
+
+
+def no_triton(monkeypatch):
+    for module in (choose, ops, backend):
+        monkeypatch.setattr(module, "uses_triton", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +53,11 @@ def launches(emulation, monkeypatch):
         assert status == 0, f"no kernel {name}"
         launched.append((name, threads, shared_bytes))
 
-    monkeypatch.setattr(cuda_driver, "launch", launch)
-    monkeypatch.setattr(cuda_driver, "_fatbin", lambda: SOURCES)
-    monkeypatch.setattr(cuda_driver, "_driver", lambda: (None, None))
-    monkeypatch.setattr(backend, "uses_triton", lambda: False)
-    backend._masks.clear()
+    monkeypatch.setattr(driver, "launch", launch)
+    monkeypatch.setattr(driver, "_fatbin", lambda: SOURCES)
+    monkeypatch.setattr(driver, "_driver", lambda: (None, None))
+    no_triton(monkeypatch)
+    masks.masks.clear()
     return launched
 
 
@@ -69,7 +74,7 @@ def run(case, dtype, *, residual=False, activation=None, first=None, device="cpu
     def torchs(kind):
         operands = [t.to(kind) for t in (x, dense, bias)]
         y = F.linear(*operands) if isinstance(case, Linear) else F.conv2d(*operands, **case.geometry)
-        return backend.ACTIVATIONS[activation](y + added.to(kind) if residual else y)
+        return ops.ACTIVATIONS[activation](y + added.to(kind) if residual else y)
 
     added = torch.zeros((), device=device)
     added = torch.randn(torchs(torch.float32).shape).to(device, dtype)
@@ -95,12 +100,12 @@ def test_every_case(case, launches):
         assert_as_exact_as_torch(*run(case, dtype))
 
 
-@pytest.mark.parametrize("tile", cuda_driver.TILES, ids=lambda tile: f"{tile.bm}x{tile.bn}")
+@pytest.mark.parametrize("tile", driver.TILES, ids=lambda tile: f"{tile.bm}x{tile.bn}")
 @pytest.mark.parametrize("width", [16, 64])
 @pytest.mark.parametrize("activation", ["relu", "relu6", "silu"])
 def test_every_tile_and_epilogue(tile, width, activation, launches, monkeypatch):
     """More pixels and channels than a tile, walks longer than the ring of stages, and a NaN that comes through."""
-    monkeypatch.setattr(cuda_driver, "tile_for", lambda *sizes: tile)
+    monkeypatch.setattr(driver, "tile_for", lambda *sizes: tile)
     case = Conv("tile", n=1, c=128, k=144, image=(13, 11), pattern=BlockPattern(16, width), density=0.1)
     assert_as_exact_as_torch(*run(case, torch.float16, residual=True, activation=activation))
     step = min(width, 32)
@@ -117,26 +122,26 @@ def test_a_nan_comes_through(launches):
 
 
 def test_tiles_follow_the_layer():
-    wide, middle, narrow = cuda_driver.TILES
-    assert cuda_driver.tile_for(256, 50_000, 132) is wide
-    assert cuda_driver.tile_for(64, 50_000, 16) is middle
-    assert cuda_driver.tile_for(256, 49, 16) is narrow
+    wide, middle, narrow = driver.TILES
+    assert driver.tile_for(256, 50_000, 132) is wide
+    assert driver.tile_for(64, 50_000, 16) is middle
+    assert driver.tile_for(256, 49, 16) is narrow
 
 
 def test_what_has_no_kernel_says_so(launches):
     case = tensor_core_case(Conv("double"))
     got, exact, _ = run(case, torch.float64)
     torch.testing.assert_close(got, exact)
-    assert not launches and "float64" in cuda_driver.why_not(torch.float64)
+    assert not launches and "float64" in driver.why_not(torch.float64)
     assert "CUDA C++ for float16" in backend.describe("conv2d")
     assert "the weight made dense" in backend.describe("linear_grad_values")
 
 
 @pytest.mark.skipif(GPU, reason="there is a CUDA driver here")
 def test_without_a_driver_a_launch_says_so(monkeypatch):
-    assert re.search("was not built|no CUDA driver", cuda_driver.why_not())
+    assert re.search("was not built|no CUDA driver", driver.why_not())
     with pytest.raises(RuntimeError, match=r"gather_gemm cannot run: no CUDA driver"):
-        cuda_driver.launch("gather_gemm", cuda_driver.Arguments(), 1, 1, 0, torch.device("cpu"))
+        driver.launch("gather_gemm", driver.Arguments(), 1, 1, 0, torch.device("cpu"))
 
 
 def test_a_launch_sets_the_context_and_says_what_the_driver_says(monkeypatch):
@@ -155,14 +160,14 @@ def test_a_launch_sets_the_context_and_says_what_the_driver_says(monkeypatch):
             text._obj.value = b"out of shared memory"
 
     refused = {}
-    monkeypatch.setattr(cuda_driver, "_driver", lambda: (Driver(), None))
-    monkeypatch.setattr(cuda_driver, "_fatbin", lambda: SOURCES / "gather_gemm.cu")
+    monkeypatch.setattr(driver, "_driver", lambda: (Driver(), None))
+    monkeypatch.setattr(driver, "_fatbin", lambda: SOURCES / "gather_gemm.cu")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mock.Mock(cuda_stream=77))
-    for cached in (cuda_driver._context, cuda_driver._module, cuda_driver._function):
+    for cached in (driver._context, driver._module, driver._function):
         cached.cache_clear()
     for _ in range(2):
-        cuda_driver.launch("kernel", cuda_driver.Arguments(), 5, 128, 65536, torch.device("cpu"))
+        driver.launch("kernel", driver.Arguments(), 5, 128, 65536, torch.device("cpu"))
     names = [name for name, *_ in called]
     assert names == [
         *("cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent", "cuModuleLoadData", "cuModuleGetFunction"),
@@ -172,17 +177,17 @@ def test_a_launch_sets_the_context_and_says_what_the_driver_says(monkeypatch):
     assert launched[2:9] == (5, 1, 1, 128, 1, 1, 65536) and launched[9].value == 77 and called[0][2] == 3
     refused["cuLaunchKernel"] = 1
     with pytest.raises(RuntimeError, match=r"kernel: the CUDA driver says out of shared memory \(1\)"):
-        cuda_driver.launch("kernel", cuda_driver.Arguments(), 5, 128, 65536, torch.device("cpu"))
-    for cached in (cuda_driver._context, cuda_driver._module, cuda_driver._function):
+        driver.launch("kernel", driver.Arguments(), 5, 128, 65536, torch.device("cpu"))
+    for cached in (driver._context, driver._module, driver._function):
         cached.cache_clear()
 
 
 def test_a_wrong_choice_of_kernels_is_refused(monkeypatch):
     monkeypatch.setenv("SPARSEKD_CUDA", "hip")
     with pytest.raises(RuntimeError, match="must be triton or native, got 'hip'"):
-        backend.uses_triton.__wrapped__()
+        choose.uses_triton.__wrapped__()
     monkeypatch.setenv("SPARSEKD_CUDA", "native")
-    assert not backend.uses_triton.__wrapped__()
+    assert not choose.uses_triton.__wrapped__()
 
 
 @pytest.mark.parametrize("sm", [80, 87, 90])
@@ -199,10 +204,10 @@ def test_the_machine_code(sm, tmp_path):
     assert {name for name, *_ in usage} == {
         f"gather_gemm_{dtype}_{tile.bm}x{tile.bn}x{bk}"
         for dtype in ("float16", "bfloat16")
-        for tile in cuda_driver.TILES
+        for tile in driver.TILES
         for bk in (16, 32)
     }
-    threads = {f"{tile.bm}x{tile.bn}": tile.threads for tile in cuda_driver.TILES}
+    threads = {f"{tile.bm}x{tile.bn}": tile.threads for tile in driver.TILES}
     for name, stores, loads, registers in usage:
         assert (stores, loads) == ("0", "0"), f"{name} spills"
         assert 2 * threads["x".join(name.split("_")[-1].split("x")[:2])] * int(registers) <= 65536
@@ -218,8 +223,8 @@ def test_the_machine_code(sm, tmp_path):
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{type(case).__name__}-{case.id}")
 def test_gpu_every_case(case, monkeypatch):
-    if cuda_driver.why_not():
-        pytest.skip(cuda_driver.why_not())
-    monkeypatch.setattr(backend, "uses_triton", lambda: False)
+    if driver.why_not():
+        pytest.skip(driver.why_not())
+    no_triton(monkeypatch)
     for dtype in HALVES:
         assert_as_exact_as_torch(*run(case, dtype, residual=True, activation="silu", device="cuda"))

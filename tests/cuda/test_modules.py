@@ -1,7 +1,6 @@
 """The layers on CUDA without a GPU: fake tensors of device "cuda" go through ops, autocast and export;
 what the backend runs in a steady state is watched for anything that waits for the host."""
 
-import os
 from unittest import mock
 
 import pytest
@@ -12,9 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsekd import BlockPattern
 from sparsekd.backends import cuda as backend
+from sparsekd.backends.cuda import choose, masks, plan
 from sparsekd.nn import SparseConv2d, SparseLinear
 
-from .cases import Conv, Linear, random_weight
+from ..cases import Conv, Linear, random_weight
+from .common import DEVICE, SMALL, always, block_products, gather_gemm, index
 
 needs_cuda_build = pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason='a torch built without CUDA has not even fake tensors of device "cuda"'
@@ -86,12 +87,7 @@ def test_export_for_cuda(net_and_x):
 
 # ---- The steady state: nothing a CUDA graph could not hold
 
-pytest.importorskip("triton")
-with mock.patch.dict(os.environ, {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}):
-    from sparsekd.kernels import _block_products, _gather_gemm, _index, _plan, _tiles
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = _tiles.Tile(64, 32, 32, 4, 2)
-CHOICES = [_plan.DENSE, _plan.COMPACT, _plan.Choice("triton", SMALL), _plan.Choice("triton", SMALL._replace(splits=2))]
+CHOICES = [plan.DENSE, plan.COMPACT, plan.Choice("triton", SMALL), plan.Choice("triton", SMALL._replace(splits=2))]
 
 
 class Watch(TorchDispatchMode):
@@ -140,19 +136,19 @@ def steps(case, dtype):
     ids=lambda case: f"{type(case).__name__}-{case.id}",
 )
 def test_a_second_run_asks_the_host_nothing(case, choice, monkeypatch):
-    monkeypatch.setattr(_plan.Plan, "choose", lambda self, problem, guess: choice)
-    monkeypatch.setattr(backend, "allows_tf32", lambda conv: False)
-    backend._masks.clear()
+    always(monkeypatch, choice)
+    monkeypatch.setattr(choose, "allows_tf32", lambda conv: False)
+    masks.masks.clear()
     # Interpreted kernels read their operands on the host; launches themselves are what Triton's launcher does.
-    for module in (_gather_gemm, _block_products) if DEVICE == "cpu" else ():
-        for name in ("_gather_gemm_kernel", "_block_products_kernel", "_sum_parts_kernel"):
+    for module in (gather_gemm, block_products) if DEVICE == "cpu" else ():
+        for name in ("gather_gemm_kernel", "block_products_kernel", "sum_parts_kernel"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, mock.MagicMock())
     runs = steps(case, torch.float32)
     for run in runs:
         run()
     built = mock.Mock(side_effect=AssertionError("the tables of a mask are built once"))
-    monkeypatch.setattr(_index, "_assemble", built)
+    monkeypatch.setattr(index, "_assemble", built)
     with Watch():
         for run in runs:
             run()

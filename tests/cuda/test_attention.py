@@ -4,12 +4,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 
-from sparsekd.backends import cuda_attention as backend
+from sparsekd.backends.cuda import attention as backend
 from sparsekd.ops.attention import (
     feature_stats_grad_reference,
     feature_stats_reference,
@@ -17,14 +16,10 @@ from sparsekd.ops.attention import (
     match_maps_reference,
 )
 
-pytest.importorskip("triton")
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-# The kernels are compiled or interpreted for good when their module is imported.
-with mock.patch.dict(os.environ, {} if GPU else {"TRITON_INTERPRET": "1"}):
-    from sparsekd.kernels import attention as kernels
+from .common import DEVICE, GPU
+from .common import attention as kernels
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 ALIGNED = [(16, 8, 8), (72, 4, 4), (8, 16, 24)]
 RAGGED = [(5, 7, 7), (70, 3, 3), (33, 1, 1), (3, 13, 11)]

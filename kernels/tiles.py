@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ._index import Weight
+from .index import Weight
 
 
 class Tile(NamedTuple):

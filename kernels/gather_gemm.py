@@ -1,6 +1,6 @@
 """The kernel under every forward pass and every gradient of an input: ``out = gather(x) @ blocks``, fused epilogue.
 
-One program owns ``BM`` pixels x ``BN`` output channels and walks its tile's steps (``_index.py``): gather ``[BM, BK]``
+One program owns ``BM`` pixels x ``BN`` output channels and walks its tile's steps (``index.py``): gather ``[BM, BK]``
 activations of one tap, multiply by ``[BK, BN]`` weights taken from up to ``BN / LANE`` kept blocks, accumulate in
 float32. The steps of the next trip are read one trip ahead, and the loop holds no division. The hardware hands out
 programs in order, so a grid sorted longest-first is a dynamic schedule; a persistent one would fix the shares before.
@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._index import SLOT_FIELDS, TILE_FIELDS, StepTable
-from ._tiles import Tile
+from .index import SLOT_FIELDS, TILE_FIELDS, StepTable
+from .tiles import Tile
 
 ACTIVATIONS = (None, "relu", "relu6", "silu")
 _SLOT_FIELDS = tl.constexpr(SLOT_FIELDS)
@@ -93,7 +93,7 @@ def _load_weights(
 
 
 @triton.jit
-def _gather_gemm_kernel(
+def gather_gemm_kernel(
     x_ptr,  # [images, in_h, in_w, in_c]
     values_ptr,  # [nnzb, bh, bw]
     bias_ptr,  # [out_c] or None
@@ -201,7 +201,7 @@ def _gather_gemm_kernel(
 
 
 @triton.jit
-def _sum_parts_kernel(
+def sum_parts_kernel(
     parts_ptr,  # float32 [parts, total]
     bias_ptr,
     residual_ptr,
@@ -251,7 +251,7 @@ def gather_gemm(
     fused = (bias, residual, activation)
     in_kernel = fused if tile.splits == 1 else (None, None, None)
     in_c, out_c = x.shape[1 if x.dim() == 4 else -1], out.shape[1 if out.dim() == 4 else -1]
-    _gather_gemm_kernel[(pixel_tiles * table.num_tiles, tile.splits)](
+    gather_gemm_kernel[(pixel_tiles * table.num_tiles, tile.splits)](
         x, values, *in_kernel[:2], target, table.tiles, table.slots, table.offsets,
         pixels, *walk.grid, *walk.gathered, in_c // 8, *walk.out, out_c // 8, *walk.in_step, *walk.out_step,
         table.num_tiles, pixel_tiles, out.numel() // 8,
@@ -275,7 +275,7 @@ def sum_parts(
 ) -> None:
     """``out = act(parts.sum(0) + bias + residual)``, added in a fixed order."""
     block = 1024
-    _sum_parts_kernel[(triton.cdiv(out.numel(), block),)](
+    sum_parts_kernel[(triton.cdiv(out.numel(), block),)](
         parts, bias, residual, out, out.numel(), out_c, parts.shape[0],
         ACTIVATION=activation, BLOCK=block, num_warps=4,
     )  # fmt: skip
