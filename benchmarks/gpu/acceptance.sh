@@ -66,8 +66,7 @@ stage_build() {
 stage_tests() {
   local some=()
   ((${#rehearse[@]})) && some=(-k "table or mask or every_path or frozen or captured or steady or Linear")
-  timeout 540 "$python" -m pytest -q -p no:cacheprovider tests/test_triton.py tests/test_triton_attention.py tests/test_cuda_native.py \
-    tests/test_cuda_modules.py tests/freeze/test_cuda.py ${some[@]+"${some[@]}"}
+  timeout 540 "$python" -m pytest -q -p no:cacheprovider tests/cuda tests/freeze/test_cuda.py ${some[@]+"${some[@]}"}
 }
 
 stage_layers() { run -m benchmarks.gpu.layers --batch 32 --out "$out"; }

@@ -1,4 +1,4 @@
-"""The machine code of the distillation kernels (kernels/attention.py), compiled for GPUs that need not be there.
+"""The machine code of the distillation kernels (kernels/attention*.py), compiled for GPUs that need not be there.
 
     python -m benchmarks.gpu.aot_losses [--sm 80 90 100 942] [--quick]
 
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import triton
-from sparsekd.kernels import attention
+from sparsekd.kernels import attention, attention_kd, attention_match
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -42,15 +42,15 @@ def configurations(quick: bool) -> Iterator[Config]:
                     yield from _stats(layers, dtype, last, aligned)
     yield Config("means", attention.means_kernel, {**_tuples(6, "channels_of", "pixels_of", "means_at", "partial_at"),
                  "COUNT": 6, "BLOCK": 128}, 4)  # fmt: skip
-    for block in (1024,) if quick else (64, 1024, 4096, attention.LARGEST_MAP):
+    for block in (1024,) if quick else (64, 1024, 4096, attention_match.LARGEST_MAP):
         constants = {"BLOCK": block, "EPS": 1e-12, "per_image": "fp32"}
         warps = min(max(block // 256, 1), 16)
-        yield Config(f"pairs {block}", attention.pairs_kernel, constants, warps)
-        yield Config(f"pairs {block} alone", attention.pairs_kernel, {**constants, "attention_ptr": None}, warps)
-    yield Config("unpool", attention.unpool_kernel, {"BLOCK": 1024}, 4)
-    for block in (128,) if quick else (128, 1024, attention.LARGEST_ROW):
+        yield Config(f"pairs {block}", attention_match.pairs_kernel, constants, warps)
+        yield Config(f"pairs {block} alone", attention_match.pairs_kernel, {**constants, "attention_ptr": None}, warps)
+    yield Config("unpool", attention_match.unpool_kernel, {"BLOCK": 1024}, 4)
+    for block in (128,) if quick else (128, 1024, attention_kd.LARGEST_ROW):
         arguments = {"BLOCK": block, "temperature": "fp32", "per_image": "fp32"}
-        yield Config(f"kd {block}", attention.kd_kernel, arguments, min(max(block // 256, 1), 16))
+        yield Config(f"kd {block}", attention_kd.kd_kernel, arguments, min(max(block // 256, 1), 16))
 
 
 def _tuples(count: int, *names: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ size; each size gets its own at its first call.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ..backends import cuda as backend
 from ..blocks import BlockSparse
+from ..timing import medians
 from .layer import FrozenLayer, Run, _dense_linear, _dense_norm, _torch_conv2d
 from .measure import density_of, fold, geometry_of, random_operands
 from .network import FrozenModel, assemble, check_outputs
@@ -162,12 +164,10 @@ def _measured(site: Site, layer: CudaLayer, weight: Tensor | BlockSparse) -> Lay
 
 
 def _times(calls: Mapping[str, Call], inputs: tuple[Tensor, ...]) -> dict[str, float]:
-    from sparsekd.kernels import _plan
-
     given = clone(inputs)
     with torch.no_grad():
-        medians = _plan.gpu_medians([lambda call=call: call(*given) for call in calls.values()])  # type: ignore[misc]
-    return dict(zip(calls, medians, strict=True))
+        taken = medians({name: partial(call, *given) for name, call in calls.items()}, 0.1, device=inputs[0].device)
+    return {name: 1e6 * seconds for name, seconds in taken.items()}
 
 
 @torch.no_grad()

@@ -11,14 +11,14 @@ from torch import nn
 import sparsekd
 from sparsekd import BlockPattern
 from sparsekd.backends import cuda as backend
+from sparsekd.backends.cuda import choose, masks, plan
 
 pytest.importorskip("triton")
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 with mock.patch.dict(os.environ, {} if GPU else {"TRITON_INTERPRET": "1"}):
-    from sparsekd.kernels import _gather_gemm, _plan
     from sparsekd.kernels import conv2d as conv2d_kernels
-    from sparsekd.kernels import linear as linear_kernels
+    from sparsekd.kernels import gather_gemm
 
 freezing = sys.modules["sparsekd.freeze"]
 on_cuda = sys.modules["sparsekd.freeze.cuda"]
@@ -42,19 +42,19 @@ class Net(nn.Module):
         return self.head(self.dense(x).mean((2, 3)))
 
 
-def falling_times(calls):
+def falling_times(calls, *_, **__):
     """Dense comes first and is slowest, so that the kernels are what runs."""
-    for call in calls:
+    for call in calls.values():
         call()
-    return [100.0 - index for index, _ in enumerate(calls)]
+    return {name: 1e-6 * (100.0 - place) for place, name in enumerate(calls)}
 
 
 @pytest.fixture
 def captured(monkeypatch, tmp_path):
     """What would be captured as graphs, by input shapes; on a GPU they really are."""
     monkeypatch.setenv("SPARSEKD_PLAN", str(tmp_path / "plan.json"))
-    backend._plan_of.cache_clear()
-    backend._masks.clear()
+    choose.plan_of.cache_clear()
+    masks.masks.clear()
     shapes = []
     real = on_cuda.capture
 
@@ -65,10 +65,10 @@ def captured(monkeypatch, tmp_path):
     monkeypatch.setattr(on_cuda, "capture", capture)
     if not GPU:
         monkeypatch.setattr(freezing, "_on_gpu", lambda inputs: True)
-    monkeypatch.setattr(_plan, "gpu_medians", falling_times)
+    monkeypatch.setattr(plan, "medians", falling_times)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     yield shapes
-    backend._plan_of.cache_clear()
+    choose.plan_of.cache_clear()
 
 
 def network():
@@ -82,9 +82,8 @@ def network():
 
 
 def test_a_network_is_folded_fused_chosen_and_captured(captured, monkeypatch):
-    launched = mock.Mock(wraps=_gather_gemm.gather_gemm)
-    for kernels in (conv2d_kernels, linear_kernels):
-        monkeypatch.setattr(kernels, "gather_gemm", launched)
+    launched = mock.Mock(wraps=gather_gemm.gather_gemm)
+    monkeypatch.setattr(conv2d_kernels, "gather_gemm", launched)
     net, x = network(), torch.randn(2, 3, 6, 6, device=DEVICE)
     frozen = sparsekd.freeze(net, x)
     assert isinstance(frozen, freezing.FrozenCudaModel)

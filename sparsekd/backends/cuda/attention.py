@@ -106,7 +106,7 @@ def kd(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Te
 def _map_tables(teacher_sizes: tuple[int, ...], student_sizes: tuple[int, ...], device: torch.device) -> Any:
     from sparsekd.kernels import attention_match as kernel
 
-    like = torch.empty(0, device=device)
+    like = torch.empty((0,), device=device)
     return build_to_keep(lambda: kernel.map_tables(teacher_sizes, student_sizes, device), like)
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsekd.kernels import index
+from sparsekd.kernels import index as tables
 from sparsekd.kernels.index import StepTable, Weight
 
 from .device import build_to_keep, is_capturing
@@ -45,9 +45,9 @@ class Mask:
         """The walk of a direction for a tile (kernels/index.py), built when first asked for."""
         key = (direction, tile.bn, tile.bk)
         if key not in self.tables:
-            build = index.transposed_table if direction == "grad_input" else index.forward_table
+            build = tables.transposed_table if direction == "grad_input" else tables.forward_table
             deepest = self.weight.bh if direction == "grad_input" else self.weight.bw
-            one_slot = index.power_of_two_part(deepest, tile.bk)
+            one_slot = tables.power_of_two_part(deepest, tile.bk)
             step = tile.bk if direction == "grad_values" else one_slot
             self.tables[key] = build_to_keep(
                 lambda: build(self.row_ptr, self.col_idx, self.weight, tile.bn, step), self.col_idx
@@ -121,6 +121,10 @@ class Mask:
         return math.ceil(self.weight.cols / self.weight.bw)
 
 
+def _to_keep(index: Tensor) -> Tensor:
+    return index if index.is_contiguous() else build_to_keep(index.contiguous, index)
+
+
 class Masks:
     """The masks in use, by address and version of their index tensors: autograd hands out other objects for them."""
 
@@ -136,8 +140,7 @@ class Masks:
             mask = self._found.get(key)
             if mask is None:
                 self._make_room(capturing)
-                own = (t if t.is_contiguous() else build_to_keep(t.contiguous, t) for t in (row_ptr, col_idx))
-                mask = self._found[key] = Mask(*own, weight)
+                mask = self._found[key] = Mask(_to_keep(row_ptr), _to_keep(col_idx), weight)
             self._found.move_to_end(key)
             mask.captured |= capturing
         return mask

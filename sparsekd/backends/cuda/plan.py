@@ -126,12 +126,13 @@ class Plan:
                 warnings.warn(f"sparsekd: {name} is left out of {key}: {why}", stacklevel=2)
             sound = [dense, *(choice for choice in others if str(choice) not in dropped)]
             calls = {choice: partial(run, choice) for choice in sound}
-            times = {choice: 1e6 * seconds for choice, seconds in medians(calls, SECONDS, device=device).items()}
+            taken = medians(calls, SECONDS, device=device)
+            times = {choice: round(1e6 * seconds, 2) for choice, seconds in taken.items()}
             fastest = min(times, key=times.__getitem__)
             if times[fastest] > GAIN * times[dense]:
                 fastest = dense
-            named = {str(choice): round(time, 2) for choice, time in times.items()}
-            self.measured[key] = Measured(fastest, round(times[fastest], 2), round(times[dense], 2), named, dropped)
+            named = {str(choice): time for choice, time in times.items()}
+            self.measured[key] = Measured(fastest, times[fastest], times[dense], named, dropped)
         if _measuring is not None:
             _measuring.append(self.measured[key])
         return self.measured[key].choice
