@@ -1,14 +1,16 @@
 """The three methods in a loop like anybody's: what goes when, what survives with which values, and resuming."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
 from sparsekd import BlockPattern
-from sparsekd.distill import Distiller
+from sparsekd.distill import Distiller, Plain
 from sparsekd.goals import Regression
-from sparsekd.methods import LTHSAD, METHODS, PAPER, SPSAD, SSSAD
+from sparsekd.methods import LTHSAD, METHODS, PAPER, SPSAD, SSSAD, Method
 from sparsekd.pruning import LinearSchedule
 
 from .cases import through_files
@@ -77,7 +79,7 @@ def batches(epoch):
 
 
 def train(method, optimizer, epochs, after_step=lambda: None):
-    """The loop; returns [(epoch, event)] of the epochs that pruned."""
+    """The loop; returns the events of the epochs that pruned."""
     events = []
     for epoch in epochs:
         for inputs, target in batches(epoch):
@@ -87,7 +89,7 @@ def train(method, optimizer, epochs, after_step=lambda: None):
             optimizer.step()
             method.after_step()
             after_step()
-        event = method.after_epoch(epoch)
+        event = method.after_boundary(epoch)
         after_step()
         if event:
             events.append(event)
@@ -116,7 +118,7 @@ def test_targets_are_met_and_hold_after_every_step(name, kind, granularity):
         steps.append(method.pruner.num_kept)
 
     events = train(method, optimizer, range(1, method.epochs + 1), after_step)
-    assert [(event.epoch, event.stage) for event in events] == {
+    assert [(event.boundary, event.stage) for event in events] == {
         "sp-sad": [(2, "distil"), (4, "distil"), (6, "distil")],
         "lth-sad": [(2, "distil"), (4, "distil"), (6, "distil")],
         "ss-sad": [(2, "ticket"), (6, "distil"), (8, "distil")],
@@ -137,7 +139,7 @@ def test_sp_survivors_keep_their_values_and_lose_their_momentum(granularity):
         method.loss(inputs, target).total.backward()
         optimizer.step()
     before = weights(student)
-    event = method.after_epoch(2)
+    event = method.after_boundary(2)
     assert not event.rewound
     for name, weight in weights(student).items():
         assert torch.equal(weight, before[name] * (weight != 0))
@@ -170,7 +172,7 @@ def test_lth_survivors_go_back_to_epoch_0_bit_for_bit(granularity, rewind):
             method.after_step()
         trained = weights(student)
         assert not torch.equal(trained["conv2"], first["conv2"])
-        event = method.after_epoch(epoch)
+        event = method.after_boundary(epoch)
         if event is None:
             assert all(torch.equal(weight, trained[name]) for name, weight in weights(student).items())
             continue
@@ -184,14 +186,15 @@ def test_lth_survivors_go_back_to_epoch_0_bit_for_bit(granularity, rewind):
 
 def test_lth_keeps_what_was_largest_after_training():
     method, student, optimizer = build("lth-sad", granularity="unstructured")
+    at_first = weights(student)
     train(method, optimizer, [1])
     for inputs, target in batches(2):
         method.loss(inputs, target).total.backward()
         optimizer.step()
     trained = torch.cat([weight.flatten().abs() for weight in weights(student).values()])
-    method.after_epoch(2)
+    method.after_boundary(2)
     kept = torch.cat([weight.flatten() != 0 for weight in weights(student).values()])
-    first = torch.cat([units.theta0.flatten().abs() for units in method.pruner._layers])
+    first = torch.cat([weight.flatten().abs() for weight in at_first.values()])
     assert trained[kept].min() >= trained[~kept].max()
     assert first[kept].min() < first[~kept].max()
 
@@ -232,9 +235,44 @@ def test_rounds_are_what_no_rewinding_interrupts():
         return [tuple(method.round(epoch)) for epoch in range(1, method.epochs + 1)]
 
     lth = [("distil", 1, 2), ("distil", 3, 4), ("distil", 5, 6), ("distil", 7, 8)]
-    assert rounds("lth-sad") == [found for found in lth for _ in range(2)]
+    assert rounds("lth-sad") == [one for one in lth for _ in range(2)]
     assert rounds("sp-sad") == [("distil", 1, 8)] * 8
     assert rounds("ss-sad") == [("ticket", 1, 2)] * 2 + [("ticket", 3, 4)] * 2 + [("distil", 5, 9)] * 5
+
+
+@pytest.mark.parametrize("kind", ["distilled", "plain"])
+def test_a_method_that_prunes_nothing_has_the_hooks_of_all(kind):
+    torch.manual_seed(0)
+    student, teacher = Net(6), Net(12)
+    taps = ("relu1", "relu2")
+    learner = Plain(student, Regression())
+    if kind == "distilled":
+        learner = Distiller(teacher, student, taps, taps, goal=Regression(), example_inputs=(torch.randn(2, 2, 5, 5),))
+    method = Method(learner)
+    optimizer = SGD([*student.parameters(), *method.parameters()], lr=0.01)
+    method.attach(optimizer)
+    before = weights(student)
+    assert train(method, optimizer, range(1, 3)) == []
+    after = weights(student)
+    assert method.student is student and type(student.conv2) is nn.Conv2d
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+    assert teacher.calls == (1 + 2 * BATCHES if kind == "distilled" else 0)
+    state = through_files(method.state_dict())
+    other = Method(copy.deepcopy(learner))
+    for parameter in other.parameters():
+        nn.init.zeros_(parameter)
+    other.load_state_dict(state)
+    torch.testing.assert_close(other.distiller.state_dict(), learner.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"expected the state of .*none.* got .*sp-sad"):
+        method.load_state_dict(build("sp-sad")[0].state_dict())
+
+
+def test_a_plain_student_is_pruned_by_any_method():
+    method = SSSAD(Plain(Net(6), Regression()), *PLANS["ss-sad"][:1], epochs=9, pattern=SMALL)
+    optimizer = SGD(method.student.parameters(), lr=0.01)
+    method.attach(optimizer)
+    assert [event.stage for event in train(method, optimizer, range(1, 10))] == ["ticket", "distil", "distil"]
+    assert method.pruner.removed_share == pytest.approx(0.6, abs=0.01)
 
 
 def test_random_scores_choose_otherwise():
@@ -266,7 +304,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(name, granularity
         part.load_state_dict(state)
     method.pruner.check()
     events = train(method, optimizer, range(killed_after + 1, method.epochs + 1))
-    assert events == [event for event in expected_events if event.epoch > killed_after]
+    assert events == [event for event in expected_events if event.boundary > killed_after]
     for part, other in ((student, whole[1]), (method.distiller, whole[0].distiller)):
         expected = other.state_dict()
         assert all(torch.equal(tensor, expected[key]) for key, tensor in part.state_dict().items())
@@ -288,7 +326,7 @@ def test_an_optimizer_is_needed_before_the_first_epoch_ends():
     with pytest.raises(
         RuntimeError, match=r"no attached optimizer holds the weights of conv1, conv2, head; call attach"
     ):
-        method.after_epoch(1)
+        method.after_boundary(1)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +351,7 @@ def test_bad_options(name, plan, options, says):
 @pytest.mark.parametrize("epoch", [0, 9])
 def test_an_epoch_outside_the_training_is_refused(epoch):
     with pytest.raises(ValueError, match=f"SPSAD: epochs go from 1 to 8, got {epoch}"):
-        build("sp-sad")[0].after_epoch(epoch)
+        build("sp-sad")[0].after_boundary(epoch)
 
 
 def test_names_and_notes():

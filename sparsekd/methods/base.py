@@ -1,44 +1,23 @@
-"""What the three methods share: stages of training, each with its schedule, and the hooks of the training loop."""
+"""The hooks that a training loop calls, whatever is trained and however the data comes."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..blocks import BlockPattern
 from ..distill import Distiller, Losses, Plain
-from ..pruning import Grouping, Pruner, Schedule
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A span of training. ``"ticket"`` trains on the task alone, ``"distil"`` with the teacher."""
-
-    name: Literal["ticket", "distil"]
-    epochs: int
-    schedule: Schedule
-    rewinds: bool  # whether survivors go back to theta0 at every prune
-
-
-class Round(NamedTuple):
-    """Epochs ``first .. last`` (from 1, inclusive) of a stage that no rewinding interrupts: one learning-rate cycle."""
-
-    stage: str
-    first: int
-    last: int
 
 
 @dataclass(frozen=True)
 class PruneEvent:
-    """What happened after an epoch. ``kept`` counts weights as ``Pruner.num_kept`` does; ``dead`` the biases and batch
+    """What happened at a boundary. ``kept`` counts weights as ``Pruner.num_kept`` does; ``dead`` the biases and batch
     norm weights that died with their filters."""
 
-    epoch: int
+    boundary: int
     stage: str
     target: float
     removed_share: float
@@ -48,207 +27,80 @@ class PruneEvent:
 
 
 class Method:
-    """A student under distillation and pruning, for use in any training loop.
+    """A student in training. As it stands, one that learns and is not pruned; subclasses prune it on the way.
 
-        method = LTHSAD(distiller, LinearSchedule(rate=0.05, every=4, final=0.55), epochs=60)
-        optimizer = SGD([*student.parameters(), *method.parameters()], lr=0.05, momentum=0.9)
+        method = Method(distiller)
+        optimizer = SGD([*method.student.parameters(), *method.parameters()], lr=0.05, momentum=0.9)
         method.attach(optimizer)
-        for epoch in range(1, method.epochs + 1):
+        for number, batches in enumerate(epochs, 1):    # or windows of a stream
             for inputs, target in batches:              # inputs: a tuple
                 optimizer.zero_grad()
                 method.loss(inputs, target).total.backward()
                 optimizer.step()
                 method.after_step()
-            event = method.after_epoch(epoch)           # a PruneEvent or None
+            event = method.after_boundary(number)       # a PruneEvent or None
+
+    A boundary is where a stretch of training ends: an epoch, or a window of a stream. Boundaries are counted from 1,
+    and schedules count boundaries, so one method serves both loops.
 
     Args:
-        distiller: its student's layers are replaced in place: make the optimizer after the method.
-        schedule: what is removed when; ``final`` must be reached before the last epoch.
-        epochs: length of the whole training; epochs are counted from 1.
-        granularity, pattern, grouping, include, exclude, score, seed: as in ``Pruner``.
-        example_inputs: as in ``Pruner``; default: the inputs of the first loss.
-        rewind: ``"all"`` sets the whole student back at a prune, ``"weights"`` only the surviving weights of the pruned
-            layers (biases, batch norm and unpruned layers go on). For methods that rewind.
-        rewind_to: epoch whose end is theta0; 0 is the student as given (the paper), 1 or 2 is late rewinding.
-
-    A loop that changes the learning rate asks ``round(epoch)``; ``stage`` says whether the teacher takes part.
+        distiller: a ``Distiller``, or a ``Plain`` student without a teacher. Subclasses may replace the layers of the
+            student in place: make the optimizer after the method.
     """
 
-    name: ClassVar[str]
-    scope: ClassVar[Literal["global", "layer"]] = "global"
+    name: ClassVar[str] = "none"
 
-    def __init__(
-        self,
-        distiller: Distiller | Plain,
-        schedule: Schedule,
-        *,
-        epochs: int,
-        granularity: Literal["block", "filter", "unstructured"] = "block",
-        pattern: BlockPattern | None = None,
-        grouping: Grouping | None = None,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
-        score: Literal["magnitude", "lamp", "random"] = "magnitude",
-        seed: int = 0,
-        example_inputs: Sequence[Any] | None = None,
-        rewind: Literal["all", "weights"] = "all",
-        rewind_to: int = 0,
-    ) -> None:
-        self.distiller, self.epochs, self.rewind, self.rewind_to = distiller, epochs, rewind, rewind_to
-        self.stages = self._plan(schedule, epochs)
-        self._check_plan()
-        self.epoch = 0  # epochs that are over
-        self._target = 0.0  # share that was last pruned to
-        self.pruner = Pruner(
-            distiller.student,
-            granularity=granularity,
-            pattern=pattern,
-            grouping=grouping,
-            include=include,
-            exclude=exclude,
-            scope=self.scope,
-            score=score,
-            seed=seed,
-            example_inputs=example_inputs,
-            rewindable=any(stage.rewinds for stage in self.stages),
-        )
-
-    def _plan(self, schedule: Schedule, epochs: int) -> list[Stage]:
-        """The stages of this method, one after the other, ``epochs`` long together."""
-        raise NotImplementedError
+    def __init__(self, distiller: Distiller | Plain) -> None:
+        self.distiller = distiller
 
     @property
     def student(self) -> nn.Module:
         return self.distiller.student
 
-    @property
-    def stage(self) -> str:
-        """Name of the stage that the running epoch belongs to (the one after the last ``after_epoch``)."""
-        return self._stage_of(min(self.epoch + 1, self.epochs))[0].name
-
     def __str__(self) -> str:
-        return f"{self.name}: {self.pruner}"
+        return f"{self.name}: {type(self.distiller).__name__}"
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What trains beside the student: the SAD meta-network."""
+        """What trains beside the student: the SAD meta-network, where there is one."""
         return self.distiller.parameters()
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Shrink this optimizer's state along with the weights (see ``Pruner.attach``)."""
-        self.pruner.attach(optimizer)
+        """Call once, before training: a method that prunes shrinks this optimizer's state along with the weights."""
 
     def loss(self, inputs: Sequence[Any], target: Tensor) -> Losses:
-        """``Distiller.loss`` of the running stage; in stage ``"ticket"`` the teacher is not run."""
-        if not self.pruner.observed and isinstance(inputs, (tuple, list)):
-            self.pruner.observe(*inputs)
-        learner = self.distiller
-        return learner.loss(inputs, target) if self.stage == "distil" else learner.task_loss(inputs, target)
+        """The loss of one batch, as it is to be at this point of the training."""
+        return self.distiller.loss(inputs, target)
 
     def after_step(self) -> None:
         """Call after every ``optimizer.step()``: what is gone stays gone."""
-        self.pruner.after_step()
 
-    def after_epoch(self, epoch: int) -> PruneEvent | None:
-        """Call after epoch ``epoch`` (from 1): prunes, and rewinds, where the schedule says so.
-
-        Raises ValueError for an epoch outside ``1 .. epochs`` and RuntimeError before ``attach``.
-        """
-        stage, first = self._stage_of(epoch)
-        unattached = self.pruner.unattached()
-        if unattached:
-            raise RuntimeError(
-                f"{type(self).__name__}.after_epoch: no attached optimizer holds the weights of "
-                f"{', '.join(unattached)}; call attach(optimizer) before training"
-            )
-        self.epoch = epoch
-        if epoch == self.rewind_to:
-            self.pruner.snapshot()
-        target = stage.schedule.removed_after(epoch - first + 1)
-        if target <= self._target:
-            return None
-        self._prune(target, stage.rewinds)
-        self._target = target
-        pruner = self.pruner
-        counts = (pruner.removed_share, pruner.num_kept, pruner.num_dead_parameters)
-        return PruneEvent(epoch, stage.name, target, *counts, stage.rewinds)
-
-    def round(self, epoch: int) -> Round:
-        """The round that ``epoch`` lies in. Restart the learning rate with it, as iterative pruning does; or do not."""
-        stage, first = self._stage_of(epoch)
-        last = first + stage.epochs - 1
-        if stage.rewinds:
-            for prune in _prune_epochs(stage, first):
-                first, last = (prune + 1, last) if prune < epoch else (first, min(last, prune))
-        return Round(stage.name, first, last)
-
-    def prunes(self) -> list[tuple[int, float]]:
-        """(epoch, share removed) of every prune of the plan; it comes after that epoch."""
-        found, gone = [], 0.0
-        for epoch in range(1, self.epochs + 1):
-            stage, first = self._stage_of(epoch)
-            target = stage.schedule.removed_after(epoch - first + 1)
-            if target > gone:
-                found.append((epoch, target))
-                gone = target
-        return found
+    def after_boundary(self, number: int) -> PruneEvent | None:
+        """Call at the end of every epoch or window, with its number from 1: prunes where it is time to."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and JSON values, no pickle. Save the student's and the optimizer's ``state_dict()`` beside it."""
-        state: dict[str, Any] = {"plan": self._describe_plan(), "epoch": self.epoch, "target": self._target}
-        state |= {f"pruner.{key}": value for key, value in self.pruner.state_dict().items()}
-        return state | {f"distiller.{key}": value for key, value in self.distiller.state_dict().items()}
+        state = {f"distiller.{key}": value for key, value in self.distiller.state_dict().items()}
+        return {"plan": self._describe_plan(), **state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken, on a new method of the same dense student. Then load the student's
         and the optimizer's own state. Raises ValueError for the state of another method, schedule or model."""
+        self._check_plan_of(state)
+        self.distiller.load_state_dict(part_of(state, "distiller."))
+
+    def _describe_plan(self) -> dict[str, Any]:
+        """What a saved state must have in common with this method: JSON values."""
+        return {"method": self.name}
+
+    def _check_plan_of(self, state: dict[str, Any]) -> None:
         if state.get("plan") != self._describe_plan():
             raise ValueError(
                 f"{type(self).__name__}.load_state_dict: expected the state of {self._describe_plan()}, "
                 f"got {state.get('plan')}; make the method as it was when the state was saved"
             )
-        # The pruner first: it checks before it changes anything.
-        self.pruner.load_state_dict(_under("pruner.", state))
-        self.distiller.load_state_dict(_under("distiller.", state))
-        self.epoch, self._target = state["epoch"], state["target"]
-
-    def _prune(self, target: float, rewinds: bool) -> None:
-        self.pruner.prune_to(target)
-        if rewinds:
-            self.pruner.rewind(weights_only=self.rewind == "weights")
-        else:
-            self.pruner.reset_momentum()
-
-    def _stage_of(self, epoch: int) -> tuple[Stage, int]:
-        """(stage, its first epoch) of an epoch."""
-        first = 1
-        for stage in self.stages:
-            if first <= epoch < first + stage.epochs:
-                return stage, first
-            first += stage.epochs
-        raise ValueError(f"{type(self).__name__}: epochs go from 1 to {self.epochs}, got {epoch}")
-
-    def _check_plan(self) -> None:
-        if self.rewind not in ("all", "weights"):
-            raise ValueError(f"{type(self).__name__}: rewind must be 'all' or 'weights', got {self.rewind!r}")
-        for stage in self.stages:
-            stage.schedule.check_reaches(stage.epochs)
-        first_prune = self.stages[0].schedule.every
-        if self.rewind_to and not any(stage.rewinds for stage in self.stages):
-            raise ValueError(f"{type(self).__name__}: survivors keep their values, got rewind_to={self.rewind_to}")
-        if not 0 <= self.rewind_to < first_prune:
-            raise ValueError(
-                f"{type(self).__name__}: rewind_to must come before the first prune, after epoch {first_prune}, "
-                f"got {self.rewind_to}"
-            )
-
-    def _describe_plan(self) -> dict[str, Any]:
-        stages = [dataclasses.asdict(stage) for stage in self.stages]
-        return {"method": self.name, "rewind": self.rewind, "rewind_to": self.rewind_to, "stages": stages}
 
 
-def _prune_epochs(stage: Stage, first: int) -> list[int]:
-    return [first - 1 + prune * stage.schedule.every for prune in range(1, stage.schedule.prunes + 1)]
-
-
-def _under(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
+def part_of(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries under a prefix, without it."""
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

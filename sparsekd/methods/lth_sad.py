@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ..pruning import Schedule
-from .base import Method, Stage
+from .staged import Stage, Staged
 
 
-class LTHSAD(Method):
+class LTHSAD(Staged):
     """The smallest units of the whole student go, and the survivors start again from their values of epoch 0.
 
     The paper does not restart the learning rate with them; ``round(epoch)`` lets a loop do either.

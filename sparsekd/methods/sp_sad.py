@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ..pruning import Schedule
-from .base import Method, Stage
+from .staged import Stage, Staged
 
 
-class SPSAD(Method):
+class SPSAD(Staged):
     """Every layer loses the same share of its units, the smallest of that layer; survivors keep their values.
 
     The unit is a block by default, which the kernels run; the paper prunes channels: ``granularity="filter"``, there

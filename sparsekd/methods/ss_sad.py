@@ -6,10 +6,10 @@ from typing import Any
 
 from ..distill import Distiller, Plain
 from ..pruning import LinearSchedule, Schedule
-from .base import Method, Stage
+from .staged import Stage, Staged
 
 
-class SSSAD(Method):
+class SSSAD(Staged):
     """Stage "ticket": prune and rewind without the teacher. Stage "distil": distil the trained ticket and prune on.
 
     In the second stage survivors keep their values, and the paper trains at a small constant learning rate (5e-4): look
@@ -20,7 +20,7 @@ class SSSAD(Method):
         initial: schedule of the first stage; default: the same rate (listed: one prune) and interval, up to
             ``schedule.start``.
         initial_epochs: length of the first stage; default: one interval of training after its last prune.
-        epochs: both stages together; the rest as in :class:`Method`.
+        epochs: both stages together; the rest as in :class:`Staged`.
     """
 
     name = "ss-sad"

@@ -25,7 +25,7 @@ from ..blocks import BlockPattern
 from ..data import Recipe, Split, Task
 from ..distill import Distiller, Plain
 from ..losses import AttentionTransfer
-from ..methods import METHODS, Method
+from ..methods import METHODS, Staged
 from ..taps import FeatureTap
 from .evaluate import kept_share, not_pruned, predict, scores
 from .recipes import Network
@@ -87,7 +87,7 @@ def fit(
     recipe, settings, runtime = network.recipe, settings or {}, runtime or Runtime()
     distributed.broadcast(model)
     trainee = _trainee(model, task, network, teacher, seed)  # prunes `model`, so it comes before the optimizer
-    method = trainee if isinstance(trainee, Method) else None
+    method = trainee if isinstance(trainee, Staged) else None
     optimizer = _optimizer([*model.parameters(), *trainee.parameters()], recipe)
     if method:
         method.attach(optimizer)
@@ -128,7 +128,7 @@ def fit(
                 checkpoint.save(
                     model, folder / network.file(density), epoch=epoch, **_selection(epochs[-1]), **settings
                 )
-        event = method.after_epoch(epoch) if method else None
+        event = method.after_boundary(epoch) if method else None
         if event is not None and runtime.compiled:
             torch.compiler.reset()  # dynamo gives up after 8 shapes of one function
         epochs[-1] |= {"pruned": event is not None, "rewound": event is not None and event.rewound}
@@ -141,7 +141,7 @@ def fit(
 
 def _train_epoch(
     model: nn.Module,
-    trainee: Method | Distiller | Plain,
+    trainee: Staged | Distiller | Plain,
     optimizer: torch.optim.Optimizer,
     task: Task,
     recipe: Recipe,
@@ -167,7 +167,7 @@ def _train_epoch(
         losses.total.backward()
         distributed.average_gradients(trained)
         optimizer.step()
-        if isinstance(trainee, Method):
+        if isinstance(trainee, Staged):
             trainee.after_step()
         terms = losses.terms()
         names, sums = list(terms), sums + torch.stack([*terms.values()])
@@ -193,9 +193,9 @@ def _learning_rate(recipe: Recipe, epoch: int, done: float, cycle: tuple[int, in
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * over))
 
 
-def _cycle(trainee: Method | Distiller | Plain, epoch: int, recipe: Recipe) -> tuple[int, int]:
+def _cycle(trainee: Staged | Distiller | Plain, epoch: int, recipe: Recipe) -> tuple[int, int]:
     """First and last epoch of the learning-rate cycle that `epoch` is in."""
-    if not isinstance(trainee, Method) or recipe.restart == "never":
+    if not isinstance(trainee, Staged) or recipe.restart == "never":
         return 1, recipe.epochs
     stage = trainee.round(epoch)  # a rewound ticket, and a new stage, begin a new one
     first, last = stage.first, stage.last
@@ -204,7 +204,7 @@ def _cycle(trainee: Method | Distiller | Plain, epoch: int, recipe: Recipe) -> t
     return first, last
 
 
-def _level(method: Method | None, epoch: int) -> float:
+def _level(method: Staged | None, epoch: int) -> float:
     """Density that the schedule asks for during `epoch`."""
     gone = 0.0 if method is None else max((share for prune, share in method.prunes() if prune < epoch), default=0.0)
     return round(1 - gone, 6)
@@ -214,13 +214,13 @@ def _selection(epoch: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in epoch.items() if name.startswith("val_")}
 
 
-def _share_statistics(*modules: nn.Module | Method) -> None:
+def _share_statistics(*modules: nn.Module | Staged) -> None:
     """Batch norm statistics of rank 0 for every rank: each has seen other rows. Nothing else, which would hide that
     ranks train apart."""
     if distributed.num_ranks() == 1:
         return
     for module in modules:
-        for buffer in (module.distiller if isinstance(module, Method) else module).buffers():
+        for buffer in (module.distiller if isinstance(module, Staged) else module).buffers():
             if buffer.is_floating_point():
                 dist.broadcast(buffer, src=0)
 
@@ -271,7 +271,7 @@ def picked_epoch(epochs: Sequence[dict[str, Any]], density: float, select: str, 
 
 def _trainee(
     model: nn.Module, task: Task, network: Network, teacher: nn.Module | None, seed: int
-) -> Method | Distiller | Plain:
+) -> Staged | Distiller | Plain:
     """What computes the loss of this network: the distillation alone, or a method around it."""
     torch.manual_seed(1_000 + seed)  # the SAD meta-network
     examples = task.train.examples(2)
