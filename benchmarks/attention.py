@@ -99,11 +99,11 @@ class EagerAttention(nn.Module):
         return torch.softmax(logits / self.dim**0.5, 2)
 
 
-def _apart(together: nn.Module) -> nn.ModuleList:
+def _apart(together: Any) -> nn.ModuleList:
     """The layers of one side of a SAD, each as modules of its own."""
     layers = nn.ModuleList()
     for weight, bias in zip((w for run in together.weights for w in run), together.bias, strict=True):
-        linear = nn.Linear(*weight.shape, device=weight.device)
+        linear = nn.Linear(weight.shape[0], weight.shape[1], device=weight.device)
         linear.weight.data, linear.bias.data = weight.detach().T.contiguous(), bias.detach()[0].clone()
         layers.append(nn.Sequential(linear, nn.BatchNorm1d(weight.shape[1], device=weight.device)))
     return layers
@@ -213,7 +213,7 @@ def measure(
         if compiled:  # or dynamo, which has seen other shapes of the same function, would compile for any shape
             torch.compiler.reset()
         calls = {"ours": ours, "eager": eager, **({"compiled": torch.compile(eager)} if compiled else {})}
-        label = f"{pair.name} {name} {'nhwc' if last else 'nchw'} {str(dtype)[6:]}"
+        label = f"{pair.name} {name} {'nhwc' if last else 'nchw'} {str(dtype).removeprefix('torch.')}"
         check(label, list(calls.values()), case.student)
         rates = bandwidth(seconds, device)
         steps = []
@@ -221,7 +221,7 @@ def measure(
             trained = (case.sad if who == "ours" else case.attend).parameters() if name == "sad" else ()
             steps.append(synchronised(gradients(call, [*case.student, *trained]), device))
         samples = interleaved(steps, repeats=9, seconds=seconds * len(steps))
-        row = {"case": label, "batch": pair.batch, "bytes": case.bytes(teacher), "bandwidth": rates}
+        row: dict[str, Any] = {"case": label, "batch": pair.batch, "bytes": case.bytes(teacher), "bandwidth": rates}
         row |= figures(calls, samples)
         row["share"] = row["bytes"] / row["ours_us"] / 1e3 / rates["triad"]
         rows.append(row)

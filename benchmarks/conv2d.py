@@ -82,7 +82,7 @@ def geometric_means(rows: list[dict[str, Any]]) -> dict[str, dict[float, float]]
     """Speedups of "conv2d forward", "conv2d backward", ... by density, over the layers with 64 outputs and more."""
     found: dict[str, dict[float, list[float]]] = {}
     for row in rows:
-        if row.get("out_channels", row.get("outputs")) < 64:
+        if row.get("out_channels", row.get("outputs", 0)) < 64:
             continue
         speedups = {"forward": row["forward"]["speedup"]}
         if "grad_input" in row:

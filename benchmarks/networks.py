@@ -70,7 +70,7 @@ class Contestant:
 
     def dense(self) -> tuple[nn.Module, Tensor]:
         model, x = self.model()
-        model = sparsekd.densify(model).to(memory_format=torch.channels_last)
+        model = sparsekd.densify(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model, x.contiguous(memory_format=torch.channels_last)
 
 
@@ -79,12 +79,14 @@ def _cast(dtype: str, *things: Any) -> list[Any]:
 
 
 def eager(one: Contestant, threads: int) -> Call:
-    return partial(*_cast(one.dtype, *one.dense()))
+    model, x = _cast(one.dtype, *one.dense())
+    return partial(model, x)
 
 
 def eager_fp32(one: Contestant, threads: int) -> Call:
     """What the others have to compute: the blocks of their dtype, in full precision."""
-    return partial(*one.dense())
+    model, x = one.dense()
+    return partial(model, x)
 
 
 def compiled(one: Contestant, threads: int) -> Call:
@@ -122,7 +124,8 @@ def _onnx(one: Contestant) -> tuple[bytes, Any]:
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the new exporter needs onnxscript
-        torch.onnx.export(model, (x,), file, dynamo=False, input_names=["x"])
+        to_file: Any = file  # a path by its annotation, and a file by its documentation
+        torch.onnx.export(model, (x,), to_file, dynamo=False, input_names=["x"])
     return file.getvalue(), x.contiguous().numpy()
 
 
@@ -173,7 +176,8 @@ def _serve(pipe: Any, threads: int) -> None:
         return calls[one]().float().numpy().copy()
 
     def window(one: Contestant, seconds: float) -> list[float]:
-        call, samples = calls[one], []
+        call = calls[one]
+        samples: list[float] = []
         start = time.perf_counter()
         while time.perf_counter() - start < 0.2 * seconds or not samples:
             call()

@@ -69,7 +69,9 @@ def _stats(layers: int, dtype: str, last: bool, aligned: bool) -> Iterator[Confi
 
 
 def compile_config(config: Config, capability: int) -> Any:
-    signature, constants, divisible = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    divisible: dict[tuple[int, ...], list[list[Any]]] = {}
     tables = {"teacher_of", "student_of", "size_of"}
     for index, name in enumerate(config.kernel.arg_names):
         default = "*i32" if name in tables else "*fp32" if name.endswith("_ptr") else "i32"

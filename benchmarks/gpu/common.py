@@ -149,7 +149,7 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 def write(
-    path: str, name: str, before: dict[str, Any], device: torch.device, rows: list[dict[str, Any]], **more
+    path: str, name: str, before: dict[str, Any], device: torch.device, rows: list[dict[str, Any]], **more: Any
 ) -> None:
     """Keep the rows of a stage with the state of the device before and after it."""
     target = Path(path)

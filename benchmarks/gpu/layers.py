@@ -36,7 +36,7 @@ def dense_call(layer: Conv, direction: str, x: Tensor, weight: Tensor, grad: Ten
 
 def sparse_call(layer: Conv, direction: str, x: Tensor, blocks: BlockSparse, grad: Tensor) -> Call:
     """The op of a direction."""
-    geometry = ([layer.kernel] * 2, [layer.stride] * 2, [layer.padding] * 2, [1, 1], 1)
+    geometry = geometry_of(layer)
     index = (blocks.row_ptr, blocks.col_idx)
     ops = torch.ops.sparsekd
     if direction == "forward":
@@ -46,14 +46,18 @@ def sparse_call(layer: Conv, direction: str, x: Tensor, blocks: BlockSparse, gra
     return lambda: ops.conv2d_grad_values(grad, x, *index, *blocks.values.shape[1:], *geometry)
 
 
+def geometry_of(layer: Conv) -> Geometry:
+    kernel, stride, padding = ((size, size) for size in (layer.kernel, layer.stride, layer.padding))
+    return Geometry(kernel, stride, padding)
+
+
 def native_call(layer: Conv, x: Tensor, blocks: BlockSparse, grad: Tensor) -> Call | None:
     """The forward pass in CUDA C++, or None where it was not built."""
     from sparsekd.backends.cuda import driver, masks, ops
 
     if driver.why_not(x.dtype, x.device) is not None:
         return None
-    pairs = tuple((size, size) for size in (layer.kernel, layer.stride, layer.padding, 1))
-    weight = ops.weight_of(layer.out_channels, layer.channels, blocks.values, Geometry(*pairs))
+    weight = ops.weight_of(layer.out_channels, layer.channels, blocks.values, geometry_of(layer))
     mask, out = masks.masks.of(blocks.row_ptr, blocks.col_idx, weight), torch.empty_like(grad)
     return lambda: ops.native_forward(x, blocks.values, mask, out, None, None, None)
 

@@ -59,7 +59,8 @@ def masked_twin(sparse: nn.Module) -> nn.Module:
     for name, layer in list(twin.named_modules()):
         if isinstance(layer, SparseConv2d):
             parent, _, last = name.rpartition(".")
-            setattr(twin.get_submodule(parent), last, layer.to_dense().to(memory_format=torch.channels_last))
+            dense = layer.to_dense().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            setattr(twin.get_submodule(parent), last, dense)
     return twin
 
 
@@ -112,7 +113,7 @@ def twins(options: argparse.Namespace, device: torch.device) -> tuple[torch.Tens
     image, build = NETWORKS[options.network]
     torch.manual_seed(0)
     dtype = torch.float32 if options.what == "train" or device.type == "cpu" else torch.bfloat16
-    dense = build().to(device, dtype, memory_format=torch.channels_last)
+    dense = build().to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.randn(options.batch, 3, image, image, device=device, dtype=dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     models: dict[str, nn.Module] = {"dense": dense}

@@ -10,20 +10,23 @@ smallest validation MSE.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shlex
 import sys
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
-from sparsekd import SPSAD, BlockPattern, checkpoint, data
-from sparsekd.methods import METHODS
+from sparsekd import BlockPattern, checkpoint, data
+from sparsekd.data import Task
 from sparsekd.pruning import Grouping
-from sparsekd.runs import run as train
-from sparsekd.runs.epochs import Network, fit
+from sparsekd.runs.epochs import fit
 from sparsekd.runs.evaluate import errors, kept_share, predict
+from sparsekd.runs.recipes import Choice, Network, networks
+from sparsekd.runs.run import _fresh, _shortened
 
 LAYOUTS = {
     "16x1 (CPU)": (BlockPattern(16, 1), Grouping()),
@@ -35,42 +38,44 @@ LAYOUTS = {
 }
 
 
-def trained(task, network, seed, teacher, folder):
+def trained(task: Task, network: Network, seed: int, teacher: nn.Module | None, folder: Path) -> nn.Module:
     """The best epoch's network; trained now unless an earlier run has."""
     path = folder / "model.safetensors"
     if not path.is_file() or (folder / "state.safetensors").is_file():
-        fit(train._fresh(task, network, seed), task, network, teacher=teacher, seed=seed, folder=folder)
+        fit(_fresh(task, network, seed), task, network, teacher=teacher, seed=seed, folder=folder)
         (folder / "state.safetensors").unlink()
-    return checkpoint.load(train._fresh(task, network, seed), path)
+    return checkpoint.load(_fresh(task, network, seed), path)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--density", type=float, nargs="*", default=[0.45, 0.2])
+    parser.add_argument("--layout", nargs="*", default=list(LAYOUTS), choices=LAYOUTS, help="only these")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="few rows: to see it work, not to quote")
     parser.add_argument("--work", default="runs/gpu-patterns", help="folder of the networks")
     parser.add_argument("--out", default="benchmarks/results/gpu_patterns.json")
-    options = parser.parse_args()
+    argv = sys.argv[1:] if argv is None else argv
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
     task = data.load("movietweetings", None)
-    task = train._shortened(task) if options.quick else task
-    teacher_recipe, recipe = train._recipes(task, options.quick)
-    rows: list[dict] = []
+    task = _shortened(task) if options.quick else task
+    rows: list[dict[str, Any]] = []
     for seed in range(options.seeds):
         work = Path(options.work) / f"seed{seed}"
-        teacher = trained(task, Network("teacher", "teacher", teacher_recipe), seed, None, work / "teacher")
         for density in options.density:
-            for name, (pattern, grouping) in LAYOUTS.items():
-                METHODS[name] = partial(SPSAD, pattern=pattern, grouping=grouping)  # type: ignore[assignment]
-                network = Network(name, name, recipe, train.ALPHA, train.BETA, name, density)
+            first, *_, student = networks(task, Choice(("sp-sad",), (density,), options.quick))
+            teacher = trained(task, first, seed, None, work / "teacher")
+            for name in options.layout:
+                pattern, grouping = LAYOUTS[name]
+                network = dataclasses.replace(student, name=name, pattern=str(pattern), options={"grouping": grouping})
                 model = trained(task, network, seed, teacher, work / f"{name} {density}")
                 mae, mse = errors(predict(model, task.test), task, task.test)
                 row = {"layout": name, "density": density, "seed": seed, "kept": kept_share(model)}
                 rows.append(row | {"pattern": str(pattern), "test_mae": mae, "test_mse": mse})
                 print(rows[-1], flush=True)
                 record = {"task": task.name, "data": task.meta.get("sha256"), "method": "SP-SAD", "rows": rows}
-                record["command"] = shlex.join(["python", "-m", "benchmarks.gpu.patterns", *sys.argv[1:]])
+                record["command"] = shlex.join(["python", "-m", "benchmarks.gpu.patterns", *argv])
                 record["versions"] = {"torch": torch.__version__, "quick": options.quick}
                 Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
 

@@ -5,6 +5,7 @@ python -m benchmarks.gpu.table benchmarks/results/gpu
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
@@ -138,10 +139,10 @@ def read(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
     return found, others
 
 
-def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    folder = Path(sys.argv[1])
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where acceptance.sh keeps its results")
+    folder = parser.parse_args(argv).folder
     found, others = read(folder)
     records = [record for some in found.values() for record in some]
     if not records:

@@ -99,11 +99,11 @@ def _linear(blocks: BlockSparse, x: Tensor) -> dict[str, Pass]:
     """The peers are F.linear and the two products of its backward pass."""
     name, _, packed_linear = _PACKED[x.dtype]
     weight, threads, batch = blocks.to_dense(), torch.get_num_threads(), len(x)
-    (outputs, inputs), block = weight.shape, tuple(blocks.values.shape[1:])
+    (outputs, inputs), (bh, bw) = weight.shape, blocks.values.shape[1:]
     dy = torch.randn(batch, outputs, dtype=x.dtype)
     y, dx, dvalues = torch.empty_like(dy), torch.empty_like(x), torch.empty_like(blocks.values)
     index = blocks.row_ptr.data_ptr(), blocks.col_idx.data_ptr(), len(blocks.values)
-    packed = packed_linear(inputs, outputs, *block, blocks.values.data_ptr(), *index)
+    packed = packed_linear(inputs, outputs, bh, bw, blocks.values.data_ptr(), *index)
 
     def forward() -> Tensor:
         packed.run(x.data_ptr(), batch, 0, y.data_ptr(), threads)
@@ -111,13 +111,13 @@ def _linear(blocks: BlockSparse, x: Tensor) -> dict[str, Pass]:
 
     def grad_input() -> Tensor:
         _C.linear_grad_input_f32(
-            dy.data_ptr(), batch, outputs, blocks.values.data_ptr(), *index, *block, dx.data_ptr(), inputs, threads
+            dy.data_ptr(), batch, outputs, blocks.values.data_ptr(), *index, bh, bw, dx.data_ptr(), inputs, threads
         )
         return dx
 
     def grad_values() -> Tensor:
         _C.linear_grad_values_f32(
-            x.data_ptr(), batch, inputs, dy.data_ptr(), outputs, *index, *block, dvalues.data_ptr(), threads
+            x.data_ptr(), batch, inputs, dy.data_ptr(), outputs, *index, bh, bw, dvalues.data_ptr(), threads
         )
         return dvalues
 
