@@ -12,16 +12,16 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from sparsekd import cli, data, models
-from sparsekd.data import Recipe, Split, Task
+from sparsekd.data import Recipe, Rows, Task
 from sparsekd.runs import recipes
 
 train = importlib.import_module("sparsekd.runs.run")  # the module, whose name `runs.run` is the function
 
 
-def part(rows: int, seed: int) -> Split:
+def part(rows: int, seed: int) -> Rows:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, 6, generator=generator)
-    return Split((x,), (5 + x[:, 0]).clamp(1, 10), x.numpy())
+    return Rows((x,), (5 + x[:, 0]).clamp(1, 10), x.numpy())
 
 
 def as_it_is(model, *args):

@@ -210,35 +210,6 @@ def test_split_year(title, expected):
     assert np.isnan(split_year("No year")[1])
 
 
-def test_batches_cover_every_row_once_and_repeat_with_the_seed(tweetings):
-    part = tweetings.val
-    batches = list(part.batches(1024))
-    assert torch.equal(torch.cat([y for _, y in batches]), part.target)
-    shuffled = [torch.cat([y for _, y in part.batches(999, torch.Generator().manual_seed(s))]) for s in (3, 3, 4)]
-    assert torch.equal(shuffled[0], shuffled[1]) and not torch.equal(shuffled[0], shuffled[2])
-    assert torch.equal(shuffled[0].sort().values, part.target.sort().values)
-    sizes = [len(y) for _, y in part.batches(3333, torch.Generator().manual_seed(0))]
-    assert sizes == [3333] * 3  # the last batch of one row is left out
-
-
-@pytest.mark.parametrize("rows", [slice(-3, None), np.array([4, 0, 2]), np.arange(6) % 2 == 0])
-def test_take_picks_the_same_rows_of_everything(rows):
-    number = np.arange(6)
-    columns = (number, number + 10, number.astype(np.float32))
-    part = data.Split((torch.arange(6),), torch.arange(6.0), number[:, None].astype(np.float32), *columns).take(rows)
-    for column in (part.inputs[0], part.target, part.features[:, 0], part.users, part.items - 10, part.weight):
-        assert np.asarray(column).tolist() == number[rows].tolist()
-
-
-def test_weighted_epochs_draw_rows_by_their_weight():
-    weight = np.array([1.0, 3.0, 0.0, 4.0], np.float32).repeat(1000)
-    rows = torch.arange(4).repeat_interleave(1000)
-    part = data.Split((rows,), rows.float(), np.zeros((4000, 1), np.float32), weight=weight)
-    drawn = torch.cat([y for _, y in part.batches(100, torch.Generator().manual_seed(0))])
-    shares = torch.bincount(drawn.long(), minlength=4) / len(drawn)
-    torch.testing.assert_close(shares, torch.tensor([0.125, 0.375, 0.0, 0.5]), atol=0.03, rtol=0)
-
-
 # ---- MovieLens
 
 

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from sparsekd import models
-from sparsekd.data.task import Recipe, Split, Task
+from sparsekd.data.parts import Rows
+from sparsekd.data.task import Recipe, Task
 
 
 def make_task(kind: str, rows: int = 12) -> Task:
     generator = torch.Generator().manual_seed(1)
 
-    def part() -> Split:
+    def part() -> Rows:
         if kind == "features":
             inputs: tuple[torch.Tensor, ...] = (torch.randn(rows, 9, generator=generator),)
         else:
@@ -23,7 +24,7 @@ def make_task(kind: str, rows: int = 12) -> Task:
                 torch.randn(rows, 8, generator=generator),
                 torch.rand(rows, generator=generator) * 4 + 1,
             )
-        return Split(inputs, torch.rand(rows, generator=generator) * 4 + 1, inputs[-1].reshape(rows, -1).numpy())
+        return Rows(inputs, torch.rand(rows, generator=generator) * 4 + 1, inputs[-1].reshape(rows, -1).numpy())
 
     sizes = {"features": 9} if kind == "features" else {"user_features": 6, "item_features": 8}
     recipe = Recipe(lr=1e-3, weight_decay=0.0, epochs=1, batch_size=4, dropout=0.2)

@@ -6,9 +6,10 @@ import os
 from typing import Any
 
 from . import cifar100, movielens, movies, movietweetings, sources
-from .task import Recipe, Split, Task
+from .parts import Pairs, Part, Period, Rows, histories, periods
+from .task import Recipe, Task
 
-__all__ = ["NAMES", "Recipe", "Split", "Task", "load"]
+__all__ = ["NAMES", "Pairs", "Part", "Period", "Recipe", "Rows", "Task", "histories", "load", "periods"]
 
 _READERS = {
     "movietweetings": movietweetings.load,

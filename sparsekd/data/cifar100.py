@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import sources
-from .task import Recipe, Split, Task
+from .parts import Rows
+from .task import Recipe, Task
 
 CLASSES, PIXELS = 100, 32
 IMAGES = {"train": 50_000, "test": 10_000}  # in the file of each part
@@ -68,8 +69,8 @@ def load(
     (tested,) = _drawn(unseen_labels, classes, {"test": test})
     prepare = Images.like(train[rest], pixels)
 
-    def split(pictures: np.ndarray, target: np.ndarray) -> Split:
-        return Split((_shrunk(pictures, pixels),), torch.from_numpy(target), None, prepare=prepare)
+    def split(pictures: np.ndarray, target: np.ndarray) -> Rows:
+        return Rows((_shrunk(pictures, pixels),), torch.from_numpy(target), None, prepare=prepare)
 
     return Task(
         name="cifar100",

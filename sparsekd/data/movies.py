@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from . import sources
-from .task import Recipe, Split, Task
+from .parts import Rows
+from .task import Recipe, Task
 
 IMDB, TMDB = ("movie_metadata.csv",), ("tmdb_5000_movies.csv.gz", "tmdb_5000_movies.csv")
 LAST_TRAIN_YEAR = 2013  # the paper's: later films are the test set
@@ -91,8 +92,8 @@ def load(root: Path | None, group: str = "numerical") -> Task:
     target = torch.tensor([film.score for film in films], dtype=torch.float32)
     weight = recency([film.year for film in films], RECENT_YEARS[group])
 
-    def part(rows: np.ndarray) -> Split:
-        return Split((torch.from_numpy(features[rows]),), target[rows], features[rows], weight=weight[rows])
+    def part(rows: np.ndarray) -> Rows:
+        return Rows((torch.from_numpy(features[rows]),), target[rows], features[rows], weight=weight[rows])
 
     return Task(
         name=f"movies-{group}",

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from . import sources
-from .task import Recipe, Split, Task
+from .parts import Rows
+from .task import Recipe, Task
 
 TITLE_BUCKETS = 32
 TAG_BUCKETS = 32
@@ -137,8 +138,8 @@ def build(
     item_features = np.concatenate([item_features, genres, _content(log, items, train), _tags(log, items)], axis=1)
     table = np.concatenate([prior[:, None], user_features, item_features], axis=1)
 
-    def split(rows: np.ndarray) -> Split:
-        return Split(
+    def split(rows: np.ndarray) -> Rows:
+        return Rows(
             inputs=(
                 torch.from_numpy(user_features[rows]),
                 torch.from_numpy(item_features[rows]),

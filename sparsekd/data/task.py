@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..goals import Classification, Goal, Regression
+from .parts import Rows
 
 
 @dataclass(frozen=True)
@@ -42,85 +41,6 @@ class Recipe:
     recalibrate: bool = True
 
 
-Prepare = Callable[[tuple[Tensor, ...], torch.Generator | None], tuple[Tensor, ...]]
-
-
-@dataclass(frozen=True)
-class Split:
-    """N rows of one part (train, val or test).
-
-    inputs    tuple of tensors, first axis N: what the network is called with, once `prepare` has seen it.
-    target    float32 [N], or int64 [N] where it is a class.
-    features  float32 [N, F]: the same information as one table, for the baselines; None where there are none.
-    users, items  int64 [N], 0 = not seen in train; None where the task has no users.
-    weight    float32 [N] or None: how often a row is drawn in training, relative to the others (None: equally).
-    prepare   makes the inputs of a batch from its rows, e.g. images from bytes; with a generator it augments them.
-    """
-
-    inputs: tuple[Tensor, ...]
-    target: Tensor
-    features: np.ndarray | None
-    users: np.ndarray | None = None
-    items: np.ndarray | None = None
-    weight: np.ndarray | None = None
-    prepare: Prepare | None = None
-
-    def __len__(self) -> int:
-        return len(self.target)
-
-    def take(self, rows: slice | np.ndarray) -> Split:
-        """The rows of a slice, an index array or a mask."""
-        pick = torch.from_numpy(np.arange(len(self))[rows])
-        return replace(
-            self,
-            inputs=tuple(x[pick] for x in self.inputs),
-            target=self.target[pick],
-            features=None if self.features is None else self.features[rows],
-            users=None if self.users is None else self.users[rows],
-            items=None if self.items is None else self.items[rows],
-            weight=None if self.weight is None else self.weight[rows],
-        )
-
-    def to(self, device: torch.device | str) -> Split:
-        """The same rows with inputs and target on `device`."""
-        return replace(self, inputs=tuple(x.to(device) for x in self.inputs), target=self.target.to(device))
-
-    def batches(
-        self, size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
-    ) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-        """Yield `(inputs, target)` of at most `size` rows: a training epoch with a generator, all in order without one.
-
-        An epoch is a random order of the rows; with weights it is as many rows, drawn with replacement. It leaves out a
-        last batch of one row, on which batch normalisation cannot be trained. Of several `ranks`, each gets its share
-        of every batch.
-        """
-        order = self._order(generator)
-        if generator is not None and rank:  # other crops than rank 0 has, in the same order of rows
-            generator = torch.Generator().manual_seed(generator.initial_seed() + 7_919 * rank)
-        for rows in order.split(size):
-            if generator is None or len(rows) > 2 * ranks - 1:
-                inputs, target = self._rows(rows[rank::ranks])
-                yield self.prepared(inputs, generator), target
-
-    def prepared(self, inputs: tuple[Tensor, ...], generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
-        return inputs if self.prepare is None else self.prepare(inputs, generator)
-
-    def examples(self, rows: int = 2) -> tuple[Tensor, ...]:
-        """What a network gets for the first `rows` rows, over again where there are fewer: for tracing and timing."""
-        return self.prepared(self._rows(torch.arange(rows) % len(self))[0])
-
-    def _rows(self, rows: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        rows = rows.to(self.target.device)
-        return tuple(x[rows] for x in self.inputs), self.target[rows]
-
-    def _order(self, generator: torch.Generator | None) -> Tensor:
-        if generator is None:
-            return torch.arange(len(self))
-        if self.weight is None:
-            return torch.randperm(len(self), generator=generator)
-        return torch.from_numpy(self.weight).multinomial(len(self), replacement=True, generator=generator)
-
-
 @dataclass(frozen=True)
 class Task:
     """What to learn: three parts and how they came about (`split` says it).
@@ -140,9 +60,9 @@ class Task:
 
     name: str
     kind: str
-    train: Split
-    val: Split
-    test: Split
+    train: Rows
+    val: Rows
+    test: Rows
     sizes: dict[str, int]
     mean: float
     target_range: tuple[float, float]

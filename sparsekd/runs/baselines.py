@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.task import Split, Task
+from ..data.parts import Rows
+from ..data.task import Task
 
 BIAS_SHRINKS = (2.0, 5.0, 10.0, 20.0, 40.0)
 RIDGE_ALPHAS = (1e-1, 1e0, 1e1, 1e2, 1e3, 1e4)
@@ -30,7 +31,7 @@ class Score:
     setting: str = ""
 
 
-def score(name: str, task: Task, part: Split, prediction: np.ndarray, setting: str = "") -> Score:
+def score(name: str, task: Task, part: Rows, prediction: np.ndarray, setting: str = "") -> Score:
     """MAE and MSE of `prediction` [N] on a part of the task."""
     error = np.clip(prediction.astype(np.float64), *task.target_range) - part.target.double().numpy()
     return Score(name, float(np.abs(error).mean()), float((error**2).mean()), setting)
@@ -100,11 +101,11 @@ def _best(name: str, task: Task, models: dict[str, Any]) -> Score:
     return score(name, task, task.test, fitted[setting].predict(task.test.features), setting)
 
 
-def _squared_error(part: Split, task: Task, prediction: np.ndarray) -> float:
+def _squared_error(part: Rows, task: Task, prediction: np.ndarray) -> float:
     return score("", task, part, prediction).mse
 
 
-def _bias_predict(task: Task, part: Split, shrink: float, rounds: int = 10) -> np.ndarray:
+def _bias_predict(task: Task, part: Rows, shrink: float, rounds: int = 10) -> np.ndarray:
     """Alternate shrunk means of residuals, items then users (Koren, Bell & Volinsky 2009, equation 1)."""
     _ratings_only(task, "biases")
     users, items, target = task.train.users, task.train.items, task.train.target.double().numpy()

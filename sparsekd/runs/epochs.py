@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint, distributed, energy
 from ..blocks import BlockPattern
-from ..data import Recipe, Split, Task
+from ..data import Recipe, Rows, Task
 from ..distill import Distiller, Plain
 from ..losses import AttentionTransfer
 from ..methods import METHODS, Staged
@@ -238,7 +238,7 @@ def _shuffle(seed: int, epoch: int) -> torch.Generator:
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, part: Split, batch_size: int, generator: torch.Generator) -> None:
+def recalibrate(model: nn.Module, part: Rows, batch_size: int, generator: torch.Generator) -> None:
     """Give every batch norm the mean and variance of RECALIBRATION batches of `part`, seen as evaluation sees them.
 
     The moving averages of training lag behind in short epochs, and dropout shifts their variance.

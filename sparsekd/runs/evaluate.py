@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import energy
 from ..convert import DENSE_TYPES, SPARSE_TYPES, densify, named_layers
-from ..data import Split, Task
+from ..data import Rows, Task
 from ..freeze import freeze
 from ..nn import BlockSparseLayer
 from . import baselines
@@ -32,13 +32,13 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def predict(model: nn.Module, part: Split, batch_size: int = 512) -> Tensor:
+def predict(model: nn.Module, part: Rows, batch_size: int = 512) -> Tensor:
     """Predictions [N], or logits [N, classes], of a whole part, in evaluation mode; on the CPU, in float32."""
     with _evaluating(model):
         return torch.cat([model(*inputs) for inputs, _ in part.batches(batch_size)]).float().cpu()
 
 
-def scores(prediction: Tensor, task: Task, part: Split) -> dict[str, float]:
+def scores(prediction: Tensor, task: Task, part: Rows) -> dict[str, float]:
     """{"mae", "mse"} of predictions [N] clipped to the range of the target; {"accuracy", "cross_entropy"} of logits."""
     if task.kind != "images":
         return dict(zip(("mae", "mse"), errors(prediction, task, part), strict=True))
@@ -47,7 +47,7 @@ def scores(prediction: Tensor, task: Task, part: Split) -> dict[str, float]:
     return {"accuracy": float(accuracy), "cross_entropy": float(F.cross_entropy(prediction, target))}
 
 
-def errors(prediction: Tensor, task: Task, part: Split) -> tuple[float, float]:
+def errors(prediction: Tensor, task: Task, part: Rows) -> tuple[float, float]:
     """(MAE, MSE) of predictions [N] clipped to the range of the target."""
     score = baselines.score("", task, part, prediction.numpy())
     return score.mae, score.mse

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparsekd.data.task import Recipe, Split, Task
+from sparsekd.data.parts import Rows
+from sparsekd.data.task import Recipe, Task
 from sparsekd.runs import baselines
 
 
@@ -27,7 +28,7 @@ def ratings_task(users=20, items=15, noise=0.0, count=3000):
         features = np.stack([by_user[user], by_item[item], rng.normal(size=n)], axis=1).astype(np.float32)
         empty = torch.zeros(n, 1)
         inputs = (empty, empty, target + 0.5)
-        return Split(inputs, target, features, user, item)
+        return Rows(inputs, target, features, user, item)
 
     parts = part(count), part(500), part(500)
     sizes = {"users": users + 1, "items": items + 1, "user_features": 1, "item_features": 1}
@@ -50,7 +51,7 @@ def test_biases_recover_additive_effects():
 
 def test_biases_of_unknown_users_and_items_are_zero():
     task = ratings_task()
-    unknown = Split(task.test.inputs, task.test.target, task.test.features, task.test.users * 0, task.test.items * 0)
+    unknown = Rows(task.test.inputs, task.test.target, task.test.features, task.test.users * 0, task.test.items * 0)
     prediction = baselines._bias_predict(task, unknown, shrink=5.0)
     np.testing.assert_allclose(prediction, task.train.target.double().mean().item())
 
@@ -79,8 +80,8 @@ def test_row_weights_count():
     target = torch.cat([torch.full((100,), 1.0), torch.full((100,), 3.0)])
     same = np.ones((200, 1), np.float32)
     weight = np.repeat([1.0, 0.0], 100).astype(np.float32)
-    train = Split((torch.from_numpy(same),), target, same, weight=weight)
-    test = Split((torch.from_numpy(features),), torch.ones(200), same)
+    train = Rows((torch.from_numpy(same),), target, same, weight=weight)
+    test = Rows((torch.from_numpy(features),), torch.ones(200), same)
     task = Task("made up", "features", train, test, test, {"features": 1}, 2.0, (0.0, 5.0), "none", RECIPE, RECIPE)
     assert baselines.ridge(task).mse < 1e-6 and baselines.boosting(task).mse < 1e-6
     assert [s.name for s in baselines.run(task)] == ["constant", "ridge", "gradient boosting"]

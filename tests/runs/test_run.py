@@ -12,7 +12,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from sparsekd import checkpoint, data, models
-from sparsekd.data import Recipe, Split, Task
+from sparsekd.data import Recipe, Rows, Task
 from sparsekd.runs import epochs as loop
 from sparsekd.runs import evaluate, recipes
 
@@ -21,11 +21,11 @@ train = importlib.import_module("sparsekd.runs.run")  # the module, whose name `
 RECIPE = Recipe(lr=3e-3, weight_decay=1e-2, epochs=4, batch_size=64, dropout=0.1)
 
 
-def part(rows: int, seed: int) -> Split:
+def part(rows: int, seed: int) -> Rows:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, 6, generator=generator)
     y = (5 + x[:, 0] + x[:, 1] * x[:, 2] + 0.1 * torch.randn(rows, generator=generator)).clamp(1, 10)
-    return Split((x,), y, x.numpy())
+    return Rows((x,), y, x.numpy())
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ class Kill(Exception):
 def stop_in(monkeypatch, epoch, at):
     """Raise once, like a kill, in `epoch`: in the middle of it, or after it, before or after its state is written."""
     if at == "mid-epoch":
-        batches = Split.batches
+        batches = Rows.batches
         calls = []
 
         def interrupted(self, size, generator=None, *ranks):
@@ -140,7 +140,7 @@ def stop_in(monkeypatch, epoch, at):
                     raise Kill
                 yield batch
 
-        monkeypatch.setattr(Split, "batches", interrupted)
+        monkeypatch.setattr(Rows, "batches", interrupted)
         return
     save = loop._save_state
 
@@ -175,7 +175,7 @@ def test_resume_is_bit_identical(task, teacher, tmp_path, monkeypatch, method, a
 def test_recalibrated_batch_norm_sees_what_evaluation_sees():
     x = 3 + 2 * torch.randn(512, 4, 5, 5)
     model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.BatchNorm2d(4))
-    rows = Split((x,), torch.zeros(512), np.zeros((512, 1)))
+    rows = Rows((x,), torch.zeros(512), np.zeros((512, 1)))
     loop.recalibrate(model, rows, 64, torch.Generator().manual_seed(0))  # 8 batches: all rows
     assert model[1].running_mean == pytest.approx(x.mean((0, 2, 3)), rel=1e-4)
     assert model[1].running_var == pytest.approx(x.var((0, 2, 3)), rel=0.02)
