@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+# The same derivatives as an autograd.Function each: see `call`.
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 
 
 def define(name: str, schema: str, reference: Callable, fake: Callable) -> None:
@@ -13,6 +17,23 @@ def define(name: str, schema: str, reference: Callable, fake: Callable) -> None:
     torch.library.define(f"sparsekd::{name}", schema)
     torch.library.impl(f"sparsekd::{name}", "default", reference)
     torch.library.register_fake(f"sparsekd::{name}", fake)
+
+
+def differentiate(name: str, backward: Callable, save: Callable) -> None:
+    """Give ``sparsekd::name`` its derivative, as ``torch.library.register_autograd`` takes it."""
+    torch.library.register_autograd(f"sparsekd::{name}", backward, setup_context=save)
+    operation = getattr(torch.ops.sparsekd, name)
+    methods = {"forward": operation, "setup_context": save, "backward": backward}
+    members = {key: staticmethod(method) for key, method in methods.items()}
+    _FUNCTIONS[name] = type(name, (torch.autograd.Function,), members)
+
+
+def call(name: str, *args: Any) -> Any:
+    """``torch.ops.sparsekd.name``, also inside ``torch.func.grad`` and its like, which differentiate an
+    ``autograd.Function`` with ``setup_context`` but not what ``torch.library`` makes."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _FUNCTIONS[name].apply(*args)
+    return getattr(torch.ops.sparsekd, name)(*args)
 
 
 def autocast(x: Tensor, *operands: Tensor | None) -> tuple:

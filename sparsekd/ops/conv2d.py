@@ -11,7 +11,7 @@ import torch.nn.grad
 from torch import Tensor
 
 from ..blocks import BlockPattern, BlockSparse, gather_blocks
-from ._schema import autocast, check_operands, check_weight, define
+from ._schema import autocast, call, check_operands, check_weight, define, differentiate
 
 Pair = Sequence[int]
 
@@ -88,7 +88,7 @@ def conv2d(
     x, values, bias = autocast(x, values, bias)
     geometry = Geometry.of(kernel_size, stride, padding, dilation, groups)
     _check(x, values, row_ptr, col_idx, bias, out_channels, geometry)
-    return torch.ops.sparsekd.conv2d(x, values, row_ptr, col_idx, bias, out_channels, *geometry)
+    return call("conv2d", x, values, row_ptr, col_idx, bias, out_channels, *geometry)
 
 
 def conv2d_reference(
@@ -207,9 +207,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     need_x, need_values, *_ = ctx.needs_input_grad
     # Autograd may hand in a grad of another layout; both gradients run best in the layout of the forward pass.
     grad = grad.contiguous(memory_format=memory_format(x))
-    ops, weight = torch.ops.sparsekd, (row_ptr, col_idx)
-    grad_x = ops.conv2d_grad_input(grad, values, *weight, x.shape, *ctx.geometry) if need_x else None
-    grad_values = ops.conv2d_grad_values(grad, x, *weight, *values.shape[1:], *ctx.geometry) if need_values else None
+    weight = (row_ptr, col_idx)
+    grad_x = call("conv2d_grad_input", grad, values, *weight, x.shape, *ctx.geometry) if need_x else None
+    grad_values = (
+        call("conv2d_grad_values", grad, x, *weight, *values.shape[1:], *ctx.geometry) if need_values else None
+    )
     grad_bias = grad.sum((0, 2, 3)) if ctx.has_bias and ctx.needs_input_grad[4] else None
     return grad_x, grad_values, None, None, grad_bias, *(None,) * 6
 
@@ -224,10 +226,10 @@ def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple:
     """Of grad_input, which is linear in the gradient of y and in the values."""
     grad_y, values, row_ptr, col_idx = ctx.saved_tensors
     grad = grad.contiguous(memory_format=memory_format(grad_y))
-    ops, index = torch.ops.sparsekd, (row_ptr, col_idx)
+    index = (row_ptr, col_idx)
     return (
-        ops.conv2d(grad, values, *index, None, grad_y.shape[1], *ctx.geometry),
-        ops.conv2d_grad_values(grad_y, grad, *index, *values.shape[1:], *ctx.geometry),
+        call("conv2d", grad, values, *index, None, grad_y.shape[1], *ctx.geometry),
+        call("conv2d_grad_values", grad_y, grad, *index, *values.shape[1:], *ctx.geometry),
         *(None,) * 8,
     )
 
@@ -235,10 +237,10 @@ def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple:
 def _backward_grad_values(ctx: Any, grad: Tensor) -> tuple:
     """Of grad_values, which is linear in the gradient of y and in x."""
     grad_y, x, row_ptr, col_idx = ctx.saved_tensors
-    ops, index = torch.ops.sparsekd, (row_ptr, col_idx)
+    index = (row_ptr, col_idx)
     return (
-        ops.conv2d(x, grad, *index, None, grad_y.shape[1], *ctx.geometry),
-        ops.conv2d_grad_input(grad_y, grad, *index, x.shape, *ctx.geometry),
+        call("conv2d", x, grad, *index, None, grad_y.shape[1], *ctx.geometry),
+        call("conv2d_grad_input", grad_y, grad, *index, x.shape, *ctx.geometry),
         *(None,) * 9,
     )
 
@@ -264,6 +266,6 @@ define(
     conv2d_grad_values_reference,
     _fake_grad_values,
 )
-torch.library.register_autograd("sparsekd::conv2d", _backward, setup_context=_save)
-torch.library.register_autograd("sparsekd::conv2d_grad_input", _backward_grad_input, setup_context=_save_two)
-torch.library.register_autograd("sparsekd::conv2d_grad_values", _backward_grad_values, setup_context=_save_two)
+differentiate("conv2d", _backward, _save)
+differentiate("conv2d_grad_input", _backward_grad_input, _save_two)
+differentiate("conv2d_grad_values", _backward_grad_values, _save_two)

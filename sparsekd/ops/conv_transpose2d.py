@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._schema import autocast, check_operands, check_weight
+from ._schema import autocast, call, check_operands, check_weight
 
 Pair = Sequence[int]
 
@@ -70,7 +69,7 @@ def conv_transpose2d(
         x = F.pad(x, (0, further[1], 0, further[0]))
     shape = (x.shape[0], out_channels, *size)
     geometry = (list(kernel_size), list(stride), list(padding), list(dilation), groups)
-    out = torch.ops.sparsekd.conv2d_grad_input(x, values, row_ptr, col_idx, shape, *geometry)
+    out = call("conv2d_grad_input", x, values, row_ptr, col_idx, shape, *geometry)
     return out if bias is None else out + bias[:, None, None]
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..blocks import BlockPattern, BlockSparse, gather_blocks
-from ._schema import autocast, check_operands, check_weight, define
+from ._schema import autocast, call, check_operands, check_weight, define, differentiate
 
 
 def linear(
@@ -31,7 +30,7 @@ def linear(
     """
     x, values, bias = autocast(x, values, bias)
     _check(x, values, row_ptr, col_idx, bias, out_features)
-    return torch.ops.sparsekd.linear(x, values, row_ptr, col_idx, bias, out_features)
+    return call("linear", x, values, row_ptr, col_idx, bias, out_features)
 
 
 def linear_reference(
@@ -88,9 +87,8 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple:
     x, values, row_ptr, col_idx = ctx.saved_tensors
     need_x, need_values, *_ = ctx.needs_input_grad
-    ops = torch.ops.sparsekd
-    grad_x = ops.linear_grad_input(grad, values, row_ptr, col_idx, x.shape[-1]) if need_x else None
-    grad_values = ops.linear_grad_values(grad, x, row_ptr, col_idx, *values.shape[1:]) if need_values else None
+    grad_x = call("linear_grad_input", grad, values, row_ptr, col_idx, x.shape[-1]) if need_x else None
+    grad_values = call("linear_grad_values", grad, x, row_ptr, col_idx, *values.shape[1:]) if need_values else None
     grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias and ctx.needs_input_grad[4] else None
     return grad_x, grad_values, None, None, grad_bias, None
 
@@ -103,10 +101,10 @@ def _save_two(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple:
     """Of ``grad_input = grad_y W``, linear in both."""
     grad_y, values, row_ptr, col_idx = ctx.saved_tensors
-    ops, index = torch.ops.sparsekd, (row_ptr, col_idx)
+    index = (row_ptr, col_idx)
     return (
-        ops.linear(grad, values, *index, None, grad_y.shape[-1]),
-        ops.linear_grad_values(grad_y, grad, *index, *values.shape[1:]),
+        call("linear", grad, values, *index, None, grad_y.shape[-1]),
+        call("linear_grad_values", grad_y, grad, *index, *values.shape[1:]),
         *(None,) * 3,
     )
 
@@ -114,10 +112,10 @@ def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple:
 def _backward_grad_values(ctx: Any, grad: Tensor) -> tuple:
     """Of ``grad_values = blocks of grad_y^T x``, linear in both."""
     grad_y, x, row_ptr, col_idx = ctx.saved_tensors
-    ops, index = torch.ops.sparsekd, (row_ptr, col_idx)
+    index = (row_ptr, col_idx)
     return (
-        ops.linear(x, grad, *index, None, grad_y.shape[-1]),
-        ops.linear_grad_input(grad_y, grad, *index, x.shape[-1]),
+        call("linear", x, grad, *index, None, grad_y.shape[-1]),
+        call("linear_grad_input", grad_y, grad, *index, x.shape[-1]),
         *(None,) * 4,
     )
 
@@ -140,6 +138,6 @@ define(
     linear_grad_values_reference,
     _fake_grad_values,
 )
-torch.library.register_autograd("sparsekd::linear", _backward, setup_context=_save)
-torch.library.register_autograd("sparsekd::linear_grad_input", _backward_grad_input, setup_context=_save_two)
-torch.library.register_autograd("sparsekd::linear_grad_values", _backward_grad_values, setup_context=_save_two)
+differentiate("linear", _backward, _save)
+differentiate("linear_grad_input", _backward_grad_input, _save_two)
+differentiate("linear_grad_values", _backward_grad_values, _save_two)
