@@ -4,7 +4,7 @@ blocks     BlockPattern, BlockSparse: which blocks of a weight exist, and their 
 ops        linear, conv2d, conv_transpose2d, feature_stats: what each op means on any device
 backends   which kernel runs an op here, and why
 nn         SparseLinear, SparseConv2d and others: drop-in layers
-convert    sparsify, densify: swap a model's layers in place
+convert    sparsify, densify: swap a model's layers in place; conversion: what stays dense and why
 losses     SAD, AT and KD: what a student can learn from a teacher
 goals      Regression, Classification, Ranking, Click: what a network learns and how it is judged
 taps       FeatureTap: the outputs of inner modules
@@ -19,7 +19,8 @@ runs       the main job: distil, prune, freeze, measure (``sparsekd run``)
 
 from . import backends, nn, ops
 from .blocks import BlockPattern, BlockSparse
-from .convert import densify, sparsify
+from .conversion import ConversionReport
+from .convert import conversion_report, densify, sparsify
 from .distill import Distiller
 from .energy import EnergyMeter
 from .freeze import FrozenModel, freeze, load_frozen
@@ -40,6 +41,7 @@ __all__ = [
     "BlockSparse",
     "Classification",
     "Click",
+    "ConversionReport",
     "Distiller",
     "EnergyMeter",
     "FeatureTap",
@@ -51,6 +53,7 @@ __all__ = [
     "__version__",
     "attention_transfer_loss",
     "backends",
+    "conversion_report",
     "densify",
     "freeze",
     "kd_loss",

@@ -107,12 +107,12 @@ class BlockSparse:
         """
         if density is not None and mask is not None:
             raise ValueError("BlockSparse.from_dense: give density or mask, not both")
+        weight = weight.detach()
         if not torch.isfinite(weight).all():
             raise ValueError(
                 "BlockSparse.from_dense: expected finite weights, got NaN or infinity; "
                 "load a checkpoint from before the divergence"
             )
-        weight = weight.detach()
         if mask is None:
             mask = _largest_blocks(_cut(weight, pattern), 1.0 if density is None else density)
         else:

@@ -2,118 +2,175 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from fnmatch import fnmatchcase
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
-from .backends import cuda
 from .blocks import BlockPattern, check_density
-from .nn import BlockSparseLayer, SparseConv2d, SparseLinear
+from .conversion import (
+    DENSE_TYPES,
+    SPARSE_OF,
+    SPARSE_TYPES,
+    ConversionReport,
+    Pattern,
+    named_layers,
+    report,
+    sparse_type,
+    survey,
+)
+from .nn import BlockSparseLayer
+from .nn.attention import follow_projection
 
-# The block-sparse layer that stands for each dense one. A layer that comes to the library is entered here.
-SPARSE_OF: dict[type[nn.Module], type[BlockSparseLayer]] = {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d}
-DENSE_TYPES, SPARSE_TYPES = tuple(SPARSE_OF), tuple(SPARSE_OF.values())
+__all__ = [
+    "DENSE_TYPES",
+    "SPARSE_OF",
+    "SPARSE_TYPES",
+    "conversion_report",
+    "densify",
+    "named_layers",
+    "replace_layers",
+    "sparse_layer",
+    "sparsify",
+]
+
+# What a user may have hung on a layer: it moves to the layer that takes its place, handles and all.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+_OF_THE_BLOCKS = ("pattern", "weight_shape", "matrix_shape")
 
 
 def sparsify(
     model: nn.Module,
-    pattern: BlockPattern | None = None,
+    pattern: Pattern = None,
     density: float = 1.0,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
 ) -> nn.Module:
-    """Replace ``nn.Linear`` and ``nn.Conv2d`` layers by block-sparse ones, in place.
+    """Replace the layers of a model that have a block-sparse form by it, in place.
+
+    These are ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d``, ``nn.ConvTranspose2d``, 1x1x1 ``nn.Conv3d``, the output
+    projection of ``nn.MultiheadAttention``, and subclasses of them that inherit the forward pass. What else has a
+    weight stays dense; a warning names what one would not expect, :func:`conversion_report` all of it. A model is
+    converted whole, or refused before anything has changed.
 
     Args:
         model: changed in place and returned. A bare layer cannot be replaced in place: use ``from_dense``.
-        pattern: block shape; default ``BlockPattern.for_device`` of each layer.
+        pattern: block shape, or a function that gives it for a layer; default ``BlockPattern.for_device`` of each.
         density: share of each layer's blocks to keep (largest L2 norm), in (0, 1].
-        include, exclude: shell-style patterns on module names (``"stage1.*"``); a layer is converted if a pattern of
-            ``include`` names it (default all) and none of ``exclude`` does.
+        include, exclude: names of modules, or shell-style patterns (``"stage1.*"``); a layer is converted if a pattern
+            of ``include`` names it (default all) and none of ``exclude`` does.
 
     Layers that are block-sparse already stay as they are. A layer that the model holds under several names is replaced
-    under all of them; a weight that two layers share cannot be (it would come apart), and is refused.
-    Unless ``include`` names them, layers that sparsity would make slower stay dense: a grouped convolution whose groups
-    are lower than a block (depthwise ones), and on a GPU, with blocks that its kernels take, a layer whose channels
-    they do not take (the three of an image, ten classes).
+    under all of them. Hooks and attributes of a layer move along.
+
+    Unless ``include`` names them, these stay dense: layers that share a weight, which would come apart; layers whose
+    weight is computed (weight_norm, ``torch.nn.utils.prune``); and layers that sparsity would make slower: a grouped
+    convolution whose groups are lower than a block (depthwise ones), and on a GPU, with blocks that its kernels take, a
+    layer whose channels they do not take (the three of an image, ten classes).
+
+    For inference torch runs a whole ``nn.TransformerEncoderLayer`` as one call on dense weights. One that holds a
+    block-sparse layer takes the path of training instead, so that what ``src_key_padding_mask`` hides is not zeroed.
     """
     check_density("sparsekd.sparsify", density)
-    for dense, sparse in SPARSE_OF.items():
-        if isinstance(model, dense):
+    kind = sparse_type(model)
+    if kind is not None:
+        raise ValueError(
+            f"sparsekd.sparsify: a bare layer cannot be replaced in place; use {kind.__name__}.from_dense(layer)"
+        )
+    found = survey(model, pattern, include, exclude)
+    wanted = [each for each in found if each.kind is not None]
+    for each in wanted:
+        if not torch.isfinite(each.layer.weight.detach()).all():
             raise ValueError(
-                f"sparsekd.sparsify: a bare layer cannot be replaced in place; use {sparse.__name__}.from_dense(layer)"
+                f"sparsekd.sparsify: expected finite weights, got NaN or infinity in layer {each.name!r}; "
+                "load a checkpoint from before the divergence"
             )
-    for name, layer in list(named_layers(model, DENSE_TYPES, include, exclude)):
-        if include is None and not _fits(layer, pattern):
-            continue
-        _refuse_tied(model, name, layer)
-        _replace(model, layer, sparse_layer(layer, pattern, density=density))
+    if include is None:
+        _warn_of_unexpected(report(found))
+    twins = (
+        (each.layer, sparse_layer(each.layer, pattern(each.layer) if callable(pattern) else pattern, density=density))
+        for each in wanted
+    )
+    replace_layers(model, twins)
     return model
-
-
-def sparse_layer(dense: nn.Module, pattern: BlockPattern | None = None, **options: Any) -> BlockSparseLayer:
-    """The block-sparse layer that stands for a dense one; ``options`` as in its ``from_dense``."""
-    return SPARSE_OF[type(dense)].from_dense(dense, pattern, **options)
 
 
 def densify(model: nn.Module) -> nn.Module:
     """Replace every block-sparse layer by the torch layer with the same weight, in place."""
-    for _, layer in list(named_layers(model, SPARSE_TYPES)):
-        _replace(model, layer, layer.to_dense())
+    if isinstance(model, BlockSparseLayer):
+        raise ValueError("sparsekd.densify: a bare layer cannot be replaced in place; use layer.to_dense()")
+    replace_layers(model, ((layer, layer.to_dense()) for _, layer in list(named_layers(model, SPARSE_TYPES))))
     return model
 
 
-def named_layers(
+def conversion_report(
     model: nn.Module,
-    types: tuple[type, ...],
+    pattern: Pattern = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
-) -> Iterator[tuple[str, Any]]:
-    """(name, layer) of the layers of these exact types that ``include`` names and ``exclude`` does not."""
-    layers = {name: module for name, module in model.named_modules() if type(module) in types}
-    for wanted in include or ():
-        if not any(fnmatchcase(name, wanted) for name in layers):
-            raise ValueError(
-                f"sparsekd: include pattern {wanted!r} names no {' or '.join(t.__name__ for t in types)} layer; "
-                f"the model has {', '.join(layers) or 'none'}"
-            )
-    for unwanted in exclude or ():
-        if not any(fnmatchcase(name, unwanted) for name, _ in model.named_modules()):
-            raise ValueError(f"sparsekd: exclude pattern {unwanted!r} names no module of the model")
-    for name, layer in layers.items():
-        included = include is None or any(fnmatchcase(name, wanted) for wanted in include)
-        if included and not any(fnmatchcase(name, unwanted) for unwanted in exclude or ()):
-            yield name, layer
+) -> ConversionReport:
+    """What is block-sparse in a model, what ``sparsify`` with these arguments would convert, what stays dense and why.
+
+    Nothing is changed: ask before, or print it afterwards.
+
+    >>> model = sparsify(nn.Sequential(nn.Conv1d(8, 16, 3), nn.Embedding(4, 2)), density=0.5)
+    >>> print(conversion_report(model))
+    layers: 1 block-sparse, 1 stays dense
+      block-sparse      0  SparseConv1d(8, 16, kernel_size=(3,), stride=(1,), bias=True, pattern=16x1, density=0.5)
+      stays dense       1  Embedding looks rows up and multiplies nothing
+    """
+    return report(survey(model, pattern, include, exclude))
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` in the place of ``old``, under every name that the model holds it by."""
-    for name in [name for name, module in model.named_modules(remove_duplicate=False) if module is old]:
-        model.set_submodule(name, new)
+def sparse_layer(dense: nn.Module, pattern: BlockPattern | None = None, **options: Any) -> BlockSparseLayer:
+    """The block-sparse layer that stands for a dense one; ``options`` as in its ``from_dense``."""
+    kind = sparse_type(dense)
+    if kind is None:
+        raise TypeError(f"sparsekd: {type(dense).__name__} has no block-sparse form")
+    return kind.from_dense(dense, pattern, **options)
 
 
-def _refuse_tied(model: nn.Module, name: str, layer: nn.Module) -> None:
-    for other, module in model.named_modules():
-        if module is not layer and any(p is layer.weight for p in module.parameters(recurse=False)):
-            raise ValueError(
-                f"sparsekd: layers {name!r} and {other!r} share one weight, which block-sparse layers cannot; "
-                f"leave them dense with exclude=[{name!r}, {other!r}], or give each its own copy first"
-            )
+def replace_layers(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
+    """Put the second of each pair in the place of the first, under every name that the model holds it by."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    for old, new in pairs:
+        _carry_over(old, new)
+        for name in names[id(old)]:
+            model.set_submodule(name, new)
+    for module in list(model.modules()):
+        follow_projection(module)
 
 
-def _fits(layer: nn.Module, pattern: BlockPattern | None) -> bool:
-    weight: Any = layer.weight
-    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-    pattern = pattern or BlockPattern.for_device(weight.device, weight.dtype)
-    if groups > 1 and (weight.shape[0] // groups) % pattern.bh:
-        return False
-    return not _on_gpu(layer) or cuda.takes(weight.shape, pattern, groups)
+def _carry_over(old: nn.Module, new: nn.Module) -> None:
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
+    for name, value in vars(old).items():
+        if not name.startswith("_") and name not in vars(new) and name not in _OF_THE_BLOCKS:
+            setattr(new, name, value)
 
 
-def _on_gpu(layer: nn.Module) -> bool:
-    return layer.weight.is_cuda  # type: ignore[union-attr, return-value]
-
-
-__all__ = ["DENSE_TYPES", "SPARSE_OF", "SPARSE_TYPES", "densify", "named_layers", "sparse_layer", "sparsify"]
+def _warn_of_unexpected(found: ConversionReport) -> None:
+    if not found.unexpected and (found.sparse or found.convertible):
+        return
+    reasons = "; ".join(f"{name or 'the model'}: {found.dense[name]}" for name in found.unexpected[:8])
+    more = f"; and {len(found.unexpected) - 8} more" if len(found.unexpected) > 8 else ""
+    first = "" if found.sparse or found.convertible else "no layer can be block-sparse. "
+    stay = f"{len(found.unexpected)} stay dense: {reasons}{more}. " if found.unexpected else ""
+    warnings.warn(
+        f"sparsekd.sparsify: {first}{stay}sparsekd.conversion_report(model) lists every layer; exclude=[...] says "
+        "that it is meant",
+        stacklevel=3,
+    )

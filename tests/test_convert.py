@@ -43,7 +43,7 @@ def test_include_and_exclude_name_modules():
 
 
 def test_on_a_gpu_layers_whose_channels_its_kernels_refuse_stay_dense(monkeypatch):
-    monkeypatch.setattr(sys.modules["sparsekd.convert"], "_on_gpu", lambda layer: True)
+    monkeypatch.setattr(sys.modules["sparsekd.conversion"], "on_gpu", lambda layer: True)
     gpu = BlockPattern.for_device("cuda")
     dense = {"stem": nn.Conv2d, "body.0": SparseConv2d, "depthwise": nn.Conv2d, "head": nn.Linear}
     assert kinds(sparsekd.sparsify(model(), gpu)) == dense
@@ -81,18 +81,23 @@ def test_a_layer_under_two_names_stays_one_layer():
     assert net.a is net.b and isinstance(net.a, nn.Linear)
 
 
-def test_tied_weights_are_refused():
-    net = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 16))
-    net[1].weight = net[0].weight
+def test_layers_that_share_a_weight_stay_dense_and_are_refused_if_named():
+    net = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8), nn.Linear(8, 16))
+    net[2].weight = net[0].weight
     with pytest.raises(ValueError, match="share one weight"):
+        sparsekd.sparsify(net, include=["1", "2"])
+    assert type(net[1]) is nn.Linear
+    with pytest.warns(UserWarning, match="2: shares a weight with 0"):
         sparsekd.sparsify(net)
+    assert [type(layer) for layer in net] == [nn.Embedding, SparseLinear, nn.Linear]
+    assert net[2].weight is net[0].weight
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         ({"density": 0.0}, r"density must lie in \(0, 1\]"),
-        ({"include": ["boddy.*"]}, "names no Linear or Conv2d layer; the model has stem, body.0"),
+        ({"include": ["boddy.*"]}, "names no layer of a type that can be block-sparse; the model has stem, body.0"),
         ({"exclude": ["haed"]}, "names no module"),
         ({"include": ["depthwise"]}, "multiple of the block height"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,13 +60,14 @@ class Convolution(BlockSparseLayer):
         self._build({**dense, "bias": bias, "device": device, "dtype": dtype}, pattern, density, mask)
 
     @classmethod
-    def _check_geometry(cls, dense: Any, pattern: BlockPattern) -> None:
-        rows = dense.weight.shape[0] // dense.groups
-        if dense.groups > 1 and rows % pattern.bh:
-            raise ValueError(
-                f"{cls.__name__}: with groups = {dense.groups} the {rows} outputs of a group must be a multiple of the "
-                f"block height, got pattern {pattern}; use a lower block or stay dense"
-            )
+    def misfit(cls, dense: Any, pattern: BlockPattern) -> str | None:
+        rows = dense.out_channels // dense.groups
+        if dense.groups == 1 or rows % pattern.bh == 0:
+            return None
+        return (
+            f"with groups = {dense.groups} the {rows} outputs of a group must be a multiple of the block height, got "
+            f"pattern {pattern}; use a lower block or stay dense"
+        )
 
     def _padded(self, input: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """The input as ``[N, C, ...]`` with whatever padding the op cannot apply, and what zeros the op shall add."""
@@ -134,7 +136,7 @@ class SparseConv1d(Convolution):
     dense_type = nn.Conv1d
 
     @classmethod
-    def _matrix_shape(cls, weight_shape: tuple[int, ...]) -> tuple[int, ...]:
+    def matrix_shape_of(cls, weight_shape: Sequence[int]) -> tuple[int, ...]:
         return (*weight_shape[:2], 1, weight_shape[2])
 
     def forward(self, input: Tensor) -> Tensor:
@@ -156,13 +158,13 @@ class SparseConv3d(Convolution):
     dense_type = nn.Conv3d
 
     @classmethod
-    def _check_geometry(cls, dense: Any, pattern: BlockPattern) -> None:
+    def misfit(cls, dense: Any, pattern: BlockPattern) -> str | None:
         if dense.kernel_size != (1, 1, 1):
-            raise ValueError(f"{cls.__name__}: only 1x1x1 kernels can be block-sparse, got {dense.kernel_size}")
-        super()._check_geometry(dense, pattern)
+            return f"of Conv3d only 1x1x1 kernels can be block-sparse, got {dense.kernel_size}"
+        return super().misfit(dense, pattern)
 
     @classmethod
-    def _matrix_shape(cls, weight_shape: tuple[int, ...]) -> tuple[int, ...]:
+    def matrix_shape_of(cls, weight_shape: Sequence[int]) -> tuple[int, ...]:
         return (*weight_shape[:2], 1, 1)
 
     def forward(self, input: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -40,8 +41,8 @@ class BlockSparseLayer(TracedWhole):
     """A layer whose weight exists only where a block is kept.
 
     A subclass names the torch layer that it stands for (``dense_type``) and what describes it beside the weight
-    (``geometry``, names of constructor arguments), says in ``_check_geometry`` which of these layers it cannot stand
-    for, and in ``_matrix_shape`` how the dense weight is cut into blocks.
+    (``geometry``, names of constructor arguments), says in ``misfit`` which of these layers it cannot stand for, and in
+    ``matrix_shape_of`` how the dense weight is cut into blocks.
     """
 
     dense_type: ClassVar[type[nn.Module]]
@@ -79,50 +80,50 @@ class BlockSparseLayer(TracedWhole):
         return layer
 
     @classmethod
-    def check_type(cls, dense: nn.Module) -> None:
-        """Raise TypeError unless ``dense`` computes what its ``dense_type`` does, from a weight and bias of its own."""
-        wanted = f"{cls.__name__}: expected nn.{cls.dense_type.__name__}"
+    def refusal(cls, dense: nn.Module) -> str | None:
+        """What ``dense`` is instead of a ``dense_type`` with a weight and bias of its own; None for what is one."""
+        kind = type(dense).__name__
+        if not isinstance(dense, cls.dense_type):
+            return kind
         if not computes_as(dense, cls.dense_type):
-            raise TypeError(f"{wanted}, got {type(dense).__name__}{_own_forward(dense, cls.dense_type)}")
+            return f"{kind}, whose forward is its own"
         own = {name for name, parameter in dense._parameters.items() if isinstance(parameter, nn.Parameter)}
         if "weight" not in own or not own <= {"weight", "bias"} or dense._buffers or dense._modules:
-            raise TypeError(
-                f"{wanted} with its own weight and bias, got one whose weight is computed (weight_norm, spectral_norm, "
-                "torch.nn.utils.prune, parametrizations); make the computed weight its own first, with "
-                "torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm or prune.remove"
+            return (
+                f"{kind} whose weight is computed (weight_norm, spectral_norm, nn.utils.prune, parametrizations): "
+                "make it a Parameter with torch.nn.utils.parametrize.remove_parametrizations, prune.remove or the like"
             )
         weight: Any = dense.weight
         if isinstance(weight, nn.parameter.UninitializedParameter):
-            raise TypeError(f"{wanted} with a weight, got one that has none yet; run the model once")
+            return f"{kind} that has no weight yet: run the model once"
         if not weight.is_floating_point():
-            raise TypeError(f"{cls.__name__}: expected floating-point weights, got {weight.dtype}")
+            return f"{kind} with a weight of {weight.dtype}, which is not floating point"
+        return None
 
     @classmethod
-    def check(cls, dense: nn.Module, pattern: BlockPattern | None = None) -> None:
-        """Raise TypeError or ValueError for what ``from_dense`` refuses: nothing is converted, nothing changes."""
-        cls.check_type(dense)
-        weight: Any = dense.weight
-        if weight.is_meta:
-            raise ValueError(
-                f"{cls.__name__}.from_dense: expected a layer with values, got one on the meta device; load it first"
-            )
-        cls._check_geometry(dense, pattern or BlockPattern.for_device(weight.device, weight.dtype))
+    def misfit(cls, dense: Any, pattern: BlockPattern) -> str | None:
+        """Why a layer of the right type cannot be block-sparse in these blocks, or at all; None where it can."""
+        return None
 
     @classmethod
-    def _check_geometry(cls, dense: Any, pattern: BlockPattern) -> None:
-        """Raise ValueError for a layer of the right type that this one cannot stand for."""
-
-    @classmethod
-    def _matrix_shape(cls, weight_shape: tuple[int, ...]) -> tuple[int, ...]:
-        return weight_shape
+    def matrix_shape_of(cls, weight_shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(weight_shape)
 
     def _adopt(self, dense: Any, pattern: BlockPattern | None, density: float | None, mask: Tensor | None) -> None:
         """Become the block-sparse twin of a dense layer. A parameter shares no memory with the dense one."""
-        self.check(dense, pattern)
+        kind = type(self).__name__
+        if refusal := self.refusal(dense):
+            raise TypeError(f"{kind}.from_dense: expected nn.{self.dense_type.__name__}, got {refusal}")
         weight = dense.weight
+        if weight.is_meta:
+            raise ValueError(
+                f"{kind}.from_dense: expected a layer with values, got one on the meta device; load it first"
+            )
         self.pattern = pattern or BlockPattern.for_device(weight.device, weight.dtype)
+        if misfit := self.misfit(dense, self.pattern):
+            raise ValueError(f"{kind}: {misfit}")
         self.weight_shape = tuple(weight.shape)
-        self.matrix_shape = self._matrix_shape(self.weight_shape)
+        self.matrix_shape = self.matrix_shape_of(self.weight_shape)
         blocks = BlockSparse.from_dense(weight.reshape(self.matrix_shape), self.pattern, density=density, mask=mask)
         self.values = nn.Parameter(blocks.values, requires_grad=weight.requires_grad)
         self.register_buffer("row_ptr", blocks.row_ptr)
@@ -243,10 +244,6 @@ def computes_as(layer: nn.Module, kind: type[nn.Module]) -> bool:
     return isinstance(layer, kind) and all(
         getattr(type(layer), name, None) is getattr(kind, name, None) and name not in vars(layer) for name in names
     )
-
-
-def _own_forward(layer: nn.Module, kind: type[nn.Module]) -> str:
-    return " whose forward is its own, not the inherited one" if isinstance(layer, kind) else ""
 
 
 def _replace_data(parameter: nn.Parameter, data: Tensor) -> None:

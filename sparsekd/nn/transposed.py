@@ -85,13 +85,14 @@ class SparseConvTranspose2d(BlockSparseLayer):
         self._build({**dense, "bias": bias, "device": device, "dtype": dtype}, pattern, density, mask)
 
     @classmethod
-    def _check_geometry(cls, dense: Any, pattern: BlockPattern) -> None:
+    def misfit(cls, dense: Any, pattern: BlockPattern) -> str | None:
         rows = dense.in_channels // dense.groups
-        if dense.groups > 1 and rows % pattern.bh:
-            raise ValueError(
-                f"{cls.__name__}: with groups = {dense.groups} the {rows} inputs of a group must be a multiple of the "
-                f"block height, got pattern {pattern}; use a lower block or stay dense"
-            )
+        if dense.groups == 1 or rows % pattern.bh == 0:
+            return None
+        return (
+            f"with groups = {dense.groups} the {rows} inputs of a group must be a multiple of the block height, got "
+            f"pattern {pattern}; use a lower block or stay dense"
+        )
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         if input.dim() == 3:
