@@ -1,0 +1,44 @@
+"""When how much goes."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsekd.pruning import (
+    LinearSchedule,
+)
+
+
+def test_the_schedule_is_linear_in_the_original_count():
+    schedule = LinearSchedule(rate=0.05, every=75, final=0.6)
+    removed = [schedule.removed_after(epoch) for epoch in (1, 74, 75, 149, 150, 825, 899, 900, 1200)]
+    assert removed == pytest.approx([0, 0, 0.05, 0.05, 0.1, 0.55, 0.55, 0.6, 0.6])
+    assert schedule.prunes == 12
+    schedule.check_reaches(901)
+    with pytest.raises(ValueError, match=r"12 prunes every 75 epochs reach 0.6 after epoch 900.*train 901 epochs"):
+        schedule.check_reaches(900)
+    assert LinearSchedule(0.1, 2, final=0.55, start=0.2).prunes == 4
+
+
+@given(st.floats(0.01, 0.5), st.integers(1, 9), st.floats(0.01, 0.99))
+def test_a_schedule_ends_exactly_at_its_last_prune(rate, every, final):
+    schedule = LinearSchedule(rate, every, final)
+    last = schedule.prunes * every
+    assert schedule.removed_after(last - 1) < schedule.removed_after(last)
+    assert schedule.removed_after(last) == schedule.removed_after(last + 10 * every) == final
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(0.0, 1, 0.5), (1.0, 1, 0.5), (0.1, 0, 0.5), (0.1, 1.5, 0.5), (0.1, 1, 1.0), (0.1, 1, 0.0), (0.1, 1, 0.5, 0.5)],
+)
+def test_a_schedule_refuses_nonsense(arguments):
+    with pytest.raises(ValueError, match=r"LinearSchedule: (rate|every|final|start) must"):
+        LinearSchedule(*arguments)
+
+
+def test_rounding_adds_no_prune():
+    final = 1 - 0.7  # a little over 0.3
+    schedule = LinearSchedule(rate=final / 3, every=2, final=final)
+    assert schedule.prunes == 3
+    assert schedule.removed_after(6) == schedule.removed_after(8) == final
