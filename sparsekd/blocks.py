@@ -198,7 +198,7 @@ class BlockSparse:
 
 def mask_to_index(mask: Tensor) -> tuple[Tensor, Tensor]:
     """``(row_ptr, col_idx)`` of a block mask ``[Rb, Cb]`` or ``[Rb, Cb, R, S]``."""
-    flat = _tap_major(mask).flatten(1)
+    flat = tap_major(mask).flatten(1)
     row_ptr = torch.zeros(flat.shape[0] + 1, dtype=torch.int32, device=mask.device)
     row_ptr[1:] = flat.sum(1).cumsum(0)
     return row_ptr, flat.nonzero()[:, 1].to(torch.int32)
@@ -206,11 +206,18 @@ def mask_to_index(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def gather_blocks(dense: Tensor, pattern: BlockPattern, mask: Tensor) -> Tensor:
     """``values [nnzb, bh, bw]``: the blocks of ``dense`` that the block mask names, in storage order."""
-    return _cut(dense, pattern)[_tap_major(mask)].contiguous()
+    return _cut(dense, pattern)[tap_major(mask)].contiguous()
 
 
-def _tap_major(mask: Tensor) -> Tensor:
-    """``[Rb, Cb, R, S] -> [Rb, R, S, Cb]`` (a linear mask gets R = S = 1)."""
+def spread(values: Tensor, survives: Tensor) -> Tensor:
+    """``values [old, ...]`` at the places that ``survives [new]`` (bool) names, in order; zeros at the others."""
+    wide = values.new_zeros(len(survives), *values.shape[1:])
+    wide[survives] = values
+    return wide
+
+
+def tap_major(mask: Tensor) -> Tensor:
+    """``[Rb, Cb, R, S] -> [Rb, R, S, Cb]`` (a linear mask gets R = S = 1): a view in the order of storage."""
     return mask.reshape(*mask.shape[:2], *(mask.shape[2:] or (1, 1))).permute(0, 2, 3, 1)
 
 

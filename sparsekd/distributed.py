@@ -33,6 +33,7 @@ __all__ = [
     "check_same_parameters",
     "data_parallel",
     "num_ranks",
+    "total",
 ]
 
 ROUNDING = 1e-3  # of the norm of all parameters: far more than ranks on other hardware drift apart
@@ -135,6 +136,15 @@ def agree(keep: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     flat = torch.cat([layer.cpu() for layer in keep]).to(device, torch.uint8)
     dist.broadcast(flat, src=0)
     return list(flat.cpu().bool().split([len(layer) for layer in keep]))
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum over all ranks."""
+    if num_ranks() == 1:
+        return tensor
+    summed = tensor.clone()
+    dist.all_reduce(summed)
+    return summed
 
 
 def _check_same(what: str, model: nn.Module | None, mine: Any) -> None:

@@ -16,7 +16,7 @@ import sparsekd
 from sparsekd import BlockPattern, distributed
 from sparsekd.distill import Distiller
 from sparsekd.losses import AttentionTransfer
-from sparsekd.pruning import Pruner
+from sparsekd.pruning import DenseGradients, Pruner
 
 RANKS = 2
 
@@ -107,6 +107,19 @@ def _check_agreement(rank, folder):
     pruner.prune_to(0.7)
     distributed.check_same_masks(model)
     assert pruner.removed_share == pytest.approx(0.7, abs=0.01)
+    pruner.grow_to(0.5)
+    distributed.check_same_masks(model)
+    pruner.exchange(0.2)
+    distributed.check_same_masks(model)
+    assert pruner.removed_share == pytest.approx(0.5, abs=0.01)
+    x = torch.randn(2, 3, 4, 4)  # another on each rank
+    with DenseGradients(pruner) as gradients:
+        model(x).square().sum().backward()
+    scores = gradients.scores()
+    everyones = [None] * RANKS
+    dist.all_gather_object(everyones, scores)
+    assert all(torch.equal(everyones[0][name], score) and score.any() for name, score in scores.items())
+    model.zero_grad()
     versions = [buffer._version for buffer in model.buffers()]
     parallel = distributed.data_parallel(model)
     for _ in range(2):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from ..blocks import BlockPattern, BlockSparse
+from ..blocks import BlockPattern, BlockSparse, mask_to_index, spread, tap_major
 
 Layer = TypeVar("Layer", bound="BlockSparseLayer")
 
@@ -194,6 +194,25 @@ class BlockSparseLayer(TracedWhole):
         self.row_ptr = kept_before[self.row_ptr.long()]
         self.col_idx = self.col_idx[keep]
         _replace_data(self.values, self.values.data[keep])
+
+    @torch.no_grad()
+    def grow_(self, mask: Tensor) -> Tensor:
+        """Bring back, as zeros, every block that the block mask names and that is not kept. ``values`` stays the same
+        Parameter. Returns bool ``[nnzb]``: which of the blocks kept now were kept before.
+
+        Optimizers hold state of the old size: ``sparsekd.pruning.grow_blocks`` lets it grow along.
+        """
+        before = self.block_mask()
+        if mask.dtype != torch.bool or mask.shape != before.shape:
+            raise ValueError(
+                f"{type(self).__name__}.grow_: expected a bool block mask of shape {tuple(before.shape)}, "
+                f"got {mask.dtype} of shape {tuple(mask.shape)}"
+            )
+        after = before | mask.to(before.device)
+        survives = tap_major(before)[tap_major(after)]
+        self.row_ptr, self.col_idx = mask_to_index(after)
+        _replace_data(self.values, spread(self.values.data, survives))
+        return survives
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
         """A state may hold other blocks, and another number of them, than this layer holds now."""

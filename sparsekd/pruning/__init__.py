@@ -6,18 +6,22 @@
     ...                                                             # after every optimizer.step(): pruner.after_step()
     pruner.prune_to(0.5)                                            # half of the original weights are gone
     pruner.rewind()                                                 # lottery ticket: survivors back to where they began
+    pruner.grow_to(0.4)                                             # a tenth is back, as zeros
+    pruner.exchange(0.3)                                            # 30 % of what is kept make room for as many others
 
 A *unit* is what stays or goes as a whole: a block, an output filter or a single weight. Counts are weights of the
 pruned convolutions and linear layers (no biases, no batch norm), shares are of their ORIGINAL count.
 """
 
+from .gradients import DenseGradients
 from .grouping import Grouping
 from .pruner import Pruner
 from .schedule import LinearSchedule, ListedSchedule, Schedule
 from .scores import choose_units, lamp_scores, layer_ranks, magnitude_scores, random_scores
-from .surgery import drop_blocks
+from .surgery import drop_blocks, grow_blocks
 
 __all__ = [
+    "DenseGradients",
     "Grouping",
     "LinearSchedule",
     "ListedSchedule",
@@ -25,6 +29,7 @@ __all__ = [
     "Schedule",
     "choose_units",
     "drop_blocks",
+    "grow_blocks",
     "lamp_scores",
     "layer_ranks",
     "magnitude_scores",

@@ -45,8 +45,11 @@ class Grouping:
         """
         return cls(rows=256, equal=True) if torch.device(device).type == "cuda" else cls()
 
-    def units(self, blocks: BlockSparse) -> Tensor:
-        """``[nnzb]`` int64 on the CPU: the unit of each kept block, numbered from 0 without gaps."""
+    def units(self, blocks: BlockSparse, worth: Tensor) -> Tensor:
+        """``[nnzb]`` int64 on the CPU: the unit of each block, numbered from 0 without gaps.
+
+        ``worth [nnzb]`` says what a block adds to its unit; only ``equal`` looks at it.
+        """
         grid, pattern = blocks.pattern.grid(blocks.shape), blocks.pattern
         if self == Grouping():
             return torch.arange(blocks.col_idx.shape[0])
@@ -58,7 +61,7 @@ class Grouping:
         columns = per_tap * math.prod(grid[2:])
         places = group * columns + tap * per_tap + column % grid[1] // wide
         kept, unit = torch.unique(places, return_inverse=True)
-        return _ranks(blocks, unit, kept // columns)[unit] if self.equal else unit
+        return _ranks(blocks, unit, kept // columns, worth)[unit] if self.equal else unit
 
 
 def _whole(grouping: Grouping, name: str, block: int) -> int:
@@ -69,11 +72,10 @@ def _whole(grouping: Grouping, name: str, block: int) -> int:
     return max(channels // block, 1)
 
 
-def _ranks(blocks: BlockSparse, unit: Tensor, group: Tensor) -> Tensor:
+def _ranks(blocks: BlockSparse, unit: Tensor, group: Tensor, worth: Tensor) -> Tensor:
     """``[units]``: place of each unit in its group of rows, weakest last. What is alike in place goes together."""
     sums = torch.zeros(2, group.shape[0], dtype=torch.float64)
-    energies = blocks.values.detach().cpu().double().square().sum((1, 2))
-    sums.index_add_(1, unit, torch.stack((energies, blocks.block_sizes().cpu().double())))
+    sums.index_add_(1, unit, torch.stack((worth.double(), blocks.block_sizes().cpu().double())))
     strongest_first = (sums[0] / sums[1]).argsort(descending=True, stable=True)
     order = strongest_first[group[strongest_first].argsort(stable=True)]
     places = torch.arange(group.shape[0])

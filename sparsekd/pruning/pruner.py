@@ -1,9 +1,9 @@
-"""The pruner: plans, removes, rewinds, and keeps what is gone gone."""
+"""The pruner: plans, removes, brings back, rewinds, and keeps what is gone gone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,24 +11,16 @@ from torch.optim import ASGD, LBFGS, Adagrad, Optimizer, Rprop
 
 from ..blocks import BlockPattern
 from ..distributed import agree
-from .batch_norm import fed_batch_norms
+from .batch_norm import first_batch_norm
+from .choice import Rule, Scores
 from .grouping import Grouping
-from .scores import choose_units, lamp_scores, layer_ranks, random_scores
+from .held import Held
 from .surgery import state_slots
 from .units import prunable_layers
 
 
-class _Held(NamedTuple):
-    """Entries of a parameter that must be zero after every step; ``dead`` if they count as removed parameters."""
-
-    name: str
-    parameter: nn.Parameter
-    zero: Tensor  # bool, the parameter's shape
-    dead: bool
-
-
 class Pruner:
-    """Removes blocks, filters or weights of a model in training, and keeps what is gone gone.
+    """Removes blocks, filters or weights of a model in training, brings them back, and keeps what is gone gone.
 
     Args:
         model: its ``nn.Linear`` and ``nn.Conv2d`` layers are replaced by block-sparse ones in place (except under
@@ -41,17 +33,18 @@ class Pruner:
         scope: ``"global"`` compares scores over all layers; ``"layer"`` removes the same share from every layer.
         score: ``"magnitude"``, ``"lamp"`` (see :func:`lamp_scores`: global, but no layer goes almost whole), or
             ``"random"`` as a control (seeded by ``seed``).
-        example_inputs: a tuple, see :meth:`observe`; needed before the first prune if the model has ``BatchNorm2d``.
+        example_inputs: a tuple, see :meth:`observe`; needed before the first prune if the model has batch norm.
         rewindable: remember all values now (theta0), for :meth:`rewind`. Costs a copy of the model.
 
     Under ``torch.compile`` every prune makes new shapes: call ``torch.compiler.reset()`` after one, or dynamo gives up
     compiling after its recompile limit (8).
 
-    On several ranks all of them drop what rank 0 chooses: see ``sparsekd.distributed``.
+    On several ranks all of them drop, and bring back, what rank 0 chooses: see ``sparsekd.distributed``.
 
-    Dead filters: where a convolution's output channel has no kept weight left, its bias and the batch norm channel that
-    it feeds are set to zero and held there, so that the channel is exactly 0 in training and evaluation. They are
-    counted in ``num_dead_parameters``, not in ``num_kept``. Rows of linear layers keep their bias.
+    Dead filters: where an output channel of a convolution has no kept weight left, its bias and the batch norm channel
+    that it feeds are set to zero and held there, so that the channel is exactly 0 in training and evaluation. They are
+    counted in ``num_dead_parameters``, not in ``num_kept``. Rows of linear layers do the same if they feed a batch
+    norm, and keep their bias otherwise. A filter that gets a weight back lives again: see :meth:`grow_to`.
     """
 
     def __init__(
@@ -79,13 +72,12 @@ class Pruner:
         self.model, self.granularity, self.scope, self.score = model, granularity, scope, score
         self._layers = prunable_layers(model, granularity, pattern, include, exclude, grouping)
         self._optimizers: list[Optimizer] = []
-        self._batch_norms: dict[str, list[str]] | None = None  # batch norm -> the convolutions that feed it
         self._rest0: dict[str, Tensor] | None = None  # theta0 of everything that is not pruned
-        self._held: list[_Held] = []
-        self._generator = torch.Generator().manual_seed(seed)
+        self._held = Held(model, self._layers)
+        self._rule = Rule(scope, score, torch.Generator().manual_seed(seed))
         if example_inputs is not None:
             self.observe(*example_inputs)
-        self._bury_dead()
+        self._held.bury(())
         if rewindable:
             self.snapshot()
 
@@ -107,7 +99,7 @@ class Pruner:
     @property
     def num_dead_parameters(self) -> int:
         """Biases and batch norm weights of dead filters: zero for good, and beyond what ``num_kept`` counts."""
-        return sum(int(held.zero.sum()) for held in self._held if held.dead)
+        return self._held.num_dead_parameters
 
     @property
     def makes_faster(self) -> bool:
@@ -116,9 +108,8 @@ class Pruner:
 
     @property
     def observed(self) -> bool:
-        """Whether :meth:`prune_to` knows which convolution feeds which batch norm (or there is none to know)."""
-        has_batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in self.model.modules())
-        return self._batch_norms is not None or not has_batch_norm
+        """Whether :meth:`prune_to` knows which layer feeds which batch norm (or there is none to know)."""
+        return self._held.observed
 
     def __str__(self) -> str:
         patterns = sorted({units.describe()["pattern"] for units in self._layers})
@@ -130,13 +121,12 @@ class Pruner:
         )
 
     def observe(self, *example_inputs: Any) -> None:
-        """Run the model once (eval mode, no gradient, no trace left) to see which convolution feeds which batch norm.
+        """Run the model once (eval mode, no gradient, no trace left) to see which layer feeds which batch norm.
 
-        A ``BatchNorm2d`` belongs to a convolution if it gets the very tensor that the convolution returned, unchanged.
+        A batch norm of any kind belongs to a layer if it gets the very tensor that the layer returned, unchanged.
         """
-        convolutions = {units.name: units.layer for units in self._layers if len(units.describe()["shape"]) == 4}
-        self._batch_norms = fed_batch_norms(self.model, convolutions, example_inputs)
-        self._bury_dead()  # a model that was sparse before may have some
+        self._held.observe(example_inputs)
+        self._held.bury(self._optimizers)  # a model that was sparse before may have dead filters
 
     def attach(self, optimizer: Optimizer) -> None:
         """Shrink this optimizer's state along with the weights. Call it once for each optimizer of the model."""
@@ -161,35 +151,93 @@ class Pruner:
         return [u.name for u in self._layers if u.parameter.requires_grad and id(u.parameter) not in known]
 
     @torch.no_grad()
-    def prune_to(self, removed_share: float) -> None:
+    def prune_to(self, removed_share: float, scores: Scores | None = None) -> None:
         """Remove units until the share ``removed_share`` of the ORIGINAL weights is gone, exact to one unit.
 
         One unit of every layer stays; the others then give more. Values, gradients and optimizer state shrink, dead
         filters take their bias and batch norm along. Nothing has changed if it raises.
 
+        Args:
+            removed_share: in [0, 1).
+            scores: what to go by instead of the Pruner's ``score``: see :meth:`grow_to`. The lowest go.
+
         Raises:
             ValueError: for a share outside [0, 1), below what is gone already, or that would empty a layer; for weights
-                that are not finite; for an unobserved model with ``BatchNorm2d``.
+                that are not finite; for an unobserved model with batch norm; for scores of other layers or shapes.
             RuntimeError: if optimizers are attached but hold only some of the pruned weights, if the state of one
                 cannot shrink, and for what :meth:`check` finds.
         """
-        if not 0.0 <= removed_share < 1.0:
-            raise ValueError(f"Pruner.prune_to: removed_share must lie in [0, 1), got {removed_share}")
-        self._check_ready()
-        sizes = [units.sizes() for units in self._layers]
+        self._check_ready("prune_to", removed_share)
         remove = removed_share * self.num_weights - (self.num_weights - self.num_kept)
-        if remove < -max(int(of_layer.max()) for of_layer in sizes):
+        if remove < 0 and remove < -self._largest_unit():
             raise ValueError(
                 f"Pruner.prune_to: {self.removed_share:.4f} of the weights are gone and do not come back, got "
-                f"{removed_share}; load an earlier checkpoint"
+                f"{removed_share}; grow_to brings weights back, or load an earlier checkpoint"
             )
         if remove > 0:
-            chosen = zip(self._layers, self._choose(sizes, remove), strict=True)
-            entries = [keep[units.units_of_entries()] for units, keep in chosen]
-            for units, keep in zip(self._layers, agree(entries, self._layers[0].parameter.device), strict=True):
-                units.planned = int(units.entry_sizes()[keep].sum())
-                units.keep(keep, self._optimizers)
-        self._bury_dead()
+            self._drop(self._agree(self._rule.kept(self._layers, remove, scores)))
+        self._held.bury(self._optimizers)
+
+    @torch.no_grad()
+    def grow_to(self, removed_share: float, scores: Scores | None = None) -> None:
+        """Bring units back until only the share ``removed_share`` of the ORIGINAL weights is gone, exact to one unit.
+
+        What comes back is zero, in the model and in theta0, and its optimizer state is as if it had never been stepped;
+        everything else keeps its bits. A dead filter that gets a weight back lives again: its bias and batch norm are
+        let go, the latter at weight 1; its output starts a little above 0, where ReLU passes a gradient.
+
+        Args:
+            removed_share: in [0, 1), not more than is gone.
+            scores: layer's name -> a score for every block (every weight under ``"unstructured"``), in the shape of
+                :meth:`masks`; the highest come back. What is kept already needs no meaningful score. A unit of several
+                blocks gets their mean. Default: random ones, as in SET (Mocanu et al. 2018); ``DenseGradients`` has
+                those of RigL (Evci et al. 2020).
+
+        Raises:
+            ValueError, RuntimeError: as :meth:`prune_to`.
+        """
+        self._check_ready("grow_to", removed_share)
+        add = (self.num_weights - self.num_kept) - removed_share * self.num_weights
+        if add < 0 and add < -self._largest_unit():
+            raise ValueError(
+                f"Pruner.grow_to: only {self.removed_share:.4f} of the weights are gone, got {removed_share}; "
+                "prune_to removes weights"
+            )
+        if add > 0:
+            self._grow(self._plan_growth(add, scores))
+        self._held.bury(self._optimizers)
+
+    @torch.no_grad()
+    def exchange(self, share: float, scores: Scores | None = None) -> None:
+        """Drop the weakest ``share`` of the weights kept and bring back as many others, exact to one unit.
+
+        One update of dynamic sparse training at an equal budget, as in SET and RigL. What was just dropped does not
+        come back; the rest is as in :meth:`prune_to` and :meth:`grow_to`, which takes the ``scores``.
+        """
+        self._check_ready("exchange", share)
+        moves, gone = share * self.num_kept, self.num_weights - self.num_kept
+        if moves > gone:
+            raise ValueError(
+                f"Pruner.exchange: a share of {share} is {moves:.0f} weights, but only {gone} are gone and could come "
+                "back; prune first, or exchange less"
+            )
+        if moves == 0:
+            return
+        keep = self._agree(self._rule.kept(self._layers, moves, None))
+        stays = sum(int(u.kept_sizes()[kept].sum()) for u, kept in zip(self._layers, keep, strict=True))
+        growth = self._plan_growth(self.num_kept - stays, scores)  # among what is gone before the drop
+        self._drop(keep)
+        self._grow(growth)
+        self._held.bury(self._optimizers)
+
+    def layers(self) -> dict[str, Any]:
+        """Name -> layer, of all that are pruned."""
+        return {units.name: units.layer for units in self._layers}
+
+    def masks(self) -> dict[str, Tensor]:
+        """Layer's name -> bool, what is kept: ``[ceil(K/bh), ceil(C/groups/bw), R, S]`` of a convolution's blocks,
+        ``[ceil(out/bh), ceil(in/bw)]`` of a linear layer's; under ``"unstructured"`` the shape of the weight."""
+        return {units.name: units.mask() for units in self._layers}
 
     @torch.no_grad()
     def snapshot(self) -> None:
@@ -215,7 +263,7 @@ class Pruner:
             for name, tensor in self._rest():
                 tensor.copy_(self._rest0[name])
         self.reset_momentum()
-        self._bury_dead()
+        self._held.bury(self._optimizers)
 
     @torch.no_grad()
     def reset_momentum(self) -> None:
@@ -232,10 +280,7 @@ class Pruner:
     @torch.no_grad()
     def after_step(self) -> None:
         """Call after every ``optimizer.step()``: what is gone stays zero, in the parameters and in the optimizers."""
-        for _, parameter, zero, _ in self._held:
-            parameter.masked_fill_(zero, 0)
-            for state, key in state_slots(parameter, self._optimizers):
-                state[key].masked_fill_(zero, 0)
+        self._held.zero(self._optimizers)
 
     @torch.no_grad()
     def check(self) -> None:
@@ -251,18 +296,13 @@ class Pruner:
                 list(state_slots(units.parameter, self._optimizers))
             except (TypeError, ValueError) as error:
                 raise RuntimeError(f"Pruner.check: layer {units.name!r}: {error}") from error
-        for held in self._held:
-            state = [slot[key] for slot, key in state_slots(held.parameter, self._optimizers)]
-            if any(bool((tensor[held.zero] != 0).any()) for tensor in (held.parameter, *state)):
-                raise RuntimeError(
-                    f"Pruner.check: {held.name} has come back to life; call after_step() after every optimizer.step()"
-                )
+        self._held.check(self._optimizers)
 
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs to go on: tensors and JSON values, no pickle. The model's own state (the
         values) and the optimizers' are saved beside it by their own ``state_dict()``."""
-        state: dict[str, Any] = {"settings": self._settings(), "batch_norms": self._batch_norms}
-        state["generator"] = self._generator.get_state()
+        state: dict[str, Any] = {"settings": self._settings(), "batch_norms": self._held.batch_norms}
+        state["generator"] = self._rule.generator.get_state()
         for units in self._layers:
             state[f"mask.{units.name}"] = units.mask()
             if units.theta0 is not None:
@@ -287,40 +327,55 @@ class Pruner:
         rest0 = {name.removeprefix("rest0."): tensor for name, tensor in state.items() if name.startswith("rest0.")}
         has_theta0 = all(units.theta0 is not None for units in self._layers)
         self._rest0 = {name: tensor.clone() for name, tensor in rest0.items()} if has_theta0 else None
-        self._batch_norms = state["batch_norms"]
-        self._generator.set_state(state["generator"].cpu())
-        self._hold_again()
+        self._held.batch_norms = state["batch_norms"]
+        self._rule.generator.set_state(state["generator"].cpu())
+        self._held.collect()
 
-    def _choose(self, sizes: list[Tensor], remove: float) -> list[Tensor]:
-        if self.score == "random":
-            scores = [random_scores(len(of_layer), self._generator) for of_layer in sizes]
-        else:
-            scores = [units.magnitudes() for units in self._layers]
-        if self.score == "lamp":
-            scores = [lamp_scores(score, size) for score, size in zip(scores, sizes, strict=True)]
-        if self.scope == "layer":
-            triples = zip(scores, sizes, self._layers, strict=True)
-            scores = [layer_ranks(score, size, units.num_weights) for score, size, units in triples]
-        return choose_units(scores, sizes, remove)
+    def _agree(self, entries: list[Tensor]) -> list[Tensor]:
+        return agree(entries, self._layers[0].parameter.device)
 
-    def _check_ready(self) -> None:
+    def _drop(self, keep: list[Tensor]) -> None:
+        for units, entries in zip(self._layers, keep, strict=True):
+            units.planned = int(units.kept_sizes()[entries].sum())
+            units.keep(entries, self._optimizers)
+
+    def _plan_growth(self, add: float, scores: Scores | None) -> list[tuple[Tensor, int]]:
+        """For each layer a mask of what comes back, and the weights in it."""
+        comes = zip(self._layers, self._agree(self._rule.growth(self._layers, add, scores)), strict=True)
+        return [(units.mask_of_gone(entries), int(units.gone().sizes[entries].sum())) for units, entries in comes]
+
+    def _grow(self, plan: list[tuple[Tensor, int]]) -> None:
+        dead = self._held.dead()
+        for units, (mask, num_weights) in zip(self._layers, plan, strict=True):
+            units.planned = units.num_kept + num_weights
+            units.grow(mask, self._optimizers)
+        self._held.revive(dead, self._rest0 or {})
+
+    def _check_ready(self, caller: str, share: float) -> None:
+        if not 0.0 <= share < 1.0:
+            name = "share" if caller == "exchange" else "removed_share"
+            raise ValueError(f"Pruner.{caller}: {name} must lie in [0, 1), got {share}")
         if not self.observed:
             raise ValueError(
-                "Pruner.prune_to: the model has BatchNorm2d layers, which must die with the filters that feed them; "
-                "give Pruner(example_inputs=(x,)), or call observe(x) first"
+                f"Pruner.{caller}: the model has {first_batch_norm(self.model)} layers, which must die with the "
+                "filters that feed them; give Pruner(example_inputs=(x,)), or call observe(x) first"
             )
         if self._optimizers and self.unattached():
             raise RuntimeError(
-                f"Pruner.prune_to: the weights of {', '.join(self.unattached())} are in no attached optimizer; "
+                f"Pruner.{caller}: the weights of {', '.join(self.unattached())} are in no attached optimizer; "
                 "attach() every optimizer that trains them"
             )
         for units in self._layers:
             if not torch.isfinite(units.parameter).all():
                 raise ValueError(
-                    f"Pruner.prune_to: expected finite weights, got NaN or infinity in layer {units.name!r}: training "
+                    f"Pruner.{caller}: expected finite weights, got NaN or infinity in layer {units.name!r}: training "
                     "has diverged; load a checkpoint from before, or lower the learning rate"
                 )
         self.check()
+
+    def _largest_unit(self) -> int:
+        """Weights of it: no target is nearer."""
+        return max(int(of_layer.max()) for units in self._layers if len(of_layer := units.kept().unit_sizes()))
 
     def _rest(self) -> Iterator[tuple[str, Tensor]]:
         """Everything of the model's state that is not the weight of a pruned layer. Shares memory with the model."""
@@ -328,38 +383,6 @@ class Pruner:
         for name, tensor in self.model.state_dict().items():
             if name not in own and isinstance(tensor, Tensor):
                 yield name, tensor
-
-    @torch.no_grad()
-    def _bury_dead(self) -> None:
-        """Hold what has died, and make the running statistics of dead channels those of a channel that is always 0."""
-        self._hold_again()
-        self.after_step()
-        for name, sources in (self._batch_norms or {}).items():
-            batch_norm, dead = self._batch_norm(name), self._dead_inputs(sources)
-            if batch_norm.track_running_stats and batch_norm.running_mean is not None:
-                batch_norm.running_mean[dead] = 0
-                batch_norm.running_var[dead] = 1
-
-    def _hold_again(self) -> None:
-        """Collect the entries that must be zero from now on."""
-        held = [_Held(f"{units.name} weight", units.parameter, units.always_zero(), False) for units in self._layers]
-        for units in self._layers:
-            if len(units.describe()["shape"]) == 4 and units.layer.bias is not None:
-                held.append(_Held(f"{units.name}.bias", units.layer.bias, units.dead_outputs(), True))
-        for name, sources in (self._batch_norms or {}).items():
-            batch_norm = self._batch_norm(name)
-            if batch_norm.affine:
-                dead = self._dead_inputs(sources)
-                held.append(_Held(f"{name}.weight", batch_norm.weight, dead, True))
-                held.append(_Held(f"{name}.bias", batch_norm.bias, dead, True))
-        self._held = [entry for entry in held if bool(entry.zero.any())]
-
-    def _batch_norm(self, name: str) -> Any:
-        return self.model.get_submodule(name)
-
-    def _dead_inputs(self, sources: list[str]) -> Tensor:
-        by_name = {units.name: units for units in self._layers}
-        return torch.stack([by_name[source].dead_outputs() for source in sources]).all(0)
 
     def _settings(self) -> dict[str, Any]:
         layers = {units.name: units.describe() for units in self._layers}

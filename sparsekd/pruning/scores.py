@@ -17,7 +17,7 @@ def magnitude_scores(layer: BlockSparseLayer) -> Tensor:
     layers' patterns) are judged by how large their weights are, not by how many they have. For equal blocks it ranks as
     the L2 norm does, for single weights as their magnitude.
     """
-    return (energies(layer) / layer.blocks.block_sizes().cpu()).sqrt()
+    return (energies(layer.values) / layer.blocks.block_sizes().cpu()).sqrt()
 
 
 def random_scores(count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -53,6 +53,17 @@ def layer_ranks(scores: Tensor, sizes: Tensor, num_weights: int) -> Tensor:
     return ranks
 
 
+def growth_ranks(scores: Tensor, sizes: Tensor, num_kept: int, num_weights: int) -> Tensor:
+    """``[units]`` in (-1, 0): minus the share of the layer's original weights there is once this unit is half back.
+
+    Choosing by rank instead of score brings every layer to the same share, to one unit.
+    """
+    order = _weakest_first(scores).flip(0)
+    ranks = torch.empty(len(scores), dtype=torch.float64)
+    ranks[order] = -(num_kept + sizes[order].cumsum(0) - sizes[order] / 2).double() / num_weights
+    return ranks
+
+
 def choose_units(scores: Sequence[Tensor], sizes: Sequence[Tensor], remove: float) -> list[Tensor]:
     """Which units of each layer to keep (bool ``[units]``) so that the weights removed come nearest to ``remove``.
 
@@ -84,11 +95,26 @@ def choose_units(scores: Sequence[Tensor], sizes: Sequence[Tensor], remove: floa
     return list(keep.split([len(layer) for layer in scores]))
 
 
+def choose_growth(scores: Sequence[Tensor], sizes: Sequence[Tensor], add: float) -> list[Tensor]:
+    """Which units of each layer come back (bool ``[units]``) so that the weights added come nearest to ``add``.
+
+    The highest scores come first, over all layers; among equals the earlier one. ``scores`` and ``sizes`` are those of
+    the units that are gone, as in :func:`choose_units`.
+    """
+    every_score, every_size = torch.cat(list(scores)), torch.cat(list(sizes))
+    order = _weakest_first(every_score).flip(0)
+    added = torch.cat([torch.zeros(1, dtype=torch.int64), every_size[order].cumsum(0)])
+    comes = torch.zeros(len(every_score), dtype=torch.bool)
+    comes[order[: int((added.double() - add).abs().argmin())]] = True
+    return list(comes.split([len(layer) for layer in scores]))
+
+
 def _weakest_first(scores: Tensor) -> Tensor:
     if not torch.isfinite(scores).all():
         raise ValueError("sparsekd.pruning: expected finite scores, got NaN or infinity; look for diverged weights")
     return scores.argsort(descending=True, stable=True).flip(0)
 
 
-def energies(layer: BlockSparseLayer) -> Tensor:
-    return layer.values.detach().cpu().double().square().sum((1, 2))
+def energies(values: Tensor) -> Tensor:
+    """``[nnzb]`` float64 on the CPU: sum of squares of each block."""
+    return values.detach().cpu().double().square().sum((1, 2))

@@ -1,4 +1,4 @@
-"""Shrinking a layer together with everything that has its shape: gradient and optimizer state."""
+"""A layer shrinks or grows together with everything that has its shape: gradient and optimizer state."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Adagrad, Optimizer
 
+from ..blocks import spread
 from ..nn import BlockSparseLayer
 
 
@@ -24,21 +25,56 @@ def drop_blocks(layer: BlockSparseLayer, keep: Tensor, optimizers: Iterable[Opti
     grad = values.grad
     layer.keep_(keep)
     values.grad = None if grad is None else grad[keep]
-    for state, key in slots:
-        state[key] = state[key][keep]
+    for slot in slots:
+        slot.write(slot.tensor[keep])
 
 
-def state_slots(parameter: Tensor, optimizers: Iterable[Optimizer]) -> Iterator[tuple[dict[str, Any], str]]:
-    """(state, key) of every optimizer state tensor that follows the shape of ``parameter`` (step counters do not)."""
+@torch.no_grad()
+def grow_blocks(layer: BlockSparseLayer, mask: Tensor, optimizers: Iterable[Optimizer] = ()) -> Tensor:
+    """Bring back, as zeros, the blocks that the block mask names: values, gradient and optimizer state grow together.
+
+    The state of what comes back is that of a parameter which has never been stepped; step counters are those of the
+    whole parameter and go on. Returns bool ``[nnzb]``: which of the blocks kept now were kept before. Raises as
+    :func:`drop_blocks`.
+    """
+    values = layer.values
+    slots = list(state_slots(values, optimizers))
+    grad = values.grad
+    survives = layer.grow_(mask)
+    values.grad = None if grad is None else spread(grad, survives)
+    for slot in slots:
+        slot.write(spread(slot.tensor, survives))
+        slot.tensor[~survives] = slot.fresh
+    return survives
+
+
+class Slot:
+    """One tensor of an optimizer's state that has its parameter's shape."""
+
+    def __init__(self, optimizer: Optimizer, parameter: Tensor, key: str):
+        self._state, self.key = optimizer.state[parameter], key
+        # The one state whose start its constructor is told.
+        self.fresh = optimizer.defaults["initial_accumulator_value"] if isinstance(optimizer, Adagrad) else 0.0
+
+    @property
+    def tensor(self) -> Tensor:
+        return self._state[self.key]
+
+    def write(self, tensor: Tensor) -> None:
+        self._state[self.key] = tensor
+
+
+def state_slots(parameter: Tensor, optimizers: Iterable[Optimizer]) -> Iterator[Slot]:
+    """Every optimizer state tensor that follows the shape of ``parameter`` (step counters do not)."""
     for optimizer in optimizers:
-        state = optimizer.state.get(parameter, {})
+        state: dict[str, Any] = optimizer.state.get(parameter, {})
         for key, value in state.items():
             if not isinstance(value, (Tensor, list)) or (isinstance(value, Tensor) and value.dim() == 0):
                 continue
             if isinstance(value, list) or value.shape != parameter.shape:
                 raise TypeError(
                     f"sparsekd.pruning: the state {key!r} of {type(optimizer).__name__} does not have the parameter's "
-                    f"shape {tuple(parameter.shape)}, so it cannot shrink along; use SGD, Adam, AdamW or the like, and "
+                    f"shape {tuple(parameter.shape)}, so it cannot change along; use SGD, Adam, AdamW or the like, and "
                     "load an optimizer's state last"
                 )
-            yield state, key
+            yield Slot(optimizer, parameter, key)

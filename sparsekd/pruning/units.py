@@ -1,26 +1,50 @@
-"""The three granularities: one class each, alike to the pruner. A unit is what stays or goes as a whole."""
+"""The three granularities: one class each, alike to the pruner. A unit is what stays, goes or comes back as a whole."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..blocks import BlockPattern
+from ..blocks import BlockPattern, BlockSparse, mask_to_index, spread, tap_major
 from ..convert import DENSE_TYPES, SPARSE_TYPES, named_layers, sparsify
 from .grouping import Grouping
 from .scores import energies
-from .surgery import drop_blocks
+from .surgery import drop_blocks, grow_blocks, state_slots
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What a layer stores, or could store: blocks, or single weights. All ``[entries]``, on the CPU.
+
+    sizes: the weights in each. unit: the unit that each belongs to, numbered from 0 without gaps. worth: what each adds
+    to its unit (float64).
+    """
+
+    sizes: Tensor
+    unit: Tensor
+    worth: Tensor
+
+    def unit_sizes(self) -> Tensor:
+        return self._sums(self.sizes)
+
+    def unit_worth(self) -> Tensor:
+        """``[units]``: worth of a unit for each weight in it."""
+        return self._sums(self.worth) / self.unit_sizes()
+
+    def _sums(self, of_entries: Tensor) -> Tensor:
+        units = int(self.unit.max()) + 1 if len(self.unit) else 0
+        return of_entries.new_zeros(units).index_add_(0, self.unit, of_entries)
 
 
 class BlockUnits:
     """A block-sparse layer whose units are its blocks, or groups of them. ``theta0`` has the shape of the values.
 
-    An *entry* is what is stored or not: a block here, a weight in ``WeightUnits``.
+    Scores come and masks go in the shape of :meth:`mask`.
     """
 
     def __init__(self, name: str, layer: Any, grouping: Grouping | None = None):
@@ -41,34 +65,58 @@ class BlockUnits:
     def num_kept(self) -> int:
         return self.layer.num_kept
 
-    def sizes(self) -> Tensor:
-        return _sums(self.entry_sizes(), self.units_of_entries())
-
-    def magnitudes(self) -> Tensor:
-        """``[units]``: root mean square of a unit's weights, as ``magnitude_scores`` of a block."""
-        return (_sums(energies(self.layer), self.units_of_entries()) / self.sizes()).sqrt()
-
-    def entry_sizes(self) -> Tensor:
+    def kept_sizes(self) -> Tensor:
         return self.layer.blocks.block_sizes().cpu()
 
-    def units_of_entries(self) -> Tensor:
-        """``[entries]``: the unit that each belongs to."""
-        return self.grouping.units(self.layer.blocks)
+    def kept(self, scores: Tensor | None = None) -> Entries:
+        """The blocks there are, worth their energy or what the scores give a weight in them."""
+        blocks = self.layer.blocks
+        return self._entries(blocks, self._worth(blocks, self.mask(), scores) if scores is not None else None)
+
+    def gone(self, scores: Tensor | None = None) -> Entries:
+        """The blocks that could come back."""
+        blocks, mask = self.layer.blocks, ~self.mask()
+        row_ptr, col_idx = mask_to_index(mask)
+        zeros = blocks.values.new_zeros(()).expand(len(col_idx), blocks.pattern.bh, blocks.pattern.bw)
+        missing = replace(blocks, values=zeros, row_ptr=row_ptr, col_idx=col_idx)
+        if scores is None:
+            return self._entries(missing, torch.zeros(len(col_idx), dtype=torch.float64))
+        return self._entries(missing, self._worth(missing, mask, scores))
+
+    def _entries(self, blocks: BlockSparse, worth: Tensor | None) -> Entries:
+        worth = energies(blocks.values) if worth is None else worth
+        return Entries(blocks.block_sizes().cpu(), self._units(blocks, worth), worth)
+
+    def _worth(self, blocks: BlockSparse, mask: Tensor, scores: Tensor) -> Tensor:
+        in_order = tap_major(scores)[tap_major(mask.to(scores.device))]
+        return in_order.cpu().double() * blocks.block_sizes().cpu()
+
+    def _units(self, blocks: BlockSparse, worth: Tensor) -> Tensor:
+        return self.grouping.units(blocks, worth)
+
+    def mask_of_gone(self, entries: Tensor) -> Tensor:
+        """The entries of :meth:`gone` that a bool ``[entries]`` names, as a mask."""
+        gone = ~self.mask().cpu()
+        picture = torch.zeros_like(gone)
+        tap_major(picture)[tap_major(gone)] = entries  # a view: this writes to the picture
+        return picture
 
     def keep(self, entries: Tensor, optimizers: Sequence[Optimizer]) -> None:
-        """Drop every entry that ``entries`` (bool) does not name."""
-        self._keep_blocks(entries, optimizers)
-
-    def _keep_blocks(self, keep: Tensor, optimizers: Sequence[Optimizer]) -> None:
-        keep = keep.to(self.parameter.device)
+        """Drop every entry of :meth:`kept` that a bool ``[entries]`` does not name."""
+        keep = entries.to(self.parameter.device)
         drop_blocks(self.layer, keep, optimizers)
         if self.theta0 is not None:
             self.theta0 = self.theta0[keep]
 
+    def grow(self, mask: Tensor, optimizers: Sequence[Optimizer]) -> None:
+        """Bring back what the mask names, as zeros: in ``theta0`` too."""
+        survives = grow_blocks(self.layer, mask, optimizers)
+        if self.theta0 is not None:
+            self.theta0 = spread(self.theta0, survives)
+
     def dead_outputs(self) -> Tensor:
         """Bool ``[K]``: output rows without a single kept weight."""
-        row_ptr, pattern = self.layer.row_ptr, self.layer.pattern
-        return (row_ptr[1:] == row_ptr[:-1]).repeat_interleave(pattern.bh)[: self.layer.weight_shape[0]]
+        return self.layer.dead_outputs()
 
     def always_zero(self) -> Tensor:
         """Bool, the values' shape: the padding of ragged blocks."""
@@ -85,10 +133,7 @@ class BlockUnits:
 
     def restrict(self, mask: Tensor, optimizers: Sequence[Optimizer]) -> None:
         """Keep the blocks that the block mask names (a subset of those kept now)."""
-        rows = mask.flatten(2) if mask.dim() == 4 else mask[:, :, None]  # [Rb, Cb, R * S]
-        in_order = rows.transpose(1, 2).flatten(1).to(self.parameter.device)  # columns as in col_idx
-        keep = in_order[self.layer.blocks.row_block(), self.layer.col_idx.long()]
-        self._keep_blocks(keep, optimizers)
+        self.keep(tap_major(mask.to(self.parameter.device))[tap_major(self.mask())], optimizers)
         self.planned = self.num_kept
 
     def describe(self) -> dict[str, Any]:
@@ -102,9 +147,8 @@ class BlockUnits:
 class FilterUnits(BlockUnits):
     """A block-sparse layer of pattern 1 x Cg whose units are whole output rows (a filter: R * S blocks)."""
 
-    def units_of_entries(self) -> Tensor:
-        """``[nnzb]``: which of the rows still alive each block belongs to."""
-        return torch.unique_consecutive(self.layer.blocks.row_block().cpu(), return_inverse=True)[1]
+    def _units(self, blocks: BlockSparse, worth: Tensor) -> Tensor:
+        return torch.unique_consecutive(blocks.row_block().cpu(), return_inverse=True)[1]
 
 
 class WeightUnits:
@@ -129,22 +173,36 @@ class WeightUnits:
     def num_kept(self) -> int:
         return int(self._mask.sum())
 
-    def sizes(self) -> Tensor:
+    def kept_sizes(self) -> Tensor:
         return torch.ones(self.num_kept, dtype=torch.int64)
 
-    def magnitudes(self) -> Tensor:
-        return self.parameter.detach()[self._mask].cpu().double().abs()
+    def kept(self, scores: Tensor | None = None) -> Entries:
+        """As of ``BlockUnits``, for single weights."""
+        worth = self.parameter.detach().double().square() if scores is None else scores.to(self._mask.device)
+        return _single(worth[self._mask])
 
-    def entry_sizes(self) -> Tensor:
-        return self.sizes()
+    def gone(self, scores: Tensor | None = None) -> Entries:
+        worth = torch.zeros_like(self._mask) if scores is None else scores.to(self._mask.device)
+        return _single(worth[~self._mask])
 
-    def units_of_entries(self) -> Tensor:
-        return torch.arange(self.num_kept)
+    def mask_of_gone(self, entries: Tensor) -> Tensor:
+        picture = torch.zeros_like(self._mask, device="cpu")
+        picture[~self._mask.cpu()] = entries
+        return picture
 
     def keep(self, entries: Tensor, optimizers: Sequence[Optimizer]) -> None:
         kept = self._mask.clone()
         kept[self._mask] = entries.to(kept.device)
         self.restrict(kept, optimizers)
+
+    def grow(self, mask: Tensor, optimizers: Sequence[Optimizer]) -> None:
+        returns = mask.to(self._mask.device) & ~self._mask
+        self._mask = self._mask | returns
+        tensors = [self.parameter.data, *(each for each in (self.parameter.grad, self.theta0) if each is not None)]
+        for tensor in tensors:
+            tensor.masked_fill_(returns, 0)
+        for slot in state_slots(self.parameter, optimizers):
+            slot.tensor[returns] = slot.fresh
 
     def dead_outputs(self) -> Tensor:
         return ~self._mask.flatten(1).any(1)
@@ -171,9 +229,8 @@ class WeightUnits:
 Units = BlockUnits | WeightUnits
 
 
-def _sums(of_entries: Tensor, unit: Tensor) -> Tensor:
-    """``[units]``: what the entries of each unit add up to."""
-    return of_entries.new_zeros(int(unit.max()) + 1 if len(unit) else 0).index_add_(0, unit, of_entries)
+def _single(worth: Tensor) -> Entries:
+    return Entries(torch.ones(len(worth), dtype=torch.int64), torch.arange(len(worth)), worth.cpu().double())
 
 
 def prunable_layers(
