@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.lib.timing import interleaved, machine, write_json
+from benchmarks.lib.timing import machine, write_json
+from sparsekd import timing
 from sparsekd.losses import SAD, attention_transfer_loss, kd_loss
 from sparsekd.ops.attention import layer_stats, match_maps
 from sparsekd.runs.memory import keep_freed_memory
@@ -179,9 +181,10 @@ def check(name: str, losses: Sequence[Callable[[], Tensor]], wanted: Sequence[Te
 def bandwidth(seconds: float, device: str) -> dict[str, float]:
     """GB/s of reading an array (a sum) and of c = a + s b (two reads, one write), 128 MB each."""
     a, b, c = (torch.ones(32 << 20, device=device) for _ in range(3))
-    calls = [synchronised(call, device) for call in (a.sum, lambda: torch.add(a, b, alpha=2, out=c))]
-    read, triad = interleaved(calls, seconds=seconds)
-    return {"read": a.numel() * 4 / median(read) / 1e9, "triad": 3 * a.numel() * 4 / median(triad) / 1e9}
+    calls: dict[str, Callable[[], Tensor]] = {"read": a.sum, "triad": lambda: torch.add(a, b, alpha=2, out=c)}
+    taken = timing.samples({name: synchronised(call, device) for name, call in calls.items()}, seconds, rounds=15)
+    moved = {"read": a.numel() * 4, "triad": 3 * a.numel() * 4}
+    return {name: moved[name] / statistics.median(samples) / 1e9 for name, samples in taken.items()}
 
 
 def synchronised(call: Callable[[], Any], device: str) -> Callable[[], Any]:
@@ -193,10 +196,6 @@ def synchronised(call: Callable[[], Any], device: str) -> Callable[[], Any]:
         torch.cuda.synchronize()
 
     return run
-
-
-def median(samples: Sequence[float]) -> float:
-    return sorted(samples)[len(samples) // 2]
 
 
 def measure(
@@ -216,25 +215,26 @@ def measure(
         label = f"{pair.name} {name} {'nhwc' if last else 'nchw'} {str(dtype).removeprefix('torch.')}"
         check(label, list(calls.values()), case.student)
         rates = bandwidth(seconds, device)
-        steps = []
+        steps = {}
         for who, call in calls.items():
             trained = (case.sad if who == "ours" else case.attend).parameters() if name == "sad" else ()
-            steps.append(synchronised(gradients(call, [*case.student, *trained]), device))
-        samples = interleaved(steps, repeats=9, seconds=seconds * len(steps))
+            steps[who] = synchronised(gradients(call, [*case.student, *trained]), device)
+        taken = timing.samples(steps, seconds * len(steps), rounds=9)
         row: dict[str, Any] = {"case": label, "batch": pair.batch, "bytes": case.bytes(teacher), "bandwidth": rates}
-        row |= figures(calls, samples)
+        row |= figures(taken)
         row["share"] = row["bytes"] / row["ours_us"] / 1e3 / rates["triad"]
         rows.append(row)
         print_row(row)
     return rows
 
 
-def figures(names: Iterable[str], samples: Sequence[Sequence[float]]) -> dict[str, float]:
+def figures(taken: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Median microseconds of each contestant, and of each but the first its time over that one's in the same round."""
-    taken = dict(zip(names, samples, strict=True))
-    found = {f"{who}_us": median(each) * 1e6 for who, each in taken.items()}
-    for who, each in list(taken.items())[1:]:
-        found[f"speedup_{who}"] = median([b / a for a, b in zip(samples[0], each, strict=True)])
+    found = {f"{who}_us": statistics.median(samples) * 1e6 for who, samples in taken.items()}
+    first, *others = taken
+    for who in others:
+        ratios = [b / a for a, b in zip(taken[first], taken[who], strict=True)]
+        found[f"speedup_{who}"] = statistics.median(ratios)
     return found
 
 
@@ -260,9 +260,9 @@ def measure_kd(device: str, compiled: bool, seconds: float) -> dict[str, Any]:
     calls = {"ours": lambda: kd_loss(student, teacher), "eager": eager}
     calls |= {"compiled": torch.compile(eager)} if compiled else {}
     check("kd", list(calls.values()), [student])
-    steps = [synchronised(gradients(call, [student]), device) for call in calls.values()]
-    samples = interleaved(steps, seconds=seconds * len(steps))
-    row = {"case": "kd 64x100", **figures(calls, samples)}
+    steps = {who: synchronised(gradients(call, [student]), device) for who, call in calls.items()}
+    taken = timing.samples(steps, seconds * len(steps), rounds=15)
+    row = {"case": "kd 64x100", **figures(taken)}
     print_row(row)
     return row
 

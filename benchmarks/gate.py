@@ -31,8 +31,9 @@ import torch
 
 from benchmarks.lib import shapes
 from benchmarks.lib.contest import Case, Setup
-from benchmarks.lib.timing import interleaved, machine
+from benchmarks.lib.timing import machine
 from benchmarks.suites import layers
+from sparsekd import timing
 from sparsekd.energy import median_interval
 
 RESULTS = Path(__file__).parent / "results"
@@ -142,10 +143,9 @@ def measure_case(case: Case, name: str, seconds: float) -> Figure:
     """Build a case, its outputs compared, and measure it."""
     torch.manual_seed(0)
     calls = case.build().calls
-    dense, ours, again = interleaved(
-        [calls["dense"], calls[name], calls["dense"]], repeats=REPEATS, seconds=seconds, clock=time.thread_time
-    )
-    return figure_of(ours, dense, again)
+    columns = {"dense": calls["dense"], "ours": calls[name], "again": calls["dense"]}
+    taken = timing.samples(columns, seconds, rounds=REPEATS, clock=time.thread_time)
+    return figure_of(taken["ours"], taken["dense"], taken["again"])
 
 
 def measures_of(seconds: float) -> dict[str, Callable[[], Figure]]:

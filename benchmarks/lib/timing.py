@@ -1,4 +1,4 @@
-"""How things are timed here: warm-up, interleaved repeats, medians; and what machine the figures belong to."""
+"""Ours beside its peers by the package's timer (`sparsekd.timing`), and what machine the figures belong to."""
 
 from __future__ import annotations
 
@@ -7,50 +7,28 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparsekd import _C, processor
+from sparsekd import _C, processor, timing
 
 
-def interleaved(
-    functions: Sequence[Callable[[], object]],
-    repeats: int = 15,
+def compare(
+    ours: Callable[[], object],
+    peers: Mapping[str, Callable[[], object]],
     seconds: float = 0.3,
     clock: Callable[[], float] = time.perf_counter,
-) -> list[list[float]]:
-    """Seconds per call of every function, `repeats` samples each, taken in turn so that a busy moment hits all of them.
-
-    A sample times a loop long enough for `seconds` in all; two calls before the first sample warm caches and threads.
-    `clock=time.thread_time` leaves out what other processes took, and is right for single-threaded calls only.
-    """
-    loops = []
-    for function in functions:
-        function()
-        start = clock()
-        function()
-        once = max(clock() - start, 1e-7)
-        loops.append(max(1, round(seconds / len(functions) / repeats / once)))
-    samples: list[list[float]] = [[] for _ in functions]
-    for _ in range(repeats):
-        for function, loop, sample in zip(functions, loops, samples, strict=True):
-            start = clock()
-            for _ in range(loop):
-                function()
-            sample.append((clock() - start) / loop)
-    return samples
-
-
-def compare(ours: Callable[[], object], peers: Mapping[str, Callable[[], object]], **options: Any) -> dict[str, Any]:
+) -> dict[str, Any]:
     """Median microseconds of all, and the median and quartiles of the fastest peer / ours over neighbouring samples."""
-    our_samples, *samples = interleaved([ours, *peers.values()], **options)
-    us = {name: statistics.median(sample) * 1e6 for name, sample in zip(peers, samples, strict=True)}
+    taken = timing.samples({"ours": ours, **peers}, seconds, rounds=15, clock=clock)
+    our_samples = taken.pop("ours")
+    us = {name: statistics.median(sample) * 1e6 for name, sample in taken.items()}
     best = min(us, key=lambda name: us[name])
-    ratios = [b / a for a, b in zip(our_samples, samples[list(us).index(best)], strict=True)]
+    ratios = [b / a for a, b in zip(our_samples, taken[best], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return {
         "us": statistics.median(our_samples) * 1e6,
@@ -67,8 +45,8 @@ def bandwidth(megabytes: int = 256) -> float:
     """GB/s, read and written, of torch copying a tensor that fits no cache."""
     source = torch.ones(megabytes * 2**18)
     target = torch.empty_like(source)
-    (samples,) = interleaved([lambda: target.copy_(source)], repeats=5, seconds=0.2)
-    return 2 * source.numel() * 4 / min(samples) * 1e-9
+    taken = timing.samples({"copy": lambda: target.copy_(source)}, 0.2, rounds=5)
+    return 2 * source.numel() * 4 / min(taken["copy"]) * 1e-9
 
 
 def machine() -> dict[str, Any]:
