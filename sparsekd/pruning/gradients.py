@@ -76,7 +76,7 @@ class DenseGradients:
 
 def _dense_twin(layer: nn.Module) -> nn.Module:
     sparse = layer if isinstance(layer, BlockSparseLayer) else sparse_layer(layer, BlockPattern(1, 1))
-    dense: nn.Module = sparse.to_dense()
+    dense: Any = sparse.to_dense()
     dense.bias = None
     return dense
 
