@@ -73,4 +73,5 @@ def _items(movies: bytes, tags: bytes | None) -> ratings.Items:
 
 
 def _integers(name: str, column: str, values: list[str]) -> np.ndarray:
-    return np.array([sources.number(name, column, row, value) for row, value in enumerate(values, 1)]).astype(np.int64)
+    whole = column != "timestamp"
+    return np.array([sources.integer(name, column, row, text, whole) for row, text in enumerate(values, 1)], np.int64)

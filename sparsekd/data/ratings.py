@@ -43,12 +43,14 @@ class Log:
         cls, name: str, users: Iterable[str], items: Iterable[str], values: Iterable[str], times: Iterable[str]
     ) -> Log:
         """From columns of text; ValueError names the row that is no number."""
-        columns = (("user", users), ("item", items), ("rating", values), ("time", times))
-        user, item, value, time = (
-            np.array([sources.number(name, column, row, text) for row, text in enumerate(texts, 1)])
-            for column, texts in columns
+        user, item, time = (
+            np.array(
+                [sources.integer(name, column, row, text, whole) for row, text in enumerate(texts, 1)], dtype=np.int64
+            )
+            for column, texts, whole in (("user", users, True), ("item", items, True), ("time", times, False))
         )
-        return cls(user.astype(np.int64), item.astype(np.int64), value, time.astype(np.int64))
+        value = np.array([sources.number(name, "rating", row, text) for row, text in enumerate(values, 1)], np.float64)
+        return cls(user, item, value, time)
 
     def __len__(self) -> int:
         return len(self.users)
@@ -85,13 +87,13 @@ class Earlier:
     ):
         at_keys = keys if at_keys is None else at_keys
         at_times = times if at_times is None else at_times
-        both = np.concatenate([times, at_times])
-        start = both.min(initial=0)
-        span = int(both.max(initial=0) - start) + 1
         self._order = np.lexsort((times, keys))
-        moment = (keys * span + (times - start))[self._order]  # one number that sorts by key, then by time
-        self._first = np.searchsorted(moment, at_keys * span)
-        self._end = np.searchsorted(moment, at_keys * span + (at_times - start))
+        # One number that sorts by key, then by time: of ranks, because ids may be too large to multiply.
+        key, at_key, _ = _ranks(keys, at_keys)
+        time, at_time, moments = _ranks(times, at_times)
+        moment = (key * moments + time)[self._order]
+        self._first = np.searchsorted(moment, at_key * moments)
+        self._end = np.searchsorted(moment, at_key * moments + at_time)
         self.count = self._end - self._first  # [Q]
 
     def sum(self, values: np.ndarray) -> np.ndarray:
@@ -106,6 +108,12 @@ class Earlier:
             return np.full(self.count.shape, default)
         latest = self._order[np.maximum(self._end - 1, 0)]
         return np.where(self.count > 0, values[latest], default)
+
+
+def _ranks(events: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Places of the events and of the queries among the distinct values of both, and how many of these there are."""
+    values, place = np.unique(np.concatenate([events, queries]), return_inverse=True)
+    return place[: len(events)], place[len(events) :], len(values)
 
 
 def build(

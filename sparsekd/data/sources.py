@@ -132,5 +132,26 @@ def number(name: str, column: str, row: int | str, value: str, blank: float | No
     return result
 
 
+def integer(name: str, column: str, row: int | str, value: str, whole: bool = True) -> int:
+    """`value` of a row as an integer of 64 bits, exact where it is written as one; else ValueError.
+
+    Without `whole` a fraction is cut off, as of time stamps.
+    """
+    try:
+        result = int(value)
+    except ValueError:
+        as_float = number(name, column, row, value)
+        result = int(as_float)
+        if abs(as_float) >= 2**53 or (whole and result != as_float):
+            raise ValueError(
+                f"sparsekd.data: {name} row {row}: {column} must be a whole number, got {value!r}; correct the file"
+            ) from None
+    if not -(2**63) <= result < 2**63:
+        raise ValueError(
+            f"sparsekd.data: {name} row {row}: {column} must fit 64 bits, got {value!r}; number the rows anew"
+        )
+    return result
+
+
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()

@@ -61,7 +61,7 @@ def _log(name: str, rows: Sequence[Sequence[str]]) -> ratings.Log:
 def _items(rows: Sequence[Sequence[str]]) -> ratings.Items:
     titles, years = zip(*(split_year(title) for _, title, _ in rows), strict=True)
     return ratings.Items(
-        ids=np.array([int(sources.number("movies.dat", "id", line, row[0])) for line, row in enumerate(rows, 1)]),
+        ids=np.array([sources.integer("movies.dat", "id", line, row[0]) for line, row in enumerate(rows, 1)]),
         titles=titles,
         years=np.array(years),
         genres=tuple(tuple(filter(None, genres.split("|"))) for _, _, genres in rows),
