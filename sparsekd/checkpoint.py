@@ -4,7 +4,8 @@
     checkpoint.load(models.student(task), "student.safetensors")  # dense layers become sparse where the file's are
 
 A model file holds the tensors of `state_dict()`, so a sparse layer is its kept blocks: `<name>.values [nnzb, bh, bw]`,
-`<name>.row_ptr` and `<name>.col_idx`. The header says which layers are sparse and what the model looks like when dense.
+`<name>.row_ptr` and `<name>.col_idx`. The header says which layers are sparse, what the model looks like when dense,
+the versions of its modules (`state_dict()._metadata`), and what `get_extra_state` of a module gave.
 A state file holds any tree of dicts, lists, tuples, numbers, strings and tensors (optimizer, method, history).
 """
 
@@ -14,6 +15,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from .blocks import BlockPattern, BlockSparse
-from .convert import sparse_layer
+from .convert import replace_layers, sparse_layer
 from .nn import BlockSparseLayer
 
 __all__ = ["load", "load_state", "metadata", "save", "save_state", "write_atomically"]
@@ -34,6 +36,7 @@ _REMEDY = {
     _MODEL: "fetch or save it again",
     _STATE: "delete it to train this network from its start, or pass --fresh to begin the run anew",
 }
+_EXTRA = "extra state: "  # before the names of tensors that stand in extra state
 _KEY = "sparsekd"  # our one entry in the safetensors header, a JSON text
 
 Path_ = str | os.PathLike[str]
@@ -43,15 +46,29 @@ def save(model: nn.Module, path: Path_, **json_metadata: Any) -> None:
     """Write the parameters and buffers of a model, dense or sparse, to one safetensors file.
 
     `json_metadata` is anything `json.dumps` takes; `metadata(path)` gives it back. The file replaces an old one only
-    when it is complete.  Raises TypeError for metadata that is not JSON and OSError (disk full, no permission).
+    when it is complete.  Raises TypeError for metadata that is not JSON and for extra state that `save_state` would not
+    take, OSError for a disk that is full, a folder without permission, or a path that is no regular file.
     """
     sparse = {
         name: {"pattern": [layer.pattern.bh, layer.pattern.bw], "shape": list(layer.weight_shape)}
-        for name, layer in model.named_modules()
-        if isinstance(layer, BlockSparseLayer)
+        for name, layer in _sparse_layers(model).items()
     }
+    state: dict[str, Any] = model.state_dict()
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    inside: dict[str, Tensor] = {}
+    extra = {
+        name: _packed(value, inside, f"sparsekd.checkpoint.save: extra state {name!r} of the model")
+        for name, value in state.items()
+        if name not in tensors
+    }
+    for name, tensor in tensors.items():
+        if tensor.is_quantized:
+            raise TypeError(
+                f"sparsekd.checkpoint.save: {name} is a quantised tensor; save the model before it is quantised"
+            )
     header = {"format": _MODEL, "model": fingerprint(model), "sparse": sparse, "metadata": json_metadata}
-    _write(path, model.state_dict(), header)
+    header |= {"extra": extra, "versions": getattr(state, "_metadata", {})}
+    _write(path, {**tensors, **{_EXTRA + name: tensor for name, tensor in inside.items()}}, header)
 
 
 def load(model: nn.Module, path: Path_) -> nn.Module:
@@ -63,18 +80,21 @@ def load(model: nn.Module, path: Path_) -> nn.Module:
     """
     tensors, header = _read(path, _MODEL)
     _check_same_model(path, fingerprint(model), header["model"])
-    sparse = {name: (BlockPattern(*entry["pattern"]), entry["shape"]) for name, entry in header["sparse"].items()}
-    for name, (pattern, shape) in sparse.items():
-        parts = [tensors[f"{name}.{part}".lstrip(".")] for part in ("values", "row_ptr", "col_idx")]
-        BlockSparse(parts[0], parts[1], parts[2], tuple(shape), pattern).validate()
-    for name, layer in list(model.named_modules()):
-        wanted = sparse[name][0] if name in sparse else None
+    sparse = {name: BlockPattern(*entry["pattern"]) for name, entry in header["sparse"].items()}
+    twins: list[tuple[nn.Module, nn.Module]] = []
+    for name, layer in model.named_modules():
+        wanted, twin = sparse.get(name), layer
         if isinstance(layer, BlockSparseLayer) and layer.pattern != wanted:
-            layer = layer.to_dense()
-            model.set_submodule(name, layer)
-        if wanted is not None and not isinstance(layer, BlockSparseLayer):
-            model.set_submodule(name, sparse_layer(layer, wanted))
-    model.load_state_dict(tensors)
+            twin = layer.to_dense()
+        if wanted is not None and not isinstance(twin, BlockSparseLayer):
+            twin = sparse_layer(twin, wanted)
+        if isinstance(twin, BlockSparseLayer):
+            parts = [tensors[f"{name}.{part}".lstrip(".")] for part in ("values", "row_ptr", "col_idx")]
+            BlockSparse(parts[0], parts[1], parts[2], twin.matrix_shape, twin.pattern).validate()
+        if twin is not layer:
+            twins.append((layer, twin))
+    replace_layers(model, twins)
+    model.load_state_dict(_state_of(model, tensors, header))
     return model
 
 
@@ -86,14 +106,31 @@ def metadata(path: Path_) -> dict[str, Any]:
 def fingerprint(model: nn.Module) -> dict[str, list[int]]:
     """Name -> shape of every tensor of the state dict of the model when dense."""
     shapes: dict[str, list[int]] = {}
-    sparse = {name: m for name, m in model.named_modules() if isinstance(m, BlockSparseLayer)}
+    sparse = _sparse_layers(model)
     for name, tensor in model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
+        if not isinstance(tensor, Tensor):
+            continue
         if owner not in sparse or leaf == "bias":
             shapes[name] = list(tensor.shape)
         elif leaf == "values":
             shapes[f"{owner}.weight"] = list(sparse[owner].weight_shape)
     return shapes
+
+
+def _sparse_layers(model: nn.Module) -> dict[str, BlockSparseLayer]:
+    """The block-sparse layers by name, one that has several names under each."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if isinstance(module, BlockSparseLayer)}
+
+
+def _state_of(model: nn.Module, tensors: dict[str, Tensor], header: dict[str, Any]) -> OrderedDict[str, Any]:
+    """The state dict that was saved. Files from before the versions were kept are of those that the model has now."""
+    inside = {name.removeprefix(_EXTRA): tensor for name, tensor in tensors.items() if name.startswith(_EXTRA)}
+    state: Any = OrderedDict((name, tensor) for name, tensor in tensors.items() if not name.startswith(_EXTRA))
+    state |= {name: _unpacked(value, inside) for name, value in header.get("extra", {}).items()}
+    state._metadata = header["versions"] if "versions" in header else getattr(model.state_dict(), "_metadata", {})
+    return state
 
 
 def save_state(state: Any, path: Path_) -> None:
@@ -102,7 +139,7 @@ def save_state(state: Any, path: Path_) -> None:
     Raises TypeError for any other leaf, OSError as `save`.
     """
     tensors: dict[str, Tensor] = {}
-    tree = _packed(state, tensors)
+    tree = _packed(state, tensors, "sparsekd.checkpoint.save_state")
     _write(path, tensors, {"format": _STATE, "tree": tree})
 
 
@@ -113,10 +150,20 @@ def load_state(path: Path_) -> Any:
 
 
 def write_atomically(path: Path_, data: bytes) -> None:
-    """Write `data` beside `path` and rename it into place: after an OSError, or a kill, the old file is still there."""
+    """Write `data` beside `path` and rename it into place: after an OSError, or a kill, the old file is still there.
+
+    A symbolic link stays one: what it points to is replaced. A device, a pipe or a socket is refused with an OSError.
+    """
     path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(
+            f"sparsekd.checkpoint: {path} is a device, pipe or socket, which no file can take the place of; "
+            "give the path of a file"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=".sparsekd.", suffix=".part", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -192,22 +239,22 @@ def _shape(shape: list[int] | None) -> str:
     return "missing" if shape is None else str(shape)
 
 
-def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _packed(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
     """The tree as JSON; tensors go to `tensors`, and what JSON would change is wrapped in a one-key dict."""
     if isinstance(value, Tensor):
         name = f"{len(tensors)}"
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, dict):
-        return {"dict": [[_packed(k, tensors), _packed(v, tensors)] for k, v in value.items()]}
+        return {"dict": [[_packed(k, tensors, where), _packed(v, tensors, where)] for k, v in value.items()]}
     if isinstance(value, tuple):
-        return {"tuple": [_packed(v, tensors) for v in value]}
+        return {"tuple": [_packed(v, tensors, where) for v in value]}
     if isinstance(value, list):
-        return [_packed(v, tensors) for v in value]
+        return [_packed(v, tensors, where) for v in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(
-        f"sparsekd.checkpoint.save_state: expected tensors, numbers, strings and containers of them, got "
+        f"{where}: expected tensors, numbers, strings and containers of them, got "
         f"{type(value).__name__}; turn it into one of these"
     )
 

@@ -184,3 +184,110 @@ def test_no_pickle(tmp_path):
     size = int.from_bytes(data[:8], "little")
     header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["sparsekd"])
     assert header["sparse"]["3"] == {"pattern": [8, 2], "shape": [20, 24, 3, 3]}
+
+
+class Shared(nn.Module):
+    """One layer under two names, and a head that is tied to the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(50, 32)
+        self.a = nn.Linear(32, 32)
+        self.b = self.a
+        self.head = nn.Linear(32, 50, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.head(self.b(torch.relu(self.a(self.embedding(x)))))
+
+
+def test_shared_layers_and_weights_are_shared_after_loading(tmp_path):
+    saved = sparsify(Shared(), density=0.5, exclude=["head"])
+    checkpoint.save(saved, tmp_path / "m")
+    x = torch.randint(0, 50, (2, 7))
+    for into in (Shared(), sparsify(Shared(), BlockPattern(8, 2), exclude=["head"])):
+        loaded = checkpoint.load(into, tmp_path / "m")
+        assert loaded.a is loaded.b and loaded.head.weight is loaded.embedding.weight
+        assert torch.equal(loaded(x), saved(x))
+
+
+class Stateful(nn.Module):
+    """With state that is no tensor, and a version that its loading asks for, as torchvision's MNASNet has."""
+
+    _version = 2
+
+    def __init__(self, steps=0):
+        super().__init__()
+        self.fc, self.steps = nn.Linear(32, 32), {"steps": steps, "last": torch.arange(steps), "shape": (1, 2)}
+
+    def forward(self, x):
+        return self.fc(x)
+
+    def get_extra_state(self):
+        return self.steps
+
+    def set_extra_state(self, state):
+        self.steps = state
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        assert local_metadata.get("version") == 2
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+@pytest.mark.parametrize("density", [None, 0.5])
+def test_extra_state_and_versions_come_back(tmp_path, density):
+    saved = nn.Sequential(Stateful(3))
+    if density:
+        sparsify(saved, density=density)
+    checkpoint.save(saved, tmp_path / "m")
+    loaded = checkpoint.load(nn.Sequential(Stateful()), tmp_path / "m")
+    assert torch.equal(loaded[0].steps.pop("last"), torch.arange(3))
+    assert loaded[0].steps == {"steps": 3, "shape": (1, 2)}
+    assert torch.equal(loaded[0].fc.weight, saved[0].fc.weight)
+
+
+def test_a_file_without_versions_is_of_those_of_today(tmp_path, monkeypatch):
+    write = checkpoint._write
+    with monkeypatch.context() as patch:
+        old = ("extra", "versions")  # what files of earlier programs lack
+        patch.setattr(checkpoint, "_write", lambda path, t, h: write(path, t, {k: h[k] for k in h if k not in old}))
+        checkpoint.save(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), tmp_path / "m")
+    loaded = checkpoint.load(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), tmp_path / "m")
+    assert int(loaded[1].num_batches_tracked) == 0
+
+
+def test_state_that_no_file_can_hold_is_refused(tmp_path):
+    model = Stateful()
+    model.steps = {"a": {1}}
+    with pytest.raises(TypeError, match=r"extra state .*_extra_state.* of the model: .* got set"):
+        checkpoint.save(model, tmp_path / "m")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_model_that_cannot_become_sparse_is_left_untouched(tmp_path):
+    checkpoint.save(sparsify(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))), tmp_path / "m")
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, device="meta"))
+    with pytest.raises(ValueError, match="meta device"):
+        checkpoint.load(model, tmp_path / "m")
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+
+
+def test_links_stay_links_and_long_names_are_written(tmp_path):
+    model = nn.Linear(4, 4)
+    checkpoint.save(model, tmp_path / ("x" * 250))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder" / "file")
+    for _ in range(2):  # once to a file that is not there yet
+        checkpoint.save(model, tmp_path / "link")
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "file").is_file()
+    assert sorted(os.listdir(tmp_path / "folder")) == ["file"]
+    assert state_equal(model, checkpoint.load(nn.Linear(4, 4), tmp_path / "link"))
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match=r"device, pipe or socket, .* give the path of a file"):
+        checkpoint.save(nn.Linear(4, 4), tmp_path / "pipe")
+    with pytest.raises(OSError, match="directory"):
+        checkpoint.save(nn.Linear(4, 4), tmp_path)
+    assert os.listdir(tmp_path) == ["pipe"]
