@@ -202,7 +202,7 @@ def gather_gemm_kernel(
 
 @triton.jit
 def sum_parts_kernel(
-    parts_ptr,  # float32 [parts, total]
+    parts_ptr,  # [parts, total], of any type
     bias_ptr,
     residual_ptr,
     out_ptr,  # [total], rows of out_c
@@ -214,10 +214,10 @@ def sum_parts_kernel(
 ):
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = places < total
-    acc = tl.load(parts_ptr + places, mask=mask, other=0.0)
+    acc = tl.load(parts_ptr + places, mask=mask, other=0.0).to(tl.float32)
     for _ in range(1, parts):  # always in this order: two runs give the same bits
         parts_ptr += total
-        acc += tl.load(parts_ptr + places, mask=mask, other=0.0)
+        acc += tl.load(parts_ptr + places, mask=mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + places % out_c, mask=mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
@@ -273,7 +273,7 @@ def sum_parts(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> None:
-    """``out = act(parts.sum(0) + bias + residual)``, added in a fixed order."""
+    """``out = act(parts.sum(0) + bias + residual)``, added in a fixed order; ``out`` may be the only part itself."""
     block = 1024
     sum_parts_kernel[(triton.cdiv(out.numel(), block),)](
         parts, bias, residual, out, out.numel(), out_c, parts.shape[0],

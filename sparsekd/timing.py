@@ -41,7 +41,7 @@ def samples(
     seconds: float,
     *,
     rounds: int | None = None,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
     device: torch.device | None = None,
 ) -> dict[Name, list[float]]:
     """Seconds of one call of each, sampled in turns.
@@ -51,12 +51,13 @@ def samples(
         seconds: the time to spend on all, about.
         rounds: so many samples of each, whose loops are long enough for ``seconds`` in all; None: loops of 50 us for
             as long as ``seconds``, at least 5 rounds.
-        clock: of the CPU; ``time.thread_time`` leaves out what other processes took, and is right for single-threaded
-            calls only.
+        clock: of the CPU, default ``time.perf_counter``; ``time.thread_time`` leaves out what other processes took, and
+            is right for single-threaded calls only.
         device: a CUDA device times by its own events on its current stream.
     """
     if device is not None and device.type == "cuda":
         return _queued(calls, seconds, rounds, device)
+    clock = clock or time.perf_counter
     began = clock()
     loops = {}
     for name, call in calls.items():

@@ -94,10 +94,12 @@ def _rehearse_on_cpu() -> None:
     for op in ("linear", "conv2d"):
         for name in (op, f"{op}_grad_input", f"{op}_grad_values"):
             _override.impl(name, getattr(cuda, name), "CPU", allow_override=True)
-    plan.medians = _rehearsed_medians
-    freezing = sys.modules["sparsekd.freeze"]
-    freezing._on_gpu = lambda inputs: True  # type: ignore[attr-defined]
-    sys.modules["sparsekd.freeze.cuda"].capture = lambda run, inputs: run  # type: ignore[attr-defined]
+    plan.medians = _rehearsed_medians  # type: ignore[assignment]
+    on_gpu: Any = sys.modules["sparsekd.freeze.cuda"]
+    freezing: Any = sys.modules["sparsekd.freeze.freeze"]
+    freezing.is_on_gpu = lambda inputs: True
+    on_gpu.capture = lambda run, inputs: run
+    on_gpu.medians = sys.modules["sparsekd.freeze.cuda_layer"].medians = _rehearsed_medians  # type: ignore[attr-defined]
 
 
 _override: Any = None  # lives as long as the process, as the ops do

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.lib.shapes import Conv, Linear
-from sparsekd import _C, BlockPattern, BlockSparse, quantize
+from sparsekd import _C, BlockPattern, BlockSparse
+from sparsekd.freeze import quantize
 
 Call = Callable[[], Tensor]
 

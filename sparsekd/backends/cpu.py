@@ -37,6 +37,11 @@ except ImportError as error:
     native, missing = None, f"sparsekd._C is not importable ({error}); pip install sparsekd builds it"
 
 
+def isa() -> str | None:
+    """The instruction set that the compiled kernels use here, None without them."""
+    return None if native is None else native.isa()
+
+
 def describe(op: str) -> str:
     """What runs ``op`` on the CPU, and why."""
     if native is None:

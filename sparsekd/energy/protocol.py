@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 
+from ..timing import in_turns, timed
 from .channel import Machine
 from .meter import EnergyMeter, Reading
 
@@ -110,7 +111,7 @@ def compare(
     warmup      at least so many seconds for each function, then on until the seconds per call have settled
     rounds      windows per function. A 95 % interval needs 6; fewer give the range, with the coverage it has
     cooldown    idle seconds before each window, to start every window at the same temperature
-    device      as in `EnergyMeter`; `meter` brings an own one (with idle_seconds, say), which is left open
+    device      as in `EnergyMeter`; `meter` replaces the one made here (by one with idle_seconds, say) and is left open
 
     Raises ValueError for arguments out of range. What `fn` raises passes through.
     """
@@ -166,26 +167,20 @@ def _warm_up(
     functions: Mapping[str, Callable[[], object]], seconds: float, machine: Machine
 ) -> tuple[dict[str, float], dict[str, bool]]:
     """Run all functions in turns until their seconds per call settle: (seconds per call, whether it settled)."""
-    per_call = {name: _timed(fn, 1, machine) for name, fn in functions.items()}  # compiles, allocates
+
+    def seconds_of(fn: Callable[[], object], calls: int) -> float:
+        return max(timed(fn, calls, machine.clock, machine.synchronize), 1e-9)
+
+    per_call = {name: seconds_of(fn, 1) for name, fn in functions.items()}  # compiles, allocates
     began_at = machine.clock()
     while True:
         before = dict(per_call)
         for name, fn in functions.items():
-            per_call[name] = _timed(fn, max(1, math.ceil(0.25 * seconds / per_call[name])), machine)
+            per_call[name] = seconds_of(fn, max(1, math.ceil(0.25 * seconds / per_call[name])))
         settled = {name: abs(per_call[name] - before[name]) <= _SETTLED * before[name] for name in functions}
         elapsed, wanted = machine.clock() - began_at, seconds * len(functions)
         if elapsed >= wanted and (all(settled.values()) or elapsed >= _PATIENCE * wanted):
             return per_call, settled
-
-
-def _timed(fn: Callable[[], object], calls: int, machine: Machine) -> float:
-    """Seconds per call, never 0."""
-    machine.synchronize()
-    began_at = machine.clock()
-    for _ in range(calls):
-        fn()
-    machine.synchronize()
-    return max((machine.clock() - began_at) / calls, 1e-9)
 
 
 def _interleaved(
@@ -197,8 +192,8 @@ def _interleaved(
 ) -> dict[str, list[Reading]]:
     """One window of every function per round, every other round in reverse order."""
     readings: dict[str, list[Reading]] = {name: [] for name in functions}
-    for turn in range(rounds):
-        for name in list(functions)[:: -1 if turn % 2 else 1]:
+    for turn in in_turns(functions, rounds):
+        for name in turn:
             cool()
             fn = functions[name]
             with meter.window() as window:

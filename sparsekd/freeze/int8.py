@@ -14,21 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks import BlockSparse
-from ..quantize import MOST_TERMS, ByteScale, Observer, longest_row, quantize_layer
 from .layer import FrozenLayer, Run
-from .measure import measure
+from .measure import Options, measure
 from .network import FrozenModel, deviation
 from .plan import LayerPlan
+from .quantize import MOST_TERMS, ByteScale, Observer, longest_row, quantize_layer
 
 
 def to_int8(
     frozen: FrozenModel,
     batches: Iterable[Sequence[Tensor]],
-    *,
-    threads: int | None,
-    min_gain: float,
     percentile: float,
-    seconds: float,
+    options: Options,
 ) -> FrozenModel:
     """``frozen`` with int8 inside its sparse layers; between layers everything stays float32.
 
@@ -41,11 +38,11 @@ def to_int8(
     for one in frozen.plan:
         if one.name in seen:
             observer, operands = seen[one.name]
-            one = _choose(layers[one.name], one, observer.scale(), operands, threads, min_gain, seconds)
+            one = _choose(layers[one.name], one, observer.scale(), operands, options)
         plans.append(one)
     note = "int8 layers take their input scales from the calibration batches; a saved file holds their float32 blocks"
     plan = replace(frozen.plan, layers=tuple(plans), notes=(*frozen.plan.notes, note))
-    return FrozenModel(network, plan, frozen._record)
+    return FrozenModel(network, plan, frozen.record)
 
 
 def check_int8(int8: FrozenModel, frozen: FrozenModel, inputs: Sequence[Tensor], tolerance: float | None) -> None:
@@ -97,17 +94,15 @@ def _choose(
     plan: LayerPlan,
     scale: ByteScale,
     operands: tuple[Any, ...],
-    threads: int | None,
-    min_gain: float,
-    seconds: float,
+    options: Options,
 ) -> LayerPlan:
     """Gives the layer its int8 call if that is surely faster, and says so in its plan."""
     calls: dict[str, Callable[[], object]]
-    run = _int8_run(layer, scale, threads)
+    run = _int8_run(layer, scale, options.threads)
     calls = {"float32": partial(layer.run, *operands), "int8": partial(run, *operands)}
-    samples = measure(calls, seconds)
+    samples = measure(calls, options.seconds)
     gains = sorted(one / other for one, other in zip(samples["float32"], samples["int8"], strict=True))
-    chosen = gains[len(gains) // 4] > min_gain
+    chosen = gains[len(gains) // 4] > options.min_gain
     if chosen:
         layer.run, layer.step = run, None  # bytes are not for chains
     us = statistics.median(samples["int8"])

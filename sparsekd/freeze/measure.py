@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,8 +15,10 @@ from torch import Tensor, nn
 from ..backends import cpu
 from ..blocks import BlockSparse
 from ..nn import BlockSparseLayer, split_padding
+from ..timing import samples
 from .chain import alone
-from .layer import DTYPES, FORMATS, FrozenLayer
+from .layer import FORMATS, FrozenLayer
+from .packed import DTYPES, cpu_layer
 from .plan import Geometry, LayerPlan
 from .sites import CONVS, Site, clone, weight_shape
 
@@ -48,7 +49,7 @@ class Variant:
 def choose_all(
     source: nn.Module, sites: Sequence[Site], memory_format: str | None, options: Options
 ) -> dict[str, Variant]:
-    """The variants worth to be timed as whole networks: in each memory format the layers that are fastest alone, and
+    """The variants worth timing as whole networks: in each memory format the layers that are fastest alone, and
     where that breaks chains, ours throughout. Between two layers of ours, one of torch costs more than its own time."""
     choices: dict[str, list[tuple[Choice, Choice]]] = {}
     modules = [source.get_submodule(site.target) for site in sites]
@@ -81,7 +82,7 @@ def _choose(
 ) -> tuple[Choice, Choice]:
     """The faster of the dense and the sparse layer in one memory format, and what was measured; and ours, if the other
     one is not much faster."""
-    build = partial(FrozenLayer, geometry, weight, bias, memory_format=layout, threads=options.threads)
+    build = partial(cpu_layer, geometry, weight, bias, memory_format=layout, threads=options.threads)
     x, residual = random_operands(geometry, weight, layout, "contiguous" if site.contiguous else layout)
     layers = {"dense": build(chosen="dense")}
     ours = "sparse" if isinstance(weight, BlockSparse) else "native"
@@ -95,11 +96,11 @@ def _choose(
     if chained:
         calls[ours] = alone(layers[ours], x, residual)
     # A layer with nothing to choose is timed for the reader of the plan only.
-    samples = measure(calls, options.seconds if len(calls) == 2 else options.seconds / 8)
-    medians = {name: statistics.median(us) for name, us in samples.items()}
+    taken = measure(calls, options.seconds if len(calls) == 2 else options.seconds / 8)
+    medians = {name: statistics.median(us) for name, us in taken.items()}
     chosen, may_pay = "dense", False
     if not why:
-        gains = sorted(dense / our for dense, our in zip(samples["dense"], samples[ours], strict=True))
+        gains = sorted(dense / our for dense, our in zip(taken["dense"], taken[ours], strict=True))
         gain, surely = statistics.median(gains), gains[len(gains) // 4]
         # min_gain is about sparsity: a layer that was never pruned has to be faster.
         chosen = ours if surely > (options.min_gain if ours == "sparse" else max(options.min_gain, 1.0)) else "dense"
@@ -137,12 +138,15 @@ def density_of(weight: BlockSparse) -> float:
 def random_operands(
     geometry: Geometry, weight: Tensor | BlockSparse, layout: str, x_layout: str
 ) -> tuple[Tensor, Tensor | None]:
-    """Input and residual at the example's shape, from a generator of our own: the caller's is left alone."""
-    dtype = weight.values.dtype if isinstance(weight, BlockSparse) else weight.dtype
-    generator = torch.Generator().manual_seed(0)
+    """Input and residual at the example's shape, drawn on the weight's device by a generator of our own: the caller's
+    is left alone."""
+    values = weight.values if isinstance(weight, BlockSparse) else weight
+    dtype, device = values.dtype, values.device
+    generator = torch.Generator(device).manual_seed(0)
     batch = geometry.input[:1] if geometry.kind != "linear" or len(geometry.input) > 1 else ()
     x, residual = (
-        torch.randn(shape, generator=generator).to(dtype) for shape in (geometry.input, (*batch, *geometry.output))
+        torch.randn(shape, generator=generator, device=device).to(dtype)
+        for shape in (geometry.input, (*batch, *geometry.output))
     )
     if x.dim() == 4 and geometry.kind != "linear":
         x = x.contiguous(memory_format=FORMATS[x_layout])
@@ -152,24 +156,8 @@ def random_operands(
 
 
 def measure(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Microseconds of one call, sampled in turns for about ``seconds``: all meet the same noise of the machine."""
-    start = time.perf_counter()
-    repeats = {}
-    for name, call in calls.items():
-        call()
-        begin = time.perf_counter()
-        call()
-        repeats[name] = max(1, min(100, int(50e-6 / (time.perf_counter() - begin + 1e-9))))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(300):
-        if turn >= 5 and time.perf_counter() - start > seconds:
-            break
-        for name in calls if turn % 2 else reversed(list(calls)):
-            begin = time.perf_counter()
-            for _ in range(repeats[name]):
-                calls[name]()
-            samples[name].append((time.perf_counter() - begin) * 1e6 / repeats[name])
-    return samples
+    """Microseconds of one call, sampled in turns for about ``seconds``."""
+    return {name: [1e6 * one for one in taken] for name, taken in samples(calls, seconds).items()}
 
 
 def geometry_of(site: Site, module: Any) -> Geometry:

@@ -1,4 +1,4 @@
-"""The frozen network: assembled from a model and its frozen layers, run as straight-line code, checked, saved."""
+"""The frozen network: assembled from a model and its frozen layers, run as straight-line code, checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from .. import checkpoint
+from . import file
 from .chain import Chain, find_chains
 from .layer import FrozenLayer
 from .plan import Plan
@@ -29,12 +29,13 @@ class FrozenModel(nn.Module):
     """What `freeze` returns: inference only, on the CPU. Several threads may call one at once.
 
     plan: what was measured and chosen. network: the frozen modules, an ``fx.GraphModule`` where the model was traced.
+    record: what a file says about the model (file.py).
     Input shapes are those of the example except for the first dimension, the batch.
     """
 
     def __init__(self, network: nn.Module, plan: Plan, record: dict[str, Any]) -> None:
         super().__init__()
-        self.network, self.plan, self._record = network.requires_grad_(False), plan, record
+        self.network, self.plan, self.record = network.requires_grad_(False), plan, record
         self._inputs = [(tuple(shape), _dtype(dtype)) for shape, dtype in record["inputs"]]
         self._run = runner(network, plan.images)
         super().train(False)
@@ -42,7 +43,7 @@ class FrozenModel(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         self._check(inputs)
         with torch.no_grad():
-            if not self._record.get("in_bf16"):
+            if not self.record.get("in_bf16"):
                 return self._run(*inputs)
             return cast(self._run(*cast(inputs, torch.float32, torch.bfloat16)), torch.bfloat16, torch.float32)
 
@@ -66,15 +67,8 @@ class FrozenModel(nn.Module):
         return x.is_cpu
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one file that `load_frozen` reads: tensors and JSON, complete or not at all.
-
-        A block-sparse layer is stored as its blocks whatever was chosen for this machine.
-        """
-        layers = {name: module for name, module in self.network.named_modules() if isinstance(module, FrozenLayer)}
-        inside = tuple(f"{name}." for name in layers)
-        rest = {name: x for name, x in self.network.state_dict().items() if not name.startswith(inside)}
-        tensors = {name: layer.tensors() for name, layer in layers.items()}
-        checkpoint.save_state({**self._record, "plan": self.plan.to_dict(), "layers": tensors, "rest": rest}, path)
+        """Write one file that `load_frozen` reads: tensors and JSON, complete or not at all."""
+        file.save(path, self.record, self.plan, self.network)
 
     def train(self, mode: bool = True) -> FrozenModel:
         if mode:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..ops.conv2d import Geometry as Walk
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -53,6 +55,12 @@ class Geometry:
         return self.kind == "norm" or (self.kind == "conv2d" and self.groups == self.input[1] == self.weight[0])
 
     @property
+    def walk(self) -> Walk:
+        """How the op walks over an image."""
+        taps = self.weight[2:] or (1, 1)
+        return Walk.of(taps, self.stride, self.padding, self.dilation, self.groups)
+
+    @property
     def padded_image(self) -> tuple[int, int]:
         """(H, W) that the op sees."""
         left, right, top, bottom = self.pad or (0, 0, 0, 0)
@@ -61,10 +69,7 @@ class Geometry:
     @property
     def output_image(self) -> tuple[int, int]:
         """(P, Q)."""
-        taps = self.weight[2:] or (1, 1)
-        sizes = zip(self.padded_image, self.padding, self.dilation, taps, self.stride, strict=True)
-        height, width = ((x + 2 * pad - dil * (tap - 1) - 1) // step + 1 for x, pad, dil, tap, step in sizes)
-        return height, width
+        return self.walk.output_size(self.padded_image)
 
     @property
     def output(self) -> tuple[int, ...]:

@@ -3,11 +3,14 @@
 import math
 import threading
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sparsekd.backends import cpu
 from sparsekd.freeze import FrozenModel, freeze
+from sparsekd.freeze.layer import FrozenLayer
 from sparsekd.models import BasicBlock
 from sparsekd.nn import SparseConv2d
 
@@ -127,3 +130,21 @@ MODELS = {
     "mobilenet": (lambda: InvertedResidual(16, 48), (2, 16, 7, 7)),
     "mlp": (Mlp, (4, 20)),
 }
+
+
+needs_kernels = pytest.mark.skipif(cpu.native is None, reason=cpu.missing)
+gains = pytest.mark.parametrize(
+    "min_gain", [pytest.param(ALL_SPARSE, id="sparse", marks=needs_kernels), pytest.param(ALL_DENSE, id="dense")]
+)
+
+
+def calls(frozen: FrozenModel) -> list[str]:
+    """What the frozen graph does, in order: "frozen", or the name of the module class, function or method."""
+    kinds = []
+    for node in frozen.network.graph.nodes:
+        if node.op == "call_module":
+            module = frozen.network.get_submodule(node.target)
+            kinds.append("frozen" if isinstance(module, FrozenLayer) else type(module).__name__)
+        elif node.op in ("call_function", "call_method"):
+            kinds.append(getattr(node.target, "__name__", node.target))
+    return kinds

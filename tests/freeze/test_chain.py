@@ -133,7 +133,7 @@ def test_slices_are_chosen_with_the_batch_and_kept_in_files(monkeypatch, tmp_pat
     def times(networks, inputs):
         return {name: 1.0 if name == "slices of 2" else 2.0 for name in networks}
 
-    monkeypatch.setattr(sys.modules["sparsekd.freeze"], "time_networks", times)
+    monkeypatch.setattr(sys.modules["sparsekd.freeze.freeze"], "time_networks", times)
     model = sparsekd.sparsify(trained(ResNet()), density=0.4)
     frozen = quick(model, torch.randn(6, *IMAGE[1:]))
     assert frozen.plan.images == 2 and "slices of 2 images" in str(frozen.plan)
@@ -154,7 +154,7 @@ def test_a_slower_layer_of_ours_is_kept_where_the_network_gets_faster(gain, ours
         return {name: 1.0 if name == "channels_last, ours throughout" else 2.0 for name in networks}
 
     monkeypatch.setattr(measure, "measure", samples)
-    monkeypatch.setattr(sys.modules["sparsekd.freeze"], "time_networks", times)
+    monkeypatch.setattr(sys.modules["sparsekd.freeze.freeze"], "time_networks", times)
     model = sparsekd.sparsify(trained(ResNet()), density=0.4)
     frozen = sparsekd.freeze(model, torch.randn(IMAGE))
     assert {layer.chosen == "dense" for layer in frozen.plan} == {not ours_throughout}

@@ -20,8 +20,8 @@ with mock.patch.dict(os.environ, {} if GPU else {"TRITON_INTERPRET": "1"}):
     from sparsekd.kernels import conv2d as conv2d_kernels
     from sparsekd.kernels import gather_gemm
 
-freezing = sys.modules["sparsekd.freeze"]
-on_cuda = sys.modules["sparsekd.freeze.cuda"]
+freezing = sys.modules["sparsekd.freeze.freeze"]
+on_cuda, on_cuda_layer = sys.modules["sparsekd.freeze.cuda"], sys.modules["sparsekd.freeze.cuda_layer"]
 
 
 class Net(nn.Module):
@@ -64,8 +64,9 @@ def captured(monkeypatch, tmp_path):
 
     monkeypatch.setattr(on_cuda, "capture", capture)
     if not GPU:
-        monkeypatch.setattr(freezing, "_on_gpu", lambda inputs: True)
-    monkeypatch.setattr(plan, "medians", falling_times)
+        monkeypatch.setattr(freezing, "is_on_gpu", lambda inputs: True)
+    for module in (plan, on_cuda_layer):
+        monkeypatch.setattr(module, "medians", falling_times)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     yield shapes
     choose.plan_of.cache_clear()
@@ -86,7 +87,7 @@ def test_a_network_is_folded_fused_chosen_and_captured(captured, monkeypatch):
     monkeypatch.setattr(conv2d_kernels, "gather_gemm", launched)
     net, x = network(), torch.randn(2, 3, 6, 6, device=DEVICE)
     frozen = sparsekd.freeze(net, x)
-    assert isinstance(frozen, freezing.FrozenCudaModel)
+    assert isinstance(frozen, on_cuda.FrozenCudaModel)
     chosen = {layer.name: (layer.chosen, layer.geometry.fused) for layer in frozen.plan}
     assert chosen == {
         "stem.0": ("dense", "bn+relu6"),

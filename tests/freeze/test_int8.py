@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import sparsekd
-from sparsekd import BlockPattern, quantize
+from sparsekd import BlockPattern
 from sparsekd.backends import cpu
+from sparsekd.freeze import quantize
 from sparsekd.nn import SparseLinear
 
 pytestmark = pytest.mark.skipif(cpu.native is None, reason="the compiled module is not built")

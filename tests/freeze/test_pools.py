@@ -7,7 +7,7 @@ from torch import nn
 
 from sparsekd.backends import cpu
 from sparsekd.freeze import measure
-from sparsekd.freeze.layer import FrozenLayer
+from sparsekd.freeze.packed import cpu_layer
 from sparsekd.freeze.sites import Site
 
 from .networks import assert_frozen_equals, quick
@@ -88,7 +88,7 @@ def test_kernels_compute_what_torch_does(name, channels, dtype, isa):
     before = cpu.native.isa()
     cpu.native.use_isa(isa)
     try:
-        layer = FrozenLayer(geometry, weight, bias, chosen="native", memory_format="channels_last", threads=2)
+        layer = cpu_layer(geometry, weight, bias, chosen="native", memory_format="channels_last", threads=2)
     finally:
         cpu.native.use_isa(before)
     for batch in (1, 3):

@@ -23,9 +23,30 @@ import torch
 
 from . import attention, driver
 from .choose import allows_tf32, measure, prewarm, save_plan, takes, uses_triton, why_dense
-from .ops import conv2d, conv2d_grad_input, conv2d_grad_values, linear, linear_grad_input, linear_grad_values
+from .ops import (
+    conv2d,
+    conv2d_grad_input,
+    conv2d_grad_values,
+    epilogue,
+    has_epilogue,
+    linear,
+    linear_grad_input,
+    linear_grad_values,
+)
 
-__all__ = ["allows_tf32", "conv2d", "describe", "linear", "measure", "prewarm", "save_plan", "takes", "why_dense"]
+__all__ = [
+    "allows_tf32",
+    "conv2d",
+    "describe",
+    "epilogue",
+    "has_epilogue",
+    "linear",
+    "measure",
+    "prewarm",
+    "save_plan",
+    "takes",
+    "why_dense",
+]
 
 
 def describe(op: str) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import TypeVar
 
@@ -60,6 +60,16 @@ def build_to_keep(build: Callable[[], T], like: Tensor) -> T:
 @lru_cache(maxsize=16)
 def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
+
+
+@contextmanager
+def cudnn_searches() -> Iterator[None]:
+    """cuDNN times its own kernels for each new shape, here and on every thread, until the end of the block."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -271,6 +271,21 @@ def native_forward(
         return driver.gather_gemm(x, values, table, tile, out, stride=mask.weight.stride, **fused)
 
 
+def has_epilogue(x: Tensor) -> bool:
+    """Whether `epilogue` takes tensors like this one."""
+    return uses_triton() and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+
+
+def epilogue(y: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None) -> Tensor:
+    """``act(y + bias + residual)`` of maps, written over ``y`` in one pass where ``y`` is channels_last."""
+    from sparsekd.kernels.gather_gemm import sum_parts
+
+    y = _last(y)
+    with on(y.device):
+        sum_parts(y[None], y, y.shape[1], bias, None if residual is None else _last(residual), activation)
+    return y
+
+
 # ---- Small parts
 
 

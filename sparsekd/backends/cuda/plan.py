@@ -28,6 +28,7 @@ from sparsekd.kernels.index import Weight
 from sparsekd.kernels.tiles import Tile
 
 from ...timing import medians
+from .device import cudnn_searches
 
 GAIN = 0.98  # a choice must take at most this share of the dense time
 SECONDS = 0.03  # of measuring one candidate
@@ -156,7 +157,7 @@ def _wrong(
     found = {}
     for choice in others:
         try:
-            why = _difference(run(choice), want, tolerance)
+            why = difference(run(choice), want, tolerance)
         except Exception as error:  # whatever a compiler or a launch raises: the others may still run
             why = f"{type(error).__name__}: {error}".splitlines()[0]
         if why:
@@ -164,7 +165,13 @@ def _wrong(
     return found
 
 
-def _difference(got: Tensor, want: Tensor, tolerance: float) -> str:
+def tolerance_of(dtype: torch.dtype) -> float:
+    """As TOLERANCES, for results of libraries that choose how they multiply float32."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return TOLERANCES["half"] if half else TOLERANCES["tf32"] if dtype == torch.float32 else 1e-6
+
+
+def difference(got: Tensor, want: Tensor, tolerance: float) -> str:
     """What is wrong with a result, or ""."""
     if not want.numel():
         return ""
@@ -205,11 +212,11 @@ def measuring() -> Iterator[list[Measured]]:
     """
     global _measuring
     before, _measuring = _measuring, []
-    searched, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     try:
-        yield _measuring
+        with cudnn_searches():
+            yield _measuring
     finally:
-        _measuring, torch.backends.cudnn.benchmark = before, searched
+        _measuring = before
 
 
 def _read(path: Path) -> dict[str, dict[str, Measured]]:

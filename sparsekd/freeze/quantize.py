@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import cpu
-from .blocks import BlockSparse
+from ..backends import cpu
+from ..blocks import BlockSparse
 
 Pair = tuple[int, int]
 

@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
-from sparsekd import _C, BlockPattern, BlockSparse, quantize
+from sparsekd import _C, BlockPattern, BlockSparse
+from sparsekd.freeze import quantize
 
-from .cases import CONVS, LINEARS, random_weight
-from .test_isa import activations64, guarded, isa_restored  # noqa: F401
+from ..cases import CONVS, LINEARS, random_weight
+from ..test_isa import activations64, guarded, isa_restored  # noqa: F401
 
 CASES = [case for case in CONVS if case.id != "depthwise"]
 

@@ -1,0 +1,214 @@
+"""`freeze`: what is checked, traced, chosen and checked again; the CPU's part of it. The GPU's is in cuda.py.
+
+1. torch.fx traces the model. Every convolution and linear layer, with the BatchNorm, residual add and ReLU behind it,
+   becomes a `Site`, and that one call: ``act(conv(x) + bias + residual)``.
+2. BatchNorm is folded into weight and bias, exactly.
+3. Each layer is timed dense (torch) and by ``sparsekd._C``, on its kept blocks or on all it has, at its input shape.
+   Ours is kept only where it is faster by more than the noise. Everything else stays with torch.
+4. Neighbouring layers of ours become one call (chain.py). The whole network is timed contiguous and channels_last, also
+   with ours throughout, and with larger batches in slices of some images for each thread; the fastest is kept, and its
+   outputs are compared with those of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..backends import cpu
+from .cuda import freeze_on_gpu
+from .int8 import check_int8, to_int8
+from .layer import FORMATS
+from .measure import Options, choose_all, time_networks
+from .network import BF16_TOLERANCE, FrozenModel, assemble, cast, check_outputs, runner
+from .plan import Plan
+from .sites import clone
+from .source import Source, find_source, outputs_of, prepare
+
+
+def freeze(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    threads: int | None = None,
+    min_gain: float = 1.0,
+    memory_format: str | None = None,
+    tolerance: float | None = None,
+    layer_ms: float = 60.0,
+    dtype: str | None = None,
+    calibration: Iterable[Tensor | Sequence[Tensor]] | None = None,
+    percentile: float = 100.0,
+) -> FrozenModel:
+    """A copy of ``model`` for inference where it is: BatchNorm folded, bias, residual add and ReLU fused, and every
+    block-sparse layer run sparse where, and only where, that measured faster than torch's dense layer.
+
+    Args:
+        model: any module, with or without block-sparse layers; left as it is. One that torch.fx cannot trace keeps its
+            own forward, its layers are chosen one by one without fusion, and the plan says so. On a GPU the planner of
+            ``backends.cuda`` chooses, and the network runs as a CUDA graph (cuda.py); the options from ``threads`` to
+            ``memory_format`` and ``layer_ms`` are for the CPU.
+        example_inputs: the tensor, or the tensors, of one call. The batch size should be the one to be served: that is
+            what is timed. Later calls may have any batch size, the other dimensions stay.
+        threads: threads to measure with, and that our kernels then use. Default: those torch uses now; later calls
+            follow ``torch.set_num_threads``.
+        min_gain: keep a layer sparse if it is more than this many times as fast as dense, in three of four samples.
+            0 keeps all sparse, ``math.inf`` none.
+        memory_format: "contiguous" or "channels_last"; default: whichever makes the whole network faster.
+        tolerance: largest difference from the outputs of ``model``, relative to the largest output; default by dtype.
+        layer_ms: milliseconds to measure one layer for, in each memory format.
+        dtype: "bf16" computes a float32 model in bfloat16 (best with 16x2 blocks): inputs and outputs stay float32.
+            "int8" multiplies bytes in sparse float32 layers where that is faster (CPU; best with 16x4 blocks).
+            Activations between layers stay float32; ``tolerance`` (then 0.1) is that of bytes against float32.
+        calibration: batches like ``example_inputs`` that show int8 layers the range of their inputs; None: the example.
+        percentile: share of a layer's inputs that its int8 range has to hold, in %; the rest is clamped.
+
+    Raises:
+        TypeError, ValueError: inputs that are no tensors, or elsewhere than the model, NaN or infinite weights.
+        RuntimeError: the frozen outputs differ from the model's.
+    """
+    if dtype not in (None, "bf16", "int8"):
+        raise ValueError(f"sparsekd.freeze: dtype must be None, 'bf16' or 'int8', got {dtype!r}")
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(f"sparsekd.freeze: tolerance must be positive, got {tolerance}; None takes that of the dtype")
+    inputs = _as_inputs(example_inputs)
+    on_gpu = is_on_gpu(inputs)
+    if on_gpu:
+        _check_gpu_options(dtype, threads, min_gain, memory_format)
+    if memory_format not in (None, *FORMATS):
+        raise ValueError(f"sparsekd.freeze: memory_format must be one of {list(FORMATS)}, got {memory_format!r}")
+    _check_parameters(model, inputs[0].device)
+    if on_gpu:
+        return freeze_on_gpu(prepare(model), inputs, tolerance)
+    options = Options(threads, min_gain, layer_ms / 1e3)
+    with torch.no_grad(), _torch_threads(threads):
+        if dtype == "bf16":
+            return _in_bf16(model, inputs, tolerance, memory_format, options)
+        model = prepare(model)
+        source = find_source(model, inputs, outputs_of(model, inputs), tolerance, pools=True)
+        frozen = _on_cpu(source, memory_format, options)
+        if dtype is None:
+            check_outputs(frozen, source.traced, source.expected, inputs, tolerance)
+            return frozen
+        check_outputs(frozen, source.traced, source.expected, inputs, None)
+        batches = [inputs] if calibration is None else [_as_inputs(batch) for batch in calibration]
+        int8 = to_int8(frozen, batches, percentile, options)
+        check_int8(int8, frozen, inputs, tolerance)
+        return int8
+
+
+def _on_cpu(source: Source, memory_format: str | None, options: Options) -> FrozenModel:
+    """The fastest of the variants, as a whole network; not yet compared with the model."""
+    inputs = source.inputs
+    variants = choose_all(source.network, source.sites, memory_format, options)
+    networks = {name: assemble(source.network, source.sites, variant.layers) for name, variant in variants.items()}
+    runs: dict[str, Callable[..., object]] = {
+        "unfrozen": source.model,
+        **{name: runner(network) for name, network in networks.items()},
+    }
+    network_us = time_networks(runs, inputs)
+    fastest = min(networks, key=lambda name: network_us[name])
+    images = _images(networks[fastest], inputs, network_us)
+    plan = Plan(
+        layers=tuple(plan for _, plan in variants[fastest].choices),
+        images=images,
+        memory_format=variants[fastest].memory_format,
+        threads=torch.get_num_threads(),
+        isa=cpu.isa(),
+        network_us=network_us,
+        notes=source.notes(cpu.missing),
+    )
+    return FrozenModel(networks[fastest], plan, source.record)
+
+
+def _in_bf16(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    tolerance: float | None,
+    memory_format: str | None,
+    options: Options,
+) -> FrozenModel:
+    """The model cast and frozen, behind an interface of float32."""
+    if any(x.is_floating_point() and x.dtype != torch.float32 for x in (*inputs, *model.parameters())):
+        raise TypeError("sparsekd.freeze: dtype='bf16' casts a float32 model and inputs; leave it out for others")
+    halves = cast(inputs, torch.float32, torch.bfloat16)
+    half_model = prepare(model).bfloat16()
+    source = find_source(half_model, halves, outputs_of(half_model, halves), None, pools=True)
+    half = _on_cpu(source, memory_format, options)
+    check_outputs(half, source.traced, source.expected, halves, None)
+    record = {**half.record, "in_bf16": True, "inputs": [[list(x.shape), str(x.dtype)] for x in inputs]}
+    frozen = FrozenModel(half.network, half.plan, record)
+    check_outputs(frozen, None, prepare(model)(*clone(inputs)), inputs, tolerance or BF16_TOLERANCE)
+    return frozen
+
+
+def _images(network: nn.Module, inputs: tuple[Tensor, ...], network_us: dict[str, float]) -> int:
+    """``Plan.images``: the fastest of some; adds the times to ``network_us``."""
+    batch = inputs[0].shape[0] if inputs[0].dim() else 1
+    if not isinstance(network, fx.GraphModule) or batch < 2 or cpu.native is None:
+        return 0
+    names = {size: f"slices of {size}" if size else "whole" for size in (0, 1, 2, 4, 8, 16) if size < batch}
+    us = time_networks({name: runner(network, size) for size, name in names.items()}, inputs)
+    fastest = min(names, key=lambda size: us[names[size]])
+    if fastest:
+        network_us[names[fastest]] = us[names[fastest]]
+    return fastest
+
+
+def _as_inputs(example: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    inputs = (example,) if isinstance(example, Tensor) else tuple(example)
+    for x in inputs:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"sparsekd.freeze: example_inputs must be a tensor or several, got {type(x).__name__}")
+        if x.device != inputs[0].device or x.device.type not in ("cpu", "cuda"):
+            raise ValueError(
+                f"sparsekd.freeze: expected all inputs on the CPU, or all on one GPU, got one on {x.device}"
+            )
+    return inputs
+
+
+def is_on_gpu(inputs: tuple[Tensor, ...]) -> bool:
+    return any(x.is_cuda for x in inputs)
+
+
+def _check_gpu_options(dtype: str | None, threads: int | None, min_gain: float, memory_format: str | None) -> None:
+    if dtype is not None:
+        raise ValueError(f"sparsekd.freeze: dtype={dtype!r} is for the CPU; move model and inputs there")
+    for name, given, only in (
+        ("threads", threads, (None,)),
+        ("min_gain", min_gain, (1.0,)),
+        ("memory_format", memory_format, (None, "channels_last")),
+    ):
+        if given not in only:
+            raise ValueError(
+                f"sparsekd.freeze: {name} is for the CPU; on a GPU the planner chooses, in channels_last, got {given!r}"
+            )
+
+
+def _check_parameters(model: nn.Module, device: torch.device) -> None:
+    where = "the CPU" if device.type == "cpu" else str(device)
+    for name, parameter in model.named_parameters():
+        if parameter.device != device:
+            raise ValueError(
+                f"sparsekd.freeze: expected a model on {where} like its inputs, got {name} on {parameter.device}; "
+                f"use model.to({str(device)!r})"
+            )
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise ValueError(
+                f"sparsekd.freeze: expected finite weights, got NaN or infinity in {name}; "
+                "load a checkpoint from before the divergence"
+            )
+
+
+@contextmanager
+def _torch_threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if threads is not None and threads < 1:
+        raise ValueError(f"sparsekd.freeze: threads must be 1 or more, got {threads}")
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

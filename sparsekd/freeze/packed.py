@@ -1,0 +1,215 @@
+"""Frozen layers by ``sparsekd._C``: packed weights, and direct calls of the compiled kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends import cpu
+from ..blocks import BlockPattern, BlockSparse
+from .dense import torch_run
+from .layer import FORMATS, FrozenLayer, Run, Samples, Step
+from .plan import Geometry
+
+DTYPES = {torch.float32: "", torch.bfloat16: "Bf16"}  # of the compiled kernels -> the end of their names
+
+
+def cpu_layer(
+    geometry: Geometry,
+    weight: Tensor | BlockSparse,
+    bias: Tensor | None,
+    *,
+    chosen: str,
+    memory_format: str,
+    threads: int | None,
+) -> FrozenLayer:
+    """A layer for the CPU; ``chosen`` as in `LayerPlan`."""
+    bias = None if bias is None else bias.contiguous()
+    blocks = weight if isinstance(weight, BlockSparse) else None
+    buffers: dict[str, Tensor | None] = {"bias": bias}
+    step: Step | None = None
+    if blocks is not None and chosen == "sparse":
+        tensors = {name: getattr(blocks, name).contiguous() for name in ("values", "row_ptr", "col_idx")}
+        buffers |= tensors
+        run, step = _packed(geometry, replace(blocks, **tensors), bias, memory_format, threads)
+    else:
+        dense = weight.to_dense() if isinstance(weight, BlockSparse) else weight
+        layout = FORMATS[memory_format] if geometry.kind == "conv2d" else torch.contiguous_format
+        buffers["weight"] = laid_out = dense.contiguous(memory_format=layout)
+        if chosen == "native":
+            run, step = _packed(geometry, dense.contiguous(), bias, memory_format, threads)
+        else:
+            run = torch_run(geometry, laid_out, bias, memory_format)
+    return FrozenLayer(geometry, buffers, run, chosen=chosen, blocks=blocks, step=step, threads=threads)
+
+
+def _packed(
+    geometry: Geometry, weight: Tensor | BlockSparse, bias: Tensor | None, memory_format: str, threads: int | None
+) -> tuple[Run, Step | None]:
+    """A dense weight is a block-sparse one that has every block, unless it is that of a depthwise convolution."""
+    if geometry.pool or geometry.depthwise:
+        assert isinstance(weight, Tensor)
+        kernel = _pool_kernel(geometry, weight.dtype) if geometry.pool else _depthwise_kernel(geometry, weight, bias)
+        return _packed_conv2d(geometry, kernel, weight.dtype, memory_format, threads)
+    if isinstance(weight, Tensor):
+        weight = BlockSparse.from_dense(weight, BlockPattern.for_device("cpu", weight.dtype))
+    if geometry.kind == "linear":
+        return _packed_linear(geometry, weight, bias, threads)
+    kernel = _sparse_kernel(geometry, weight, bias, memory_format == "channels_last")
+    return _packed_conv2d(geometry, kernel, weight.values.dtype, memory_format, threads)
+
+
+def _shape(geometry: Geometry, block: tuple[int, int] = (1, 1)) -> Any:
+    return cpu.native.Conv2dShape(
+        (1, geometry.input[1], *geometry.padded_image), geometry.weight[0], geometry.weight[2:] or (1, 1),
+        geometry.stride, geometry.padding, geometry.dilation, geometry.groups, block,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A packed layer of ``_C`` behind one signature: run(x, x_channels_last, residual, y, threads, n), add as Step."""
+
+    run: Callable[[int, bool, int, int, int, int], None]
+    add: Callable[[Any, int, bool, int, int], None]
+    any_format: bool = False
+
+
+def _sparse_kernel(geometry: Geometry, weight: BlockSparse, bias: Tensor | None, last: bool) -> Kernel:
+    shape = _shape(geometry, (weight.pattern.bh, weight.pattern.bw))
+    packed = _pack("PackedConv2d", shape, weight=weight, bias=bias, activation=geometry.activation)
+    run = packed.run
+    return Kernel(
+        lambda x, x_last, residual, y, threads, n: run(x, x_last, residual, y, last, threads, n),
+        lambda network, x, x_last, residual, y: network.add(packed, x, x_last, residual, y, last),
+        any_format=True,
+    )
+
+
+def _depthwise_kernel(geometry: Geometry, weight: Tensor, bias: Tensor | None) -> Kernel:
+    """A batch norm is the 1 x 1 case."""
+    pointers = (weight.data_ptr(), 0 if bias is None else bias.data_ptr())
+    packed = cpu.native.PackedDepthwise(_shape(geometry), *pointers, cpu.native.ACTIVATIONS[geometry.activation])
+    run = packed.run
+    return Kernel(
+        lambda x, x_last, residual, y, threads, n: run(x, residual, y, threads, n),
+        lambda network, x, x_last, residual, y: network.add(packed, x, residual, y),
+    )
+
+
+def _pool_kernel(geometry: Geometry, dtype: torch.dtype) -> Kernel:
+    packed = cpu.native.Pool(_shape(geometry), geometry.kind == "mean", _name(dtype))
+    run = packed.run
+    return Kernel(
+        lambda x, x_last, residual, y, threads, n: run(x, y, threads, n),
+        lambda network, x, x_last, residual, y: network.add(packed, x, y),
+    )
+
+
+def _packed_conv2d(
+    geometry: Geometry, kernel: Kernel, dtype: torch.dtype, memory_format: str, threads: int | None
+) -> tuple[Run, Step | None]:
+    """A direct call of the compiled kernel, which reads and writes raw memory: what it cannot check is checked here."""
+    image, out = (geometry.input[1], *geometry.padded_image), geometry.output
+    layout = FORMATS[memory_format]
+    (other,) = set(FORMATS.values()) - {layout}
+    out_layout = layout if len(out) == 3 else torch.contiguous_format
+    pad, pad_mode, last = geometry.pad, geometry.pad_mode, memory_format == "channels_last"
+    call, any_format, empty, torch_threads = kernel.run, kernel.any_format, torch.empty, torch.get_num_threads
+
+    def run(x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
+        if pad is not None:
+            x = F.pad(x, pad, pad_mode)
+        if x.shape[1:] != image or x.dtype is not dtype or not x.is_cpu:
+            raise _wrong_input(x, ("N", *image), dtype)
+        x_last = last
+        if not x.is_contiguous(memory_format=layout):
+            if any_format and x.is_contiguous(memory_format=other):
+                x_last = not last
+            else:
+                x = x.contiguous(memory_format=layout)
+        n = x.shape[0]
+        add = 0
+        if residual is not None:
+            residual = _like(residual, (n, *out), dtype, layout)
+            add = residual.data_ptr()
+        y = (
+            residual
+            if reuse and residual is not None
+            else empty((n, *out), dtype=dtype, device="cpu", memory_format=out_layout)
+        )
+        call(x.data_ptr(), x_last, add, y.data_ptr(), threads or torch_threads(), n)
+        return y
+
+    if pad is not None:
+        return run, None
+    return run, Step(kernel.add, Samples(image, dtype, layout), Samples(out, dtype, out_layout), any_format)
+
+
+def _packed_linear(
+    geometry: Geometry, weight: BlockSparse, bias: Tensor | None, threads: int | None
+) -> tuple[Run, Step | None]:
+    out_features, in_features = weight.shape
+    sizes = (in_features, out_features, weight.pattern.bh, weight.pattern.bw)
+    packed = _pack("PackedLinear", *sizes, weight=weight, bias=bias, activation=geometry.activation)
+    call = packed.run
+    dtype, empty, torch_threads = weight.values.dtype, torch.empty, torch.get_num_threads
+
+    def run(x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
+        *batch, features = x.shape
+        if features != in_features or x.dtype is not dtype or not x.is_cpu:
+            raise _wrong_input(x, ("...", in_features), dtype)
+        x = x.contiguous()
+        y = empty((*batch, out_features), dtype=dtype, device="cpu")
+        add = 0
+        if residual is not None:
+            residual = _like(residual, y.shape, dtype, torch.contiguous_format)
+            add = residual.data_ptr()
+        call(x.data_ptr(), math.prod(batch), add, y.data_ptr(), threads or torch_threads())
+        return y
+
+    sample = geometry.input[1:]
+    rows = math.prod(sample[:-1])
+    if not sample:  # a vector alone, not a batch
+        return run, None
+    return run, Step(
+        lambda network, x, x_last, residual, y: network.add(packed, rows, x, residual, y),
+        Samples(sample, dtype),
+        Samples(geometry.output, dtype),
+    )
+
+
+def _pack(kind: str, *sizes: Any, weight: BlockSparse, bias: Tensor | None, activation: str) -> Any:
+    """A packed layer of the weight's dtype, which copies weight and bias."""
+    make = getattr(cpu.native, kind + DTYPES[weight.values.dtype])
+    index = (weight.row_ptr.data_ptr(), weight.col_idx.data_ptr(), weight.col_idx.shape[0])
+    bias = None if bias is None else bias.float()
+    pointer = 0 if bias is None else bias.data_ptr()
+    return make(*sizes, weight.values.data_ptr(), *index, pointer, cpu.native.ACTIVATIONS[activation])
+
+
+def _like(residual: Tensor, shape: Sequence[int], dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+    """The residual as the kernel reads it: shape, dtype and memory format of the output."""
+    if residual.shape != shape:
+        residual = residual.expand(*shape)
+    if residual.dtype is not dtype or not residual.is_cpu:
+        raise TypeError(f"sparsekd.freeze: expected a {_name(dtype)} residual on the CPU, got {residual.dtype}")
+    return residual if residual.is_contiguous(memory_format=layout) else residual.contiguous(memory_format=layout)
+
+
+def _wrong_input(x: Tensor, want: tuple[Any, ...], dtype: torch.dtype) -> Exception:
+    wanted, got = ", ".join(map(str, want)), f"{x.dtype} of shape {tuple(x.shape)} on {x.device}"
+    message = f"sparsekd.freeze: a frozen layer expected {_name(dtype)} [{wanted}] on the CPU, got {got}"
+    if x.dtype != dtype or not x.is_cpu:
+        return TypeError(f"{message}; leave autocast and give it the kind of input it was frozen with")
+    return ValueError(f"{message}; freeze again with an example of this image size")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
