@@ -120,9 +120,9 @@ def main() -> None:
     device = common.start(options.rehearse)
     layers = REHEARSAL if options.rehearse else {id: GPU[id] for id in options.layer}
     dtype = torch.float16 if options.rehearse else getattr(torch, options.dtype)
-    name = f"layers-{'-'.join(map(str, options.batch))}-{str(dtype).removeprefix('torch.')}"
     if options.rehearse:
         options.batch, options.density = [1], [0.5]
+    name = f"layers-{'-'.join(map(str, options.batch))}-{str(dtype).removeprefix('torch.')}"
     goes_on, before = common.until(options.seconds), common.facts(device)
     rows: list[dict[str, Any]] = []
     left: list[str] = []

@@ -1,0 +1,1 @@
+"""Tests of benchmarks/: what it computes is right, and every script starts."""

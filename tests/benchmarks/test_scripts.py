@@ -1,0 +1,110 @@
+"""Every benchmark script starts: one that cannot is dead, and nobody would see it before the day it is needed.
+
+Those with tests of their own (conv2d, attention, networks, gate, paper_tables, zeus_check, gpu.table, gpu.aot) run for
+real there; the others run here, as small as they go.
+"""
+
+import dataclasses
+import importlib
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.lib.shapes import GPU, REHEARSAL
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "benchmarks").rglob("*.py")
+    if '__name__ == "__main__"' in path.read_text()
+)
+NEED_A_GPU = [("benchmarks.gpu.layers", []), ("benchmarks.gpu.network", ["infer"])]
+
+
+def run_script(monkeypatch, name, *args):
+    """As `python -m` does, but in this process, where torch is imported already; its exit status, or what it said."""
+    monkeypatch.setattr(sys, "argv", [name, *args])
+    monkeypatch.delitem(sys.modules, name, raising=False)  # or runpy would warn that it is imported twice
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    return ended.value.code
+
+
+def test_the_scripts_are_found():
+    assert {"benchmarks.conv2d", "benchmarks.gpu.patterns", "benchmarks.power.zeus_check"} < set(SCRIPTS)
+    assert len(SCRIPTS) >= 13
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_starts_and_explains_its_options(name, monkeypatch, capsys):
+    if name.startswith("benchmarks.gpu.aot"):
+        pytest.importorskip("triton")
+    assert run_script(monkeypatch, name, "--help") == 0
+    assert capsys.readouterr().out.startswith("usage: ")
+
+
+@pytest.mark.parametrize(("name", "args"), NEED_A_GPU)
+def test_without_a_gpu_a_script_says_what_is_missing(name, args, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = run_script(monkeypatch, name, *args)
+    assert "no CUDA device here; --rehearse" in said  # a text as the code of SystemExit is status 1
+
+
+def test_the_layers_rehearse_without_a_gpu(tmp_path):
+    """In a process of its own: the rehearsal puts the interpreted kernels in the place of the CPU's."""
+    pytest.importorskip("triton")
+    options = ["--rehearse", "--direction", "forward", "--mask", "wide", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.gpu.layers", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "layers-1-float16.json").read_text())["rows"]
+    assert [row["layer"] for row in rows] == list(REHEARSAL)
+    assert all(row["fastest"].startswith("triton") and row["fastest_us"] > 0 for row in rows)
+
+
+def test_the_acceptance_script_is_bash_and_lists_its_stages():
+    script = ROOT / "benchmarks" / "gpu" / "acceptance.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    done = subprocess.run(["bash", script, "--help"], check=True, capture_output=True, text=True)
+    assert "--rehearse" in done.stdout and "table" in done.stdout
+    done = subprocess.run(["bash", script, "nonsense"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "no stage nonsense" in done.stderr
+
+
+@pytest.mark.parametrize("layer", ["resnet50-3x3-256", "vgg16-512-14"])
+@pytest.mark.parametrize("direction", ["forward", "grad_input", "grad_values"])
+def test_the_kept_predictions_are_those_of_the_cost_model(layer, direction):
+    model = importlib.import_module("benchmarks.gpu.model")
+    rows = json.loads((ROOT / "benchmarks" / "results" / "gpu_model.json").read_text())["rows"]
+    case = {"layer": layer, "batch": 32, "density": 0.3, "mask": "square", "direction": direction}
+    (kept,) = [row for row in rows if case.items() <= row.items()]
+    assert {"layer": layer} | model.predict(GPU[layer], 32, 0.3, "square", direction) == kept
+
+
+def test_patterns_trains_two_layouts_under_one_teacher(tmp_path, monkeypatch, capsys):
+    patterns = importlib.import_module("benchmarks.gpu.patterns")
+
+    def few(task):
+        """64 rows of each part: every step is there, and soon done."""
+        return dataclasses.replace(
+            task, **{part: getattr(task, part).take(slice(64)) for part in ("train", "val", "test")}
+        )
+
+    monkeypatch.setattr(patterns, "_shortened", few)
+    out = tmp_path / "patterns.json"
+    layouts = ["16x1 (CPU)", "64x32, rows shared"]
+    args = ["--quick", "--density", "0.45", "--layout", *layouts, "--work", str(tmp_path / "work"), "--out", str(out)]
+    threads = torch.get_num_threads()
+    patterns.main(args)
+    torch.set_num_threads(threads)
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["layout"], row["pattern"]) for row in rows] == [(layouts[0], "16x1"), (layouts[1], "64x32")]
+    assert all(0.35 < row["kept"] < 0.55 and row["test_mse"] > 0 for row in rows)
+    assert sorted(path.name for path in (tmp_path / "work" / "seed0").iterdir()) == sorted(
+        ["teacher", *(f"{layout} 0.45" for layout in layouts)]
+    )
