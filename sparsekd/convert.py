@@ -34,6 +34,7 @@ __all__ = [
     "replace_layers",
     "sparse_layer",
     "sparsify",
+    "warn_of_unexpected",
 ]
 
 # What a user may have hung on a layer: it moves to the layer that takes its place, handles and all.
@@ -97,7 +98,7 @@ def sparsify(
                 "load a checkpoint from before the divergence"
             )
     if include is None:
-        _warn_of_unexpected(report(found))
+        warn_of_unexpected(report(found))
     twins = (
         (each.layer, sparse_layer(each.layer, pattern(each.layer) if callable(pattern) else pattern, density=density))
         for each in wanted
@@ -162,7 +163,8 @@ def _carry_over(old: nn.Module, new: nn.Module) -> None:
             setattr(new, name, value)
 
 
-def _warn_of_unexpected(found: ConversionReport) -> None:
+def warn_of_unexpected(found: ConversionReport) -> None:
+    """Tell the caller's caller what stays dense against expectation."""
     if not found.unexpected and (found.sparse or found.convertible):
         return
     reasons = "; ".join(f"{name or 'the model'}: {found.dense[name]}" for name in found.unexpected[:8])

@@ -13,6 +13,7 @@ from ..blocks import BlockPattern
 from ..distributed import agree
 from .batch_norm import first_batch_norm
 from .choice import Rule, Scores
+from .copies import attach_copy
 from .grouping import Grouping
 from .held import Held
 from .surgery import state_slots
@@ -23,7 +24,7 @@ class Pruner:
     """Removes blocks, filters or weights of a model in training, brings them back, and keeps what is gone gone.
 
     Args:
-        model: its ``nn.Linear`` and ``nn.Conv2d`` layers are replaced by block-sparse ones in place (except under
+        model: its layers are replaced by block-sparse ones in place, as by ``sparsify`` (except under
             ``"unstructured"``). Put it on its device first, and make the optimizer afterwards: the parameters are new.
         granularity: ``"block"`` (runs on the block-sparse kernels), ``"filter"`` (whole output rows; stored as blocks
             of 1 x C/groups), ``"unstructured"`` (dense layers under masks, for comparison: it makes nothing faster).
@@ -128,8 +129,15 @@ class Pruner:
         self._held.observe(example_inputs)
         self._held.bury(self._optimizers)  # a model that was sparse before may have dead filters
 
-    def attach(self, optimizer: Optimizer) -> None:
-        """Shrink this optimizer's state along with the weights. Call it once for each optimizer of the model."""
+    def attach(self, optimizer: Optimizer | nn.Module) -> None:
+        """Shrink this optimizer's state along with the weights. Call it once for each optimizer of the model.
+
+        A copy of the model that must keep its shapes, such as an average of its weights (``AveragedModel``), is
+        attached the same way: it drops and gets back the blocks that the model does, and keeps its own values.
+        """
+        if isinstance(optimizer, nn.Module) and optimizer is not self.model:
+            attach_copy(self._layers, optimizer)
+            return
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"Pruner.attach: expected a torch optimizer, got {type(optimizer).__name__}")
         if isinstance(optimizer, (LBFGS, Rprop, ASGD)):
@@ -379,10 +387,10 @@ class Pruner:
 
     def _rest(self) -> Iterator[tuple[str, Tensor]]:
         """Everything of the model's state that is not the weight of a pruned layer. Shares memory with the model."""
-        own = set().union(*(units.own_names for units in self._layers))
-        for name, tensor in self.model.state_dict().items():
-            if name not in own and isinstance(tensor, Tensor):
-                yield name, tensor
+        own = {id(tensor) for units in self._layers for tensor in units.own_tensors}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():  # a layer may have several names
+            if id(tensor) not in own and isinstance(tensor, Tensor):
+                yield name, tensor.detach()
 
     def _settings(self) -> dict[str, Any]:
         layers = {units.name: units.describe() for units in self._layers}

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..blocks import BlockPattern, BlockSparse, mask_to_index, spread, tap_major
-from ..convert import DENSE_TYPES, SPARSE_TYPES, named_layers, sparsify
+from ..conversion import DENSE_TYPES, SPARSE_TYPES, named_layers, report, survey
+from ..convert import sparsify, warn_of_unexpected
+from ..nn import SparseConvTranspose2d
 from .grouping import Grouping
 from .scores import energies
 from .surgery import drop_blocks, grow_blocks, state_slots
@@ -49,13 +51,18 @@ class BlockUnits:
 
     def __init__(self, name: str, layer: Any, grouping: Grouping | None = None):
         self.name, self.layer, self.grouping = name, layer, grouping or Grouping()
-        self.own_names = {f"{name}.{tensor}".lstrip(".") for tensor in ("values", "row_ptr", "col_idx")}
+        self.copies: list[Any] = []  # layers of other models that follow this one
         self.theta0: Tensor | None = None
         self.planned = self.num_kept
 
     @property
     def parameter(self) -> nn.Parameter:
         return self.layer.values
+
+    @property
+    def own_tensors(self) -> tuple[Tensor, ...]:
+        """What changes its shape with the blocks, or is theirs."""
+        return self.layer.values, self.layer.row_ptr, self.layer.col_idx
 
     @property
     def num_weights(self) -> int:
@@ -105,12 +112,16 @@ class BlockUnits:
         """Drop every entry of :meth:`kept` that a bool ``[entries]`` does not name."""
         keep = entries.to(self.parameter.device)
         drop_blocks(self.layer, keep, optimizers)
+        for copy in self.copies:
+            copy.keep_(keep.to(copy.values.device))
         if self.theta0 is not None:
             self.theta0 = self.theta0[keep]
 
     def grow(self, mask: Tensor, optimizers: Sequence[Optimizer]) -> None:
         """Bring back what the mask names, as zeros: in ``theta0`` too."""
         survives = grow_blocks(self.layer, mask, optimizers)
+        for copy in self.copies:
+            copy.grow_(mask)
         if self.theta0 is not None:
             self.theta0 = spread(self.theta0, survives)
 
@@ -143,6 +154,14 @@ class BlockUnits:
     def check(self) -> None:
         self.layer.blocks.validate()
 
+    def check_copy(self, copy: Any) -> None:
+        """Raise ValueError unless a layer of another model has the blocks that this one has."""
+        if not isinstance(copy, type(self.layer)) or not torch.equal(copy.block_mask().cpu(), self.mask().cpu()):
+            raise ValueError(
+                f"Pruner.attach: layer {self.name!r} of the copy does not have the blocks that the model has; make the "
+                "copy after the Pruner, and attach it before the next prune"
+            )
+
 
 class FilterUnits(BlockUnits):
     """A block-sparse layer of pattern 1 x Cg whose units are whole output rows (a filter: R * S blocks)."""
@@ -156,7 +175,7 @@ class WeightUnits:
 
     def __init__(self, name: str, layer: Any):
         self.name, self.layer = name, layer
-        self.own_names = {f"{name}.weight".lstrip(".")}
+        self.copies: list[Any] = []
         self.theta0: Tensor | None = None
         self._mask = torch.ones_like(layer.weight, dtype=torch.bool)
         self.planned = self.num_kept
@@ -164,6 +183,10 @@ class WeightUnits:
     @property
     def parameter(self) -> nn.Parameter:
         return self.layer.weight
+
+    @property
+    def own_tensors(self) -> tuple[Tensor, ...]:
+        return (self.layer.weight,)
 
     @property
     def num_weights(self) -> int:
@@ -205,6 +228,8 @@ class WeightUnits:
             slot.tensor[returns] = slot.fresh
 
     def dead_outputs(self) -> Tensor:
+        if isinstance(self.layer, nn.ConvTranspose2d):  # [inputs, outputs of a group, R, S]
+            return ~self._mask.unflatten(0, (self.layer.groups, -1)).flatten(3).any(3).any(1).flatten()
         return ~self._mask.flatten(1).any(1)
 
     def always_zero(self) -> Tensor:
@@ -215,12 +240,18 @@ class WeightUnits:
 
     def restrict(self, mask: Tensor, optimizers: Sequence[Optimizer]) -> None:
         self._mask = mask.to(self.parameter.device)
+        for copy in self.copies:
+            copy.weight.data.masked_fill_(~self._mask.to(copy.weight.device), 0)
         if self.parameter.grad is not None:
             self.parameter.grad.masked_fill_(~self._mask, 0)
         self.planned = int(mask.sum())
 
     def describe(self) -> dict[str, Any]:
         return {"shape": list(self.layer.weight.shape), "pattern": "weights"}
+
+    def check_copy(self, copy: Any) -> None:
+        if copy.weight.shape != self.layer.weight.shape:
+            raise ValueError(f"Pruner.attach: layer {self.name!r} of the copy has a weight of another shape")
 
     def check(self) -> None:
         """Nothing beyond the held zeros: a dense weight has no structure to go wrong."""
@@ -243,16 +274,26 @@ def prunable_layers(
 ) -> list[Units]:
     """The layers to prune, converted in place as the granularity needs it. Layers that are sparse already stay so."""
     if granularity == "unstructured":
-        units: list[Units] = [WeightUnits(n, m) for n, m in named_layers(model, DENSE_TYPES, include, exclude)]
+        surveyed = survey(model, BlockPattern(1, 1), include, exclude)
+        warn_of_unexpected(report(surveyed))
+        units: list[Units] = [WeightUnits(each.name, each.layer) for each in surveyed if each.kind]
     else:
         found = dict(named_layers(model, (*DENSE_TYPES, *SPARSE_TYPES), include, exclude))
+        if granularity == "filter":
+            # The rows of a transposed convolution are its inputs: a row is no filter.
+            across = (nn.ConvTranspose2d, SparseConvTranspose2d)
+            exclude = [*(exclude or ()), *(name for name, layer in found.items() if isinstance(layer, across))]
+            found = {name: layer for name, layer in found.items() if not isinstance(layer, across)}
         _make_sparse(model, found, granularity, pattern, include, exclude)
         kind = FilterUnits if granularity == "filter" else BlockUnits
         layers = {name: model.get_submodule(name) for name in found}
         units = [kind(name, layer, grouping) for name, layer in layers.items() if isinstance(layer, SPARSE_TYPES)]
     units = [each for each in units if each.num_kept]
     if not units:
-        raise ValueError("Pruner: the model has no Linear or Conv2d layer to prune; look at include and exclude")
+        raise ValueError(
+            "Pruner: the model has no layer to prune; look at include and exclude, and at "
+            "sparsekd.conversion_report(model), which says what stays dense and why"
+        )
     return units
 
 
@@ -270,10 +311,12 @@ def _make_sparse(
                 f"Pruner: layer {name!r} is block-sparse with pattern {layer.pattern}, whose blocks span several "
                 "filters; densify(model) first, or use granularity 'block'"
             )
-    dense: dict[str, Any] = {name: layer for name, layer in found.items() if isinstance(layer, DENSE_TYPES)}
-    if granularity == "filter":
-        for name, layer in dense.items():
-            sparsify(model, BlockPattern(1, layer.weight.shape[1]), include=[name])
-    elif include is None or dense:
+    dense = [name for name, layer in found.items() if isinstance(layer, DENSE_TYPES)]
+    if include is None or dense:
         # Without `include`, sparsify leaves out grouped convolutions that the pattern does not fit.
-        sparsify(model, pattern, include=None if include is None else list(dense), exclude=exclude)
+        shape = _row_of if granularity == "filter" else pattern
+        sparsify(model, shape, include=None if include is None else dense, exclude=exclude)
+
+
+def _row_of(layer: Any) -> BlockPattern:
+    return BlockPattern(1, layer.weight.shape[1])
