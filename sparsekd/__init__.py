@@ -29,8 +29,7 @@ from .losses import SAD, attention_transfer_loss, kd_loss, kd_regression_loss
 from .methods import LTHSAD, SPSAD, SSSAD
 from .pruning import LinearSchedule, Pruner
 from .taps import FeatureTap
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "LTHSAD",

@@ -62,8 +62,8 @@ def bench(
         seconds: to measure one batch size for.
 
     A row holds ``model, dtype, threads, batch, density``, median milliseconds of one call as ``eager_ms`` (the
-    faster of contiguous and channels_last), ``dense_frozen_ms`` and ``frozen_ms``, and of the convolution and linear
-    layers, how many run ``sparse``.
+    faster of contiguous and channels_last), ``dense_frozen_ms`` and ``frozen_ms``, of the convolution and linear
+    layers, how many run ``sparse``, and in ``left_out`` what could not be timed, with the reason.
 
     Raises ValueError for bad arguments, RuntimeError where the network does not take such inputs.
     """
@@ -101,7 +101,10 @@ def _compare(
         shapes = [list(x.shape) for x in inputs]
         raise RuntimeError(f"sparsekd bench: {name} does not take inputs of shape {shapes}: {error}") from error
     frozen = {f"{d:g}": freeze(sparsify(copy.deepcopy(model), density=d, exclude=exclude), inputs) for d in densities}
-    calls: dict[str, Callable[[], object]] = {"eager": partial(model, *inputs), **_channels_last(model, inputs)}
+    calls: dict[str, Callable[[], object]] = {"eager": partial(model, *inputs)}
+    channels_last, why_not = _channels_last(model, inputs)
+    if why_not is None:
+        calls["channels_last"] = channels_last
     calls |= {key: partial(network, *inputs) for key, network in {"dense": freeze(model, inputs), **frozen}.items()}
     samples = measure(calls, seconds)
     ms = {key: statistics.median(us) / 1e3 for key, us in samples.items()}
@@ -113,21 +116,23 @@ def _compare(
             "frozen_ms": ms[density],
             "sparse": sum(layer.chosen == "sparse" for layer in network.plan),
             "layers": sum(not layer.geometry.pool for layer in network.plan),
+            "left_out": {} if why_not is None else {"channels_last": why_not},
         }
         for density, network in frozen.items()
     ]
 
 
-def _channels_last(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], object]]:
-    """The call in channels_last, for a model that takes it: one that views its maps does not."""
+def _channels_last(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Callable[[], object], str | None]:
+    """The call in channels_last, and why it cannot be timed: a model that views its maps, for one, does not take it."""
     images = (x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
-    last: nn.Module = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    call = partial(last, *images)
+    in_channels_last: nn.Module = copy.deepcopy(model)
+    in_channels_last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    call = partial(in_channels_last, *images)
     try:
         call()
-    except RuntimeError:
-        return {}
-    return {"channels_last": call}
+    except RuntimeError as error:
+        return call, f"{type(error).__name__}: {error}".splitlines()[0]
+    return call, None
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -143,4 +148,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"| {row['threads']} | {row['batch']} | {row['density']:g} | {row['sparse']} of {row['layers']} "
             f"| {eager:.3f} | {dense:.3f} | {ours:.3f} | {eager / ours:.2f} | {dense / ours:.2f} |"
         )
+    left_out = {(what, why) for row in rows for what, why in row.get("left_out", {}).items()}
+    lines += [f"\nDense eager without {what}, which could not run: {why}" for what, why in sorted(left_out)]
     return "\n".join(lines)

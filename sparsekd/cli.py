@@ -1,9 +1,9 @@
 """The command `sparsekd`: parses, calls one library function, prints what it returns.
 
-sparsekd run [movietweetings|movielens|movies|cifar100] ...   train, prune, freeze, measure; see runs/
-sparsekd bench package.module:factory ...                     your own networks, dense and frozen; see bench.py
-sparsekd report DIR ...                                       one page about one or several runs
-sparsekd doctor                                               what this machine offers, and why not more
+sparsekd run [TASK] ...                     train, prune, freeze, measure; see runs/
+sparsekd bench package.module:factory ...   your own networks, dense and frozen; see bench.py
+sparsekd report DIR ...                     one page about one or several runs
+sparsekd doctor                             what this machine offers, and why not more
 """
 
 from __future__ import annotations
@@ -45,51 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sparsekd", description="Prune and distil PyTorch models that run sparse.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="train a teacher, distil and prune students, freeze and measure them")
-    run.add_argument(
-        "task", nargs="?", default="movietweetings", help="movietweetings (default), movielens, movies or cifar100"
-    )
-    run.add_argument("--data", metavar="DIR", help="folder of the data files (movietweetings brings its own)")
-    run.add_argument("--group", default="all", help="movies: numerical, social, textual, categorical or all (default)")
-    run.add_argument(
-        "--method",
-        nargs="+",
-        default=["all"],
-        metavar="NAME",
-        help="sp-sad, lth-sad, ss-sad; ablations kd, at, random, magnitude; all (cifar100: with the ablations)",
-    )
-    run.add_argument(
-        "--density",
-        nargs="+",
-        type=float,
-        metavar="D",
-        help="shares of the weights to keep (0.45; cifar100: 0.7 0.5 0.4 0.3, ours also 0.2)",
-    )
-    run.add_argument("--teacher", metavar="NAME", help="cifar100: wrn-40-2 (default), resnet-34, ...")
-    run.add_argument("--student", metavar="NAME", help="cifar100: wrn-16-2 (default), resnet-18, mobilenet-v2, ...")
-    run.add_argument("--recipe", default="ours", help="cifar100: ours (default), or paper for its Table 2")
-    run.add_argument("--protocol", default="full", help="cifar100: full (default), or reduced for a CPU")
-    run.add_argument("--pattern", default="16x1", metavar="RxC", help="blocks to prune, outputs x inputs (16x1)")
-    run.add_argument("--seeds", type=int, default=1, metavar="N", help="how many seeds (1)")
-    run.add_argument("--quick", action="store_true", help="less data and fewer epochs: to see it work, not to quote")
-    run.add_argument("--out", metavar="DIR", help="folder for everything that is written (runs/<task>)")
-    run.add_argument("--threads", type=int, metavar="N", help="threads of torch and of the kernels")
-    run.add_argument("--device", help="cpu or cuda for training (cifar100: cuda where there is one)")
-    run.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="autocast (cifar100 on cuda: on)")
-    run.add_argument("--compile", action="store_true", help="torch.compile the training steps (no gain on a CPU)")
-    run.add_argument("--no-measure", action="store_true", help="train only: --remeasure freezes and times later")
-    run.add_argument(
-        "--stop-after",
-        type=float,
-        metavar="MIN",
-        help="stop after so many minutes; exit code 75 (that of torchrun is 1)",
-    )
-    run.add_argument("--fresh", action="store_true", help="begin anew instead of going on with what --out holds")
-    run.add_argument(
-        "--remeasure",
-        action="store_true",
-        help="score and time the finished networks again, without training; with --no-measure the test scores alone",
-    )
+    _add_run(commands)
     bench = commands.add_parser("bench", help="time your own networks: dense, dense frozen, block-sparse frozen")
     bench.add_argument("models", nargs="+", metavar="MODEL", help="package.module:factory, called without arguments")
     bench.add_argument(
@@ -111,32 +67,78 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_run(commands: Any) -> None:
+    """The arguments of `run`, under the names of the fields of RunConfig, which has the defaults."""
+    from .runs import TASKS, RunConfig
+    from .runs.plans.network import KNOWN_METHODS
+
+    usual = RunConfig()
+    run = commands.add_parser(
+        "run",
+        help="train a teacher, distil and prune students, freeze and measure them",
+        argument_default=argparse.SUPPRESS,
+    )
+    run.add_argument("task", nargs="?", help=f"{', '.join(TASKS)} ({usual.task})")
+    run.add_argument("--data", dest="data_dir", metavar="DIR", help="folder of the data files, where none are embedded")
+    run.add_argument(
+        "--method",
+        dest="methods",
+        nargs="+",
+        metavar="NAME",
+        help=f"{', '.join(KNOWN_METHODS)}; all: those that the task is usually run with (all)",
+    )
+    run.add_argument(
+        "--density",
+        dest="densities",
+        nargs="+",
+        type=float,
+        metavar="D",
+        help="shares of the weights to keep (those that the task is usually run with)",
+    )
+    for name, explained in _own_options().items():
+        run.add_argument(f"--{name}", metavar="NAME", help=explained)
+    run.add_argument("--pattern", metavar="RxC", help=f"blocks to prune, outputs x inputs ({usual.pattern})")
+    run.add_argument("--seeds", type=int, metavar="N", help=f"how many seeds ({usual.seeds})")
+    run.add_argument("--quick", action="store_true", help="less data and fewer epochs: to see it work, not to quote")
+    run.add_argument("--out", metavar="DIR", help="folder for everything that is written (runs/<task>)")
+    run.add_argument("--threads", type=int, metavar="N", help="threads of torch and of the kernels")
+    run.add_argument("--device", help="cpu or cuda for training (images: cuda where there is one)")
+    run.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="autocast (images on cuda: on)")
+    run.add_argument(
+        "--compile", dest="compiled", action="store_true", help="torch.compile the training steps (no gain on a CPU)"
+    )
+    run.add_argument(
+        "--no-measure", dest="measure", action="store_false", help="train only: --remeasure freezes and times later"
+    )
+    run.add_argument(
+        "--stop-after",
+        type=float,
+        metavar="MIN",
+        help=f"stop after so many minutes; exit code {TRY_AGAIN} (that of torchrun is 1)",
+    )
+    run.add_argument("--fresh", action="store_true", help="begin anew instead of going on with what --out holds")
+    run.add_argument(
+        "--remeasure",
+        action="store_true",
+        help="score and time the finished networks again, without training; with --no-measure the test scores alone",
+    )
+
+
+def _own_options() -> dict[str, str]:
+    """Options that single tasks have for themselves, and what they are."""
+    from .runs import TASKS
+
+    explained: dict[str, list[str]] = {}
+    for task, entry in TASKS.items():
+        for option in entry.options:
+            explained.setdefault(option.name, []).append(f"{task}: {option.help} ({option.default})")
+    return {name: "; ".join(texts) for name, texts in explained.items()}
+
+
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from . import report, runs
 
-    config = runs.RunConfig(
-        task=options.task,
-        data_dir=options.data,
-        options=_networks(options),
-        methods=_methods(options),
-        densities=tuple(options.density or _densities(options)),
-        seeds=options.seeds,
-        quick=options.quick,
-        recipe=options.recipe,
-        protocol=options.protocol,
-        pattern=options.pattern,
-        out=options.out,
-        threads=options.threads,
-        device=options.device,
-        bf16=options.bf16,
-        compiled=options.compile,
-        measure=not options.no_measure,
-        fresh=options.fresh,
-        remeasure=options.remeasure,
-        stop_after=options.stop_after,
-        command=shlex.join(["sparsekd", *(a for a in arguments if a != "--fresh")]),
-    )
-    for one in _by_group(config, options.group):
+    for one in runs.several(_config(options, arguments)):
         try:
             results, folder = runs.run(one)
         except runs.OutOfTime as stopped:
@@ -150,47 +152,18 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _methods(options: argparse.Namespace) -> tuple[str, ...]:
-    from .runs import recipes
+def _config(options: argparse.Namespace, arguments: Sequence[str]) -> RunConfig:
+    """What was given, by the fields of RunConfig and the options of the task."""
+    from .runs import RunConfig
 
-    if "all" not in options.method:
-        return tuple(options.method)
-    return (*recipes.METHODS, *(recipes.ABLATIONS if options.task == "cifar100" else ()))
-
-
-def _densities(options: argparse.Namespace) -> tuple[float, ...]:
-    if options.task != "cifar100":
-        return (0.45,)
-    return (0.7, 0.5, 0.4, 0.3) if options.recipe == "paper" else (0.7, 0.5, 0.4, 0.3, 0.2)
-
-
-def _networks(options: argparse.Namespace) -> dict[str, Any]:
-    """Options of the reader that name teacher and student."""
-    if not (options.teacher or options.student):
-        return {}
-    if options.task != "cifar100":
-        raise ValueError(f"sparsekd run: --teacher and --student belong to the task cifar100, got {options.task}")
-    from . import models
-
-    pair = (options.teacher or "wrn-40-2", options.student or "wrn-16-2")
-    for name in pair:
-        models.classifier(name)  # raises for one there is not
-    return {"networks": pair}
-
-
-def _by_group(config: RunConfig, group: str) -> list[RunConfig]:
-    """One run for each feature group of the movies task; just the run itself for the others."""
-    if config.task != "movies":
-        if group != "all":
-            raise ValueError(f"sparsekd run: --group belongs to the task movies, got {config.task}; leave it out")
-        return [config]
-    from .data.movies import GROUPS
-
-    found = []
-    for name in GROUPS if group == "all" else [group]:
-        out = f"{config.out}/{name}" if config.out and group == "all" else config.out
-        found.append(dataclasses.replace(config, options={"group": name}, out=out))
-    return found
+    given = vars(options)
+    known = {field.name for field in dataclasses.fields(RunConfig)} - {"command"}
+    fields = {name: value for name, value in given.items() if name in known}
+    if "all" in fields.get("methods", ()):
+        del fields["methods"]
+    own = {name: given[name] for name in _own_options() if name in given}
+    command = shlex.join(["sparsekd", *(a for a in arguments if a != "--fresh")])
+    return RunConfig(**fields, options=own, command=command)
 
 
 def _bench(options: argparse.Namespace, arguments: Sequence[str]) -> int:
@@ -205,7 +178,7 @@ def _bench(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         ) from None
     rows = []
     for name in options.models:
-        found = bench.bench(
+        timed = bench.bench(
             name,
             shapes,
             batches=options.batch,
@@ -215,8 +188,8 @@ def _bench(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             exclude=options.exclude,
             seconds=options.seconds,
         )
-        print(f"{name} {options.dtype}\n\n{bench.table(found)}\n")
-        rows += found
+        print(f"{name} {options.dtype}\n\n{bench.table(timed)}\n")
+        rows += timed
     if options.json:
         command = shlex.join(["sparsekd", *arguments])
         Path(options.json).write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")

@@ -5,55 +5,30 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
-import torch
 from threadpoolctl import threadpool_limits
 
-from sparsekd import cli, data, models
-from sparsekd.data import Recipe, Rows, Task
-from sparsekd.runs import recipes
+from sparsekd import cli, models, runs
+from sparsekd.runs import record
+from sparsekd.runs.plans import ratings
 
-train = importlib.import_module("sparsekd.runs.run")  # the module, whose name `runs.run` is the function
+from .runs import made_up
 
-
-def part(rows: int, seed: int) -> Rows:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, 6, generator=generator)
-    return Rows((x,), (5 + x[:, 0]).clamp(1, 10), x.numpy())
-
-
-def as_it_is(model, *args):
-    """In place of freezing."""
-    model.plan = SimpleNamespace(to_dict=dict)
-    return {1: model}
+run_module = importlib.import_module("sparsekd.runs.run")  # `runs.run` is the function in it
 
 
 @pytest.fixture
-def tiny(monkeypatch) -> Iterator[Task]:
-    """A synthetic task in place of every other, with tiny networks and no timings."""
-    recipe = Recipe(lr=3e-3, weight_decay=1e-2, epochs=2, batch_size=64)
-    task = Task(
-        name="synthetic",
-        kind="features",
-        train=part(128, 0),
-        val=part(64, 1),
-        test=part(64, 2),
-        sizes={"features": 6},
-        mean=5.0,
-        target_range=(1.0, 10.0),
-        split="at random",
-        teacher_recipe=recipe,
-        student_recipe=recipe,
-    )
-    monkeypatch.setattr(models, "STUDENT", models.Shape(maps=2, side=8, widths=(16, 16)))
-    monkeypatch.setattr(models, "TEACHER", models.Shape(maps=2, side=8, widths=(16, 32)))
-    monkeypatch.setattr(data, "load", lambda *args, **options: task)
-    monkeypatch.setattr(train, "freeze_for", as_it_is)
-    monkeypatch.setattr(train, "speed", lambda *args: ({"latency_ms_frozen": 1.0, "latency_ms_dense": 2.0}, ""))
+def tiny(monkeypatch) -> Iterator[None]:
+    """A synthetic task as the default one, with tiny networks and no timings."""
+    task = made_up.make_task()
+    monkeypatch.setitem(runs.TASKS, "movietweetings", made_up.entry(task))
+    monkeypatch.setattr(ratings, "STUDENT", models.Shape(maps=2, side=8, widths=(16, 16)))
+    monkeypatch.setattr(ratings, "TEACHER", models.Shape(maps=2, side=8, widths=(16, 32)))
+    monkeypatch.setattr(record, "freeze_for", made_up.as_it_is)
+    monkeypatch.setattr(record, "speed", lambda *args: ({"latency_ms_frozen": 1.0, "latency_ms_dense": 2.0}, ""))
     with threadpool_limits(1):  # of torch and of scikit-learn: more would only wait for each other here
-        yield task
+        yield
 
 
 def failure(capsys, *arguments: str) -> str:
@@ -72,7 +47,7 @@ def failure(capsys, *arguments: str) -> str:
         (["netflix"], "name must be one of movietweetings, movielens, movies, cifar100, got 'netflix'"),
         (["movielens", "--data", "/no/such/folder"], "/no/such/folder"),
         (["movies", "--group", "colour"], "group must be one of"),
-        (["movietweetings", "--group", "social"], "--group belongs to the task movies"),
+        (["movietweetings", "--group", "social"], "--group social belongs to the task movies, got movietweetings"),
         (["--density", "0"], "density must lie in (0, 1], got 0.0"),
         (["--density", "0.4", "1.5"], "density must lie in (0, 1], got 1.5"),
         (["--density", "nan"], "density must lie in (0, 1]"),
@@ -81,10 +56,10 @@ def failure(capsys, *arguments: str) -> str:
             "sp-sad, lth-sad, ss-sad, kd, at, random, magnitude, got 'dropout'",
         ),
         (["cifar100"], "no data_dir was given"),
-        (["cifar100", "--student", "vgg"], "the network must be one of wrn-40-2"),
+        (["cifar100", "--student", "vgg"], "student must be one of wrn-40-2"),
         (["cifar100", "--recipe", "best"], "recipe must be one of ours, paper, got 'best'"),
         (["movies", "--protocol", "reduced"], "--protocol reduced belongs to the task cifar100"),
-        (["--student", "wrn-16-2"], "--teacher and --student belong to the task cifar100"),
+        (["--student", "wrn-16-2"], "--student wrn-16-2 belongs to the task cifar100, got movietweetings"),
         (["--device", "cuda:9"], "no CUDA device can be used here"),
         (["--stop-after", "0"], "stop_after must be more than 0 minutes"),
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
@@ -123,7 +98,7 @@ def test_report_of_nothing(capsys, tmp_path):
 
 
 def test_out_that_is_a_file(capsys, tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(train, "fit", lambda *args, **options: pytest.fail("trained before it looked"))
+    monkeypatch.setattr(run_module, "fit", lambda *args, **options: pytest.fail("trained before it looked"))
     (tmp_path / "taken").write_text("")
     assert "taken" in failure(capsys, "run", "--quick", "--out", str(tmp_path / "taken"))
 
@@ -183,9 +158,31 @@ def test_bench_times_an_own_network(capsys, tmp_path, monkeypatch):
     assert [(row["batch"], row["density"]) for row in rows] == [(1, 0.5), (1, 0.3), (2, 0.5), (2, 0.3)]
     printed = capsys.readouterr().out
     for row in rows:
-        assert row["layers"] == 2 and row["sparse"] <= 1
+        assert row["layers"] == 2 and row["sparse"] <= 1 and row["left_out"] == {}
         assert min(row["eager_ms"], row["dense_frozen_ms"], row["frozen_ms"]) > 0
         assert f"| {row['eager_ms']:.3f} | {row['dense_frozen_ms']:.3f} | {row['frozen_ms']:.3f} |" in printed
+
+
+VIEWS = """
+from torch import nn
+class Views(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 16, 3), nn.Linear(16 * 36, 4)
+    def forward(self, x):
+        x = self.conv(x)
+        return self.linear(x.view(len(x), -1))
+"""
+
+
+def test_bench_names_what_it_could_not_time(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "viewing.py").write_text(VIEWS)
+    sizes = "--input-shape 3,8,8 --batch 2 --threads 1 --density 0.5 --seconds 0.05 --json rows.json"
+    assert cli.main(["bench", "viewing:Views", *sizes.split()]) == 0
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert "view size is not compatible" in row["left_out"]["channels_last"]
+    assert "Dense eager without channels_last, which could not run: RuntimeError: view" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -211,7 +208,7 @@ def test_other_settings_do_not_mix(capsys, tmp_path, tiny, monkeypatch):
     arguments = ["run", "--quick", "--method", "sp-sad", "--out", str(tmp_path)]
     assert cli.main(arguments) == 0
     capsys.readouterr()
-    monkeypatch.setattr(recipes, "ALPHA", 0.5)
+    monkeypatch.setattr(ratings, "ALPHA", 0.5)
     line = failure(capsys, *arguments, "--threads", "1").replace("\n", " ")
     assert "alpha" in line and "--fresh" in line
     assert cli.main([*arguments, "--fresh"]) == 0
@@ -226,18 +223,9 @@ def test_ctrl_c_says_how_to_go_on(capsys, tmp_path, tiny, monkeypatch):
     def pressed(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "fit", pressed)
+    monkeypatch.setattr(run_module, "fit", pressed)
     assert cli.main(["run", "--quick", "--out", str(tmp_path)]) == 130
     assert "the same command goes on" in capsys.readouterr().err
-
-
-def test_groups_of_movies_are_runs_of_their_own(tmp_path):
-    config = train.RunConfig("movies", out=str(tmp_path))
-    runs = cli._by_group(config, "all")
-    assert [one.options["group"] for one in runs] == ["numerical", "social", "textual", "categorical"]
-    assert len({one.out for one in runs}) == 4
-    (one,) = cli._by_group(config, "social")
-    assert one.out == str(tmp_path) and one.options == {"group": "social"}
 
 
 def test_doctor(capsys):

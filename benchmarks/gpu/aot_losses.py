@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import triton
-from sparsekd.kernels import attention, attention_kd, attention_match
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.gpu.aot import GFX942, LIMITS, _name, _resources
+from sparsekd.kernels import attention, attention_kd, attention_match
 
 WIDE_LOAD = {True: r"global_load_dwordx[24]", False: r"ld\.global\S*\.v[24]\.b32"}  # by whether the target is AMD
 

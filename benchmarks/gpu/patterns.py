@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsekd import BlockPattern, checkpoint, data
+from sparsekd import BlockPattern, checkpoint
 from sparsekd.data import Task
 from sparsekd.pruning import Grouping
+from sparsekd.runs import RunConfig, tasks
 from sparsekd.runs.epochs import fit
-from sparsekd.runs.evaluate import errors, kept_share, predict
-from sparsekd.runs.recipes import Choice, Network, networks
-from sparsekd.runs.run import _fresh, _shortened
+from sparsekd.runs.evaluate import kept_share
+from sparsekd.runs.plans.network import Network
+from sparsekd.runs.record import fresh
 
 LAYOUTS = {
     "16x1 (CPU)": (BlockPattern(16, 1), Grouping()),
@@ -42,9 +43,9 @@ def trained(task: Task, network: Network, seed: int, teacher: nn.Module | None, 
     """The best epoch's network; trained now unless an earlier run has."""
     path = folder / "model.safetensors"
     if not path.is_file() or (folder / "state.safetensors").is_file():
-        fit(_fresh(task, network, seed), task, network, teacher=teacher, seed=seed, folder=folder)
+        fit(fresh(network, seed), task, network, teacher=teacher, seed=seed, folder=folder)
         (folder / "state.safetensors").unlink()
-    return checkpoint.load(_fresh(task, network, seed), path)
+    return checkpoint.load(fresh(network, seed), path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,21 +59,22 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    task = data.load("movietweetings", None)
-    task = _shortened(task) if options.quick else task
+    config = tasks.complete(RunConfig("movietweetings", methods=("sp-sad",), quick=options.quick))
+    task = tasks.entry_of(config.task).load(config)
     rows: list[dict[str, Any]] = []
     for seed in range(options.seeds):
         work = Path(options.work) / f"seed{seed}"
         for density in options.density:
-            first, *_, student = networks(task, Choice(("sp-sad",), (density,), options.quick))
-            teacher = trained(task, first, seed, None, work / "teacher")
+            plan = tasks.plan_of(task, dataclasses.replace(config, densities=(density,)))
+            teacher = trained(task, plan.teacher, seed, None, work / "teacher")
+            student = plan.students[-1]  # the pruned one
             for name in options.layout:
                 pattern, grouping = LAYOUTS[name]
                 network = dataclasses.replace(student, name=name, pattern=str(pattern), options={"grouping": grouping})
                 model = trained(task, network, seed, teacher, work / f"{name} {density}")
-                mae, mse = errors(predict(model, task.test), task, task.test)
+                scores = {f"test_{metric}": value for metric, value in task.goal.scores(model, task.test).items()}
                 row = {"layout": name, "density": density, "seed": seed, "kept": kept_share(model)}
-                rows.append(row | {"pattern": str(pattern), "test_mae": mae, "test_mse": mse})
+                rows.append(row | {"pattern": str(pattern), **scores})
                 print(rows[-1], flush=True)
                 record = {"task": task.name, "data": task.meta.get("sha256"), "method": "SP-SAD", "rows": rows}
                 record["command"] = shlex.join(["python", "-m", "benchmarks.gpu.patterns", *argv])

@@ -4,10 +4,12 @@ summary.py takes means over seeds, tables.py puts them into Markdown, page.py wi
 
     results.json
       schema, command, task, protocol   what was run, on which data (sha256), how, on which machine
-      baselines  [{name, mae, mse, setting}]                         predictors that a network has to beat
+                 (task.goal: the metrics, their headings and directions; the first one judges)
+      baselines  [{name, setting, and a number for each metric}]     predictors that a network has to beat
       rows       [{name, method, seed, target_density, metrics, epochs, ...}]    one for each trained network
       summary    [{name, method, target_density, seeds, selected, mean: {}, sd: {}}]
                  over seeds, sd is None for one; selected: this density of the method did best on the validation part
+      published  {heading, rows: {name: {metric: value}}}            figures of others at the same task, where there are
 
 A metric that was not measured is null in the JSON and "not measured" in the tables, never 0.
 """
@@ -20,18 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from .. import checkpoint
+from ..goals import Classification, Regression
 from . import page
-from .summary import label, metric_of, summarise
-from .tables import NOT_MEASURED, PAPER_TABLE_4, document, markdown_table, result_tables
+from .summary import label, metrics_of, summarise
+from .tables import NOT_MEASURED, document, markdown_table, result_tables
 
 __all__ = [
     "NOT_MEASURED",
-    "PAPER_TABLE_4",
     "SCHEMA",
     "label",
     "markdown_table",
     "merge",
-    "metric_of",
+    "metrics_of",
     "read",
     "result_tables",
     "summarise",
@@ -43,7 +45,7 @@ SCHEMA = 1
 
 def write(results: Mapping[str, Any], folder: str | Path) -> list[Path]:
     """Write results.json (with a fresh summary), report.md and report.html; returns their paths."""
-    results = {**results, "schema": SCHEMA, "summary": summarise(results["rows"])}
+    results = {**results, "schema": SCHEMA, "summary": summarise(results["rows"], metrics_of(results)[0])}
     path = Path(folder) / "results.json"
     checkpoint.write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
     return [path, *_render([results], Path(folder))]
@@ -55,7 +57,7 @@ def merge(sources: Sequence[str | Path], folder: str | Path) -> list[Path]:
     Raises what `read` does.
     """
     runs = [read(source) for source in sources]
-    runs = [{**run, "summary": summarise(run["rows"])} for run in runs]
+    runs = [{**run, "summary": summarise(run["rows"], metrics_of(run)[0])} for run in runs]
     path = Path(folder) / "merged.json"
     checkpoint.write_atomically(path, (json.dumps({"schema": SCHEMA, "runs": runs}, indent=1) + "\n").encode())
     return [path, *_render(runs, Path(folder))]
@@ -85,4 +87,21 @@ def read(folder: str | Path) -> dict[str, Any]:
             f"sparsekd report: {path} has schema {schema} (this sparsekd reads {SCHEMA}) and lacks "
             f"{', '.join(missing) or 'nothing'}; use the version that wrote it, or run again"
         )
+    results = _with_goal(results)
+    try:
+        metrics_of(results)[0]
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"sparsekd report: {path} does not say what its numbers are: task.goal.metrics must list at least one "
+            f"metric with name and heading ({error!r}); run again"
+        ) from error
     return results
+
+
+def _with_goal(results: dict[str, Any]) -> dict[str, Any]:
+    """Files from before there were goals say what they hold by a word."""
+    task = results["task"]
+    if "goal" in task:
+        return results
+    goal = Classification() if task.get("kind") == "images" else Regression()
+    return {**results, "task": {**task, "goal": goal.describe()}}

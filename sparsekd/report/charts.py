@@ -73,7 +73,9 @@ class Chart:
         points = [point for series in self.series for point in series.points]
         if not points:
             return ""
-        x_values = [p[0] for p in points] + [0.0] * self.x_from_zero
+        x_values = [p[0] for p in points]
+        if self.x_from_zero:
+            x_values.append(0.0)
         y_values = [p[1] + sign * (p[2] or 0.0) for p in points for sign in (-1, 1)] + [y for _, _, y in self.levels]
         self._x = _Scale(x_values, 58, self.width - 14, self.x_whole)
         self._y = _Scale(y_values, self.height - 44, 22)
@@ -130,9 +132,9 @@ class Chart:
                 ends = (self._y(y - spread), self._y(y + spread))
                 parts.append(f'<path class="spread" d="M{at[0]:.1f} {ends[0]:.1f}V{ends[1]:.1f}"/>')
             if word:
-                kind = "ring" if series.hollow else "dot"
+                shape = "ring" if series.hollow else "dot"
                 parts.append(
-                    f'<circle class="{kind}" cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="4">'
+                    f'<circle class="{shape}" cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="4">'
                     f"<title>{escape(word)}</title></circle>"
                 )
         return [f'<g class="s{series.colour}">', *parts, "</g>"]

@@ -15,8 +15,8 @@ import numpy as np
 from ..blocks import BlockPattern
 from . import charts
 from .charts import Chart, Series, pareto
-from .summary import label, metric_of
-from .tables import NOT_MEASURED, accuracy_table, inline, speed_table
+from .summary import label, metrics_of
+from .tables import NOT_MEASURED, accuracy_table, inline, speed_table, validation_heading
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -43,7 +43,6 @@ details { margin: .6rem 0; } summary { cursor: pointer; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .88rem; }
 dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
 """
-_NAMES = {"accuracy": "test accuracy, %", "mse": "test MSE"}
 Row = Mapping[str, Any]
 
 
@@ -66,7 +65,7 @@ def _section(run: Mapping[str, Any]) -> str:
     parts = [
         f"<h2>{escape(run['task']['name'])}</h2>",
         f"<p><code>{escape(run['command'])}</code><br><span class=small>{escape(run['protocol'].get('machine', ''))}; "
-        f"{seeds} seed{'s' * (seeds != 1)}.{quick}</span></p>",
+        f"{_counted(seeds, 'seed')}.{quick}</span></p>",
         "".join(f"<p class=small>{escape(note)}.</p>" for note in run["protocol"].get("notes", ())),
         _tables(run),
         '<div class="wide">',
@@ -79,6 +78,10 @@ def _section(run: Mapping[str, Any]) -> str:
         _protocol(run),
     ]
     return "".join(parts)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _names(entries: Sequence[Row]) -> list[str]:
@@ -102,22 +105,17 @@ def _tables(run: Mapping[str, Any]) -> str:
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]], shaded: set[int]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in heading)
-    body = "".join(
-        f"<tr{' class=selected' * (index in shaded)}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
-        for index, row in enumerate(rows)
-    )
+    body = ""
+    for index, row in enumerate(rows):
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
+        body += f"<tr class=selected>{cells}</tr>" if index in shaded else f"<tr>{cells}</tr>"
     return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def _quality(run: Mapping[str, Any]) -> tuple[str, float]:
-    """Name of the metric and its scale on the charts."""
-    metric = metric_of(run)
-    return metric, 100.0 if metric == "accuracy" else 1.0
-
-
 def _against_density(run: Mapping[str, Any], colours: Mapping[str, int]) -> str:
-    metric, scale = _quality(run)
-    chart = Chart("weights kept, %", _NAMES[metric])
+    judge, *_ = metrics_of(run)
+    metric, scale = judge.name, judge.scale
+    chart = Chart("weights kept, %", judge.heading)
     for name in _names(run["summary"]):
         entries = [entry for entry in run["summary"] if entry["name"] == name]
         points = [
@@ -133,14 +131,16 @@ def _against_density(run: Mapping[str, Any], colours: Mapping[str, int]) -> str:
             chart.levels.append((points[0][3], colours[name], points[0][1]))
         chart.series.append(Series(name, colours[name], points, hollow=entries[0]["target_density"] is None))
     for score in run["baselines"]:
-        chart.levels.append((f"{score['name']}: {score[metric]:.4g}", 6, score[metric]))
+        if metric in score:
+            chart.levels.append((f"{score['name']}: {scale * score[metric]:.4g}", 6, scale * score[metric]))
     caption = "Dense networks are rings with a dashed line; bars are one standard deviation over seeds."
     return _figure("Quality against density", chart, caption, colours)
 
 
 def _against_cost(run: Mapping[str, Any], colours: Mapping[str, int], cost: str, axis: str, cost_scale: float) -> str:
-    metric, scale = _quality(run)
-    chart = Chart(axis, _NAMES[metric], x_from_zero=True)
+    judge, *_ = metrics_of(run)
+    metric, scale = judge.name, judge.scale
+    chart = Chart(axis, judge.heading, x_from_zero=True)
     known = [entry for entry in run["summary"] if entry["mean"].get(cost) is not None]
     for name in _names(known):
         entries = [entry for entry in known if entry["name"] == name]
@@ -157,7 +157,7 @@ def _against_cost(run: Mapping[str, Any], colours: Mapping[str, int], cost: str,
             Series(name, colours[name], points, line=False, hollow=entries[0]["target_density"] is None)
         )
     every = [point[:2] for series in chart.series for point in series.points]
-    chart.front = pareto(every, metric == "accuracy")
+    chart.front = pareto(every, judge.higher_is_better)
     title = f"Quality against {'latency' if cost.startswith('latency') else 'energy'}"
     if not known:
         return f"<figure><h3>{title}</h3><p>{NOT_MEASURED}: {escape(_why_not(run))}</p></figure>"
@@ -179,8 +179,8 @@ def _figure(title: str, chart: Chart, caption: str, colours: Mapping[str, int]) 
 
 def _curves(run: Mapping[str, Any], colours: Mapping[str, int]) -> str:
     """Validation through training, first seed: the dense networks together, then one chart for each pruned one."""
-    metric, scale = _quality(run)
-    label = f"validation {'accuracy, %' if metric == 'accuracy' else 'MSE'}"
+    judge, *_ = metrics_of(run)
+    metric, scale = judge.name, judge.scale
     seed = min((row["seed"] for row in run["rows"]), default=0)
     trained = [row for row in run["rows"] if row["seed"] == seed and row.get("epochs")]
     dense = [row for row in trained if row["target_density"] is None]
@@ -188,7 +188,7 @@ def _curves(run: Mapping[str, Any], colours: Mapping[str, int]) -> str:
     charts_of += [(_curve_title(row), [row]) for row in trained if row["target_density"] is not None]
     figures = []
     for title, rows in charts_of:
-        chart = Chart("epoch", label, x_whole=True, width=400, height=250)
+        chart = Chart("epoch", validation_heading(judge), x_whole=True, width=400, height=250)
         for row in rows:
             points = [(e["epoch"], scale * e[f"val_{metric}"], None, "") for e in row["epochs"]]
             chart.series.append(Series(row["name"], colours[row["name"]], points))
@@ -210,7 +210,8 @@ def _curve_title(row: Row) -> str:
 def _events(epochs: Sequence[Row]) -> Iterator[tuple[float, str]]:
     for epoch, following in itertools.pairwise(epochs):
         if epoch["pruned"]:
-            yield epoch["epoch"] + 0.5, f"{100 * following['density']:.0f} %" + " ↺" * epoch.get("rewound", False)
+            share = f"{100 * following['density']:.0f} %"
+            yield epoch["epoch"] + 0.5, f"{share} ↺" if epoch.get("rewound") else share
 
 
 def _maps(run: Mapping[str, Any]) -> str:
@@ -227,8 +228,9 @@ def _maps(run: Mapping[str, Any]) -> str:
             + "</tr>"
             for layer in students[0]["blocks"]
         )
+        details = "<details open>" if index == 0 else "<details>"
         parts.append(
-            f"<details{' open' * (index == 0)}><summary>{escape(name)}</summary><div class=scroll><table class=blocks>"
+            f"{details}<summary>{escape(name)}</summary><div class=scroll><table class=blocks>"
             f"<tr><th></th>{head}</tr>{body}</table></div></details>"
         )
     if not parts:

@@ -6,16 +6,21 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..goals import Metric
 
-def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and sample standard deviation over seeds of every metric; None where a seed has none."""
+
+def summarise(rows: Sequence[Mapping[str, Any]], judge: Metric) -> list[dict[str, Any]]:
+    """Mean and sample standard deviation over seeds of every metric; None where a seed has none.
+
+    `judge` says which density of a method did best on the validation part.
+    """
     groups: dict[tuple[str, float | None], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["name"], row["target_density"]), []).append(row)
     summary = []
     for (name, density), group in groups.items():
         values = {metric: [row["metrics"].get(metric) for row in group] for metric in group[0]["metrics"]}
-        known = {metric: None if None in found else found for metric, found in values.items()}
+        known = {metric: None if None in of_seeds else of_seeds for metric, of_seeds in values.items()}
         summary.append(
             {
                 "name": name,
@@ -26,21 +31,25 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "sd": {m: statistics.stdev(v) if v and len(v) > 1 else None for m, v in known.items()},
             }
         )
-    chosen = [_best_on_validation(entries) for entries in _by_name(summary).values()]
+    chosen = [_best_on_validation(entries, judge) for entries in _by_name(summary).values()]
     return [{**entry, "selected": any(entry is one for one in chosen)} for entry in summary]
 
 
-def _best_on_validation(entries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+def _best_on_validation(entries: Sequence[Mapping[str, Any]], judge: Metric) -> Mapping[str, Any] | None:
     """The density of a method that did best on the validation part; None where there is no choice."""
-    known = [entry for entry in entries if entry["mean"].get("val_accuracy") is not None]
-    if len(entries) < 2 or len(known) < len(entries):
+    key = f"val_{judge.name}"
+    if len(entries) < 2 or any(entry["mean"].get(key) is None for entry in entries):
         return None
-    return max(known, key=lambda entry: entry["mean"]["val_accuracy"])
+    best = entries[0]
+    for entry in entries[1:]:
+        if judge.better(entry["mean"][key], best["mean"][key]):
+            best = entry
+    return best
 
 
-def metric_of(results: Mapping[str, Any]) -> str:
-    """What the networks are judged by: "accuracy" of images, "mse" of everything else."""
-    return "accuracy" if results["task"].get("kind") == "images" else "mse"
+def metrics_of(results: Mapping[str, Any]) -> tuple[Metric, ...]:
+    """What the numbers of a run are, by its own account; the first metric judges."""
+    return tuple(Metric(**metric) for metric in results["task"]["goal"]["metrics"])
 
 
 def label(entry: Mapping[str, Any]) -> str:

@@ -5,27 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .summary import label, metric_of, summarise
+from ..goals import Metric
+from .summary import label, metrics_of, summarise
 
 NOT_MEASURED = "not measured"
 
-# Table 4 of arXiv 2401.10484 (MAE, MSE); its test films are 498 later than 2013, ours 503.
-PAPER_TABLE_4 = {
-    "categorical": {"DCNN": (0.8594, 1.22), "SAD": (0.8143, 1.183), "LTH-SAD": (0.8212, 1.151)},
-    "numerical": {"DCNN": (0.7455, 0.98), "SAD": (0.7714, 1.041), "LTH-SAD": (0.8607, 1.255)},
-    "social": {"DCNN": (2.086, 5.028), "SAD": (0.88, 1.229), "LTH-SAD": (0.81, 1.106)},
-    "textual": {"DCNN": (1.375, 2.593), "SAD": (1.163, 1.942), "LTH-SAD": (0.871, 1.319)},
-}
-
-# (heading, metric, scale, format) of the two tables of networks.
-_QUALITY = {
-    "mse": (("MAE", "mae", 1.0, ".4f"), ("MSE", "mse", 1.0, ".4f")),
-    "accuracy": (("test accuracy %", "accuracy", 100.0, ".2f"), ("validation %", "val_accuracy", 100.0, ".2f")),
-}
-_INTRODUCTION = {
-    "mse": "Test errors (predictions clipped to the range of the target):",
-    "accuracy": "Networks on the test part:",
-}
+# (heading, metric, scale, format) of what every network costs.
 _COST = (
     ("weights kept %", "weights_kept", 100.0, ".1f"),
     ("parameters", "parameters", 1.0, ".0f"),
@@ -41,7 +26,7 @@ _Rows = list[list[str]]
 def document(results: Mapping[str, Any]) -> str:
     """The whole report as Markdown."""
     task, protocol = results["task"], results["protocol"]
-    summary = summarise(results["rows"])
+    summary = summarise(results["rows"], metrics_of(results)[0])
     parts = [
         f"# {task['name']}: distilled, pruned, frozen",
         f"`{results['command']}`",
@@ -56,33 +41,50 @@ def document(results: Mapping[str, Any]) -> str:
 
 def result_tables(results: Mapping[str, Any]) -> str:
     """The result tables as Markdown that is aligned, so that a terminal shows it well too."""
-    summary = results.get("summary") or summarise(results["rows"])
+    summary = results.get("summary") or summarise(results["rows"], metrics_of(results)[0])
     accuracy = markdown_table(*accuracy_table(results, summary))
-    parts = [
-        _INTRODUCTION[metric_of(results)],
-        accuracy,
-    ]
+    parts = ["Networks on the test part:", accuracy]
     seeds = {len(entry["seeds"]) for entry in summary}
     if seeds - {1}:
         parts.append("Mean ± standard deviation over seeds.")
     parts += ["Inference, dense eager network against frozen one:", markdown_table(*speed_table(summary))]
     parts += sorted({f"Energy: {row['energy_note']}." for row in results["rows"] if row.get("energy_note")})
-    group = results["task"]["name"].removeprefix("movies-")
-    if group in PAPER_TABLE_4:
-        parts.append("The same task in the paper (arXiv 2401.10484, Table 4; LTH-SAD keeps 55 % of the weights):")
-        rows = [[name, f"{mae:.4f}", f"{mse:.4f}"] for name, (mae, mse) in PAPER_TABLE_4[group].items()]
-        parts.append(markdown_table(["paper", "MAE", "MSE"], rows))
+    if "published" in results:
+        parts += [results["published"]["heading"], markdown_table(*_published_table(results))]
     return "\n\n".join(parts)
 
 
 def accuracy_table(results: Mapping[str, Any], summary: Sequence[Mapping[str, Any]]) -> tuple[list[str], _Rows]:
-    columns = (*_QUALITY[metric_of(results)], *_COST)
+    """Every metric on the test part, what judges on the validation part where it is known, and what a network costs."""
+    metrics = metrics_of(results)
+    quality = [(metric.heading, metric.name, metric.scale, f".{metric.digits}f") for metric in metrics]
+    judge = metrics[0]
+    if any(entry["mean"].get(f"val_{judge.name}") is not None for entry in summary):
+        quality.append((validation_heading(judge), f"val_{judge.name}", judge.scale, f".{judge.digits}f"))
+    columns = (*quality, *_COST)
     rows = []
     for score in results["baselines"]:
         name = f"{score['name']} ({score['setting']})" if score.get("setting") else score["name"]
-        rows.append([name, f"{score['mae']:.4f}", f"{score['mse']:.4f}"] + [""] * (len(columns) - 2))
+        cells = [_number(score.get(metric.name), metric) for metric in metrics]
+        rows.append([name, *cells] + [""] * (len(columns) - len(cells)))
     rows += [[label(entry), *(_cell(entry, *column[1:]) for column in columns)] for entry in summary]
     return ["model", *(heading for heading, *_ in columns)], rows
+
+
+def validation_heading(metric: Metric) -> str:
+    return f"validation {metric.heading.removeprefix('test ')}"
+
+
+def _published_table(results: Mapping[str, Any]) -> tuple[list[str], _Rows]:
+    """Figures of others at the same task; a metric that they do not give has no column."""
+    published = results["published"]["rows"]
+    metrics = [m for m in metrics_of(results) if any(m.name in values for values in published.values())]
+    rows = [[name, *(_number(values.get(m.name), m) for m in metrics)] for name, values in published.items()]
+    return ["published", *(metric.heading for metric in metrics)], rows
+
+
+def _number(value: float | None, metric: Metric) -> str:
+    return "" if value is None else f"{metric.scale * value:.{metric.digits}f}"
 
 
 def speed_table(summary: Sequence[Mapping[str, Any]]) -> tuple[list[str], _Rows]:

@@ -5,15 +5,17 @@ All are deterministic, fitted on train; their one setting is chosen by the squar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 
-from ..data.parts import Rows
-from ..data.task import Task
+from ..data import Rows, Task
+from ..goals import Regression
 
 BIAS_SHRINKS = (2.0, 5.0, 10.0, 20.0, 40.0)
 RIDGE_ALPHAS = (1e-1, 1e0, 1e1, 1e2, 1e3, 1e4)
@@ -23,28 +25,29 @@ BOOSTING_TREES = 150
 
 @dataclass(frozen=True)
 class Score:
-    """Errors of predictions clipped to the target range: mean absolute and mean squared; `setting` in words."""
+    """What a predictor reaches on a part, by the metrics of the goal of its task; its `setting` in words."""
 
     name: str
-    mae: float
-    mse: float
+    metrics: dict[str, float]
     setting: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a report has it."""
+        return {"name": self.name, **self.metrics, "setting": self.setting}
 
 
 def score(name: str, task: Task, part: Rows, prediction: np.ndarray, setting: str = "") -> Score:
-    """MAE and MSE of `prediction` [N] on a part of the task."""
-    error = np.clip(prediction.astype(np.float64), *task.target_range) - part.target.double().numpy()
-    return Score(name, float(np.abs(error).mean()), float((error**2).mean()), setting)
+    """What `prediction` [N] is worth on a part of a task whose target is a number."""
+    if not isinstance(task.goal, Regression):
+        raise ValueError(f"sparsekd.runs.baselines: {name} predicts numbers, got a task of {task.goal.name}")
+    return Score(name, task.goal.measure(torch.from_numpy(prediction), part.target.cpu()), setting)
 
 
 def run(task: Task) -> list[Score]:
-    """Every baseline that fits the task, on its test part; none for images."""
-    if task.kind == "images":
-        return []
-    scores = [constant(task)]
-    if task.kind == "ratings":
-        scores += [biases(task), running_biases(task)]
-    return [*scores, ridge(task), boosting(task)]
+    """Every baseline that the goal of the task names, on its test part; a task without users leaves out theirs."""
+    has_users = getattr(task.train, "users", None) is not None
+    named = [BASELINES[name] for name in task.goal.baselines]
+    return [baseline(task) for baseline in named if has_users or baseline not in NEED_USERS]
 
 
 def constant(task: Task) -> Score:
@@ -62,7 +65,7 @@ def biases(task: Task) -> Score:
 
 def running_biases(task: Task) -> Score:
     """The same, kept up to date by every rating that came earlier: the network's own starting point."""
-    _ratings_only(task, "running_biases")
+    _need_users(task, "running_biases")
     return score("running biases", task, task.test, task.test.inputs[2].numpy())
 
 
@@ -92,6 +95,17 @@ def boosting(task: Task) -> Score:
     return score("gradient boosting", task, task.test, best[2], best[1])
 
 
+# By the names that goals call them.
+BASELINES: dict[str, Callable[[Task], Score]] = {
+    "constant": constant,
+    "biases": biases,
+    "running_biases": running_biases,
+    "ridge": ridge,
+    "boosting": boosting,
+}
+NEED_USERS = (biases, running_biases)
+
+
 def _best(name: str, task: Task, models: dict[str, Any]) -> Score:
     fitted = {
         k: m.fit(task.train.features, task.train.target.numpy(), sample_weight=task.train.weight)
@@ -102,12 +116,12 @@ def _best(name: str, task: Task, models: dict[str, Any]) -> Score:
 
 
 def _squared_error(part: Rows, task: Task, prediction: np.ndarray) -> float:
-    return score("", task, part, prediction).mse
+    return score("", task, part, prediction).metrics["mse"]
 
 
 def _bias_predict(task: Task, part: Rows, shrink: float, rounds: int = 10) -> np.ndarray:
     """Alternate shrunk means of residuals, items then users (Koren, Bell & Volinsky 2009, equation 1)."""
-    _ratings_only(task, "biases")
+    _need_users(task, "biases")
     users, items, target = task.train.users, task.train.items, task.train.target.double().numpy()
     assert users is not None and items is not None and part.users is not None and part.items is not None
     by_user, by_item = np.zeros(task.sizes["users"]), np.zeros(task.sizes["items"])
@@ -122,8 +136,8 @@ def _shrunk_means(keys: np.ndarray, values: np.ndarray, size: int, shrink: float
     return np.bincount(keys, values, size) / (np.bincount(keys, minlength=size) + shrink)
 
 
-def _ratings_only(task: Task, what: str) -> None:
-    if task.kind != "ratings":
+def _need_users(task: Task, what: str) -> None:
+    if task.train.users is None or task.train.items is None:
         raise ValueError(f"sparsekd.runs.baselines.{what}: needs a task with users and items, got {task.name!r}")
 
 

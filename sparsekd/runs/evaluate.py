@@ -1,56 +1,21 @@
-"""What a trained network is worth: its errors, its size, its speed and its joules, dense and frozen."""
+"""What a trained network costs: its size, its speed and its joules, dense and frozen. Its scores are its goal's."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import energy
 from ..convert import DENSE_TYPES, SPARSE_TYPES, densify, named_layers
-from ..data import Rows, Task
+from ..data import Task
 from ..freeze import freeze
 from ..nn import BlockSparseLayer
-from . import baselines
 
-__all__ = ["count_parameters", "errors", "freeze_for", "kept_share", "not_pruned", "predict", "scores", "speed"]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
-
-
-def predict(model: nn.Module, part: Rows, batch_size: int = 512) -> Tensor:
-    """Predictions [N], or logits [N, classes], of a whole part, in evaluation mode; on the CPU, in float32."""
-    with _evaluating(model):
-        return torch.cat([model(*inputs) for inputs, _ in part.batches(batch_size)]).float().cpu()
-
-
-def scores(prediction: Tensor, task: Task, part: Rows) -> dict[str, float]:
-    """{"mae", "mse"} of predictions [N] clipped to the range of the target; {"accuracy", "cross_entropy"} of logits."""
-    if task.kind != "images":
-        return dict(zip(("mae", "mse"), errors(prediction, task, part), strict=True))
-    target = part.target.cpu()
-    accuracy = (prediction.argmax(1) == target).double().mean()
-    return {"accuracy": float(accuracy), "cross_entropy": float(F.cross_entropy(prediction, target))}
-
-
-def errors(prediction: Tensor, task: Task, part: Rows) -> tuple[float, float]:
-    """(MAE, MSE) of predictions [N] clipped to the range of the target."""
-    score = baselines.score("", task, part, prediction.numpy())
-    return score.mae, score.mse
+__all__ = ["count_parameters", "freeze_for", "kept_share", "not_pruned", "speed"]
 
 
 def not_pruned(model: nn.Module) -> tuple[str, ...]:
@@ -94,11 +59,11 @@ def speed(model: nn.Module, frozen: Mapping[int, nn.Module], task: Task, quick: 
         inputs = task.example_inputs(batch)
         calls = {"dense": _call(dense, inputs), "frozen": _call(frozen[batch], inputs)}
         with torch.inference_mode():
-            found = energy.compare(calls, seconds=seconds, warmup=warmup, rounds=rounds, device="cpu")
-        for name, measured in found.measurements.items():
+            compared = energy.compare(calls, seconds=seconds, warmup=warmup, rounds=rounds, device="cpu")
+        for name, measured in compared.measurements.items():
             if batch == min(frozen):
                 metrics[f"latency_ms_{name}"] = 1e3 * measured.seconds_per_call
-                metrics["latency_ratio"] = found.seconds_ratio["frozen"].value
+                metrics["latency_ratio"] = compared.seconds_ratio["frozen"].value
             else:
                 metrics[f"throughput_{name}_{batch}"] = batch / measured.seconds_per_call
             joules = measured.joules_per_call

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sparsekd import report
+from sparsekd.goals import Classification, Regression
 from sparsekd.report import page
 from sparsekd.report.charts import Chart, Series, _Scale, pareto
 
@@ -91,11 +92,11 @@ def run():
     rows += [row("LTH-SAD", 0.5, 0.7312, epochs), row("LTH-SAD", 0.25, 0.7001)]
     return {
         "command": "sparsekd run cifar100 --data <DIR>",
-        "task": {"name": "cifar100", "kind": "images"},
+        "task": {"name": "pictures", "goal": Classification().describe()},
         "protocol": {"machine": "a machine & more", "quick": False},
         "baselines": [],
         "rows": rows,
-        "summary": report.summarise(rows),
+        "summary": report.summarise(rows, Classification().judge),
     }
 
 
@@ -132,13 +133,13 @@ def test_block_maps_are_pictures_of_the_masks(run):
 
 
 def test_several_runs_on_one_page(run, tmp_path):
-    other = {**run, "task": {"name": "movielens", "kind": "ratings"}, "rows": [], "baselines": []}
+    other = {**run, "task": {"name": "movielens", "goal": Regression().describe()}, "rows": [], "baselines": []}
     for name, one in (("a", run), ("b", {**other, "protocol": {"quick": True}})):
         report.write(one, tmp_path / name)
     paths = report.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "both")
     assert [path.name for path in paths] == ["merged.json", "report.md", "report.html"]
     words = Outline(paths[2].read_text()).words
-    assert "cifar100" in words and "movielens" in words and "A quick run: not to be quoted." in words
+    assert "pictures" in words and "movielens" in words and "A quick run: not to be quoted." in words
     assert paths[1].read_text().count(": distilled, pruned, frozen") == 2
 
 

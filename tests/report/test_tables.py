@@ -1,10 +1,15 @@
 """The report says what the JSON says, and nothing else."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from sparsekd import report
+from sparsekd.goals import Classification, Click, Metric, Regression
+from sparsekd.runs.plans import paper
+
+MSE = Regression().judge
 
 
 def row(name, seed, density=None, **metrics):
@@ -45,9 +50,10 @@ def results():
     return {
         "schema": 1,
         "command": "sparsekd run movies --data DIR",
-        "task": {"name": "movies-social", "sha256": {"a.csv": "00ff"}},
+        "task": {"name": "movies-social", "goal": Regression().describe(), "sha256": {"a.csv": "00ff"}},
         "protocol": {"epochs": {"student": 2}, "seeds": [0, 1]},
         "baselines": [{"name": "ridge", "mae": 0.7654, "mse": 1.2345, "setting": "alpha 10"}],
+        "published": paper.TABLE_4["social"],
         "rows": [
             row("teacher", 0, mse=1.5),
             row("teacher", 1, mse=1.7),
@@ -60,7 +66,7 @@ def results():
 
 
 def test_mean_and_deviation_over_seeds(results):
-    teacher, lth, thinner = report.summarise(results["rows"])
+    teacher, lth, thinner = report.summarise(results["rows"], MSE)
     assert (teacher["name"], teacher["seeds"]) == ("teacher", [0, 1])
     assert teacher["mean"]["mse"] == pytest.approx(1.6) and teacher["sd"]["mse"] == pytest.approx(0.02**0.5)
     assert lth["mean"]["mae"] == pytest.approx(0.82) and lth["target_density"] == 0.45
@@ -69,20 +75,26 @@ def test_mean_and_deviation_over_seeds(results):
 
 
 def test_one_seed_has_no_deviation(results):
-    (entry,) = report.summarise(results["rows"][:1])
+    (entry,) = report.summarise(results["rows"][:1], MSE)
     assert entry["mean"]["mse"] == 1.5 and entry["sd"]["mse"] is None
 
 
-def test_the_density_is_selected_on_the_validation_part():
+@pytest.mark.parametrize(
+    ("judge", "sign"), [(Classification().judge, 1), (Regression().judge, -1), (Click().judge, -1)]
+)
+def test_the_density_is_selected_on_the_validation_part(judge, sign):
     """Whatever the test part says, which here has another favourite."""
+    name = judge.name
     scored = {0.5: (0.70, 0.60), 0.4: (0.68, 0.65), 0.3: (0.72, 0.61)}  # test, validation
     rows = [
-        row("SP-SAD", seed, density, accuracy=test + 0.01 * seed, val_accuracy=validation - 0.01 * seed)
-        for density, (test, validation) in scored.items()
+        row("SP-SAD", seed, density, **{name: sign * (test + 0.01 * seed), f"val_{name}": sign * (val - 0.01 * seed)})
+        for density, (test, val) in scored.items()
         for seed in (0, 1)
     ]
-    rows += [row("SAD", 0, accuracy=0.8, val_accuracy=0.8)]
-    selected = {(entry["name"], entry["target_density"]) for entry in report.summarise(rows) if entry["selected"]}
+    rows += [row("SAD", 0, **{name: sign * 0.8, f"val_{name}": sign * 0.8})]
+    selected = {
+        (entry["name"], entry["target_density"]) for entry in report.summarise(rows, judge) if entry["selected"]
+    }
     assert selected == {("SP-SAD", 0.4)}
 
 
@@ -93,20 +105,20 @@ def cells(text, first):
 
 def test_tables_hold_the_numbers_of_the_json(results):
     text = report.result_tables(results)
-    assert cells(text, "ridge (alpha 10)")[1:3] == ["0.7654", "1.2345"]
+    assert cells(text, "ridge (alpha 10)")[1:3] == ["1.2345", "0.7654"]
     lth = cells(text, "LTH-SAD @ 0.45")
-    assert lth[1:4] == ["0.8200 ± 0.0141", "1.2000 ± 0.1414", "45.0 ± 0.0"]
+    assert lth[1:4] == ["1.2000 ± 0.1414", "0.8200 ± 0.0141", "45.0 ± 0.0"]
     assert cells(text, "LTH-SAD @ 0.2")[6] == "not measured"
     speed = cells(text[text.index("latency") :], "teacher")
     assert speed[1:4] == ["3.000 ± 0.000", "1.000 ± 0.000", "0.33 ± 0.00"]
     assert speed[-2:] == ["not measured", "not measured"]
     assert "Energy: not measured: no counter here." in text
-    assert cells(text[text.index("Table 4") :], "LTH-SAD")[1:] == ["0.8100", "1.1060"]
+    assert cells(text[text.index("Table 4") :], "LTH-SAD")[1:] == ["1.1060", "0.8100"]
     assert len({len(line) for line in text.splitlines() if "ridge" in line or "LTH-SAD @" in line}) == 2  # aligned
 
 
 def test_other_tasks_have_no_row_of_the_paper(results):
-    results["task"]["name"] = "movielens"
+    del results["published"]
     assert "Table 4" not in report.result_tables(results)
 
 
@@ -114,7 +126,7 @@ def test_write_and_render_again(results, tmp_path):
     paths = report.write(results, tmp_path)
     assert [path.name for path in paths] == ["results.json", "report.md", "report.html"]
     stored = json.loads((tmp_path / "results.json").read_text())
-    assert stored["rows"] == results["rows"] and stored["summary"] == report.summarise(results["rows"])
+    assert stored["rows"] == results["rows"] and stored["summary"] == report.summarise(results["rows"], MSE)
     first = (tmp_path / "report.md").read_text()
     assert "00ff" in first and results["command"] in first
     (tmp_path / "report.md").unlink()
@@ -132,3 +144,56 @@ def test_no_result_file(tmp_path, content):
 def test_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         report.read(tmp_path / "nothing")
+
+
+def test_a_metric_that_nobody_knew_is_drawn_from_its_description(results, tmp_path):
+    """A goal of tomorrow: its name, heading, scale and direction stand in results.json, and nowhere else."""
+    hits = Metric("hits@3", "test hits@3, %", 100.0, 1, higher_is_better=True)
+    results["task"]["goal"] = {"name": "of tomorrow", "metrics": [hits.describe()]}
+    results["baselines"], results["published"] = (
+        [{"name": "popular", "hits@3": 0.125}],
+        {"heading": "Theirs:", "rows": {"they": {"hits@3": 0.5}}},
+    )
+    results["rows"] = [
+        row("SP-SAD", 0, density, **{"hits@3": share, "val_hits@3": share})
+        for density, share in ((0.5, 0.3), (0.4, 0.4))
+    ]
+    for one in results["rows"]:
+        one["epochs"] = [{"epoch": 1, "val_hits@3": 0.2, "density": 1.0, "pruned": False}]
+    report.write(results, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert (
+        cells(text, "popular")[1] == "12.5"
+        and cells(text, "they")[1] == "50.0"
+        and cells(text, "SP-SAD @ 0.4")[1] == "40.0"
+    )
+    chosen = {entry["target_density"] for entry in report.read(tmp_path)["summary"] if entry["selected"]}
+    assert chosen == {0.4}
+    page = (tmp_path / "report.html").read_text()
+    assert "test hits@3, % against weights kept" in page and "validation hits@3, % against epoch" in page
+
+
+@pytest.mark.parametrize(("kind", "judge"), [("ratings", "mse"), ("features", "mse"), ("images", "accuracy")])
+def test_files_from_before_there_were_goals_are_read(results, tmp_path, kind, judge):
+    results["task"] = {"name": "old", "kind": kind}
+    results["rows"] = [{**row("SAD", 0, accuracy=0.5, val_accuracy=0.5, val_mse=1.0), "epochs": []}]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    old = report.read(tmp_path)
+    assert report.metrics_of(old)[0].name == judge
+    report.write(old, tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).resolve().parents[2] / "benchmarks/results").glob("*.json")))
+def test_stored_results_of_runs_are_readable(path, tmp_path):
+    stored = json.loads(path.read_text())
+    if not isinstance(stored, dict) or "baselines" not in stored:
+        return  # of a benchmark, not of a run
+    report.merge([path], tmp_path)
+    assert stored["task"]["name"] in (tmp_path / "report.md").read_text()
+
+
+def test_a_goal_without_metrics_is_refused(results, tmp_path):
+    results["task"]["goal"] = {"name": "empty", "metrics": []}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=r"results\.json does not say what its numbers are"):
+        report.read(tmp_path)

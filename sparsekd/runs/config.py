@@ -1,0 +1,71 @@
+"""What a run is asked to do: every setting with its default, which stands here and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..blocks import BlockPattern, check_density
+from .plans.network import KNOWN_METHODS
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What `run` does.
+
+    task       a name out of `tasks.TASKS`; `options` are those that the task has for itself, as {"group": "social"}.
+    data_dir   folder of the data files, None for the embedded ones.
+    methods    names out of METHODS and ABLATIONS; None: those that the task is usually run with.
+    densities  shares of the prunable weights to keep, in (0, 1]; each below 1 makes a student of every method (1 is the
+               SAD row that every run has). None: those that the task is usually run with.
+    seeds      how many; seed s initialises all students of that seed alike.
+    quick      fewer rows, fewer epochs, short timings: to see it work, not to quote.
+    pattern    blocks that are pruned, outputs x inputs: "16x1", on every device, so that they can be compared. GPU
+               tensor cores want "64x32", other blocks run dense there.
+    out        folder of everything that is written; default runs/<task>, with the options that differ.
+    threads    of torch and of the kernels; None leaves torch's choice.
+    device     "cpu" or "cuda" for training; None: what suits the task. Frozen networks are for the CPU.
+    bf16       autocast; None: what suits the task on this device.
+    compiled   torch.compile every training step.
+    measure    freeze and time the networks; False leaves that to a later call with `remeasure`.
+    fresh      throw away what an earlier run left in `out`, instead of going on with it.
+    remeasure  score finished networks on test, freeze and time them again, as they are: on a quiet machine, or with
+               other threads. Without `measure` the scores alone: soon done, and timings stay as they were.
+    stop_after minutes after which `run` raises OutOfTime; the same call goes on from there.
+    command    what the report says was called.
+    """
+
+    task: str = "movietweetings"
+    data_dir: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    methods: tuple[str, ...] | None = None
+    densities: tuple[float, ...] | None = None
+    seeds: int = 1
+    quick: bool = False
+    pattern: str = "16x1"
+    out: str | None = None
+    threads: int | None = None
+    device: str | None = None
+    bf16: bool | None = None
+    compiled: bool = False
+    measure: bool = True
+    fresh: bool = False
+    remeasure: bool = False
+    stop_after: float | None = None
+    command: str = "sparsekd.runs.run"
+
+    def __post_init__(self) -> None:
+        for name in ("densities", "methods"):  # each once, in the order given
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
+        for density in self.densities or ():
+            check_density("sparsekd run", density)
+        BlockPattern.parse(self.pattern)
+        for method in self.methods or ():
+            if method not in KNOWN_METHODS:
+                raise ValueError(f"sparsekd run: method must be one of {', '.join(KNOWN_METHODS)}, got {method!r}")
+        for name, number in (("seeds", self.seeds), ("threads", self.threads)):
+            if number is not None and number < 1:
+                raise ValueError(f"sparsekd run: {name} must be at least 1, got {number}")
+        if self.stop_after is not None and not self.stop_after > 0:
+            raise ValueError(f"sparsekd run: stop_after must be more than 0 minutes, got {self.stop_after}")

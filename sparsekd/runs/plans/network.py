@@ -1,0 +1,142 @@
+"""A network of a run, and the plan that names them all: one teacher, and the students that learn from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ...methods import METHODS
+from ...pruning import Schedule
+from .recipe import Recipe
+
+# Students that leave something out: features or logits of the teacher, the choice of blocks, the teacher altogether.
+ABLATIONS = ("kd", "at", "random", "magnitude")
+DENSE_ABLATIONS = ("kd", "at")  # the two that prune nothing
+KNOWN_METHODS = (*METHODS, *ABLATIONS)
+# The weight of AT: that of its authors' code for a mean over positions.
+AT_BETA = 1000.0
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network to train: its name in the report, its folder, how it is made and how it learns.
+
+    make                    a fresh network, drawn from torch's global generator.
+    alpha, beta, features   weights of KD and of the feature term, and which it is: "sad" or "at".
+    method, schedule        what prunes it and when, None for dense networks; `options` are the method's.
+    densities               shares of weights at which it is kept and becomes a row, on the schedule; () for dense ones.
+    ticket                  how the first stage of SS-SAD learns, where that is not as the second: its rate and decay.
+    pattern                 blocks that are pruned, the same on every device: what is learnt must not depend on it.
+    """
+
+    name: str
+    folder: str
+    make: Callable[[], nn.Module]
+    recipe: Recipe
+    alpha: float = 0.0
+    beta: float = 0.0
+    features: str = "sad"
+    method: str | None = None
+    densities: tuple[float, ...] = ()
+    schedule: Schedule | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    ticket: Recipe | None = None
+    pattern: str = "16x1"
+
+    def file(self, density: float | None) -> str:
+        """Name of the file with the weights of one row."""
+        return "model.safetensors" if len(self.densities) < 2 else f"model-{density:g}.safetensors"
+
+    def settings(self) -> dict[str, Any]:
+        """Everything but how it is made, for the file that says under which settings it was trained."""
+        settings = dataclasses.asdict(dataclasses.replace(self, make=nn.Identity))
+        del settings["make"]
+        return settings
+
+    def describe(self) -> str:
+        """Recipe and schedule in one line."""
+        recipe = self.recipe
+        rate = "cosine to 0" if recipe.milestones is None else f"x 0.1 after epochs {list(recipe.milestones)}"
+        again = {"rewind": ", anew at every rewinding and stage", "prune": ", anew at every prune", "never": ""}
+        text = f"{recipe.epochs} epochs of batch {recipe.batch_size}, {recipe.optimizer}, lr {recipe.lr:g} {rate}"
+        text += (again[recipe.restart] if self.method else "") + f", weight decay {recipe.weight_decay:g}"
+        if recipe.dropout or recipe.input_dropout:
+            text += f", dropout {recipe.dropout:g} and {recipe.input_dropout:g} on the input"
+        if self.alpha or self.beta:
+            text += f"; alpha {self.alpha:g}, beta {self.beta:g} ({self.features})"
+        if self.schedule is not None:
+            text += f"; {self.method}: {self.schedule}"
+            text += "".join(f", {name} {value}" for name, value in self.options.items())
+        if self.ticket is not None:
+            text += f"; its first stage with lr {self.ticket.lr:g}, weight decay {self.ticket.weight_decay:g}"
+        return text
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run trains, in this order.
+
+    architectures  names of teacher and student where there is a choice, else None.
+    timed_batches  batch sizes at which frozen networks are timed; a quick run takes the first two.
+    about          what the protocol in the report says of this plan, by its headings.
+    published      figures of others at the same task, which the report shows below ours: {"heading": ..., "rows":
+                   {name: {metric: value}}}.
+    """
+
+    teacher: Network
+    students: tuple[Network, ...]
+    architectures: tuple[str, str] | None = None
+    timed_batches: tuple[int, ...] = (1, 64, 512)
+    about: dict[str, Any] = field(default_factory=dict)
+    published: dict[str, Any] | None = None
+
+    @property
+    def networks(self) -> tuple[Network, ...]:
+        return (self.teacher, *self.students)
+
+    def in_blocks(self, pattern: str) -> Plan:
+        """The same plan with blocks of `pattern`."""
+        teacher, *students = (dataclasses.replace(network, pattern=pattern) for network in self.networks)
+        return dataclasses.replace(self, teacher=teacher, students=tuple(students))
+
+
+def dense_students(
+    make: Callable[[], nn.Module],
+    recipe: Recipe,
+    methods: Sequence[str],
+    *,
+    alpha: float,
+    beta: float,
+    at_beta: float = AT_BETA,
+) -> Iterator[Network]:
+    """The plain student, those of the ablations in `methods` that prune nothing, and the one that learns by SAD."""
+    yield Network(name="student", folder="student", make=make, recipe=recipe)
+    if "kd" in methods:
+        yield Network(name="KD", folder="kd", make=make, recipe=recipe, alpha=alpha)
+    if "at" in methods:
+        yield Network(name="AT", folder="at", make=make, recipe=recipe, beta=at_beta, features="at")
+    yield Network(name="SAD", folder="sad", make=make, recipe=recipe, alpha=alpha, beta=beta)
+
+
+def pruning_methods(methods: Sequence[str]) -> list[str]:
+    return [method for method in methods if method not in DENSE_ABLATIONS]
+
+
+def without(method: str) -> tuple[str, dict[str, Any]]:
+    """Which method runs under this name, and with which options: the ablations are SP-SAD with something left out."""
+    if method == "random":
+        return "sp-sad", {"score": "random"}
+    return ("sp-sad", {}) if method == "magnitude" else (method, {})
+
+
+def weights_of(method: str, alpha: float, beta: float) -> dict[str, Any]:
+    """The weights of the teacher's terms: none where the ablation leaves out the teacher."""
+    return {"alpha": 0.0, "beta": 0.0} if method == "magnitude" else {"alpha": alpha, "beta": beta}
+
+
+def title_of(method: str) -> str:
+    return {"random": "random blocks, SAD", "magnitude": "SP, no teacher"}.get(method, method.upper())

@@ -1,0 +1,36 @@
+"""How a network learns: the settings of its optimizer and of the loop around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+RECALIBRATION = 10  # batches that give batch norm its statistics anew
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings found on the validation part of a task.
+
+    `dropout` acts before the last layer, `input_dropout` on the feature vector of a task without users. `ridge` is the
+    penalty of the ridge regression to which the first-order part of the network is fixed; None: it is learned with the
+    rest. The plans hand these three to the networks that they make.
+
+    optimizer    "adamw", or "sgd" and "nesterov" with momentum 0.9.
+    milestones   the learning rate is multiplied by 0.1 after each of these epochs; None: cosine decay to zero.
+    restart      what begins the learning rate anew: "rewind" (and a new stage), every "prune", or "never".
+    select       the epoch a network is kept from: "best" of the validation part, or "last".
+    recalibrate  whether batch norm statistics are taken anew before each validation (see `epochs.recalibrate`).
+    """
+
+    lr: float
+    weight_decay: float
+    epochs: int
+    batch_size: int
+    dropout: float = 0.0
+    input_dropout: float = 0.0
+    ridge: float | None = None
+    optimizer: str = "adamw"
+    milestones: tuple[int, ...] | None = None
+    restart: str = "rewind"
+    select: str = "best"
+    recalibrate: bool = True

@@ -1,0 +1,54 @@
+"""The file from which a training goes on after a kill: every part as it was, what happened, under which settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import checkpoint
+
+
+class StateFile:
+    """The state of `parts`, which have state_dict() and load_state_dict(), at a boundary: an epoch's, or a window's.
+
+    `resume` loads them in the order of `parts`. Let the method come first and the optimizer last: pruning changes the
+    shapes of the parameters that the optimizer has moments of.
+    """
+
+    def __init__(self, path: Path, parts: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        self.path, self.parts, self.settings = path, parts, settings
+
+    def save(self, history: list[dict[str, Any]]) -> None:
+        """Write everything, and `history`: a record of each boundary passed."""
+        state: dict[str, Any] = {name: dict(part.state_dict()) for name, part in self.parts.items()}
+        state |= {"rng": torch.get_rng_state(), "history": history, "settings": dict(self.settings)}
+        checkpoint.save_state(state, self.path)
+
+    def resume(self) -> list[dict[str, Any]]:
+        """The history so far, and every part as it was after it; an empty one where nothing was saved.
+
+        Raises ValueError where the file was written under other settings.
+        """
+        if not self.path.is_file():
+            return []
+        state = checkpoint.load_state(self.path)
+        check_same_settings(self.path, state["settings"], self.settings)
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["rng"])
+        return state["history"]
+
+
+def check_same_settings(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise ValueError where a file was written under other settings; one it does not name was not there yet."""
+    found, expected = (json.loads(json.dumps(settings)) for settings in (found, expected))
+    for key in found:
+        if found[key] != expected.get(key):
+            raise ValueError(
+                f"sparsekd run: {path} is of another run: its {key} is {found[key]}, now {expected.get(key)}; "
+                "give another --out, or --fresh to begin anew"
+            )

@@ -1,0 +1,168 @@
+"""The tasks that `sparsekd run` knows: how each is read, what it trains, and the settings that are its own.
+
+A new task is a reader in `sparsekd.data`, a plan in `runs/plans/` and an entry here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .. import data, models
+from ..data import Task
+from ..data.movies import GROUPS
+from ..methods import METHODS
+from .config import RunConfig
+from .plans import images, ratings
+from .plans.network import KNOWN_METHODS, Plan
+from .plans.recipe import Recipe
+
+__all__ = ["TASKS", "Entry", "Option", "complete", "entry_of", "folder_of", "plan_of", "several"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting of one task alone: `--NAME` of the command, `RunConfig.options[NAME]` in Python.
+
+    choices     what it may be.
+    in_folder   whether a choice other than the default is part of the name of the folder of the run.
+    each        a choice that means a run for each of the others.
+    """
+
+    name: str
+    default: str
+    choices: tuple[str, ...]
+    help: str
+    in_folder: bool = False
+    each: str | None = None
+
+
+def _usual_densities(options: Mapping[str, Any]) -> tuple[float, ...]:
+    return (0.45,)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a run needs to know of a task.
+
+    load       reads it, as the run wants it.
+    plan       the networks to train.
+    options    settings of its own.
+    methods    what is trained unless the call names methods.
+    densities  what is kept unless the call names densities, by the options.
+    on_gpu     whether training is on CUDA, and there in bf16, unless the call says otherwise.
+    """
+
+    load: Callable[[RunConfig], Task]
+    plan: Callable[[Task, RunConfig], Plan]
+    options: tuple[Option, ...] = ()
+    methods: tuple[str, ...] = tuple(METHODS)
+    densities: Callable[[Mapping[str, Any]], tuple[float, ...]] = _usual_densities
+    on_gpu: bool = False
+
+
+def _load_ratings(name: str, config: RunConfig) -> Task:
+    return ratings.shortened(data.load(name, config.data_dir, **config.options), config.quick)
+
+
+def _rated(name: str, recipe: Recipe) -> Entry:
+    return Entry(load=partial(_load_ratings, name), plan=partial(ratings.of_ratings, recipe=recipe))
+
+
+def _image_densities(options: Mapping[str, Any]) -> tuple[float, ...]:
+    return (0.7, 0.5, 0.4, 0.3) if options["recipe"] == "paper" else (0.7, 0.5, 0.4, 0.3, 0.2)
+
+
+_NETWORKS = tuple(models.CLASSIFIERS)
+
+TASKS: dict[str, Entry] = {
+    "movietweetings": _rated("movietweetings", ratings.MOVIETWEETINGS),
+    "movielens": _rated("movielens", ratings.MOVIELENS),
+    "movies": Entry(
+        load=partial(_load_ratings, "movies"),
+        plan=ratings.of_films,
+        options=(Option("group", "all", (*GROUPS, "all"), "features of the films; all: a run of each", each="all"),),
+    ),
+    "cifar100": Entry(
+        load=partial(images.load, "cifar100"),
+        plan=images.of_images,
+        options=(
+            Option("teacher", "wrn-40-2", _NETWORKS, "wrn-40-2, resnet-34, ..."),
+            Option("student", "wrn-16-2", _NETWORKS, "wrn-16-2, resnet-18, mobilenet-v2, ..."),
+            Option("recipe", "ours", images.RECIPES, "ours, or paper for its Table 2", in_folder=True),
+            Option("protocol", "full", tuple(images.PROTOCOLS), "full, or reduced for a CPU", in_folder=True),
+        ),
+        methods=KNOWN_METHODS,
+        densities=_image_densities,
+        on_gpu=True,
+    ),
+}
+
+
+def entry_of(name: str) -> Entry:
+    """The entry of a task.  ValueError for a name there is not."""
+    if name not in TASKS:
+        raise ValueError(f"sparsekd run: name must be one of {', '.join(TASKS)}, got {name!r}")
+    return TASKS[name]
+
+
+def complete(config: RunConfig) -> RunConfig:
+    """The same run with every default of its task written out.
+
+    Raises ValueError for an unknown task, an option of another task, and a choice there is not.
+    """
+    entry = entry_of(config.task)
+    own = {option.name: option for option in entry.options}
+    for name, value in config.options.items():
+        if name not in own:
+            raise ValueError(_not_its_own(config.task, name, value))
+        if value not in own[name].choices:
+            choices = ", ".join(own[name].choices)
+            raise ValueError(f"sparsekd run: {name} must be one of {choices}, got {value!r}")
+    options = {option.name: option.default for option in entry.options} | config.options
+    methods = entry.methods if config.methods is None else config.methods
+    densities = entry.densities(options) if config.densities is None else config.densities
+    return dataclasses.replace(config, options=options, methods=methods, densities=densities)
+
+
+def _not_its_own(task: str, name: str, value: Any) -> str:
+    owners = [owner for owner, entry in TASKS.items() if name in {option.name for option in entry.options}]
+    if not owners:
+        known = ", ".join(option.name for option in entry_of(task).options) or "none"
+        return f"sparsekd run: {task} has no option {name!r}; its options: {known}"
+    return f"sparsekd run: --{name} {value} belongs to the task {' or '.join(owners)}, got {task}; leave it out"
+
+
+def several(config: RunConfig) -> list[RunConfig]:
+    """The runs that one call means: several where an option has the choice that stands for each of the others."""
+    config = complete(config)
+    for option in entry_of(config.task).options:
+        if option.each is not None and config.options[option.name] == option.each:
+            return [_one_of(config, option.name, choice) for choice in option.choices if choice != option.each]
+    return [config]
+
+
+def _one_of(config: RunConfig, option: str, choice: str) -> RunConfig:
+    out = None if config.out is None else str(Path(config.out) / choice)
+    return dataclasses.replace(config, options={**config.options, option: choice}, out=out)
+
+
+def plan_of(task: Task, config: RunConfig) -> Plan:
+    """The networks that a complete run trains."""
+    return entry_of(config.task).plan(task, config).in_blocks(config.pattern)
+
+
+def folder_of(config: RunConfig, task: Task) -> Path:
+    """Where a complete run writes: `out`, or runs/<task> with what differs from the usual."""
+    if config.out is not None:
+        return Path(config.out)
+    options = entry_of(config.task).options
+    differs = [config.options[o.name] for o in options if o.in_folder and config.options[o.name] != o.default]
+    parts = [task.name, *differs]
+    if config.quick:
+        parts.append("quick")
+    return Path("runs") / "-".join(parts)

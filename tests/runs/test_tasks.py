@@ -1,0 +1,76 @@
+"""A task is an entry: its reader, its plan, and the options that no other task has."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from sparsekd import runs
+from sparsekd.runs import Option, RunConfig, tasks
+
+from . import made_up
+
+
+def test_defaults_are_those_of_the_task():
+    assert tasks.complete(RunConfig()).densities == (0.45,)
+    assert tasks.complete(RunConfig()).methods == ("sp-sad", "lth-sad", "ss-sad")
+    images = tasks.complete(RunConfig("cifar100"))
+    assert images.densities == (0.7, 0.5, 0.4, 0.3, 0.2) and {"kd", "at", "random", "magnitude"} < set(images.methods)
+    assert images.options == {"teacher": "wrn-40-2", "student": "wrn-16-2", "recipe": "ours", "protocol": "full"}
+    assert tasks.complete(RunConfig("cifar100", options={"recipe": "paper"})).densities == (0.7, 0.5, 0.4, 0.3)
+    assert tasks.complete(RunConfig("cifar100", densities=(0.1,), methods=("kd",))).densities == (0.1,)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (RunConfig("netflix"), "name must be one of movietweetings, .*, got 'netflix'"),
+        (RunConfig("movies", options={"colour": "red"}), "movies has no option 'colour'; its options: group"),
+        (RunConfig("movielens", options={"colour": "red"}), "movielens has no option 'colour'; its options: none"),
+        (RunConfig("movies", options={"group": "red"}), "group must be one of numerical, .*, all, got 'red'"),
+        (RunConfig("movies", options={"recipe": "paper"}), "--recipe paper belongs to the task cifar100, got movies"),
+    ],
+)
+def test_options_of_other_tasks_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.complete(config)
+
+
+def test_groups_of_movies_are_runs_of_their_own(tmp_path):
+    several = runs.several(RunConfig("movies", out=str(tmp_path)))
+    assert [one.options["group"] for one in several] == ["numerical", "social", "textual", "categorical"]
+    assert len({one.out for one in several}) == 4
+    (one,) = runs.several(RunConfig("movies", out=str(tmp_path), options={"group": "social"}))
+    assert one.out == str(tmp_path) and one.options == {"group": "social"}
+
+
+def test_the_folder_names_what_differs(task):
+    images = {"recipe": "paper", "protocol": "reduced", "student": "resnet-18"}
+    for config, folder in (
+        (RunConfig("synthetic"), "runs/synthetic"),
+        (RunConfig("synthetic", quick=True), "runs/synthetic-quick"),
+        (RunConfig("cifar100", options=images, quick=True), "runs/synthetic-paper-reduced-quick"),
+        (RunConfig("cifar100", options={"recipe": "ours"}), "runs/synthetic"),
+        (RunConfig("cifar100", out="elsewhere"), "elsewhere"),
+    ):
+        assert tasks.folder_of(tasks.complete(config), task) == Path(folder)
+
+
+def test_a_new_task_is_one_entry(task, tmp_path, monkeypatch, untimed):
+    """Nothing but the registry knows it: its option reaches the reader, its methods and densities are run."""
+    seen = []
+
+    def load(config):
+        seen.append(config.options["colour"])
+        return task
+
+    own = Option("colour", "red", ("red", "blue"), "of the made-up films", in_folder=True)
+    entry = runs.Entry(load=load, plan=made_up.plan, options=(own,), methods=("sp-sad",), densities=lambda _: (0.5,))
+    monkeypatch.setitem(runs.TASKS, "colours", entry)
+    monkeypatch.chdir(tmp_path)
+    config = RunConfig("colours", options={"colour": "blue"}, quick=True)
+    results, folder = runs.run(config, lambda line: None)
+    assert seen == ["blue"] and folder == Path("runs/synthetic-blue-quick")
+    assert [row["name"] for row in results["rows"]] == ["teacher", "student", "SAD", "SP-SAD"]
+    assert results["rows"][-1]["target_density"] == 0.5
+    assert dataclasses.replace(config, options={}).options == {}
