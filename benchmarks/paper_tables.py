@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsekd import report
-from sparsekd.report import NOT_MEASURED, PAPER_TABLE_4
+from sparsekd.goals import Classification
+from sparsekd.report import NOT_MEASURED
+from sparsekd.runs.plans import paper
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -78,10 +80,10 @@ class Kept:
     @property
     def images(self) -> bool:
         """Whether it is about classes of images, judged by accuracy."""
-        return self.results["task"].get("kind") == "images"
+        return report.metrics_of(self.results)[0] == Classification().judge
 
     def entries(self) -> list[dict[str, Any]]:
-        return report.summarise(self.results["rows"])
+        return report.summarise(self.results["rows"], report.metrics_of(self.results)[0])
 
     def mean(self, name: str) -> dict[str, Any] | None:
         """Metrics of a network that exists once (SAD, teacher, student)."""
@@ -148,16 +150,21 @@ def _reduced(file: Kept) -> str:
     side = task.get("pixels", "?")
     return (
         f"Ours on CIFAR-100 ({file.path.name}): {task.get('train_rows_used', '?')} training images of 50000, "
-        f"{task['target_range'][1] + 1} classes, {side}x{side} pixels, protocol {protocol.get('protocol', '?')}."
+        f"{_classes(task)} classes, {side}x{side} pixels, protocol {protocol.get('protocol', '?')}."
     )
+
+
+def _classes(task: Mapping[str, Any]) -> int:
+    return task["sizes"]["classes"] if "sizes" in task else task["target_range"][1] + 1  # as it was written before
 
 
 def table_4(kept: Sequence[Kept]) -> str:
     """MAE and MSE of the four feature groups of the movies task."""
     files = {file.group: file for file in kept if file.group}
     rows, missing = [], []
-    for group, theirs in PAPER_TABLE_4.items():
-        rows += [[group, "paper", name, f"{mae:.4f}", f"{mse:.4f}"] for name, (mae, mse) in theirs.items()]
+    for group, theirs in paper.TABLE_4.items():
+        for name, errors in theirs["rows"].items():
+            rows.append([group, "paper", name, f"{errors['mae']:.4f}", f"{errors['mse']:.4f}"])
         if group not in files:
             missing.append(group)
             continue
@@ -169,7 +176,7 @@ def table_4(kept: Sequence[Kept]) -> str:
     note = f"Ours: not run for {', '.join(missing)}; `{command}`, {_COPY}/movies-NAME.json."
     note = note if missing else ""
     heading = ["features", "who", "model", "MAE", "MSE"]
-    used = [files[group] for group in PAPER_TABLE_4 if group in files]
+    used = [files[group] for group in paper.TABLE_4 if group in files]
     return _section("Table 4: movies", report.markdown_table(heading, rows), DIFFERS_4, used, note)
 
 

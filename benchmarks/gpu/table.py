@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.lib.shapes import GPU
 from sparsekd import report
+from sparsekd.goals import Classification
 
 PREDICTED = Path(__file__).parents[1] / "results" / "gpu_model.json"
 TARGETS = {  # on an H200 in bfloat16: see target_lines for the layers they are meant for
@@ -101,7 +102,7 @@ def loss_lines(records: list[dict[str, Any]]) -> list[str]:
 
 def image_lines(records: list[dict[str, Any]]) -> list[str]:
     lines = ["| CIFAR-100 | accuracy | sd | seeds |", "|" + "---|" * 4]
-    for entry in (entry for record in records for entry in report.summarise(record["rows"])):
+    for entry in (entry for record in records for entry in report.summarise(record["rows"], Classification().judge)):
         cells = [_known(entry[what]["accuracy"], ".2%") for what in ("mean", "sd")]
         lines.append(f"| {' | '.join([report.label(entry), *cells, str(len(entry['seeds']))])} |")
     return lines
@@ -111,6 +112,12 @@ def _known(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def _is_about_images(record: dict[str, Any]) -> bool:
+    if not {"schema", "task"} <= set(record):
+        return False
+    return report.metrics_of(report.with_goal(record))[0] == Classification().judge
+
+
 def kind_of(record: Any) -> str:
     """Which section of the table the contents of a JSON file belong to: "" for those of a file of other origin."""
     record = record if isinstance(record, dict) else {}
@@ -118,7 +125,7 @@ def kind_of(record: Any) -> str:
         return "layers" if record["stage"].startswith("layers") else "networks"
     if "benchmarks.attention" in record.get("command", ""):
         return "losses"
-    return "images" if {"schema", "task"} <= set(record) and report.metric_of(record) == "accuracy" else ""
+    return "images" if _is_about_images(record) else ""
 
 
 def read(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:

@@ -37,6 +37,7 @@ __all__ = [
     "read",
     "result_tables",
     "summarise",
+    "with_goal",
     "write",
 ]
 
@@ -87,7 +88,7 @@ def read(folder: str | Path) -> dict[str, Any]:
             f"sparsekd report: {path} has schema {schema} (this sparsekd reads {SCHEMA}) and lacks "
             f"{', '.join(missing) or 'nothing'}; use the version that wrote it, or run again"
         )
-    results = _with_goal(results)
+    results = with_goal(results)
     try:
         metrics_of(results)[0]
     except (KeyError, TypeError, IndexError) as error:
@@ -98,7 +99,7 @@ def read(folder: str | Path) -> dict[str, Any]:
     return results
 
 
-def _with_goal(results: dict[str, Any]) -> dict[str, Any]:
+def with_goal(results: dict[str, Any]) -> dict[str, Any]:
     """Files from before there were goals say what they hold by a word."""
     task = results["task"]
     if "goal" in task:

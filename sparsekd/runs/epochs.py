@@ -55,7 +55,7 @@ def fit(
     recipe, settings, runtime = network.recipe, settings or {}, runtime or Runtime()
     distributed.broadcast(model)
     method = learner_of(model, task, network, teacher, seed)
-    stepper = Stepper(method, recipe, runtime)
+    stepper = Stepper(method, recipe.optimizer, runtime)
     state = StateFile(folder / STATE, {"method": method, "model": model, "optimizer": stepper.optimizer}, settings)
     epochs = state.resume()
     for epoch in _progress(range(len(epochs) + 1, recipe.epochs + 1), recipe.epochs, f"{network.name} seed {seed}"):

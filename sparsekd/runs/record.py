@@ -198,6 +198,7 @@ def describe_task(task: Task) -> dict[str, Any]:
         "name": task.name,
         "goal": task.goal.describe(),
         "split": task.split,
+        "sizes": task.sizes,
         "train_rows_used": len(task.train),
         **task.meta,
     }

@@ -12,7 +12,6 @@ from torch import nn
 from .. import distributed
 from ..data.parts import Batch
 from ..methods import Method
-from .plans.recipe import Recipe
 from .runtime import Runtime
 
 
@@ -27,14 +26,14 @@ class Rate:
 class Stepper:
     """Takes optimizer steps for a student and what trains beside it, on every rank alike.
 
-    >>> stepper = Stepper(method, recipe, Runtime())                                             # doctest: +SKIP
+    >>> stepper = Stepper(method, "adamw", Runtime())                                            # doctest: +SKIP
     >>> stepper.learn(part.batches(64), lambda step: Rate(lr=0.01, weight_decay=0.0))            # doctest: +SKIP
     {"loss": 1.25, "task": 1.25, "kd": 0.0, "sad": 0.0}
     """
 
-    def __init__(self, method: Method, recipe: Recipe, runtime: Runtime) -> None:
+    def __init__(self, method: Method, optimizer: str, runtime: Runtime) -> None:
         self.method, self.runtime = method, runtime
-        self.optimizer = _optimizer(self.parameters, recipe)
+        self.optimizer = _optimizer(optimizer, self.parameters)
         method.attach(self.optimizer)
 
     @property
@@ -92,8 +91,10 @@ class Stepper:
             group["lr"], group["weight_decay"] = rate.lr, rate.weight_decay
 
 
-def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    nesterov = recipe.optimizer == "nesterov"
-    return torch.optim.SGD(parameters, lr=recipe.lr, momentum=0.9, nesterov=nesterov, weight_decay=recipe.weight_decay)
+def _optimizer(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """An optimizer whose rate and decay are set anew before every step."""
+    if name == "adamw":
+        return torch.optim.AdamW(parameters)
+    if name in ("sgd", "nesterov"):
+        return torch.optim.SGD(parameters, lr=0.0, momentum=0.9, nesterov=name == "nesterov")
+    raise ValueError(f"sparsekd.runs: optimizer must be adamw, sgd or nesterov, got {name!r}")
