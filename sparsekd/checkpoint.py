@@ -1,7 +1,7 @@
 """Models and training states on disk: safetensors with a JSON header, no pickle, never half-written.
 
     checkpoint.save(student, "student.safetensors", task="movielens")
-    checkpoint.load(models.student(task), "student.safetensors")  # dense layers become sparse where the file's are
+    checkpoint.load(student, "student.safetensors")  # a dense one: layers become sparse where those of the file are
 
 A model file holds the tensors of `state_dict()`, so a sparse layer is its kept blocks: `<name>.values [nnzb, bh, bw]`,
 `<name>.row_ptr` and `<name>.col_idx`. The header says which layers are sparse, what the model looks like when dense,

@@ -362,9 +362,11 @@ class Ranking(Goal):
         with evaluating(model):
             for block in users.split(batch_size):
                 end = begin + len(block)
-                first, last = int(counts[:begin].sum()), int(counts[:end].sum())
+                first_pair, end_pair = int(counts[:begin].sum()), int(counts[:end].sum())
                 relevant = torch.zeros(len(block), part.num_items, dtype=torch.bool)
-                relevant[torch.arange(len(block)).repeat_interleave(counts[begin:end]), held[first:last, 1]] = True
+                relevant[
+                    torch.arange(len(block)).repeat_interleave(counts[begin:end]), held[first_pair:end_pair, 1]
+                ] = True
                 seen = ranks.segments(offsets, seen_items, block)
                 _check_not_seen(relevant, block, seen)
                 scores = score_items(block.to(part.users.device))

@@ -219,12 +219,13 @@ def _project_queries(query: Tensor, key: Tensor, linear: nn.Linear, norm: Any) -
         mean = key.mean((0, 1))
         key = key - mean
         covariance = key.flatten(0, 1).T @ key.flatten(0, 1) / rows
-        variance = ((weight @ covariance) * weight).sum(1).clamp_min(0)  # rounding may leave less than nothing
+        variance = ((weight @ covariance) * weight).sum(1).clamp_min(0)  # rounding may make it negative
         with torch.no_grad():
             norm.num_batches_tracked.add_(1)
             norm.running_mean.lerp_(linear(mean), norm.momentum)
             norm.running_var.lerp_(variance * (rows / (rows - 1)), norm.momentum)
-        # The mean takes the bias away; with it in the graph its gradient is 0 as behind any batch norm, not None.
+        # The mean takes the bias away. It stays in the graph, so that its gradient is 0, as behind any batch norm, and
+        # not None.
         offset = linear.bias - linear.bias
     else:
         variance, offset = norm.running_var, linear.bias - norm.running_mean

@@ -117,8 +117,8 @@ def test_regression_loss_and_imitation():
 
 
 def test_regression_scores_clip_to_the_range():
-    found = scores(Regression((1.0, 5.0)), [0.0, 2.0, 7.0], [1.0, 4.0, 4.0])
-    assert found == {"mse": (0 + 4 + 1) / 3, "mae": 1.0}
+    got = scores(Regression((1.0, 5.0)), [0.0, 2.0, 7.0], [1.0, 4.0, 4.0])
+    assert got == {"mse": (0 + 4 + 1) / 3, "mae": 1.0}
     assert scores(Regression(), [0.0, 2.0, 7.0], [1.0, 4.0, 4.0]) == {"mse": (1 + 4 + 9) / 3, "mae": 2.0}
 
 
@@ -147,15 +147,15 @@ def test_classification_loss_and_imitation():
 
 def test_classification_scores():
     rows = [[2.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 5.0], [1.0, 0.0, 0.0]]
-    found = scores(Classification(), rows, [0, 1, 0, 0])
-    assert found["accuracy"] == 0.75
+    got = scores(Classification(), rows, [0, 1, 0, 0])
+    assert got["accuracy"] == 0.75
     each = [
         math.log(math.exp(2) + 2) - 2,
         math.log(math.e + 2) - 1,
         math.log(math.exp(5) + 2),
         math.log(math.e + 2) - 1,
     ]
-    assert found["cross_entropy"] == pytest.approx(sum(each) / 4, rel=1e-6)
+    assert got["cross_entropy"] == pytest.approx(sum(each) / 4, rel=1e-6)
 
 
 # Click
@@ -168,10 +168,10 @@ def logit(p):
 def test_click_scores_of_a_hand_made_table():
     """Five rows: two clicks. Of the six pairs (click, none) four are in order, one is a tie, one is not."""
     probabilities, clicks = [0.8, 0.4, 0.4, 0.6, 0.2], [1.0, 1.0, 0.0, 0.0, 0.0]
-    found = scores(Click(), [logit(p) for p in probabilities], clicks)
+    got = scores(Click(), [logit(p) for p in probabilities], clicks)
     log_loss = -(math.log(0.8) + math.log(0.4) + math.log(0.6) + math.log(0.4) + math.log(0.8)) / 5
     entropy = -(0.4 * math.log(0.4) + 0.6 * math.log(0.6))
-    assert found == pytest.approx(
+    assert got == pytest.approx(
         {
             "normalised_entropy": log_loss / entropy,
             "log_loss": log_loss,
@@ -183,9 +183,9 @@ def test_click_scores_of_a_hand_made_table():
 
 
 def test_the_share_of_clicks_as_prediction_has_entropy_one_and_auc_one_half():
-    found = scores(Click(), [logit(0.25)] * 4, [0, 1, 0, 0])
-    assert found["normalised_entropy"] == pytest.approx(1) and found["calibration"] == pytest.approx(1)
-    assert found["auc"] == 0.5
+    got = scores(Click(), [logit(0.25)] * 4, [0, 1, 0, 0])
+    assert got["normalised_entropy"] == pytest.approx(1) and got["calibration"] == pytest.approx(1)
+    assert got["auc"] == 0.5
 
 
 @pytest.mark.parametrize(("order", "auc"), [([3.0, 2.0, 1.0, 0.0], 1.0), ([0.0, 1.0, 2.0, 3.0], 0.0)])
@@ -197,8 +197,8 @@ def test_auc_is_the_plain_double_loop():
     score, target = torch.randint(0, 6, (60,)).float(), torch.randint(0, 2, (60,))
     positive, negative = score[target == 1].tolist(), score[target == 0].tolist()
     wins = sum((p > n) + (p == n) / 2 for p in positive for n in negative)
-    found = Click().measure(score, target)
-    assert found["auc"] == pytest.approx(wins / (len(positive) * len(negative)), rel=1e-12)
+    got = Click().measure(score, target)
+    assert got["auc"] == pytest.approx(wins / (len(positive) * len(negative)), rel=1e-12)
 
 
 def test_click_loss_and_imitation():
@@ -271,10 +271,10 @@ PAIRS = [(3, 0), (0, 4), (0, 2), (1, 1), (1, 1)]  # one of them twice
 @pytest.mark.parametrize("batch_size", [1, 2, 512])
 def test_ranking_scores_of_a_hand_made_table(batch_size):
     model = Table(RANKED)
-    found = Ranking((1, 2, 3)).scores(model, held_out(PAIRS, SEEN, 5), batch_size)
+    got = Ranking((1, 2, 3)).scores(model, held_out(PAIRS, SEEN, 5), batch_size)
     second, third = 1 / math.log2(3), 1 / math.log2(4)
     # User 0 holds out 2 and 4, at ranks 2 and 4; user 1 holds out 1, at rank 3; user 3 holds out 0, at rank 2.
-    assert found == pytest.approx(
+    assert got == pytest.approx(
         {
             "recall@1": 0.0,
             "recall@2": (0.5 + 0 + 1) / 3,
@@ -292,18 +292,18 @@ def test_ranking_scores_of_a_hand_made_table(batch_size):
 def test_ties_are_broken_by_item_number():
     part = held_out([(0, 2)], [[]], 40)
     model = Table([[0.5] * 40])
-    found = Ranking((2, 3)).scores(model, part)
-    assert (found["recall@2"], found["recall@3"]) == (0.0, 1.0)
+    got = Ranking((2, 3)).scores(model, part)
+    assert (got["recall@2"], got["recall@3"]) == (0.0, 1.0)
 
 
 def test_fewer_items_than_the_cutoff():
-    found = Ranking().scores(Table(RANKED), held_out(PAIRS, SEEN, 5))
-    assert found["recall@20"] == 1.0 and found["ndcg@20"] < 1.0
+    got = Ranking().scores(Table(RANKED), held_out(PAIRS, SEEN, 5))
+    assert got["recall@20"] == 1.0 and got["ndcg@20"] < 1.0
 
 
 def test_a_perfect_order_has_ndcg_one():
-    found = Ranking((1, 3)).scores(Table([[3.0, 2.0, 1.0, 0.0]]), held_out([(0, 0), (0, 1)], [[3]], 4))
-    assert found == {"ndcg@3": 1.0, "ndcg@1": 1.0, "recall@3": 1.0, "recall@1": 0.5}
+    got = Ranking((1, 3)).scores(Table([[3.0, 2.0, 1.0, 0.0]]), held_out([(0, 0), (0, 1)], [[3]], 4))
+    assert got == {"ndcg@3": 1.0, "ndcg@1": 1.0, "recall@3": 1.0, "recall@1": 0.5}
 
 
 def test_bpr_loss():

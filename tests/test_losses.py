@@ -215,10 +215,10 @@ def test_sad_of_half_features_equals_float32_on_the_same_numbers(dtype, autocast
 def test_sad_of_channels_last_features():
     sad = SAD([4, 5, 6], [2, 3], 8)
     teacher, student = features(TEACHER, dtype=torch.float32), features(STUDENT, dtype=torch.float32)
-    last = [f.detach().to(memory_format=torch.channels_last).requires_grad_() for f in student]
-    got, want = sad([f.to(memory_format=torch.channels_last) for f in teacher], last), sad(teacher, student)
+    laid_out = [f.detach().to(memory_format=torch.channels_last).requires_grad_() for f in student]
+    got, want = sad([f.to(memory_format=torch.channels_last) for f in teacher], laid_out), sad(teacher, student)
     torch.testing.assert_close(got, want)
-    torch.testing.assert_close(torch.autograd.grad(got, last), torch.autograd.grad(want, student))
+    torch.testing.assert_close(torch.autograd.grad(got, laid_out), torch.autograd.grad(want, student))
 
 
 def test_sad_compiles_in_one_graph(fresh_compiler):

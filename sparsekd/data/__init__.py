@@ -7,9 +7,9 @@ from typing import Any
 
 from . import cifar100, movielens, movies, movietweetings, sources
 from .parts import Pairs, Part, Period, Rows, histories, periods
-from .task import Recipe, Task
+from .task import Task
 
-__all__ = ["NAMES", "Pairs", "Part", "Period", "Recipe", "Rows", "Task", "histories", "load", "periods"]
+__all__ = ["NAMES", "Pairs", "Part", "Period", "Rows", "Task", "histories", "load", "periods"]
 
 _READERS = {
     "movietweetings": movietweetings.load,
@@ -20,7 +20,7 @@ _READERS = {
 NAMES = tuple(_READERS)
 
 
-def load(name: str, data_dir: str | os.PathLike[str] | None = None, **options: Any) -> Task:
+def load(name: str, data_dir: str | os.PathLike[str] | None = None, **options: Any) -> Task[Rows]:
     """Read a task: "movietweetings" (ships with sparsekd), "movielens", "movies" (`group=` picks its features) or
     "cifar100" (see `cifar100.load` for its options).
 

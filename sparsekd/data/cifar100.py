@@ -21,24 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..goals import Classification
 from . import sources
 from .parts import Rows
-from .task import Recipe, Task
+from .task import Task
 
 CLASSES, PIXELS = 100, 32
-IMAGES = {"train": 50_000, "test": 10_000}  # in the file of each part
+IMAGES = {"train": 50_000, "test": 10_000}  # what the official file of each part holds
 _RECORD = 2 + 3 * PIXELS**2
-# The recipe of arXiv 2102.02973 for plain training; that of RepDistiller too.
-PLAIN = Recipe(
-    lr=0.05,
-    weight_decay=5e-4,
-    epochs=240,
-    batch_size=64,
-    optimizer="sgd",
-    milestones=(150, 180, 210),
-    select="last",
-    recalibrate=False,
-)
 
 
 def load(
@@ -49,8 +39,7 @@ def load(
     test: int | None = None,
     pixels: int = PIXELS,
     classes: int = CLASSES,
-    networks: tuple[str, str] = ("wrn-40-2", "wrn-16-2"),
-) -> Task:
+) -> Task[Rows]:
     """Read train and test of either distribution from `root`.
 
     validation  training images held out, equally many of each class, always the same ones.
@@ -58,7 +47,6 @@ def load(
     test        test images to use, equally many of each class; None: all.
     pixels      32, or 16 or 8: images averaged over squares of pixels.
     classes     how many of the 100, the first by label; images of the others are left out of all parts.
-    networks    teacher and student, see `models.CLASSIFIERS`.
     """
     (train, labels, name, digest), (unseen, unseen_labels, test_name, test_digest) = (
         _read(root, part) for part in ("train", "test")
@@ -74,23 +62,19 @@ def load(
 
     return Task(
         name="cifar100",
-        kind="images",
         train=split(train[rest], labels[rest]),
         val=split(train[held_out], labels[held_out]),
         test=split(unseen[tested], unseen_labels[tested]),
+        goal=Classification(),
         sizes={"classes": classes, "pixels": pixels},
         mean=0.0,
-        target_range=(0, classes - 1),
         split=f"official train and test; {validation} train images, equally many of each class, held out",
-        teacher_recipe=PLAIN,
-        student_recipe=PLAIN,
         meta={
             "sha256": {name: digest, test_name: test_digest},
             "counts": {"train": len(rest), "val": len(held_out), "test": len(tested)},
             "pixels": pixels,
             "identical_images": _identical(train, unseen),
         },
-        networks=networks,
     )
 
 
@@ -179,7 +163,7 @@ def _python(name: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
         pictures, labels = fields["data"], np.asarray(fields["fine_labels"])
         if pictures.dtype != np.uint8 or pictures.shape != (len(labels), _RECORD - 2) or labels.dtype.kind != "i":
             raise ValueError(f"data {pictures.dtype} {pictures.shape} and fine_labels {labels.dtype} {labels.shape}")
-    # A broken pickle can raise nearly anything, from the machine it drives.
+    # A pickle is a program: a broken one can raise nearly any exception, not only UnpicklingError.
     except Exception as error:
         raise ValueError(
             f"sparsekd.data: {name} must be a pickled dict of data uint8 [N, 3072] and fine_labels, got "

@@ -13,15 +13,14 @@ import numpy as np
 
 from . import ratings, sources
 from .movietweetings import split_year
-from .task import Recipe, Task
+from .parts import Rows
+from .task import Task
 
 ARCHIVE = "ml-latest-small.zip"
 FILES = ("ratings.csv", "movies.csv", "tags.csv")
-TEACHER = Recipe(lr=2e-3, weight_decay=1e-2, epochs=3, batch_size=512, dropout=0.2, ridge=10.0)
-STUDENT = Recipe(lr=2e-3, weight_decay=1e-2, epochs=3, batch_size=512, dropout=0.2, ridge=10.0)
 
 
-def load(root: Path | None) -> Task:
+def load(root: Path | None) -> Task[Rows]:
     """Read the zip, or ratings.csv, movies.csv and (where it is there) tags.csv of the unpacked folder, in `root`."""
     source = sources.find("movielens", root, "ml-latest-small", (ARCHIVE, FILES[0]))
     if source.suffix == ".zip":
@@ -41,7 +40,6 @@ def load(root: Path | None) -> Task:
         _log(files["ratings.csv"]),
         _items(files["movies.csv"], files.get("tags.csv")),
         target_range=(0.5, 5.0),
-        recipes=(TEACHER, STUDENT),
         meta={"source": source.name, "sha256": digests},
     )
 

@@ -22,31 +22,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..goals import Regression
 from . import sources
 from .parts import Rows
-from .task import Recipe, Task
+from .task import Task
 
 IMDB, TMDB = ("movie_metadata.csv",), ("tmdb_5000_movies.csv.gz", "tmdb_5000_movies.csv")
-LAST_TRAIN_YEAR = 2013  # the paper's: later films are the test set
-VAL_YEARS = (2012, 2013)  # ours: every second film of these is val; what is chosen is chosen there
+LAST_TRAIN_YEAR = 2013  # The paper's choice: later films are the test set.
+# The paper has no val part: every second film of these years is ours, to choose on.
+VAL_YEARS = (2012, 2013)
 TEXT_DIMS = 96
-LARGEST = 3.0  # deviations
-MIN_COUNT = 10  # a category must occur in that many train films to get a column
+LARGEST = 3.0  # Features are cut at that many deviations from their mean.
+MIN_COUNT = 10  # A category must occur in that many train films to get a column.
 
-# Found on val. Much dropout and few epochs: 3 850 films are soon learned by heart.
-TEACHER = {
-    "numerical": Recipe(
-        lr=1e-3, weight_decay=1e-2, epochs=8, batch_size=128, dropout=0.5, input_dropout=0.7, ridge=2000.0
-    ),
-    "social": Recipe(lr=1e-3, weight_decay=1e-2, epochs=8, batch_size=128, dropout=0.5, input_dropout=0.7, ridge=100.0),
-    "textual": Recipe(
-        lr=1e-3, weight_decay=1e-2, epochs=8, batch_size=128, dropout=0.5, input_dropout=0.7, ridge=100.0
-    ),
-    "categorical": Recipe(lr=1e-3, weight_decay=1e-2, epochs=8, batch_size=128, dropout=0.5, input_dropout=0.5),
-}
-STUDENT = TEACHER
-
-# The weight of a train film falls by e in that many years; found on val.
+# The weight of a train film falls by a factor of e in that many years. These were found on the val part.
 RECENT_YEARS = {"numerical": 5.0, "social": 3.0, "textual": 5.0, "categorical": 3.0}
 
 _LIKES = (
@@ -57,11 +46,11 @@ _LIKES = (
     "cast_total_facebook_likes",
     "movie_facebook_likes",
 )
-_IMDB_COLUMNS = (
+IMDB_COLUMNS = (
     *("movie_title", "title_year", "imdb_score", "duration", "budget", "genres", "plot_keywords", "content_rating"),
     *_LIKES,
 )
-_TMDB_COLUMNS = (
+TMDB_COLUMNS = (
     *("title", "release_date", "budget", "runtime", "overview", "tagline", "genres", "keywords"),
     *("production_companies", "production_countries", "spoken_languages"),
 )
@@ -77,15 +66,15 @@ class Film:
     tmdb: dict[str, str]
 
 
-def load(root: Path | None, group: str = "numerical") -> Task:
+def load(root: Path | None, group: str = "numerical") -> Task[Rows]:
     """Join the tables found in `root` and make the features of one group: numerical, social, textual or categorical."""
     if group not in GROUPS:
         raise ValueError(f"sparsekd.data.load('movies'): group must be one of {', '.join(GROUPS)}, got {group!r}")
     paths = (sources.find("movies", root, "imdb5000", IMDB), sources.find("movies", root, "tmdb5000", TMDB))
     imdb, tmdb = (path.read_bytes() for path in paths)
     films = join(
-        sources.table(paths[0].name, sources.unpack(paths[0].name, imdb), _IMDB_COLUMNS, delimiters=",;"),
-        sources.table(paths[1].name, sources.unpack(paths[1].name, tmdb), _TMDB_COLUMNS),
+        sources.table(paths[0].name, sources.unpack(paths[0].name, imdb), IMDB_COLUMNS, delimiters=",;"),
+        sources.table(paths[1].name, sources.unpack(paths[1].name, tmdb), TMDB_COLUMNS),
     )
     train, val, test = parts = split(films)
     features = GROUPS[group](films, train).astype(np.float32)
@@ -97,16 +86,13 @@ def load(root: Path | None, group: str = "numerical") -> Task:
 
     return Task(
         name=f"movies-{group}",
-        kind="features",
         train=part(train),
         val=part(val),
         test=part(test),
+        goal=Regression(target_range=(1.0, 10.0)),
         sizes={"features": features.shape[1]},
         mean=float(target[train].double().mean()),
-        target_range=(1.0, 10.0),
         split=f"test after {LAST_TRAIN_YEAR}; val every second film of {VAL_YEARS[0]}-{VAL_YEARS[1]}; train the rest",
-        teacher_recipe=TEACHER[group],
-        student_recipe=STUDENT[group],
         meta={
             "source": [path.name for path in paths],
             "sha256": {path.name: sources.sha256(data) for path, data in zip(paths, (imdb, tmdb), strict=True)},

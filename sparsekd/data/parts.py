@@ -321,12 +321,12 @@ def periods(rows: Rows, times: np.ndarray, edges: Sequence[float]) -> list[Perio
         raise ValueError("sparsekd.data.periods: rows with weights are drawn at random, and a period keeps its order")
     places = np.searchsorted(times, edges, side="left")
     windows = []
-    for (start, first), (end, last) in pairwise(zip(edges, places, strict=True)):
-        if first == last:
+    for (start, begin), (end, stop) in pairwise(zip(edges, places, strict=True)):
+        if begin == stop:
             raise ValueError(
                 f"sparsekd.data.periods: no row lies in {start:g}..{end:g}; join this window to one beside it"
             )
-        windows.append(Period(rows.take(slice(int(first), int(last))), float(start), float(end)))
+        windows.append(Period(rows.take(slice(int(begin), int(stop))), float(start), float(end)))
     return windows
 
 

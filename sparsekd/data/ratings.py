@@ -17,16 +17,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..goals import Regression
 from . import sources
 from .parts import Rows
-from .task import Recipe, Task
+from .task import Task
 
 TITLE_BUCKETS = 32
 TAG_BUCKETS = 32
-SHRINK_ITEM = 4.0  # a mean of n residuals counts as n / (n + shrink): the prior is no effect at all
+# A mean of n residuals counts as n / (n + shrink): whoever has few ratings is taken to have no effect.
+SHRINK_ITEM = 4.0
 SHRINK_USER = 4.0
 SHRINK_GENRE = 8.0
-_UNIT = 2.0**20  # running sums are kept as integers of this fraction: exact, whatever the order of the rows
+# Running sums are kept as integer multiples of 1 / _UNIT, so that they are exact whatever the order of the rows.
+_UNIT = 2.0**20
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Earlier:
         running = np.concatenate([np.zeros_like(steps[:1], shape=(1, *steps.shape[1:])), np.cumsum(steps, axis=0)])
         return (running[self._end] - running[self._first]) / _UNIT
 
-    def last(self, values: np.ndarray, default: float) -> np.ndarray:
+    def latest(self, values: np.ndarray, default: float) -> np.ndarray:
         """`values` [N] of the latest earlier event: [Q]; `default` where there is none."""
         if not len(self._order):
             return np.full(self.count.shape, default)
@@ -121,10 +124,9 @@ def build(
     log: Log,
     items: Items,
     target_range: tuple[float, float],
-    recipes: tuple[Recipe, Recipe],
     meta: dict[str, Any],
     shares: tuple[float, float] = (0.8, 0.9),
-) -> Task:
+) -> Task[Rows]:
     """Split the log by time and make features, as the head of this module says.
 
     `shares`: where val and test begin, as shares of the rows; equal time stamps stay on one side.
@@ -142,7 +144,7 @@ def build(
     user_ids, item_ids = np.unique(log.users[train]), np.unique(log.items[train])
     users, items_ = _index(user_ids, log.users), _index(item_ids, log.items)
     genres = _genres(log, items, train)
-    user_features, item_features, prior = _history(log, genres, target_range)
+    user_features, item_features, prior = history(log, genres, target_range)
     item_features = np.concatenate([item_features, genres, _content(log, items, train), _tags(log, items)], axis=1)
     table = np.concatenate([prior[:, None], user_features, item_features], axis=1)
 
@@ -169,10 +171,10 @@ def build(
     }
     return Task(
         name=name,
-        kind="ratings",
         train=split(parts[0]),
         val=split(parts[1]),
         test=split(parts[2]),
+        goal=Regression(target_range),
         sizes={
             "users": len(user_ids) + 1,
             "items": len(item_ids) + 1,
@@ -180,10 +182,7 @@ def build(
             "item_features": item_features.shape[1],
         },
         mean=float(log.values[train].mean()),
-        target_range=target_range,
         split="by time, 80/10/10 of the ratings; histories hold strictly earlier ratings only, also in val and test",
-        teacher_recipe=recipes[0],
-        student_recipe=recipes[1],
         meta={**meta, "counts": counts, "val_begins": int(begin_val), "test_begins": int(begin_test)},
     )
 
@@ -225,7 +224,7 @@ def _genres(log: Log, items: Items, train: np.ndarray) -> np.ndarray:
     return table[rows]
 
 
-def _history(
+def history(
     log: Log, genres: np.ndarray, target_range: tuple[float, float]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """User features [N, Fu], item features [N, Fi] and the running bias prediction [N], all float32.
@@ -245,12 +244,12 @@ def _history(
     rest = over_item - user_effect
     taste = by_user.sum(rest[:, None] * genres) / (by_user.sum(genres) + SHRINK_GENRE)  # [N, G]
     affinity = (taste * genres).sum(1) / np.maximum(genres.sum(1), 1)
-    gap = log.times - by_user.last(log.times, default=0)
+    gap = log.times - by_user.latest(log.times, default=0)
     user = [
         user_effect / scale,
         np.log1p(by_user.count) / 4,
         by_user.sum(np.abs(rest)) / (by_user.count + 1) / scale,
-        by_user.last(rest, default=0.0) / scale,
+        by_user.latest(rest, default=0.0) / scale,
         np.where(by_user.count > 0, np.log1p(gap) / 16, 1.0),
         affinity / scale,
     ]
@@ -258,7 +257,7 @@ def _history(
         item_effect / scale,
         np.log1p(by_item.count) / 4,
         by_item.sum(np.abs(over_mean)) / (by_item.count + 1) / scale,
-        by_item.last(over_mean, default=0.0) / scale,
+        by_item.latest(over_mean, default=0.0) / scale,
         (mean - middle) / scale,
     ]
     user_features = np.concatenate([np.stack(user, axis=1), taste / scale], axis=1)

@@ -84,8 +84,8 @@ class Staged(Method):
         self.epochs, self.rewind, self.rewind_to = epochs, rewind, rewind_to
         self.stages = self._plan(schedule, epochs)
         self._check_plan()
-        self.boundary = 0  # the last one that was passed
-        self._target = 0.0  # share that was last pruned to
+        self.boundary = 0  # number of the latest boundary that was passed
+        self._target = 0.0  # share of the latest prune
         self.pruner = Pruner(
             distiller.student,
             granularity=granularity,

@@ -1,21 +1,20 @@
 """The networks: interaction-map CNNs for ratings, and classifiers of small images.
 
-    models.teacher(task), models.student(task)     the pair of a task, freshly initialised (torch's global generator)
-    models.classifier("wrn-16-2", classes=100)     an image network by name
+    models.RatingCNN(task.sizes, models.STUDENT)          ratings by what is known of a user and of an item
+    models.FeatureCNN(task.sizes, models.TEACHER, mean)   a number by one vector of features
+    models.classifier("wrn-16-2", classes=100)            an image network by name
 
-All have `tap_names`, the modules whose outputs are the post-activation feature maps to distil, shallow to deep, and no
-data-dependent control flow, so that torch.fx and torch.compile take them whole.
+Networks take sizes and numbers and know no task; they start from torch's global generator. All have `tap_names`, the
+modules whose outputs are the post-activation feature maps to distil, shallow to deep, and no data-dependent control
+flow, so that torch.fx and torch.compile take them whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
-
-from ..data.task import Task
 from .layers import BasicBlock, Classifier
-from .maps import FeatureCNN, MapCNN, RatingCNN, Shape, build
+from .maps import FeatureCNN, MapCNN, RatingCNN, Shape
 from .mobilenet import MobileNetV2
 from .resnet import ResNet
 from .wrn import WideResNet
@@ -33,10 +32,7 @@ __all__ = [
     "ResNet",
     "Shape",
     "WideResNet",
-    "build",
     "classifier",
-    "student",
-    "teacher",
 ]
 
 STUDENT = Shape()
@@ -57,17 +53,3 @@ def classifier(name: str, classes: int = 100) -> Classifier:
     if name not in CLASSIFIERS:
         raise ValueError(f"sparsekd.models: the network must be one of {', '.join(CLASSIFIERS)}, got {name!r}")
     return CLASSIFIERS[name](classes)
-
-
-def teacher(task: Task) -> nn.Module:
-    """The large network of a task, freshly initialised (torch's global generator)."""
-    if task.networks:
-        return classifier(task.networks[0], task.sizes["classes"])
-    return build(task, TEACHER, task.teacher_recipe)
-
-
-def student(task: Task) -> nn.Module:
-    """The small network of a task, freshly initialised (torch's global generator)."""
-    if task.networks:
-        return classifier(task.networks[1], task.sizes["classes"])
-    return build(task, STUDENT, task.student_recipe)

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..data.task import Recipe, Task
 from .layers import BasicBlock
 
 
@@ -36,7 +35,8 @@ class Shape:
     blocks: tuple[int, int] = (1, 1)
 
 
-# One output each: they are a first-order model and a sum, and a block of 16 outputs would be mostly padding.
+# These layers have one output each (a first-order model, and a sum over channels): a block of 16 outputs would be
+# mostly padding.
 NOT_PRUNED = ("linear", "cnn.head")
 
 
@@ -118,36 +118,6 @@ class FeatureCNN(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         seen = self.input_dropout(features)
         return self.linear(features).squeeze(1) + self.cnn(self.left_side(seen), self.right_side(seen))
-
-
-def build(task: Task, shape: Shape, recipe: Recipe) -> RatingCNN | FeatureCNN:
-    """A network of any `Shape` that fits the inputs of `task`, with dropout and first-order part as `recipe` says."""
-    model: RatingCNN | FeatureCNN
-    if task.kind == "ratings":
-        model = RatingCNN(task.sizes, shape, recipe.dropout)
-    else:
-        model = FeatureCNN(task.sizes, shape, task.mean, recipe.dropout, recipe.input_dropout)
-    if recipe.ridge is not None:
-        _fix_to_ridge(model.linear, task, recipe.ridge)
-    return model
-
-
-@torch.no_grad()
-def _fix_to_ridge(linear: nn.Linear, task: Task, penalty: float) -> None:
-    """Weights that minimise sum w (y - x.c - b)^2 + penalty |c|^2 on train (y: what the prior misses), then frozen."""
-    inputs, target = task.train.inputs, task.train.target.double()
-    x, start = (
-        (torch.cat(inputs[:2], 1), inputs[2]) if task.kind == "ratings" else (inputs[0], torch.zeros(len(target)))
-    )
-    x = torch.cat([x, torch.ones(len(x), 1)], 1).double()
-    weight = torch.ones(len(x)) if task.train.weight is None else torch.from_numpy(task.train.weight)
-    weighted = x.T * weight.double()
-    products = weighted @ x
-    products.diagonal()[:-1] += penalty
-    solution = torch.linalg.solve(products, weighted @ (target - start.double()))
-    linear.weight.copy_(solution[None, :-1])
-    linear.bias.copy_(solution[-1:])
-    linear.requires_grad_(False)
 
 
 def _zeroed(layer: nn.Linear) -> nn.Linear:

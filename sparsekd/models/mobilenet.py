@@ -36,7 +36,8 @@ class MobileNetV2(Classifier):
     of each stage, and the one of the last convolution.
     """
 
-    not_pruned = ("stem.0", "*.depthwise.0", "head")  # a block of 16 x 1 would be one sixteenth full in a depthwise one
+    # A depthwise convolution has one input for each output: a block of 16 x 1 would be one sixteenth full.
+    not_pruned = ("stem.0", "*.depthwise.0", "head")
 
     def __init__(self, classes: int = 100, width: float = 1.0):
         super().__init__()

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import torch
 
-from sparsekd import data
 from sparsekd.data import Rows, Task
+from sparsekd.goals import Regression
 from sparsekd.runs import Entry, epochs
 from sparsekd.runs.plans import ratings
 from sparsekd.runs.plans.network import Network
@@ -25,19 +25,15 @@ def part(rows: int, seed: int) -> Rows:
 def make_task() -> Task:
     """Films of six features: a number to predict, nearly a sum and a product of them."""
     train_part = part(256, 0)
-    unused = data.Recipe(lr=0.0, weight_decay=0.0, epochs=0, batch_size=0)
     return Task(
         name="synthetic",
-        kind="features",
         train=train_part,
         val=part(128, 1),
         test=part(128, 2),
+        goal=Regression((1.0, 10.0)),
         sizes={"features": 6},
         mean=float(train_part.target.mean()),
-        target_range=(1.0, 10.0),
         split="at random",
-        teacher_recipe=unused,
-        student_recipe=unused,
         meta={"sha256": {"synthetic": "0" * 64}},
     )
 

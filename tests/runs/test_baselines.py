@@ -7,16 +7,14 @@ import pytest
 import torch
 
 from sparsekd.data.parts import Rows
-from sparsekd.data.task import Recipe, Task
+from sparsekd.data.task import Task
+from sparsekd.goals import Regression
 from sparsekd.runs import baselines
 
 
 @pytest.fixture(autouse=True)
 def _few_trees(monkeypatch):
     monkeypatch.setattr(baselines, "BOOSTING_TREES", 60)
-
-
-RECIPE = Recipe(lr=1e-3, weight_decay=0.0, epochs=1, batch_size=8)
 
 
 def ratings_task(users=20, items=15, noise=0.0, count=3000):
@@ -35,7 +33,7 @@ def ratings_task(users=20, items=15, noise=0.0, count=3000):
     parts = part(count), part(500), part(500)
     sizes = {"users": users + 1, "items": items + 1, "user_features": 1, "item_features": 1}
     mean = parts[0].target.double().mean().item()
-    return Task("made up", "ratings", *parts, sizes, mean, (-5.0, 15.0), "none", RECIPE, RECIPE)
+    return Task("made up", *parts, Regression((-5.0, 15.0)), sizes, mean, "none")
 
 
 def test_constant_is_the_train_mean():
@@ -86,7 +84,7 @@ def test_row_weights_count():
     weight = np.repeat([1.0, 0.0], 100).astype(np.float32)
     train = Rows((torch.from_numpy(same),), target, same, weight=weight)
     test = Rows((torch.from_numpy(features),), torch.ones(200), same)
-    task = Task("made up", "features", train, test, test, {"features": 1}, 2.0, (0.0, 5.0), "none", RECIPE, RECIPE)
+    task = Task("made up", train, test, test, Regression((0.0, 5.0)), {"features": 1}, 2.0, "none")
     assert baselines.ridge(task).metrics["mse"] < 1e-6 and baselines.boosting(task).metrics["mse"] < 1e-6
     assert [s.name for s in baselines.run(task)] == ["constant", "ridge", "gradient boosting"]
 

@@ -14,13 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from .. import ratings, sources
-from ..task import Recipe, Task
-
-TEACHER = Recipe(lr=2e-3, weight_decay=1e-2, epochs=3, batch_size=512, dropout=0.2)
-STUDENT = Recipe(lr=2e-3, weight_decay=1e-2, epochs=3, batch_size=512, dropout=0.2)
+from ..parts import Rows
+from ..task import Task
 
 
-def load(root: Path | None) -> Task:
+def load(root: Path | None) -> Task[Rows]:
     """Read ratings.dat and movies.dat (plain or .xz): the embedded copy, or those in `root`."""
     files: dict[str, bytes] = {}
     source = "embedded" if root is None else root.name
@@ -36,7 +34,6 @@ def load(root: Path | None) -> Task:
         _log(next(iter(files)), rating_rows),
         _items(movie_rows),
         target_range=(0.0, 10.0),
-        recipes=(TEACHER, STUDENT),
         meta={"source": source, "sha256": {name: sources.sha256(data) for name, data in files.items()}},
     )
 

@@ -39,7 +39,7 @@ def test_earlier_counts_what_is_earlier_whatever_the_numbers_are(largest):
     times = np.sort(rng.integers(0, largest, 500))
     got, want = ratings.Earlier(ids[pick], times), ratings.Earlier(pick, np.arange(500))
     assert (got.count == want.count).all()
-    assert (got.last(times, -1) == want.last(times, -1)).all()
+    assert (got.latest(times, -1) == want.latest(times, -1)).all()
 
 
 @pytest.mark.parametrize(
