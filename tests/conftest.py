@@ -9,10 +9,21 @@ def _seeded():
     torch.manual_seed(0)
 
 
+# Every way in which torch gives memory that nobody has written to; the library may use any of them.
+ALLOCATORS = [
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (torch, "empty_permuted"),
+    (torch.Tensor, "new_empty"),
+    (torch.Tensor, "new_empty_strided"),
+]
+
+
 @pytest.fixture(autouse=True)
 def _outputs_start_as_nan(monkeypatch):
-    """Fill what the library allocates with ``new_empty`` and ``torch.empty`` with NaN."""
-    for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty")):
+    """Fill with NaN what Python code allocates; what torch allocates inside its C++ operators is its own business."""
+    for owner, name in ALLOCATORS:
         monkeypatch.setattr(owner, name, _nan_filled(getattr(owner, name)))
 
 
