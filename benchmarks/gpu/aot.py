@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from sparsekd.kernels.block_products import block_products_kernel
-from sparsekd.kernels.gather_gemm import gather_gemm_kernel, sum_parts_kernel
-from sparsekd.kernels.tiles import FAMILIES, Tile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparsekd.backends.cuda.cost import shared_bytes, sums
+from sparsekd.kernels.block_products import block_products_kernel
+from sparsekd.kernels.gather_gemm import gather_gemm_kernel, sum_parts_kernel
+from sparsekd.kernels.tiles import FAMILIES, Tile
 
 RESULTS = Path(__file__).parents[1] / "results"
 GFX942 = 942  # AMD MI300, among the compute capabilities of NVIDIA

@@ -13,11 +13,11 @@ import json
 from typing import Any
 
 import torch
-from sparsekd.kernels.index import Weight
 
 from benchmarks.gpu import common
 from benchmarks.lib.shapes import GPU, Conv
 from sparsekd.backends.cuda import choose, cost, masks, plan
+from sparsekd.kernels.index import Weight
 
 
 def predict(layer: Conv, batch: int, density: float, kind: str, direction: str) -> dict[str, Any]:
