@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from benchmarks.lib.shapes import GPU, REHEARSAL
+from sparsekd.runs.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(
@@ -87,15 +88,15 @@ def test_the_kept_predictions_are_those_of_the_cost_model(layer, direction):
 
 
 def test_patterns_trains_two_layouts_under_one_teacher(tmp_path, monkeypatch, capsys):
-    patterns = importlib.import_module("benchmarks.gpu.patterns")
+    patterns, entry = importlib.import_module("benchmarks.gpu.patterns"), TASKS["movietweetings"]
 
-    def few(task):
+    def few(config):
         """64 rows of each part: every step is there, and soon done."""
-        return dataclasses.replace(
-            task, **{part: getattr(task, part).take(slice(64)) for part in ("train", "val", "test")}
-        )
+        task = entry.load(config)
+        parts = {name: getattr(task, name).take(slice(64)) for name in ("train", "val", "test")}
+        return dataclasses.replace(task, **parts)
 
-    monkeypatch.setattr(patterns, "_shortened", few)
+    monkeypatch.setitem(TASKS, "movietweetings", dataclasses.replace(entry, load=few))
     out = tmp_path / "patterns.json"
     layouts = ["16x1 (CPU)", "64x32, rows shared"]
     args = ["--quick", "--density", "0.45", "--layout", *layouts, "--work", str(tmp_path / "work"), "--out", str(out)]
