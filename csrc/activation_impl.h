@@ -1,7 +1,7 @@
 // What a layer does to a finished sum, 16 values at a time.
 #pragma once
 
-#include "kernel_table.h"
+#include "conv2d_kernels.h"
 
 namespace {
 

@@ -8,6 +8,9 @@
 
 namespace {
 
-constexpr sparsekd::AttentionKernels kAttention = {feature_stats, feature_stats_grad, match_maps, kd_loss};
+constexpr sparsekd::AttentionKernels kAttention = {.feature_stats = feature_stats,
+                                                   .feature_stats_grad = feature_stats_grad,
+                                                   .match_maps = match_maps,
+                                                   .kd_loss = kd_loss};
 
 }  // namespace

@@ -29,10 +29,9 @@ inline float softmax_terms(const float* row, int64_t classes, int64_t padded, fl
 void kd_loss(const KdLoss& args) {
   const int64_t padded = round_up(args.classes, 16);
   const float t = args.temperature, images = static_cast<float>(args.batch);
-  double* losses =
-      static_cast<double*>(scratch(sparsekd::kScratchCall, sizeof(double) * static_cast<size_t>(args.batch)));
+  double* losses = scratch_of<double>(sparsekd::kScratchCall, args.batch);
   parallel(args.threads, args.batch, [&](int64_t image) {
-    float* x = static_cast<float*>(scratch(sparsekd::kScratchSum, 4 * sizeof(float) * static_cast<size_t>(padded)));
+    float* x = scratch_of<float>(sparsekd::kScratchSum, 4 * padded);
     float *y = x + padded, *p = y + padded, *q = p + padded;
     const float* student = args.student + image * args.classes;
     const float* teacher = args.teacher + image * args.classes;

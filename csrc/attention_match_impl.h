@@ -1,8 +1,10 @@
 // Distances between energy maps, and their gradients, image by image: pooled, normalised and compared while in cache.
 #pragma once
 
-#include "kernel_table.h"
-#include "layout_impl.h"
+#include "attention_kernels.h"
+#include "copy_impl.h"
+#include "parallel_impl.h"
+#include "scratch_impl.h"
 
 namespace {
 
@@ -155,22 +157,19 @@ inline MatchScratch match_scratch(const MatchMaps& args) {
   }
   for (int64_t s = 0; s < args.students; ++s) from = max64(from, args.student_size[s].width);
   const int64_t maps = args.students * area, wide = max64(from, to);
-  const int64_t floats = 2 * maps + 2 * area + args.students + to + 2 * wide;
-  const size_t bytes = sizeof(float) * static_cast<size_t>(floats);
-  const size_t total = bytes + sizeof(ColumnWindow) * static_cast<size_t>(from + to);
-  float* p = static_cast<float*>(scratch(sparsekd::kScratchSum, total));
-  const auto take = [&p](int64_t count) { return (p += count) - count; };
   MatchScratch m{};
-  m.teacher = take(area);
-  m.pooled = take(area);
-  m.student = take(maps);
-  m.grad = take(maps);
-  m.divisor = take(args.students);
-  m.pooling.share = take(to);
-  m.pooling.row = take(wide);
-  m.pooling.sums = take(wide);
-  m.pooling.columns = reinterpret_cast<ColumnWindow*>(p);
-  m.pooling.back = m.pooling.columns + to;
+  Arena::carve(sparsekd::kScratchSum, [&](Arena& arena) {
+    m.teacher = arena.take<float>(area);
+    m.pooled = arena.take<float>(area);
+    m.student = arena.take<float>(maps);
+    m.grad = arena.take<float>(maps);
+    m.divisor = arena.take<float>(args.students);
+    m.pooling.share = arena.take<float>(to);
+    m.pooling.row = arena.take<float>(wide);
+    m.pooling.sums = arena.take<float>(wide);
+    m.pooling.columns = arena.take<ColumnWindow>(to);
+    m.pooling.back = arena.take<ColumnWindow>(from);
+  });
   return m;
 }
 
@@ -231,8 +230,7 @@ inline double match_size(const MatchMaps& args, int64_t image, int64_t first, Ma
 }
 
 void match_maps(const MatchMaps& args) {
-  double* losses =
-      static_cast<double*>(scratch(sparsekd::kScratchCall, sizeof(double) * static_cast<size_t>(args.batch)));
+  double* losses = scratch_of<double>(sparsekd::kScratchCall, args.batch);
   parallel(args.threads, args.batch, [&](int64_t image) {
     MatchScratch memory = match_scratch(args);
     zero_floats(args.grad_student + image * args.student_stride, args.student_stride);

@@ -2,9 +2,10 @@
 // either direction, whatever its format. README.md beside this file says how.
 #pragma once
 
-#include "half_impl.h"
-#include "kernel_table.h"
-#include "layout_impl.h"
+#include "attention_kernels.h"
+#include "copy_impl.h"
+#include "parallel_impl.h"
+#include "scratch_impl.h"
 
 namespace {
 
@@ -195,7 +196,7 @@ inline void write_grad(const T* x, int64_t n, T* out, bool stream, Gradient grad
 
 // out = x * scale over the pixels of a piece, or over the channels: the gradient's small factors, copied and scaled.
 inline const float* scaled(const float* x, int64_t n, float scale) {
-  float* out = static_cast<float*>(scratch(sparsekd::kScratchSum, sizeof(float) * static_cast<size_t>(n)));
+  float* out = scratch_of<float>(sparsekd::kScratchSum, n);
   for (int64_t i = 0; i < n; ++i) out[i] = x[i] * scale;
   return out;
 }
@@ -239,8 +240,7 @@ void feature_stats(const FeatureStats& args) {
   int64_t floats = 0;
   for (int64_t i = 0; i < args.count; ++i)
     if (pieces_of(args.layer[i]) > 1) floats += args.batch * pieces_of(args.layer[i]) * args.layer[i].channels;
-  float* const partial =
-      static_cast<float*>(scratch(sparsekd::kScratchCall, sizeof(float) * static_cast<size_t>(floats)));
+  float* const partial = scratch_of<float>(sparsekd::kScratchCall, floats);
   const auto partial_of = [&](const FeatureLayer* layer, int64_t image) {
     int64_t offset = 0;
     for (const FeatureLayer* before = args.layer; before != layer; ++before)

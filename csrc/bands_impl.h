@@ -1,7 +1,6 @@
 // How the work of a call is cut into bands that fit the cache and feed every thread.
 #pragma once
 
-#include "kernel_table.h"
 #include "layout_impl.h"
 
 namespace {

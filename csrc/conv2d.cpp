@@ -1,6 +1,8 @@
 #include "conv2d.h"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #include "dispatch.h"
@@ -11,8 +13,16 @@ namespace {
 
 BlockWeight block_weight(const Conv2dShape& shape, const Blocks& blocks, int depth = 1) {
   const Conv2dGeometry& g = shape.geometry;
-  return {blocks.row_ptr, blocks.col_idx, blocks.nnzb, shape.bh, shape.bw, g.k,
-          g.c / g.groups, g.r * g.s,      g.groups,    depth};
+  return {.row_ptr = blocks.row_ptr,
+          .col_idx = blocks.col_idx,
+          .nnzb = blocks.nnzb,
+          .bh = shape.bh,
+          .bw = shape.bw,
+          .rows = g.k,
+          .columns = g.c / g.groups,
+          .taps = g.r * g.s,
+          .groups = g.groups,
+          .depth = depth};
 }
 
 // Threads a call is worth: waking them takes as long as some thousand multiply-adds of 16 rows, and with few pixels
@@ -69,7 +79,30 @@ const float* row_pairs(StripSet& strips, const BlockWeight& weight, const Bfloat
   return packed;
 }
 
+int64_t output_size(const char* axis, int64_t in, int64_t taps, int64_t stride, int64_t pad, int64_t dilation) {
+  const int64_t span = dilation * (taps - 1) + 1;
+  if (taps < 1 || stride < 1 || pad < 0 || dilation < 1 || in + 2 * pad < span)
+    throw std::invalid_argument(std::string("sparsekd._C.Conv2dShape: the kernel does not fit the ") + axis +
+                                ": expected input + 2 * padding >= dilation * (kernel - 1) + 1, got input " +
+                                std::to_string(in) + ", padding " + std::to_string(pad) + ", kernel " +
+                                std::to_string(taps) + ", dilation " + std::to_string(dilation) + ", stride " +
+                                std::to_string(stride));
+  return (in + 2 * pad - span) / stride + 1;
+}
+
 }  // namespace
+
+Conv2dShape conv2d_shape(Conv2dGeometry g, int64_t bh, int64_t bw) {
+  if (g.groups < 1 || g.c % g.groups || g.k % g.groups || bh < 1 || bw < 1 || (g.groups > 1 && (g.k / g.groups) % bh))
+    throw std::invalid_argument(
+        "sparsekd._C.Conv2dShape: channels must divide into the groups and a group's output channels into blocks, got "
+        "input channels " +
+        std::to_string(g.c) + ", output channels " + std::to_string(g.k) + ", groups " + std::to_string(g.groups) +
+        ", block " + std::to_string(bh) + "x" + std::to_string(bw));
+  g.p = output_size("height", g.h, g.r, g.stride_h, g.pad_h, g.dilation_h);
+  g.q = output_size("width", g.w, g.s, g.stride_w, g.pad_w, g.dilation_w);
+  return {.geometry = g, .bh = bh, .bw = bw};
+}
 
 template <class T>
 void conv2d(const Conv2dShape& shape, Tensor4d<const T> x, const T* values, const Blocks& blocks,
@@ -78,18 +111,17 @@ void conv2d(const Conv2dShape& shape, Tensor4d<const T> x, const T* values, cons
   const BlockWeight weight = block_weight(shape, blocks, kernel.depth);
   StripSet& strips = call_strips(weight);
   const float* weights = strip_weights(strips, weight, values);
-  kernel.run({shape.geometry,
-              strips.strips(),
-              weights,
-              x.data,
-              x.channels_last,
-              epilogue.bias,
-              epilogue.residual,
-              y.data,
-              y.channels_last,
-              epilogue.activation,
-              useful_threads(threads, shape.geometry, strips.strips()),
-              {}});
+  kernel.run({.geometry = shape.geometry,
+              .strips = strips.strips(),
+              .weights = weights,
+              .x = x.data,
+              .x_channels_last = x.channels_last,
+              .bias = epilogue.bias,
+              .residual = epilogue.residual,
+              .y = y.data,
+              .y_channels_last = y.channels_last,
+              .activation = epilogue.activation,
+              .threads = useful_threads(threads, shape.geometry, strips.strips())});
 }
 
 template void conv2d(const Conv2dShape&, Tensor4d<const float>, const float*, const Blocks&, const Epilogue<float>&,
@@ -104,8 +136,14 @@ void conv2d_grad_input(const Conv2dShape& shape, Tensor4d<const T> dy, const T* 
   const BlockWeight weight = block_weight(shape, blocks);
   StripSet& strips = call_strips(weight);
   const auto run = [&](const auto& kernel, const float* weights) {
-    kernel({shape.geometry, strips.strips(), weights, dy.data, dy.channels_last, dx.data, dx.channels_last,
-            useful_threads(threads, shape.geometry, strips.strips())});
+    kernel({.geometry = shape.geometry,
+            .strips = strips.strips(),
+            .weights = weights,
+            .dy = dy.data,
+            .dy_channels_last = dy.channels_last,
+            .dx = dx.data,
+            .dx_channels_last = dx.channels_last,
+            .threads = useful_threads(threads, shape.geometry, strips.strips())});
   };
   if constexpr (std::is_same_v<T, float>)
     run(table.conv2d_grad_input_f32, strip_weights(strips, weight, values));
@@ -125,8 +163,14 @@ void conv2d_grad_values(const Conv2dShape& shape, Tensor4d<const T> x, Tensor4d<
   const BlockWeight weight = block_weight(shape, blocks);
   StripSet& strips = call_strips(weight);
   const auto run = [&](const auto& kernel, float* dweights) {
-    kernel({shape.geometry, strips.strips(), x.data, x.channels_last, dy.data, dy.channels_last, dweights,
-            useful_threads(threads, shape.geometry, strips.strips())});
+    kernel({.geometry = shape.geometry,
+            .strips = strips.strips(),
+            .x = x.data,
+            .x_channels_last = x.channels_last,
+            .dy = dy.data,
+            .dy_channels_last = dy.channels_last,
+            .dweights = dweights,
+            .threads = useful_threads(threads, shape.geometry, strips.strips())});
   };
   if constexpr (std::is_same_v<T, float>)
     if (strips.in_place()) return run(kernels().conv2d_grad_values_f32, dvalues);
@@ -142,10 +186,6 @@ template void conv2d_grad_values(const Conv2dShape&, Tensor4d<const float>, Tens
                                  float*, int);
 template void conv2d_grad_values(const Conv2dShape&, Tensor4d<const Bfloat16>, Tensor4d<const Bfloat16>, const Blocks&,
                                  Bfloat16*, int);
-
-Conv2dShape linear_shape(int64_t batch, int64_t in_features, int64_t out_features, int64_t bh, int64_t bw) {
-  return {{1, in_features, 1, batch, out_features, 1, batch, 1, 1, 1, 1, 0, 0, 1, 1, 1}, bh, bw};
-}
 
 template <class T>
 PackedConv2d<T>::PackedConv2d(const Conv2dShape& shape, const T* values, const Blocks& blocks, const float* bias,
@@ -164,18 +204,17 @@ PackedConv2d<T>::PackedConv2d(const Conv2dShape& shape, const T* values, const B
 template <class T>
 void PackedConv2d<T>::run(const Conv2dGeometry& geometry, Tensor4d<const T> x, const T* residual, Tensor4d<T> y,
                           int threads) const {
-  kernel_.run({geometry,
-               strips_.strips(),
-               weights_.data(),
-               x.data,
-               x.channels_last,
-               bias_.empty() ? nullptr : bias_.data(),
-               residual,
-               y.data,
-               y.channels_last,
-               activation_,
-               useful_threads(threads, geometry, strips_.strips()),
-               {}});
+  kernel_.run({.geometry = geometry,
+               .strips = strips_.strips(),
+               .weights = weights_.data(),
+               .x = x.data,
+               .x_channels_last = x.channels_last,
+               .bias = bias_.empty() ? nullptr : bias_.data(),
+               .residual = residual,
+               .y = y.data,
+               .y_channels_last = y.channels_last,
+               .activation = activation_,
+               .threads = useful_threads(threads, geometry, strips_.strips())});
 }
 
 template class PackedConv2d<float>;
@@ -220,18 +259,22 @@ PackedConv2dInt8::PackedConv2dInt8(const Conv2dShape& shape, const int8_t* value
 template <class Y>
 void PackedConv2dInt8::run_as(void (*kernel)(const Conv2dForward<uint8_t, Y>&), const Conv2dGeometry& geometry,
                               Tensor4d<const uint8_t> x, const Y* residual, Tensor4d<void> y, int threads) const {
-  kernel({geometry,
-          strips_.strips(),
-          weights_.data(),
-          x.data,
-          x.channels_last,
-          bias_.empty() ? nullptr : bias_.data(),
-          residual,
-          static_cast<Y*>(y.data),
-          y.channels_last,
-          activation_,
-          useful_threads(threads, geometry, strips_.strips()),
-          {scale_.data(), start_.data(), x_.zero, 1.0f / y_.scale, y_.zero}});
+  kernel({.geometry = geometry,
+          .strips = strips_.strips(),
+          .weights = weights_.data(),
+          .x = x.data,
+          .x_channels_last = x.channels_last,
+          .bias = bias_.empty() ? nullptr : bias_.data(),
+          .residual = residual,
+          .y = static_cast<Y*>(y.data),
+          .y_channels_last = y.channels_last,
+          .activation = activation_,
+          .threads = useful_threads(threads, geometry, strips_.strips()),
+          .quantized = {.scale = scale_.data(),
+                        .start = start_.data(),
+                        .x_zero = x_.zero,
+                        .y_inverse = 1.0f / y_.scale,
+                        .y_zero = y_.zero}});
 }
 
 void PackedConv2dInt8::run(const Conv2dGeometry& geometry, Tensor4d<const uint8_t> x, const float* residual,
@@ -245,6 +288,8 @@ void PackedConv2dInt8::run(const Conv2dGeometry& geometry, Tensor4d<const uint8_
 PackedDepthwise::PackedDepthwise(const Conv2dShape& shape, const float* weights, const float* bias,
                                  Activation activation)
     : geometry_(shape.geometry), activation_(activation) {
+  if (geometry_.k != geometry_.c || geometry_.groups != geometry_.c)
+    throw std::invalid_argument("sparsekd._C.PackedDepthwise: expected as many groups and outputs as channels");
   const int64_t c = geometry_.c, taps = geometry_.r * geometry_.s;
   weights_.resize(static_cast<size_t>(taps * c));
   for (int64_t i = 0; i < taps * c; ++i) weights_[static_cast<size_t>(i % taps * c + i / taps)] = weights[i];
@@ -255,7 +300,14 @@ PackedDepthwise::PackedDepthwise(const Conv2dShape& shape, const float* weights,
 void PackedDepthwise::run(int64_t n, const float* x, const float* residual, float* y, int threads) const {
   Conv2dGeometry geometry = geometry_;
   geometry.n = n;
-  kernels().depthwise_f32({geometry, weights_.data(), x, bias_.data(), residual, y, activation_, threads});
+  kernels().depthwise_f32({.geometry = geometry,
+                           .weights = weights_.data(),
+                           .x = x,
+                           .bias = bias_.data(),
+                           .residual = residual,
+                           .y = y,
+                           .activation = activation_,
+                           .threads = threads});
 }
 
 }  // namespace sparsekd

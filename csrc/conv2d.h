@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "kernel_table.h"
 #include "strips.h"
 
 namespace sparsekd {
@@ -12,6 +13,10 @@ struct Conv2dShape {
   Conv2dGeometry geometry;
   int64_t bh, bw;
 };
+
+// A shape whose p and q follow from the other sizes of `geometry`. Throws std::invalid_argument, which Python sees as
+// ValueError, where the kernel does not fit the input or channels do not divide into groups and blocks.
+Conv2dShape conv2d_shape(Conv2dGeometry geometry, int64_t bh, int64_t bw);
 
 template <class T>
 struct Conv2dKernel {
@@ -51,14 +56,12 @@ template <class T>
 void conv2d_grad_values(const Conv2dShape& shape, Tensor4d<const T> x, Tensor4d<const T> dy, const Blocks& blocks,
                         T* dvalues, int threads);
 
-// A linear layer is a 1 x 1 convolution over one image whose width is the batch.
-Conv2dShape linear_shape(int64_t batch, int64_t in_features, int64_t out_features, int64_t bh, int64_t bw);
-
 // A layer with its own copy of the weights as strips, for inference. run() may be called from several threads at once.
 // T: float or Bfloat16. A layer of the latter stays with the instruction set in use when it was packed.
 template <class T>
 class PackedConv2d {
  public:
+
   PackedConv2d(const Conv2dShape& shape, const T* values, const Blocks& blocks, const float* bias,
                Activation activation);
   PackedConv2d(const PackedConv2d&) = delete;
@@ -116,7 +119,7 @@ class PackedConv2dInt8 {
 // A depthwise layer with its own copy of the weights, for inference; tensors are channels_last.
 class PackedDepthwise {
  public:
-  // weights [c][r][s], as torch keeps them
+  // weights [c][r][s], as torch keeps them. Throws std::invalid_argument where groups or outputs are not the channels.
   PackedDepthwise(const Conv2dShape& shape, const float* weights, const float* bias, Activation activation);
 
   void run(int64_t n, const float* x, const float* residual, float* y, int threads) const;

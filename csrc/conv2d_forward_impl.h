@@ -1,5 +1,5 @@
-// y = activation(conv(x, w) + bias + residual): register tiles of 16 output
-// rows x pixels, accumulated over the kept columns of a strip.
+// y = activation(conv(x, w) + bias + residual): register tiles of 16 output rows x pixels, accumulated over the kept
+// columns of a strip.
 #pragma once
 
 #include <type_traits>
@@ -15,7 +15,7 @@ using sparsekd::Conv2dForward;
 constexpr int kTileRowsMax = 8;  // base pointers that still fit in general registers
 
 // One register tile: a strip of 16 output rows x (A image rows x B pixels).
-template <class Sums>
+template <IsSums Sums>
 struct ForwardTile {
   const float* input[kTileRowsMax];                     // packed input of the first pixel of every image row
   typename Sums::Stored* output[kTileRowsMax];          // its output, when written directly
@@ -43,13 +43,13 @@ inline Vec16 add_integers(Vec16 a, Vec16 b) {
   return a;
 }
 
-template <class Sums>
+template <IsSums Sums>
 inline Vec16 add_sums(Vec16 a, Vec16 b) {
   return Sums::kInteger ? add_integers(a, b) : Vec16::add(a, b);
 }
 
 // A finished sum as a float.
-template <class Sums>
+template <IsSums Sums>
 inline Vec16 sum_value(const ForwardTile<Sums>& t, Vec16 sum) {
   if constexpr (!Sums::kInteger) return sum;
   int32_t integer[16];
@@ -60,7 +60,7 @@ inline Vec16 sum_value(const ForwardTile<Sums>& t, Vec16 sum) {
 }
 
 // Hands finished accumulators over: to the buffer, or with residual and activation to the output.
-template <class Sums, int A, int B>
+template <IsSums Sums, int A, int B>
 inline void finish_tile(const ForwardTile<Sums>& t, const Vec16 (&acc)[A * B]) {
   if (Sums::kInteger || t.buffer != nullptr) {
 #pragma GCC unroll 32
@@ -80,7 +80,7 @@ inline void finish_tile(const ForwardTile<Sums>& t, const Vec16 (&acc)[A * B]) {
   }
 }
 
-template <class Sums, int A, int B>
+template <IsSums Sums, int A, int B>
 void forward_tile(const ForwardTile<Sums>& t) {
   Vec16 acc[A * B];
   const float* input[A];
@@ -104,7 +104,7 @@ void forward_tile(const ForwardTile<Sums>& t) {
 }
 
 // Few pixels: U columns at once keep the multiply-adds independent, and U weight loads in flight.
-template <class Sums, int A, int U>
+template <IsSums Sums, int A, int U>
 void forward_few(const ForwardTile<Sums>& t) {
   Vec16 acc[U][A];
 #pragma GCC unroll 8
@@ -130,10 +130,10 @@ void forward_few(const ForwardTile<Sums>& t) {
   finish_tile<Sums, A, 1>(t, acc[0]);
 }
 
-template <class Sums>
+template <IsSums Sums>
 using ForwardTileFn = void (*)(const ForwardTile<Sums>&);
 
-template <class Sums, int A, int B>
+template <IsSums Sums, int A, int B>
 ForwardTileFn<Sums> find_cols(int64_t b) {
   if (b == B) return forward_tile<Sums, A, B>;
   if constexpr (B > 1) return find_cols<Sums, A, B - 1>(b);
@@ -141,7 +141,7 @@ ForwardTileFn<Sums> find_cols(int64_t b) {
 }
 
 // The kernel of an a x b tile; a * b <= Vec16::kTilePixels.
-template <class Sums, int A = 1>
+template <IsSums Sums, int A = 1>
 ForwardTileFn<Sums> find_forward_tile(int64_t a, int64_t b) {
   if (a == A) return find_cols<Sums, A, Vec16::kTilePixels / A>(b);
   if constexpr (A < kTileRowsMax && A < Vec16::kTilePixels) return find_forward_tile<Sums, A + 1>(a, b);
@@ -158,7 +158,7 @@ inline TileShape choose_tile(int64_t cols) {
   return {min64(kTileRowsMax, Vec16::kTilePixels / b), b};
 }
 
-template <class Sums, int A = 1>
+template <IsSums Sums, int A = 1>
 ForwardTileFn<Sums> find_few_tile(int64_t a) {
   constexpr int kChains = Vec16::kTilePixels < 8 ? Vec16::kTilePixels : 8;
   if (a == A) return forward_few<Sums, A, (A < kChains ? kChains / A : 1)>;
@@ -170,11 +170,10 @@ ForwardTileFn<Sums> find_few_tile(int64_t a) {
 enum class Source {
   kPacked,    // from the packed layout
   kChannels,  // where it lies, [image][channel][pixel]: 1 x 1, stride 1
-  kPixels,    // where it lies, [image][pixel][channel]: 1 x 1, any stride; tiles
-              // of single pixels
+  kPixels,    // where it lies, [image][pixel][channel]: 1 x 1, any stride; tiles of single pixels
 };
 
-template <class Words>
+template <IsWords Words>
 struct ForwardCall {
   Conv2dForward<typename Words::X, typename Words::Y> args;
   Conv2dGeometry g;  // c counts words
@@ -188,7 +187,7 @@ struct ForwardCall {
 };
 
 // n <= 16 finished sums, to which `residual` elements are added if there are any: activation, type of y.
-template <class Words>
+template <IsWords Words>
 inline void put(const ForwardCall<Words>& call, typename Words::Y* y, Vec16 v, const typename Words::Y* residual,
                 int n) {
   if constexpr (sizeof *y == 1) {
@@ -202,7 +201,7 @@ inline void put(const ForwardCall<Words>& call, typename Words::Y* y, Vec16 v, c
 }
 
 // Writes finished pixels from [pixel][16] for outputs that lie [pixel][row], where a strip is ragged or scattered.
-template <class Words>
+template <IsWords Words>
 inline void store_pixels(const ForwardCall<Words>& call, const Strip& strip, const float* buffer, int64_t pixel,
                          int64_t count) {
   using Y = typename Words::Y;
@@ -223,7 +222,7 @@ inline void store_pixels(const ForwardCall<Words>& call, const Strip& strip, con
 }
 
 // The same for outputs that lie [row][pixel]: `count` neighbouring pixels of one image.
-template <class Words>
+template <IsWords Words>
 inline void store_rows(const ForwardCall<Words>& call, const Strip& strip, const float* buffer, int64_t image,
                        int64_t pixel, int64_t count) {
   const int64_t area = call.g.p * call.g.q;
@@ -239,9 +238,9 @@ inline void store_rows(const ForwardCall<Words>& call, const Strip& strip, const
   }
 }
 
-// All strips of [strips.begin, strips.end) on one register tile: `rows` image
-// rows from `first_row` of the band, `cols` pixels from `col`.
-template <class Words>
+// All strips of [strips.begin, strips.end) on one register tile: `rows` image rows from `first_row` of the band, `cols`
+// pixels from `col`.
+template <IsWords Words>
 inline void forward_strips(const ForwardCall<Words>& call, const Band& band, const float* input, int64_t first_row,
                            int64_t rows, int64_t col, int64_t cols, Range strips,
                            ForwardTileFn<typename Words::Sums> kernel) {
@@ -307,7 +306,7 @@ inline void forward_strips(const ForwardCall<Words>& call, const Band& band, con
   }
 }
 
-template <class Words>
+template <IsWords Words>
 inline void forward_band(const ForwardCall<Words>& call, const Band& band, const float* input, Range strips) {
   const bool pixels = call.source == Source::kPixels;
   const TileShape shape = pixels ? choose_tile(1) : choose_tile(band.cols);
@@ -322,12 +321,12 @@ inline void forward_band(const ForwardCall<Words>& call, const Band& band, const
     }
 }
 
-template <class Words>
+template <IsWords Words>
 using ForwardInput = Input<typename Words::X, Words::kDepth>;
 
 // Packing costs about as much as using every channel once, so it pays unless few strips share it; tiles of single
 // pixels in turn need long columns lists to hide their set-up. Measured on 1 x 1 layers, see README.md.
-template <class Words>
+template <IsWords Words>
 inline Source choose_source(const Conv2dForward<typename Words::X, typename Words::Y>& args, const Conv2dGeometry& g,
                             const ForwardInput<Words>& in) {
   if (!in.in_place()) return Source::kPacked;
@@ -351,35 +350,46 @@ inline void gather_rows(const Strips& strips, const void* rows, float* words) {
              sizeof(float));
 }
 
-template <class Words>
+template <IsWords Words>
 void conv2d_forward(const Conv2dForward<typename Words::X, typename Words::Y>& args) {
   ForwardCall<Words> call{};
   call.args = args;
   call.g = flatten_pointwise(args.geometry, args.x_channels_last && args.y_channels_last);
   Conv2dGeometry& g = call.g;
   if (g.n * g.p * g.q * g.k == 0) return;
-  const ForwardInput<Words> x{args.x, args.x_channels_last, g.c, g.c / g.groups, args.quantized.x_zero};
+  const ForwardInput<Words> x{.x = args.x,
+                              .channels_last = args.x_channels_last,
+                              .channels = g.c,
+                              .group_channels = g.c / g.groups,
+                              .zero = args.quantized.x_zero};
   g.c = g.groups * x.group_words();
   call.source = choose_source<Words>(args, g, x);
-  const int64_t rows = args.strips.count * kStripRows, tables = Words::Sums::kInteger ? 3 : 1;
-  const int64_t bytes = 4 * (tables * rows + offsets_memory(g, args.strips) + 2 * layout_memory(g));
-  float* start = static_cast<float*>(scratch(sparsekd::kScratchCall, static_cast<size_t>(bytes)));
-  gather_rows(args.strips, args.bias, start);
-  call.start = call.scale = call.bias = start;
-  if (Words::Sums::kInteger) {
-    gather_rows(args.strips, args.quantized.start, start + rows);
-    gather_rows(args.strips, args.quantized.scale, start + 2 * rows);
-    call.start = start + rows;
-    call.scale = start + 2 * rows;
+  constexpr bool kInteger = Words::Sums::kInteger;
+  const int64_t rows = args.strips.count * kStripRows;
+  float *bias, *start, *scale;
+  int32_t *offsets, *whole_axes, *axes;
+  Arena::carve(sparsekd::kScratchCall, [&](Arena& arena) {
+    bias = arena.take<float>(rows);
+    start = kInteger ? arena.take<float>(rows) : bias;
+    scale = kInteger ? arena.take<float>(rows) : bias;  // floats need none
+    offsets = arena.take<int32_t>(offsets_memory(g, args.strips));
+    whole_axes = arena.take<int32_t>(layout_memory(g));
+    axes = arena.take<int32_t>(layout_memory(g));
+  });
+  gather_rows(args.strips, args.bias, bias);
+  if (kInteger) {
+    gather_rows(args.strips, args.quantized.start, start);
+    gather_rows(args.strips, args.quantized.scale, scale);
   }
-  int32_t* offsets = reinterpret_cast<int32_t*>(start + tables * rows);
-  int32_t* axes = offsets + offsets_memory(g, args.strips);
+  call.bias = bias;
+  call.start = start;
+  call.scale = scale;
 
-  const Layout whole = make_layout(g, 1, g.p, g.q, axes);
+  const Layout whole = make_layout(g, 1, g.p, g.q, whole_axes);
   const TileShape tile = call.source == Source::kPixels ? TileShape{1, choose_tile(1).rows} : choose_tile(g.q);
   const int64_t pieces = args.threads == 1 ? 1 : 2 * args.threads;
   const BandSize size = choose_bands(g, whole, pieces, tile.rows, tile.cols, kPackedFloats);
-  call.layout = make_layout(g, size.images, size.rows, size.cols, axes + layout_memory(g));
+  call.layout = make_layout(g, size.images, size.rows, size.cols, axes);
   if (call.source == Source::kChannels) call.layout.channel = g.w;
   if (call.source == Source::kPixels) call.layout.channel = 1;
   call.offsets = fill_offsets(call.layout, g.groups, args.strips, offsets);
@@ -391,8 +401,7 @@ void conv2d_forward(const Conv2dForward<typename Words::X, typename Words::Y>& a
     const Band band = size.band(g, item / chunks);
     const float* input = reinterpret_cast<const float*>(args.x);
     if (call.source == Source::kPacked) {
-      float* packed = static_cast<float*>(
-          scratch(sparsekd::kScratchInput, sizeof(float) * static_cast<size_t>(call.layout.size())));
+      float* packed = scratch_of<float>(sparsekd::kScratchInput, call.layout.size());
       pack_input(x, g, call.layout, band, first, packed);
       input = packed;
     }

@@ -84,20 +84,16 @@ struct GatherCall {
   int64_t pitch, image_rows;   // packed dy: columns of a row, rows of an image
   int64_t plane;               // floats of one strip
   int64_t chunk, chunks;       // strips whose dy under one tile stays in the L1 cache, and how many times that
-  const int32_t* first;        // [chunks][planes + 2]: where the entries of plane channel * phases + phase begin
+  const int32_t* first;        // [chunks][first_stride]: where the entries of plane channel * phases + phase begin
   const GatherEntry* entries;
 
   int64_t phases() const { return h.phases * w.phases; }
+  int64_t planes() const { return g.c * phases(); }
+  int64_t first_stride() const { return planes() + 2; }
   int64_t at(int64_t image, int64_t y, int64_t x) const {
     return ((image * image_rows + y + h.reach) * pitch + x + w.reach) * kStripRows;
   }
 };
-
-// Lists begin at `first[chunk * (planes + 2) + plane + 1]` while they are dealt out and at `... + plane` afterwards.
-template <class T>
-inline int64_t first_size(const GatherCall<T>& call) {
-  return call.chunks * (call.g.c * call.phases() + 2);
-}
 
 // table [taps * channels of a group][2]: plane and offset of a column.
 template <class T>
@@ -110,12 +106,20 @@ inline void fill_table(const GatherCall<T>& call, int32_t* table) {
       }
 }
 
-// Sorts the blocks of one chunk of strips by plane; `base` blocks lie before them.
+// Sorts the blocks of one chunk of strips by plane; `base` blocks lie before them. It is a counting sort whose counts,
+// positions and result share one array, each one place further to the left than the one before, so that dealing out
+// turns positions into the result. With three planes, base 0 and blocks of the planes 0, 2, 0, 1:
+//
+//                          first[0] [1] [2] [3] [4]
+//     counted                    0   0   2   1   1    count[plane] = first[plane + 2]
+//     added up                   0   0   2   3   4    next[plane] = first[plane + 1], where its next entry goes
+//     dealt out                  0   2   3   4   4    next[plane] has moved to where the next plane begins, so that the
+//                                                     entries of a plane lie from first[plane] to first[plane + 1]
 template <class T>
 inline void sort_chunk(const GatherCall<T>& call, int64_t chunk, int32_t base, const int32_t* table, int32_t* first,
                        GatherEntry* entries) {
   const Strips& strips = call.args.strips;
-  const int64_t group_planes = call.g.c / call.g.groups * call.phases(), planes = call.g.c * call.phases();
+  const int64_t group_planes = call.g.c / call.g.groups * call.phases(), size = call.first_stride();
   const int64_t end = min64(strips.count, (chunk + 1) * call.chunk);
   const auto each = [&](const auto& body) {
     for (int64_t s = chunk * call.chunk; s < end; ++s) {
@@ -126,13 +130,14 @@ inline void sort_chunk(const GatherCall<T>& call, int64_t chunk, int32_t base, c
       for (int32_t j = 0; j < strip.count; ++j) body(s, j, plane + table[2 * column[j]], table[2 * column[j] + 1]);
     }
   };
-  for (int64_t i = 0; i < planes + 2; ++i) first[i] = i < 2 ? base : 0;
-  each([&](int64_t, int32_t, int64_t plane, int32_t) { ++first[plane + 2]; });
-  for (int64_t i = 2; i < planes + 2; ++i) first[i] += first[i - 1];
+  int32_t *const next = first + 1, *const count = first + 2;
+  for (int64_t i = 0; i < size; ++i) first[i] = i < 2 ? base : 0;
+  each([&](int64_t, int32_t, int64_t plane, int32_t) { ++count[plane]; });
+  for (int64_t i = 2; i < size; ++i) first[i] += first[i - 1];
   each([&](int64_t s, int32_t j, int64_t plane, int32_t offset) {
     const int64_t weight = strips.strip[s].weights + j * strips.weight_stride;
-    entries[first[plane + 1]++] = {static_cast<int32_t>(weight / kStripRows),
-                                   static_cast<int32_t>(s * call.plane) + offset};
+    entries[next[plane]++] = {.weight = static_cast<int32_t>(weight / kStripRows),
+                              .dy = static_cast<int32_t>(s * call.plane) + offset};
   });
 }
 
@@ -196,7 +201,7 @@ inline void gather_phase(const GatherCall<T>& call, const Band& band, const floa
   const TileShape shape = choose_tile(width);
   const Cuts row_cuts{band.images * height, ceil_div(band.images * height, shape.rows)};
   const Cuts col_cuts{width, ceil_div(width, shape.cols)};
-  const int64_t phase = a * call.w.phases + b, planes = call.g.c * call.phases();
+  const int64_t phase = a * call.w.phases + b;
   for (int64_t c = channels.begin; c < channels.end; c += kChannels) {
     const int64_t count = min64(kChannels, channels.end - c);
     for (int64_t i = 0; i < row_cuts.count; ++i)
@@ -217,7 +222,7 @@ inline void gather_phase(const GatherCall<T>& call, const Band& band, const floa
         const GatherTileFn kernel = find_gather_tile(rows.count, rows.cols);
         for (int64_t chunk = 0; chunk < call.chunks; ++chunk)
           for (int64_t lane = 0; lane < count; ++lane) {
-            const int32_t* first = call.first + chunk * (planes + 2) + (c + lane) * call.phases() + phase;
+            const int32_t* first = call.first + chunk * call.first_stride() + (c + lane) * call.phases() + phase;
             tile.entries = call.entries + first[0];
             tile.count = first[1] - first[0];
             tile.sums = sums + lane * kSums;
@@ -264,23 +269,18 @@ void conv2d_grad_input_gather(const Conv2dGradInput<T>& args) {
   call.g = flatten_pointwise(args.geometry, args.dy_channels_last && args.dx_channels_last);
   const Conv2dGeometry& g = call.g;
   const int64_t blocks = count_blocks(args.strips);
-  const int64_t axes = layout_memory(g), table_size = 2 * g.r * g.s * (g.c / g.groups);
-  int32_t* memory = static_cast<int32_t*>(scratch(sparsekd::kScratchCall, sizeof(int32_t) * static_cast<size_t>(axes)));
-  const auto make_axes = [&] {
-    call.h = make_axis(g.stride_h, g.dilation_h, g.pad_h, g.r, g.h, g.p, memory);
-    call.w = make_axis(g.stride_w, g.dilation_w, g.pad_w, g.s, g.w, g.q, memory + 2 * g.stride_h);
-  };
-  make_axes();
+  int32_t* axes = scratch_of<int32_t>(sparsekd::kScratchAxes, layout_memory(g));
+  call.h = make_axis(g.stride_h, g.dilation_h, g.pad_h, g.r, g.h, g.p, axes);
+  call.w = make_axis(g.stride_w, g.dilation_w, g.pad_w, g.s, g.w, g.q, axes + 2 * g.stride_h);
   call.chunk = choose_chunk(call, blocks);
   call.chunks = ceil_div(args.strips.count, call.chunk);
-  const int64_t entries_size = 2 * (blocks + kEntriesAhead);
-  memory = static_cast<int32_t*>(
-      scratch(sparsekd::kScratchCall,
-              sizeof(int32_t) * static_cast<size_t>(axes + table_size + first_size(call) + entries_size)));
-  make_axes();  // the memory may have moved
-  int32_t* table = memory + axes;
-  int32_t* first = table + table_size;
-  GatherEntry* entries = reinterpret_cast<GatherEntry*>(first + first_size(call));
+  int32_t *table, *first;
+  GatherEntry* entries;
+  Arena::carve(sparsekd::kScratchCall, [&](Arena& arena) {
+    table = arena.take<int32_t>(2 * g.r * g.s * (g.c / g.groups));
+    first = arena.take<int32_t>(call.chunks * call.first_stride());
+    entries = arena.take<GatherEntry>(blocks + kEntriesAhead);
+  });
   for (int64_t i = 0; i < kEntriesAhead; ++i) entries[blocks + i] = {0, 0};
   call.first = first;
   call.entries = entries;
@@ -310,7 +310,7 @@ void conv2d_grad_input_gather(const Conv2dGradInput<T>& args) {
   parallel(blocks < kManyBlocks ? 1 : args.threads, call.chunks, [&](int64_t chunk) {
     int64_t base = 0;
     for (int64_t s = 0; s < chunk * call.chunk; ++s) base += args.strips.strip[s].count;
-    sort_chunk(call, chunk, static_cast<int32_t>(base), table, first + chunk * (g.c * call.phases() + 2), entries);
+    sort_chunk(call, chunk, static_cast<int32_t>(base), table, first + chunk * call.first_stride(), entries);
   });
 
   if (!covers(call.h) || !covers(call.w))
@@ -326,8 +326,7 @@ void conv2d_grad_input_gather(const Conv2dGradInput<T>& args) {
                     x,     min64(call.cols, width - x)};
     const Range groups = share(ceil_div(g.c, 16), chunks, item % chunks);
     const Range channels{groups.begin * 16, min64(g.c, groups.end * 16)};
-    float* packed = static_cast<float*>(
-        scratch(sparsekd::kScratchInput, sizeof(float) * static_cast<size_t>(call.plane * args.strips.count)));
+    float* packed = scratch_of<float>(sparsekd::kScratchInput, call.plane * args.strips.count);
     pack_gather(call, band, packed);
     for (int64_t a = 0; a < call.h.phases; ++a)
       for (int64_t b = 0; b < call.w.phases; ++b) gather_phase(call, band, packed, a, b, channels);

@@ -21,7 +21,7 @@ struct InputTile {
   int64_t rows;
 };
 
-template <class Sums, int E, int V>
+template <IsSums Sums, int E, int V>
 inline void input_tile(const InputTile& t, int64_t entry) {
   Vec16 acc[E * V];
 #pragma GCC unroll 32
@@ -48,20 +48,20 @@ inline void input_tile(const InputTile& t, int64_t entry) {
 }
 
 // All columns of a strip, in groups of E, then E / 2, ...
-template <class Sums, int V, int E = Vec16::kInputEntries>
+template <IsSums Sums, int V, int E = Vec16::kInputEntries>
 void input_columns(const InputTile& t, int64_t count, int64_t entry = 0) {
   for (; entry + E <= count; entry += E) input_tile<Sums, E, V>(t, entry);
   if constexpr (E > 1)
     if (entry < count) input_columns<Sums, V, E / 2>(t, count, entry);
 }
 
-template <class Sums, int V = Vec16::kInputVectors>
+template <IsSums Sums, int V = Vec16::kInputVectors>
 inline void run_input_columns(int64_t vectors, const InputTile& t, int64_t count) {
   if (vectors == V) return input_columns<Sums, V>(t, count);
   if constexpr (V > 1) run_input_columns<Sums, V - 1>(vectors, t, count);
 }
 
-template <class Words>
+template <IsGradientWords Words>
 struct GradInputCall {
   Conv2dGradInput<typename Words::X> args;
   Conv2dGeometry g;
@@ -71,7 +71,7 @@ struct GradInputCall {
 
 // dy of one strip as [row][flat pixel], kDepth rows to a word: pixels as far apart as in the packed input, zeros where
 // there is no output.
-template <class Words>
+template <IsGradientWords Words>
 inline void pack_strip_flat(const GradInputCall<Words>& call, const Band& band, const Strip& strip, float* flat,
                             int64_t flat_stride) {
   constexpr int kDepth = Words::kDepth;
@@ -116,13 +116,12 @@ inline int64_t flat_pixels(const Layout& l, int64_t images, int64_t rows, int64_
 }
 
 // Adds what the outputs of `band` contribute to the packed gradient.
-template <class Words>
+template <IsGradientWords Words>
 inline void grad_input_band(const GradInputCall<Words>& call, const Band& band, float* dx) {
   constexpr int kDepth = Words::kDepth;
   const Layout& l = call.layout;
   const int64_t flat = flat_pixels(l, band.images, band.rows, band.cols);
-  float* dy = static_cast<float*>(
-      scratch(sparsekd::kScratchOutput, sizeof(float) * kStripRows / kDepth * static_cast<size_t>(flat)));
+  float* dy = scratch_of<float>(sparsekd::kScratchOutput, kStripRows / kDepth * flat);
   const Cuts tiles{flat / 16, ceil_div(flat / 16, Vec16::kInputVectors)};
   for (int32_t s = 0; s < call.args.strips.count; ++s) {
     const Strip& strip = call.args.strips.strip[s];
@@ -130,13 +129,13 @@ inline void grad_input_band(const GradInputCall<Words>& call, const Band& band, 
     pack_strip_flat(call, band, strip, dy, flat);
     for (int64_t i = 0; i < tiles.count; ++i) {
       const int64_t at = tiles.begin(i) * 16;
-      const InputTile tile{dx + at,
-                           call.offsets + strip.first,
-                           call.args.weights + strip.weights / kDepth,
-                           call.args.strips.weight_stride / kDepth,
-                           dy + at,
-                           flat,
-                           ceil_div(strip.lanes, kDepth)};
+      const InputTile tile{.dx = dx + at,
+                           .offsets = call.offsets + strip.first,
+                           .weights = call.args.weights + strip.weights / kDepth,
+                           .weight_stride = call.args.strips.weight_stride / kDepth,
+                           .dy = dy + at,
+                           .dy_stride = flat,
+                           .rows = ceil_div(strip.lanes, kDepth)};
       run_input_columns<typename Words::Sums>(tiles.size(i), tile, strip.count);
     }
   }
@@ -144,7 +143,7 @@ inline void grad_input_band(const GradInputCall<Words>& call, const Band& band, 
 
 // Whole images, or the rows of one image whose packed positions lie in `owned`. Bands follow each other; the rows that
 // two of them touch are carried over.
-template <class Words>
+template <IsGradientWords Words>
 inline void grad_input_rows(const GradInputCall<Words>& call, Band range, Range owned, int64_t band_rows, float* dx) {
   const Layout& l = call.layout;
   const int64_t reach = l.h.reach, planes = call.g.c * l.h.phases * l.w.phases;
@@ -173,16 +172,20 @@ inline void grad_input_rows(const GradInputCall<Words>& call, Band range, Range 
 constexpr int64_t kEnd = int64_t{1} << 40;  // beyond any row
 constexpr int64_t kBeside = 16;             // images side by side: a vector
 constexpr int64_t kRowsBeside = 4;          // of a band, or what two bands share is too much
+constexpr int64_t kLanesPerIdle = 9;
 
 // Whether images lie side by side: then every column of the weight finds dx in whole vectors of the cache, and only
-// whole columns of a line are gaps. Pixels of 1 x 1 convolutions already do.
+// whole columns of a line are gaps. Pixels of 1 x 1 convolutions already lie so. It takes 0.8 to 0.87 of the time when
+// every lane has an image, and lanes without one cost as much as others: with more than one idle lane in nine (29 of 32
+// images still pass, 14 of 16 do not) little of that would be left.
 inline bool beside_pays(bool channels_last, const Conv2dGeometry& g) {
-  return channels_last && g.r * g.s > 1 && 8 * round_up(g.n, kBeside) <= 9 * g.n;
+  const int64_t lanes = round_up(g.n, kBeside), idle = lanes - g.n;
+  return channels_last && g.r * g.s > 1 && kLanesPerIdle * idle <= lanes;
 }
 
 // Whether gathering costs less: flat lines spend multiply-adds on padding, and on the rows that two threads share;
 // gathering spends them on sums of lanes. The constants fit the 3 x 3 layers of `benchmarks/conv2d.py` at 0.5 and 0.1.
-template <class Words>
+template <IsGradientWords Words>
 inline bool better_gathered(const GradInputCall<Words>& call, const BandSize& size, int64_t segments) {
   const Conv2dGeometry& g = call.g;
   if (g.r * g.s == 1 || g.n * g.p * g.q == 0) return false;
@@ -195,20 +198,24 @@ inline bool better_gathered(const GradInputCall<Words>& call, const BandSize& si
   return blocks > 0 && lanes > 1.1 + 3 / blocks;
 }
 
-template <class Words>
+template <IsGradientWords Words>
 void conv2d_grad_input(const Conv2dGradInput<typename Words::X>& args) {
-  GradInputCall<Words> call{
-      args, flatten_pointwise(args.geometry, args.dy_channels_last && args.dx_channels_last), {}, nullptr};
+  GradInputCall<Words> call{};
+  call.args = args;
+  call.g = flatten_pointwise(args.geometry, args.dy_channels_last && args.dx_channels_last);
   const Conv2dGeometry& g = call.g;
   if (g.n * g.h * g.w * g.c == 0) return;
   constexpr bool kOtherForms = Words::kDepth == 1;  // which have rows as lanes, so no two of them in a word
   if constexpr (kOtherForms)
     if (is_pointwise(g) && g.n * g.p * g.q <= kScatteredPixels) return conv2d_grad_input_scatter(args);
-  const int64_t bytes = 4 * (offsets_memory(g, args.strips) + 2 * layout_memory(g));
-  int32_t* offsets = static_cast<int32_t*>(scratch(sparsekd::kScratchCall, static_cast<size_t>(bytes)));
-  int32_t* axes = offsets + offsets_memory(g, args.strips);
+  int32_t *offsets, *whole_axes, *axes;
+  Arena::carve(sparsekd::kScratchCall, [&](Arena& arena) {
+    offsets = arena.take<int32_t>(offsets_memory(g, args.strips));
+    whole_axes = arena.take<int32_t>(layout_memory(g));
+    axes = arena.take<int32_t>(layout_memory(g));
+  });
 
-  const Layout whole = make_layout(g, 1, g.p, g.q, axes);
+  const Layout whole = make_layout(g, 1, g.p, g.q, whole_axes);
   const int64_t pieces = args.threads == 1 ? 1 : 2 * args.threads;
   Conv2dGeometry groups = g;  // of images, which bands count
   BandSize size = choose_bands(g, whole, pieces, 1, 16, kPackedFloats);
@@ -223,7 +230,7 @@ void conv2d_grad_input(const Conv2dGradInput<typename Words::X>& args) {
   }
   if (lanes == 1) groups.n = g.n;
   if (!is_pointwise(g)) size = make_band_size(groups, size.images, size.rows, g.q);  // bands share columns, not rows
-  call.layout = make_layout(g, size.images, size.rows, size.cols, axes + layout_memory(g), lanes);
+  call.layout = make_layout(g, size.images, size.rows, size.cols, axes, lanes);
   // An image is cut by rows only when there are too few images: the cut costs the rows that both parts need.
   const int64_t segments = size.image_bands * size.col_bands >= args.threads
                                ? 1
@@ -237,8 +244,7 @@ void conv2d_grad_input(const Conv2dGradInput<typename Words::X>& args) {
         size.band(groups, rest / size.col_bands * size.row_bands * size.col_bands + rest % size.col_bands);
     Range owned = share(g.p + (segments > 1 ? call.layout.h.reach : 0), segments, segment);
     if (segment + 1 == segments) owned.end = kEnd;
-    float* dx =
-        static_cast<float*>(scratch(sparsekd::kScratchInput, sizeof(float) * static_cast<size_t>(call.layout.size())));
+    float* dx = scratch_of<float>(sparsekd::kScratchInput, call.layout.size());
     grad_input_rows(call, range, owned, size.rows, dx);
   });
 }

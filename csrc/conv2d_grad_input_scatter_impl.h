@@ -44,11 +44,10 @@ void conv2d_grad_input_scatter(const Conv2dGradInput<T>& args) {
   const Conv2dGeometry& g = args.geometry;
   const int64_t area = g.p * g.q, pixels = g.n * area, size = pixels * g.c;
   const int64_t parts = max64(1, min64(kParts, args.strips.count / kStripsOfPart));
-  float* sums = static_cast<float*>(scratch(sparsekd::kScratchSum, sizeof(float) * static_cast<size_t>(parts * size)));
+  float* sums = scratch_of<float>(sparsekd::kScratchSum, parts * size);
   parallel(args.threads, parts, [&](int64_t part) {
     float* dx = sums + part * size;
-    float* dy = static_cast<float*>(
-        scratch(sparsekd::kScratchOutput, sizeof(float) * static_cast<size_t>(pixels * kStripRows)));
+    float* dy = scratch_of<float>(sparsekd::kScratchOutput, pixels * kStripRows);
     zero_floats(dx, size);
     const Range range = strip_chunk(args.strips, parts, part);
     for (int64_t s = range.begin; s < range.end; ++s) {

@@ -10,7 +10,7 @@ using sparsekd::Conv2dGradValues;
 
 // dweights[e][lane] = or += sum over pixels of dy[pixel][lane] * x[offset[e] + pixel], for E columns and rows of
 // `steps` x B words of kDepth pixels.
-template <class Words>
+template <IsGradientWords Words>
 struct ValueTile {
   const typename Words::Line* x;  // packed input of the first pixel
   int64_t images, image_stride, rows, row_stride;
@@ -23,7 +23,7 @@ struct ValueTile {
   bool accumulate;
 };
 
-template <class Words, int E, int B>
+template <IsGradientWords Words, int E, int B>
 void value_tile(const ValueTile<Words>& t) {
   using Line = typename Words::Line;
   // An accumulator is a chain of dependent multiply-adds. Columns advance together in small groups, and few columns get
@@ -69,14 +69,14 @@ void value_tile(const ValueTile<Words>& t) {
   }
 }
 
-template <int E, class Words, int B = Vec16::kValuePixels>
+template <int E, IsGradientWords Words, int B = Vec16::kValuePixels>
 inline void run_value_tile(int64_t words, const ValueTile<Words>& t) {
   if (words == B) return value_tile<Words, E, B>(t);
   if constexpr (B > 1) run_value_tile<E, Words, B - 1>(words, t);
 }
 
 // All columns of a strip, in groups of E, then E / 2, ...
-template <class Words, int E = Vec16::kValueEntries>
+template <IsGradientWords Words, int E = Vec16::kValueEntries>
 inline void value_columns(ValueTile<Words> t, int64_t count, int64_t words) {
   int64_t entry = 0;
   for (; entry + E <= count; entry += E) {
@@ -99,7 +99,7 @@ inline int64_t choose_step(int64_t cols) {
 
 constexpr int64_t kPixelsInPlace = 8;  // that are not worth packing
 
-template <class Words>
+template <IsGradientWords Words>
 struct GradValuesCall {
   Conv2dGradValues<typename Words::X> args;
   Conv2dGeometry g;
@@ -109,7 +109,7 @@ struct GradValuesCall {
 };
 
 // dy of one strip as [image][row][word][16], kDepth neighbouring pixels to a word.
-template <class Words>
+template <IsGradientWords Words>
 inline void pack_strip_words(const GradValuesCall<Words>& call, const Band& band, const Strip& strip, float* packed) {
   const auto pack = [&](const Band& part, float* target) {
     pack_strip_pixels(call.args.dy, call.args.dy_channels_last, call.g, part, strip, target, part.cols * kStripRows,
@@ -123,8 +123,7 @@ inline void pack_strip_words(const GradValuesCall<Words>& call, const Band& band
     for (int64_t i = 0; i < band.images * band.rows; ++i, packed += words * kStripRows) {
       row.image = band.image + i / band.rows;
       row.y = band.y + i % band.rows;
-      float* pixels = static_cast<float*>(
-          scratch(sparsekd::kScratchWords, sizeof(float) * static_cast<size_t>(words * Words::kDepth * kStripRows)));
+      float* pixels = scratch_of<float>(sparsekd::kScratchWords, words * Words::kDepth * kStripRows);
       pack(row, pixels);
       zero_floats(pixels + band.cols * kStripRows, (words * Words::kDepth - band.cols) * kStripRows);
       for (int64_t word = 0; word < words; ++word, pixels += 2 * kStripRows)
@@ -133,7 +132,7 @@ inline void pack_strip_words(const GradValuesCall<Words>& call, const Band& band
   }
 }
 
-template <class Words>
+template <IsGradientWords Words>
 inline void grad_values_band(const GradValuesCall<Words>& call, const Band& band, Range strips, float* dweights,
                              bool accumulate) {
   using T = typename Words::X;
@@ -141,14 +140,16 @@ inline void grad_values_band(const GradValuesCall<Words>& call, const Band& band
   const Layout& l = call.layout;
   const Conv2dGeometry& g = call.g;
   const int64_t cols = ceil_div(band.cols, Words::kDepth);
-  float* dy = static_cast<float*>(scratch(
-      sparsekd::kScratchOutput, sizeof(float) * kStripRows * static_cast<size_t>(band.images * band.rows * cols)));
+  float* dy = scratch_of<float>(sparsekd::kScratchOutput, kStripRows * band.images * band.rows * cols);
   const Line* x;
   if (call.pixels) {
     x = reinterpret_cast<const Line*>(call.args.x) + band.x * g.c;
   } else {
-    Line* packed = static_cast<Line*>(scratch(sparsekd::kScratchInput, sizeof(Line) * static_cast<size_t>(l.size())));
-    const Input<T> input{call.args.x, call.args.x_channels_last, g.c, g.c / g.groups};
+    Line* packed = scratch_of<Line>(sparsekd::kScratchInput, l.size());
+    const Input<T> input{.x = call.args.x,
+                         .channels_last = call.args.x_channels_last,
+                         .channels = g.c,
+                         .group_channels = g.c / g.groups};
     pack_input(input, g, l, band, !accumulate, packed);
     x = packed;
   }
@@ -157,18 +158,18 @@ inline void grad_values_band(const GradValuesCall<Words>& call, const Band& band
     const Strip& strip = call.args.strips.strip[s];
     if (strip.count == 0) continue;
     pack_strip_words(call, band, strip, dy);
-    ValueTile<Words> tile{x,
-                          band.images,
-                          l.image_rows * l.pitch,
-                          band.rows,
-                          l.pitch,
-                          dy,
-                          cols * kStripRows,
-                          cols / step,
-                          call.offsets + strip.first,
-                          dweights + strip.weights,
-                          call.args.strips.weight_stride,
-                          accumulate};
+    ValueTile<Words> tile{.x = x,
+                          .images = band.images,
+                          .image_stride = l.image_rows * l.pitch,
+                          .rows = band.rows,
+                          .row_stride = l.pitch,
+                          .dy = dy,
+                          .dy_row_stride = cols * kStripRows,
+                          .steps = cols / step,
+                          .offsets = call.offsets + strip.first,
+                          .dweights = dweights + strip.weights,
+                          .weight_stride = call.args.strips.weight_stride,
+                          .accumulate = accumulate};
     if (call.pixels) {
       tile.rows = band.cols;
       tile.row_stride = g.c;
@@ -188,14 +189,12 @@ inline void grad_values_band(const GradValuesCall<Words>& call, const Band& band
 }
 
 // By bands: fixed ranges of them have sums of their own, added in order, so the result does not depend on threads.
-template <class Words>
+template <IsGradientWords Words>
 inline void grad_values_by_bands(const GradValuesCall<Words>& call, const BandSize& size, int64_t parts) {
   const auto& args = call.args;
   const int64_t num_weights = args.strips.num_weights;
   float* sums = args.dweights;
-  if (parts > 1)
-    sums = static_cast<float*>(
-        scratch(sparsekd::kScratchSum, sizeof(float) * static_cast<size_t>((parts - 1) * num_weights)));
+  if (parts > 1) sums = scratch_of<float>(sparsekd::kScratchSum, (parts - 1) * num_weights);
   const auto part_sum = [&](int64_t part) { return part == 0 ? args.dweights : sums + (part - 1) * num_weights; };
   parallel(args.threads, parts, [&](int64_t part) {
     const Range bands = share(size.count(), parts, part);
@@ -213,7 +212,7 @@ inline void grad_values_by_bands(const GradValuesCall<Words>& call, const BandSi
 }
 
 // By strips: every thread packs all of x for its own.
-template <class Words>
+template <IsGradientWords Words>
 inline void grad_values_by_strips(const GradValuesCall<Words>& call, const BandSize& size) {
   const auto& args = call.args;
   const int64_t chunks = min64(args.threads, args.strips.count);
@@ -230,27 +229,31 @@ inline bool share_strips(const Strips& strips, const Conv2dGeometry& g) {
   return strips.count >= kStrips && kPacking * strips.num_weights > g.n * g.c * g.h * g.w;
 }
 
-template <class Words>
+template <IsGradientWords Words>
 void conv2d_grad_values(const Conv2dGradValues<typename Words::X>& args) {
-  GradValuesCall<Words> call{
-      args, flatten_pointwise(args.geometry, args.x_channels_last && args.dy_channels_last), {}, nullptr, false};
+  GradValuesCall<Words> call{};
+  call.args = args;
+  call.g = flatten_pointwise(args.geometry, args.x_channels_last && args.dy_channels_last);
   const Conv2dGeometry& g = call.g;
   const int64_t num_weights = args.strips.num_weights;
   if (num_weights == 0) return;
-  const int64_t bytes = 4 * (offsets_memory(g, args.strips) + 2 * layout_memory(g));
-  int32_t* offsets = static_cast<int32_t*>(scratch(sparsekd::kScratchCall, static_cast<size_t>(bytes)));
-  int32_t* axes = offsets + offsets_memory(g, args.strips);
+  int32_t *offsets, *whole_axes, *axes;
+  Arena::carve(sparsekd::kScratchCall, [&](Arena& arena) {
+    offsets = arena.take<int32_t>(offsets_memory(g, args.strips));
+    whole_axes = arena.take<int32_t>(layout_memory(g));
+    axes = arena.take<int32_t>(layout_memory(g));
+  });
   if (g.n * g.p * g.q == 0) return zero_floats(args.dweights, num_weights);
 
   constexpr bool kFloats = std::is_same<typename Words::X, float>::value;
   call.pixels = kFloats && is_pointwise(g) && args.x_channels_last && g.n == 1 && g.h == 1 && g.w <= kPixelsInPlace;
   const bool by_strips = share_strips(args.strips, g);
-  const Layout whole = make_layout(g, 1, g.p, g.q, axes);
+  const Layout whole = make_layout(g, 1, g.p, g.q, whole_axes);
   const int64_t pieces = by_strips || call.pixels ? 1 : max64(4, min64(16, g.n));
   // Sums that leave the L2 cache should do so seldom, so the more of them there are the larger the bands.
   const int64_t floats = max64(kPackedFloats, min64(num_weights, 4 * kPackedFloats));
   const BandSize size = choose_bands(g, whole, pieces, 1, Words::kDepth * Vec16::kValuePixels, floats);
-  call.layout = make_layout(g, size.images, size.rows, size.cols, axes + layout_memory(g));
+  call.layout = make_layout(g, size.images, size.rows, size.cols, axes);
   if (call.pixels) call.layout.channel = 1;
   call.offsets = fill_offsets(call.layout, g.groups, args.strips, offsets);
   by_strips ? grad_values_by_strips(call, size) : grad_values_by_bands(call, size, min64(pieces, size.count()));

@@ -4,7 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernel_table.h"
+#include "elements.h"
+#include "simd/vec_contract.h"
 
 namespace {
 

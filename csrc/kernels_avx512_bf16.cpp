@@ -4,6 +4,7 @@
 #include "conv2d_forward_impl.h"
 #include "conv2d_grad_input_impl.h"
 #include "conv2d_grad_values_impl.h"
+#include "kernel_table.h"
 #include "madd_burst_impl.h"
 
 namespace {
@@ -39,7 +40,9 @@ struct PairWords {
 }  // namespace
 
 namespace sparsekd {
-extern const Bf16Kernels kAvx512Bf16Kernels = {PairWords::kDepth, conv2d_forward<PairWords>,
-                                               conv2d_grad_input<PairWords>, conv2d_grad_values<PairWords>,
-                                               madd_burst<PairSums, 2>};
+extern const Bf16Kernels kAvx512Bf16Kernels = {.depth = PairWords::kDepth,
+                                               .conv2d = conv2d_forward<PairWords>,
+                                               .conv2d_grad_input = conv2d_grad_input<PairWords>,
+                                               .conv2d_grad_values = conv2d_grad_values<PairWords>,
+                                               .burst = madd_burst<PairSums, 2>};
 }

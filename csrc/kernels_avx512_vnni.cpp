@@ -2,6 +2,7 @@
 #include "simd/vec_avx512.h"
 
 #include "conv2d_forward_impl.h"
+#include "kernel_table.h"
 #include "madd_burst_impl.h"
 
 namespace {
@@ -30,6 +31,8 @@ struct ByteWords {
 }  // namespace
 
 namespace sparsekd {
-extern const Int8Kernels kAvx512VnniKernels = {4, conv2d_forward<ByteWords<float>>, conv2d_forward<ByteWords<uint8_t>>,
-                                               madd_burst<ByteSums, 4>};
+extern const Int8Kernels kAvx512VnniKernels = {.depth = ByteWords<float>::kDepth,
+                                               .conv2d_float = conv2d_forward<ByteWords<float>>,
+                                               .conv2d_byte = conv2d_forward<ByteWords<uint8_t>>,
+                                               .burst = madd_burst<ByteSums, 4>};
 }

@@ -4,23 +4,33 @@
 #include "attention_impl.h"
 #include "conv2d_impl.h"
 #include "int8_impl.h"
+#include "kernel_table.h"
 #include "pool_impl.h"
 
 namespace {
 
 constexpr sparsekd::KernelTable kKernels = {
-    Vec16::kIsa,
-    conv2d_forward<FloatWords<float>>,
-    conv2d_grad_input<FloatWords<float>>,
-    conv2d_grad_values<FloatWords<float>>,
-    depthwise,
-    {pool<float, false>, pool<float, true>, pool<Bfloat16, false>, pool<Bfloat16, true>},
-    kAttention,
-    madd_burst<FloatSums, 1>,
-    {FloatWords<Bfloat16>::kDepth, conv2d_forward<FloatWords<Bfloat16>>, conv2d_grad_input<FloatWords<Bfloat16>>,
-     conv2d_grad_values<FloatWords<Bfloat16>>, madd_burst<FloatSums, 1>},
-    {2, conv2d_forward<ShortWords<float>>, conv2d_forward<ShortWords<uint8_t>>, madd_burst<ShortSums, 2>},
-    quantize,
+    .isa = Vec16::kIsa,
+    .conv2d_f32 = conv2d_forward<FloatWords<float>>,
+    .conv2d_grad_input_f32 = conv2d_grad_input<FloatWords<float>>,
+    .conv2d_grad_values_f32 = conv2d_grad_values<FloatWords<float>>,
+    .depthwise_f32 = depthwise,
+    .pool = {.max_f32 = pool<float, false>,
+             .mean_f32 = pool<float, true>,
+             .max_bf16 = pool<Bfloat16, false>,
+             .mean_bf16 = pool<Bfloat16, true>},
+    .attention = kAttention,
+    .fma_burst = madd_burst<FloatSums, 1>,
+    .bf16 = {.depth = FloatWords<Bfloat16>::kDepth,
+             .conv2d = conv2d_forward<FloatWords<Bfloat16>>,
+             .conv2d_grad_input = conv2d_grad_input<FloatWords<Bfloat16>>,
+             .conv2d_grad_values = conv2d_grad_values<FloatWords<Bfloat16>>,
+             .burst = madd_burst<FloatSums, 1>},
+    .int8 = {.depth = ShortWords<float>::kDepth,
+             .conv2d_float = conv2d_forward<ShortWords<float>>,
+             .conv2d_byte = conv2d_forward<ShortWords<uint8_t>>,
+             .burst = madd_burst<ShortSums, 2>},
+    .quantize = quantize,
 };
 
 }  // namespace

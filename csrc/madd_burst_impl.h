@@ -3,10 +3,12 @@
 
 #include <cstdint>
 
+#include "words_impl.h"
+
 namespace {
 
 // Independent multiply-adds on registers only: what the figures of the kernels are compared with. `sink` is [32].
-template <class Sums, int kDepth>
+template <IsSums Sums, int kDepth>
 double madd_burst(int64_t rounds, float* sink) {
   constexpr int kChains = Vec16::kTilePixels < 12 ? Vec16::kTilePixels : 12;
   Vec16 acc[kChains];

@@ -1,9 +1,11 @@
 #include "network.h"
 
+#include <stdexcept>
 #include <type_traits>
 #include <utility>
 
 #include "dispatch.h"
+#include "parallel.h"
 
 namespace sparsekd {
 
@@ -44,7 +46,40 @@ void Network::run(const std::vector<std::uintptr_t>& pointers, int64_t n, int64_
 }
 
 template <class T>
+NetworkLayer conv2d_layer(const PackedConv2d<T>& layer, bool x_channels_last, bool y_channels_last) {
+  return
+      [&layer, x_channels_last, y_channels_last](int64_t n, const void* x, const void* residual, void* y, int threads) {
+        Conv2dGeometry geometry = layer.shape().geometry;
+        geometry.n = n;
+        layer.run(geometry, {static_cast<const T*>(x), x_channels_last}, static_cast<const T*>(residual),
+                  {static_cast<T*>(y), y_channels_last}, threads);
+      };
+}
+
+template NetworkLayer conv2d_layer(const PackedConv2d<float>&, bool, bool);
+template NetworkLayer conv2d_layer(const PackedConv2d<Bfloat16>&, bool, bool);
+
+template <class T>
+NetworkLayer linear_layer(const PackedLinear<T>& layer, int64_t rows) {
+  return [&layer, rows](int64_t n, const void* x, const void* residual, void* y, int threads) {
+    layer.run(with_batch(layer.shape().geometry, n * rows), {static_cast<const T*>(x), true},
+              static_cast<const T*>(residual), {static_cast<T*>(y), true}, threads);
+  };
+}
+
+template NetworkLayer linear_layer(const PackedLinear<float>&, int64_t);
+template NetworkLayer linear_layer(const PackedLinear<Bfloat16>&, int64_t);
+
+NetworkLayer depthwise_layer(const PackedDepthwise& layer) {
+  return [&layer](int64_t n, const void* x, const void* residual, void* y, int threads) {
+    layer.run(n, static_cast<const float*>(x), static_cast<const float*>(residual), static_cast<float*>(y), threads);
+  };
+}
+
+template <class T>
 NetworkLayer pool_layer(const Conv2dShape& shape, bool mean) {
+  if (shape.geometry.k != shape.geometry.c)
+    throw std::invalid_argument("sparsekd._C.Pool: expected as many outputs as channels");
   const PoolKernels& table = kernels().pool;
   void (*kernel)(const Pool<T>&);
   if constexpr (std::is_same_v<T, float>)
@@ -54,7 +89,7 @@ NetworkLayer pool_layer(const Conv2dShape& shape, bool mean) {
   return [=](int64_t n, const void* x, const void*, void* y, int threads) {
     Conv2dGeometry geometry = shape.geometry;
     geometry.n = n;
-    kernel({geometry, static_cast<const T*>(x), static_cast<T*>(y), threads});
+    kernel({.geometry = geometry, .x = static_cast<const T*>(x), .y = static_cast<T*>(y), .threads = threads});
   };
 }
 

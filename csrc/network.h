@@ -4,7 +4,7 @@
 #include <functional>
 #include <vector>
 
-#include "conv2d.h"
+#include "linear.h"
 
 namespace sparsekd {
 
@@ -43,7 +43,14 @@ class Network {
   std::vector<Step> steps_;
 };
 
-// Pooling as a layer; tensors are channels_last.
+// Packed layers as layers of a network, which must outlive it. A linear layer has `rows` rows for every image.
+template <class T>
+NetworkLayer conv2d_layer(const PackedConv2d<T>& layer, bool x_channels_last, bool y_channels_last);
+template <class T>
+NetworkLayer linear_layer(const PackedLinear<T>& layer, int64_t rows);
+NetworkLayer depthwise_layer(const PackedDepthwise& layer);
+
+// Pooling as a layer; tensors are channels_last. Throws std::invalid_argument where outputs are not the channels.
 template <class T>
 NetworkLayer pool_layer(const Conv2dShape& shape, bool mean);
 

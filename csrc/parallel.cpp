@@ -4,7 +4,7 @@
 #include <exception>
 #include <new>
 
-#include "kernel_table.h"
+#include "parallel.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -47,6 +47,8 @@ void parallel_for(int threads, int64_t items, ParallelBody body, void* context) 
   std::exception_ptr error;
   const int workers = static_cast<int>(items < threads ? items : threads);
   // A worker begins with its share, so that in the next loop over the same rows it finds in its cache what it wrote.
+  // So many counters lie on the stack (512 bytes) instead of being allocated at every call; of more workers than that,
+  // which machines of more than 64 cores have, two or three begin in the same share.
   constexpr int kShares = 64;
   const int shares = workers < kShares ? workers : kShares;
   std::atomic<int64_t> next[kShares];

@@ -3,6 +3,7 @@
 
 #include "depthwise_impl.h"
 #include "half_impl.h"
+#include "pool_kernels.h"
 
 namespace {
 

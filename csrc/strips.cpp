@@ -28,6 +28,14 @@ void check_index(const BlockWeight& w) {
                                 ") for this input; the weight belongs to a layer with more inputs");
 }
 
+// Rows of the strip that begins at `row` which really exist, and the group of a row of blocks.
+int32_t lanes_from(const BlockWeight& w, int64_t row) {
+  return static_cast<int32_t>(std::clamp<int64_t>(w.rows - row, 0, kStripRows));
+}
+int32_t group_of(const BlockWeight& w, int64_t block_row) {
+  return static_cast<int32_t>(block_row * w.bh / (w.rows / w.groups));
+}
+
 }  // namespace
 
 void StripSet::build(const BlockWeight& weight) {
@@ -45,10 +53,17 @@ void StripSet::build_in_place(const BlockWeight& w) {
   const int64_t block_rows = (w.rows + w.bh - 1) / w.bh;
   for (int64_t i = 0; i < block_rows; ++i)
     for (int64_t row = i * w.bh; row < (i + 1) * w.bh; row += kStripRows)
-      strips_.push_back({w.row_ptr[i] * w.bh + row - i * w.bh, w.row_ptr[i], w.row_ptr[i + 1] - w.row_ptr[i],
-                         static_cast<int32_t>(std::clamp<int64_t>(w.rows - row, 0, kStripRows)),
-                         static_cast<int32_t>(i * w.bh / (w.rows / w.groups)), static_cast<int32_t>(row), nullptr});
-  view_ = {nullptr, 0, w.bh, w.nnzb * w.bh, w.col_idx, w.nnzb};
+      strips_.push_back({.weights = w.row_ptr[i] * w.bh + row - i * w.bh,
+                         .first = w.row_ptr[i],
+                         .count = w.row_ptr[i + 1] - w.row_ptr[i],
+                         .lanes = lanes_from(w, row),
+                         .group = group_of(w, i),
+                         .row = static_cast<int32_t>(row),
+                         .rows = nullptr});
+  view_.weight_stride = w.bh;
+  view_.num_weights = w.nnzb * w.bh;
+  view_.columns = w.col_idx;
+  view_.num_columns = w.nnzb;
 }
 
 void StripSet::add_columns(const BlockWeight& w, int64_t i) {
@@ -57,8 +72,8 @@ void StripSet::add_columns(const BlockWeight& w, int64_t i) {
     const int64_t tap = w.col_idx[block] / column_blocks, c = w.col_idx[block] % column_blocks * w.bw;
     for (int64_t word = c / w.depth; word * w.depth < std::min(c + w.bw, w.columns); ++word) {
       const int32_t column = static_cast<int32_t>(tap * w.words() + word);
-      if (slot_[column] >= 0) continue;
-      slot_[column] = 0;
+      if (taken_[column]) continue;
+      taken_[column] = true;
       columns_.push_back(column);
     }
   }
@@ -67,23 +82,27 @@ void StripSet::add_columns(const BlockWeight& w, int64_t i) {
 void StripSet::build_tall(const BlockWeight& w) {
   const int64_t block_rows = (w.rows + w.bh - 1) / w.bh;
   int64_t weights = 0;
-  slot_.assign(static_cast<size_t>(w.taps * w.words()), -1);
+  size_columns(w);
   for (int64_t i = 0; i < block_rows; ++i) {
     const size_t first = columns_.size();
     add_columns(w, i);
-    for (size_t j = first; j < columns_.size(); ++j) slot_[columns_[j]] = -1;
+    for (size_t j = first; j < columns_.size(); ++j) taken_[columns_[j]] = false;
     const int32_t count = static_cast<int32_t>(columns_.size() - first);
     for (int64_t row = i * w.bh; row < (i + 1) * w.bh; row += kStripRows, weights += count * kStripRows)
-      strips_.push_back({weights, static_cast<int32_t>(first), count,
-                         static_cast<int32_t>(std::clamp<int64_t>(w.rows - row, 0, kStripRows)),
-                         static_cast<int32_t>(i * w.bh / (w.rows / w.groups)), static_cast<int32_t>(row), nullptr});
+      strips_.push_back({.weights = weights,
+                         .first = static_cast<int32_t>(first),
+                         .count = count,
+                         .lanes = lanes_from(w, row),
+                         .group = group_of(w, i),
+                         .row = static_cast<int32_t>(row),
+                         .rows = nullptr});
   }
-  view_ = {nullptr, 0, kStripRows, weights, columns_.data(), static_cast<int64_t>(columns_.size())};
+  view_packed(weights);
 }
 
 void StripSet::build_packed(const BlockWeight& w) {
   const int64_t group_rows = w.rows / w.groups;
-  slot_.assign(static_cast<size_t>(w.taps * w.words()), -1);
+  size_columns(w);
   std::vector<int32_t> empty;
   for (int64_t group = 0; group < w.groups; ++group) {
     for (int64_t row = group * group_rows; row < (group + 1) * group_rows; ++row) {
@@ -109,8 +128,20 @@ void StripSet::build_packed(const BlockWeight& w) {
     for (int32_t lane = 1; lane < strips_[s].lanes; ++lane) contiguous &= rows[lane] == rows[0] + lane;
     strips_[s].rows = contiguous ? nullptr : rows;
   }
-  const int64_t count = static_cast<int64_t>(columns_.size());
-  view_ = {nullptr, 0, kStripRows, count * kStripRows, columns_.data(), count};
+  view_packed(static_cast<int64_t>(columns_.size()) * kStripRows);
+}
+
+void StripSet::size_columns(const BlockWeight& w) {
+  const size_t columns = static_cast<size_t>(w.taps * w.words());
+  taken_.assign(columns, false);
+  position_.resize(columns);
+}
+
+void StripSet::view_packed(int64_t num_weights) {
+  view_.weight_stride = kStripRows;
+  view_.num_weights = num_weights;
+  view_.columns = columns_.data();
+  view_.num_columns = static_cast<int64_t>(columns_.size());
 }
 
 void StripSet::close_strip(const BlockWeight& w, int32_t group) {
@@ -123,11 +154,15 @@ void StripSet::close_strip(const BlockWeight& w, int32_t group) {
     previous = i;
     add_columns(w, i);
   }
-  for (size_t j = first; j < columns_.size(); ++j) slot_[columns_[j]] = -1;
+  for (size_t j = first; j < columns_.size(); ++j) taken_[columns_[j]] = false;
   std::sort(columns_.begin() + static_cast<std::ptrdiff_t>(first), columns_.end());
-  strips_.push_back({static_cast<int64_t>(first) * kStripRows, static_cast<int32_t>(first),
-                     static_cast<int32_t>(columns_.size() - first), static_cast<int32_t>(open_.size()), group, open_[0],
-                     nullptr});
+  strips_.push_back({.weights = static_cast<int64_t>(first) * kStripRows,
+                     .first = static_cast<int32_t>(first),
+                     .count = static_cast<int32_t>(columns_.size() - first),
+                     .lanes = static_cast<int32_t>(open_.size()),
+                     .group = group,
+                     .row = open_[0],
+                     .rows = nullptr});
   open_.resize(kStripRows, -1);
   rows_.insert(rows_.end(), open_.begin(), open_.end());
   open_.clear();

@@ -5,12 +5,11 @@
 #include <cstring>
 #include <vector>
 
-#include "kernel_table.h"
+#include "conv2d_kernels.h"
 
 namespace sparsekd {
 
-// A block-sparse weight [rows, taps * columns]: `values` [nnzb, bh, bw] with block column tap * ceil(columns / bw) +
-// cb.
+// A block-sparse weight [rows, taps * columns]: `values` [nnzb, bh, bw] with block column tap * ceil(columns / bw) + cb.
 struct BlockWeight {
   const int32_t* row_ptr;
   const int32_t* col_idx;
@@ -44,6 +43,8 @@ class StripSet {
   void build_tall(const BlockWeight& weight);
   void build_packed(const BlockWeight& weight);
   void close_strip(const BlockWeight& weight, int32_t group);
+  void size_columns(const BlockWeight& weight);
+  void view_packed(int64_t num_weights);                   // of columns_
   void add_columns(const BlockWeight& weight, int64_t i);  // of block row i, those that the strip being built lacks
   template <class Visit>
   void visit(const BlockWeight& weight, const Visit& body);
@@ -54,9 +55,10 @@ class StripSet {
   Strips view_{};
   std::vector<Strip> strips_;
   std::vector<int32_t> columns_;
-  std::vector<int32_t> rows_;  // [strips][16]
-  std::vector<int32_t> open_;  // rows of the strip being built
-  std::vector<int32_t> slot_;  // column -> position in the current strip
+  std::vector<int32_t> rows_;      // [strips][16]
+  std::vector<int32_t> open_;      // rows of the strip being built
+  std::vector<uint8_t> taken_;     // column -> whether the strip being built has it
+  std::vector<int32_t> position_;  // column -> where the strip being visited has it
 };
 
 inline float to_float(float value) { return value; }
@@ -105,14 +107,14 @@ void StripSet::visit(const BlockWeight& w, const Visit& body) {
   for (size_t s = 0; s < strips_.size(); ++s) {
     const Strip& strip = strips_[s];
     const int32_t* columns = columns_.data() + strip.first;
-    for (int32_t j = 0; j < strip.count; ++j) slot_[columns[j]] = j;
+    for (int32_t j = 0; j < strip.count; ++j) position_[columns[j]] = j;
     if (tall(w)) {  // one row of blocks: lanes are the inner loop
       const int64_t i = strip.row / w.bh, inside = strip.row % w.bh;
       for (int32_t block = w.row_ptr[i]; block < w.row_ptr[i + 1]; ++block) {
         const int64_t tap = w.col_idx[block] / column_blocks, c = w.col_idx[block] % column_blocks * w.bw;
         for (int64_t j = c; j < std::min(c + w.bw, w.columns); ++j) {
           const int64_t value = (block * w.bh + inside) * w.bw + j - c;
-          const int64_t word = strip.weights + slot_[tap * w.words() + j / w.depth] * kStripRows;
+          const int64_t word = strip.weights + position_[tap * w.words() + j / w.depth] * kStripRows;
           for (int32_t lane = 0; lane < strip.lanes; ++lane)
             body(value + lane * w.bw, (word + lane) * w.depth + j % w.depth);
         }
@@ -125,7 +127,7 @@ void StripSet::visit(const BlockWeight& w, const Visit& body) {
         const int64_t tap = w.col_idx[block] / column_blocks, c = w.col_idx[block] % column_blocks * w.bw;
         const int64_t value = (block * w.bh + row % w.bh) * w.bw;
         for (int64_t j = c; j < std::min(c + w.bw, w.columns); ++j) {
-          const int64_t word = strip.weights + slot_[tap * w.words() + j / w.depth] * kStripRows + lane;
+          const int64_t word = strip.weights + position_[tap * w.words() + j / w.depth] * kStripRows + lane;
           body(value + j - c, word * w.depth + j % w.depth);
         }
       }
