@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,44 +79,25 @@ class Linear:
         return (self.outputs, self.inputs)
 
 
-CONVS = [
-    Conv("3x3"),
-    Conv("dense", density=1.0),
-    Conv("no-blocks", density=0.0),
-    Conv("one-block", density=1e-9),
-    Conv("ragged-channels", c=13, k=37),
-    Conv("fewer-outputs-than-a-block", k=5),
-    Conv("stride-2", stride=(2, 2), image=(9, 7)),
-    Conv("stride-3x1-odd", stride=(3, 1), image=(11, 5)),
-    Conv("1x1", kernel=(1, 1), padding=(0, 0)),
-    Conv("1x1-stride-2", kernel=(1, 1), padding=(0, 0), stride=(2, 2), image=(7, 7)),
-    Conv("7x7-image", image=(7, 7), c=24, k=64),
-    Conv("4x4-image", image=(4, 4), n=5),
-    Conv("wide-image", image=(3, 61)),
-    Conv("1x1-image", image=(1, 1)),
-    Conv("dilation-2", dilation=(2, 2), padding=(2, 2)),
-    Conv("dilation-stride", dilation=(2, 1), padding=(3, 0), stride=(2, 3), image=(12, 13)),
-    Conv("5x3-kernel", kernel=(5, 3), padding=(2, 1)),
-    Conv("kernel-larger-than-image", kernel=(5, 5), padding=(2, 2), image=(3, 3)),
-    Conv("much-padding", padding=(4, 3)),
-    Conv("no-padding", padding=(0, 0)),
-    Conv("groups-2", groups=2),
-    Conv("groups-4-ragged-inputs", groups=4, c=12, k=64),
-    Conv("depthwise", groups=16, k=16, pattern=BlockPattern(1, 1)),
-    Conv("batch-0", n=0),
-    Conv("batch-1", n=1),
-    Conv("stem", c=3, k=32, stride=(2, 2), image=(15, 15)),
-    Conv("32x1", pattern=BlockPattern(32, 1), k=64),
-    Conv("48x1-ragged", pattern=BlockPattern(48, 1), k=80),
-    Conv("16x2", pattern=BlockPattern(16, 2)),
-    Conv("16x4-ragged", pattern=BlockPattern(16, 4), c=18, k=24),
-    Conv("64x32", pattern=BlockPattern(64, 32), c=48, k=100, density=0.5),
-    Conv("8x1", pattern=BlockPattern(8, 1)),
-    Conv("4x4", pattern=BlockPattern(4, 4)),
-    Conv("1x1-block", pattern=BlockPattern(1, 1)),
-    Conv("filters", pattern=BlockPattern(1, 16)),
-    Conv("5x3-ragged", pattern=BlockPattern(5, 3), c=17, k=33),
-]
+def _convs(suite: str) -> list[Conv]:
+    """Those of conv2d_cases.txt that belong to a suite."""
+    cases = []
+    for line in (Path(__file__).parent / "conv2d_cases.txt").read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        name, suites, *sizes, density = line.split()
+        n, c, h, w, k, r, s, *pairs, groups, bh, bw = map(int, sizes)
+        if suite in suites.split(","):
+            stride, padding, dilation = zip(pairs[::2], pairs[1::2], strict=True)
+            steps = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+            cases.append(
+                Conv(name, n, c, k, (h, w), (r, s), **steps, pattern=BlockPattern(bh, bw), density=float(density))
+            )
+    return cases
+
+
+CONVS = _convs("ops")
+ISA_CONVS = _convs("isa")
 
 LINEARS = [
     Linear("plain"),

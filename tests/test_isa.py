@@ -14,6 +14,8 @@ import torch.nn.functional as F
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
 from sparsekd import _C
 
+from .cases import ISA_CONVS
+
 KNOWN_ISAS = ("avx512_bf16", "avx512_vnni", "avx512", "avx2", "neon", "scalar")
 
 
@@ -68,44 +70,41 @@ def unwritten(*shape, channels_last=False):
     return out.contiguous(memory_format=torch.channels_last) if channels_last else out
 
 
-# n, c, h, w, k, kernel, stride, padding, dilation, groups, block, density, dead rows
-CONVOLUTIONS = {
-    "3x3": (2, 20, 9, 30, 40, (3, 3), (1, 1), (1, 1), (1, 1), 1, (16, 1), 0.3, False),
-    "tall-blocks-ragged": (1, 7, 8, 8, 40, (3, 3), (1, 1), (1, 1), (1, 1), 1, (32, 1), 0.5, False),
-    "strided": (3, 16, 13, 17, 32, (3, 3), (2, 2), (1, 1), (1, 1), 1, (16, 1), 0.3, True),
-    "mixed-strides": (2, 5, 11, 14, 16, (2, 4), (3, 2), (0, 3), (2, 1), 1, (16, 1), 0.6, False),
-    "pointwise": (2, 33, 7, 7, 48, (1, 1), (1, 1), (0, 0), (1, 1), 1, (16, 1), 0.3, False),
-    "pointwise-strided": (2, 130, 8, 8, 16, (1, 1), (2, 2), (0, 0), (1, 1), 1, (16, 1), 0.3, False),
-    "groups": (2, 12, 6, 6, 48, (3, 3), (1, 1), (1, 1), (1, 1), 3, (16, 1), 0.5, False),
-    "small-blocks": (2, 10, 6, 6, 21, (3, 3), (1, 1), (1, 1), (1, 1), 1, (4, 4), 0.4, True),
-    "filters": (2, 6, 6, 6, 20, (3, 3), (1, 1), (1, 1), (1, 1), 1, (1, 6), 1.0, True),
-    "kernel-larger-than-image": (1, 8, 2, 3, 16, (5, 5), (1, 1), (2, 2), (1, 1), 1, (16, 1), 0.5, False),
-    "many-images": (31, 6, 9, 7, 33, (3, 3), (2, 2), (1, 1), (1, 1), 1, (16, 1), 0.5, False),
-    "many-images-in-bands": (16, 33, 14, 14, 16, (3, 3), (1, 1), (1, 1), (1, 1), 1, (16, 1), 0.2, False),
-    "no-blocks": (1, 8, 5, 5, 16, (3, 3), (1, 1), (1, 1), (1, 1), 1, (16, 1), 0.0, False),
-    "batch-0": (0, 8, 5, 5, 16, (3, 3), (1, 1), (1, 1), (1, 1), 1, (16, 1), 0.5, False),
-}
+# Cases whose every second row of blocks is empty.
+DEAD_ROWS = ("strided", "small-blocks", "filters-whole")
+
+conv2d_cases = pytest.mark.parametrize("case", ISA_CONVS, ids=lambda case: case.id)
+
+
+def blocks_of(case, seed, pattern=None):
+    pattern = pattern or (case.pattern.bh, case.pattern.bw)
+    return Blocks(*case.weight_shape, *pattern, case.density, seed, dead_rows=case.id in DEAD_ROWS)
+
+
+def shape_of(case, blocks):
+    """The case as the kernels know it, with the blocks of a weight that may differ from the case's own."""
+    sizes = (case.n, case.c, *case.image), case.k, case.kernel
+    return _C.Conv2dShape(*sizes, **case.geometry, block=(blocks.bh, blocks.bw))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("case", CONVOLUTIONS)
+@conv2d_cases
 @pytest.mark.parametrize("isa", KNOWN_ISAS)
 def test_conv2d_equals_fp64(isa, case, channels_last, threads, isa_restored):
     if isa not in _C.isas():
         pytest.skip(f"this CPU has no {isa}")
-    n, c, h, w, k, (r, s), stride, padding, dilation, groups, (bh, bw), density, dead_rows = CONVOLUTIONS[case]
-    blocks = Blocks(k, c // groups, r, s, bh, bw, density, seed=1, dead_rows=dead_rows)
-    shape = _C.Conv2dShape((n, c, h, w), k, (r, s), stride, padding, dilation, groups, (bh, bw))
+    blocks = blocks_of(case, seed=1)
+    shape = shape_of(case, blocks)
     generator = torch.Generator().manual_seed(2)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    x = torch.randn(n, c, h, w, generator=generator).contiguous(memory_format=memory_format)
-    dy = torch.randn(n, k, shape.p, shape.q, generator=generator).contiguous(memory_format=memory_format)
-    bias = torch.randn(k, generator=generator)
+    x = torch.randn(case.n, case.c, *case.image, generator=generator).contiguous(memory_format=memory_format)
+    dy = torch.randn(case.n, case.k, shape.p, shape.q, generator=generator).contiguous(memory_format=memory_format)
+    bias = torch.randn(case.k, generator=generator)
     residual = torch.randn(dy.shape, generator=generator).contiguous(memory_format=memory_format)
 
     x64, weight64 = x.double().requires_grad_(), blocks.dense.double().requires_grad_()
-    y64 = F.conv2d(x64, weight64, None, stride, padding, dilation, groups)
+    y64 = F.conv2d(x64, weight64, None, **case.geometry)
     dx64, dweight64 = torch.autograd.grad(y64, (x64, weight64), dy.double())
     want = (y64.detach() + bias[None, :, None, None] + residual).relu()
 
@@ -220,25 +219,26 @@ def guarded(tensor):
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("pair", [False, True], ids=["own-block", "16x2"])
-@pytest.mark.parametrize("case", CONVOLUTIONS)
+@conv2d_cases
 @pytest.mark.parametrize("isa", KNOWN_ISAS)
 def test_conv2d_bf16_errs_at_most_twice_as_much_as_torch(isa, case, pair, channels_last, isa_restored):
     if isa not in _C.isas():
         pytest.skip(f"this CPU has no {isa}")
     _C.use_isa(isa)
-    n, c, h, w, k, (r, s), stride, padding, dilation, groups, block, density, dead_rows = CONVOLUTIONS[case]
-    blocks = Blocks(k, c // groups, r, s, *((16, 2) if pair else block), density, 0, dead_rows)
+    blocks = blocks_of(case, 0, (16, 2) if pair else None)
     blocks.values = blocks.values.bfloat16()
-    weight, geometry = blocks.dense.bfloat16(), (stride, padding, dilation, groups)
-    shape = _C.Conv2dShape((n, c, h, w), k, (r, s), *geometry, (blocks.bh, blocks.bw))
+    weight, geometry = blocks.dense.bfloat16(), case.geometry
+    shape = shape_of(case, blocks)
     generator = torch.Generator().manual_seed(1)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    x = guarded(torch.randn(n, c, h, w, generator=generator).bfloat16().contiguous(memory_format=layout))
-    bias = torch.randn(k, generator=generator).bfloat16()
+    x = guarded(
+        torch.randn(case.n, case.c, *case.image, generator=generator).bfloat16().contiguous(memory_format=layout)
+    )
+    bias = torch.randn(case.k, generator=generator).bfloat16()
     bias32 = bias.float()
-    theirs = F.conv2d(x, weight, bias, *geometry)
+    theirs = F.conv2d(x, weight, bias, **geometry)
     residual = torch.randn(theirs.shape, generator=generator).bfloat16().contiguous(memory_format=layout)
-    want = F.conv2d(x.double(), weight.double(), bias.double(), *geometry) + residual.double()
+    want = F.conv2d(x.double(), weight.double(), bias.double(), **geometry) + residual.double()
     theirs = (theirs + residual).double()
     for threads, act in ((1, "none"), (2, "relu")):
         y = unwritten(*want.shape, channels_last=channels_last).to(torch.bfloat16, memory_format=layout)
@@ -263,25 +263,23 @@ def assert_rounded_once(got, want):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("pair", [False, True], ids=["own-block", "16x2"])
-@pytest.mark.parametrize("case", CONVOLUTIONS)
+@conv2d_cases
 @pytest.mark.parametrize("isa", KNOWN_ISAS)
 def test_conv2d_bf16_gradients_are_rounded_once(isa, case, pair, channels_last, threads, isa_restored):
     if isa not in _C.isas():
         pytest.skip(f"this CPU has no {isa}")
     _C.use_isa(isa)
-    n, c, h, w, k, (r, s), stride, padding, dilation, groups, block, density, dead_rows = CONVOLUTIONS[case]
-    blocks = Blocks(k, c // groups, r, s, *((16, 2) if pair else block), density, 0, dead_rows)
+    blocks = blocks_of(case, 0, (16, 2) if pair else None)
     blocks.values = blocks.values.bfloat16()
-    geometry = (stride, padding, dilation, groups)
-    shape = _C.Conv2dShape((n, c, h, w), k, (r, s), *geometry, (blocks.bh, blocks.bw))
+    shape = shape_of(case, blocks)
     generator = torch.Generator().manual_seed(1)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x, dy = (
         guarded(torch.randn(size, generator=generator).bfloat16().contiguous(memory_format=layout))
-        for size in ((n, c, h, w), (n, k, shape.p, shape.q))
+        for size in ((case.n, case.c, *case.image), (case.n, case.k, shape.p, shape.q))
     )
     x64, weight64 = x.double().requires_grad_(), blocks.dense.bfloat16().double().requires_grad_()
-    dx64, dweight64 = torch.autograd.grad(F.conv2d(x64, weight64, None, *geometry), (x64, weight64), dy.double())
+    dx64, dweight64 = torch.autograd.grad(F.conv2d(x64, weight64, None, **case.geometry), (x64, weight64), dy.double())
 
     dx = unwritten(*x.shape, channels_last=channels_last).to(torch.bfloat16, memory_format=layout)
     _C.conv2d_grad_input_bf16(shape, dy.data_ptr(), channels_last, *blocks.pointers, dx.data_ptr(), channels_last,

@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "kernel_table.h"
+#include "parallel.h"
 
 namespace {
 

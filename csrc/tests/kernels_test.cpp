@@ -3,7 +3,8 @@
 //
 // To add an op: a check_<op>(const Problem&, ...) that computes the answer with `each_product` or by hand, runs the op
 // through the functions of the headers (conv2d.h), compares with `compare`; and a line in `check_problem`. Its operands
-// are Guarded, its outputs start as NaN. Other number formats bring their own operands and their own tolerance.
+// are Guarded, its outputs start as NaN. Other number formats bring their own operands and their own tolerance. To add a
+// case: a line with the suite "kernels" in tests/conv2d_cases.txt.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -13,206 +14,14 @@
 #include <string>
 #include <vector>
 
-#include "conv2d.h"
+#include "check.h"
 #include "dispatch.h"
-#include "guarded.h"
 #include "network.h"
-
-namespace {
+#include "problems.h"
 
 using namespace sparsekd;
 
-struct Problem {
-  const char* name;
-  int64_t n, c, h, w, k, r, s;
-  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
-  int64_t bh, bw;
-  double density;
-
-  int64_t p() const { return (h + 2 * pad_h - dilation_h * (r - 1) - 1) / stride_h + 1; }
-  int64_t q() const { return (w + 2 * pad_w - dilation_w * (s - 1) - 1) / stride_w + 1; }
-  int64_t cg() const { return c / groups; }
-  Conv2dShape shape() const {
-    return {{n, c, h, w, k, p(), q(), r, s, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups}, bh, bw};
-  }
-};
-
-// clang-format off
-const Problem kProblems[] = {
-    //                         n   c   h   w   k  r  s  stride pad dilation g  block density
-    {"3x3",                    2, 20,  9, 30, 40, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 1, 0.3},
-    {"dense",                  1, 16,  8, 14, 32, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 1, 1.0},
-    {"tall-blocks-ragged",     1,  7,  8,  8, 40, 3, 3, 1, 1, 1, 1, 1, 1, 1, 32, 1, 0.5},
-    {"strided",                3, 16, 13, 17, 32, 3, 3, 2, 2, 1, 1, 1, 1, 1, 16, 1, 0.3},
-    {"mixed-strides",          2,  5, 11, 14, 16, 2, 4, 3, 2, 0, 3, 2, 1, 1, 16, 1, 0.6},
-    {"stride-beyond-kernel",   2,  6, 11, 11, 16, 2, 2, 3, 3, 0, 0, 1, 1, 1, 16, 1, 0.6},
-    {"7x7-image",              5, 12,  7,  7, 32, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 1, 0.3},
-    {"4x4-image",              9, 33,  4,  4, 48, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 1, 0.2},
-    {"4x4-deep",               3, 18,  4,  4,150, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 1, 0.6},
-    {"7x7-tall-blocks",        1, 40,  7,  7,128, 3, 3, 1, 1, 1, 1, 1, 1, 1, 32, 1, 0.5},
-    {"deep-strided",           3, 20,  5,  6,150, 3, 3, 2, 2, 1, 1, 1, 1, 1, 16, 1, 0.8},
-    {"deep-groups-dilated",    2, 10,  5,  5, 96, 3, 3, 1, 2, 2, 1, 2, 1, 2, 16, 1, 0.8},
-    {"wide-image",             1,  3,  3, 61, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 1, 0.5},
-    {"1x1-image",              3,  9,  1,  1, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 1, 0.5},
-    {"pointwise",              2, 33,  7,  7, 48, 1, 1, 1, 1, 0, 0, 1, 1, 1, 16, 1, 0.3},
-    {"pointwise-strided",      2,130,  8,  8, 16, 1, 1, 2, 2, 0, 0, 1, 1, 1, 16, 1, 0.3},
-    {"pointwise-padded",       2,  8,  3,  5, 16, 1, 1, 1, 1, 2, 1, 1, 1, 1, 16, 1, 0.5},
-    {"linear-1",               1, 75,  1,  1, 52, 1, 1, 1, 1, 0, 0, 1, 1, 1, 16, 1, 0.4},
-    {"linear-3",               1, 70,  1,  3, 52, 1, 1, 1, 1, 0, 0, 1, 1, 1, 16, 1, 0.4},
-    {"linear-67",              1, 41,  1, 67, 37, 1, 1, 1, 1, 0, 0, 1, 1, 1,  8, 3, 0.4},
-    {"groups",                 2, 12,  6,  6, 48, 3, 3, 1, 1, 1, 1, 1, 1, 3, 16, 1, 0.5},
-    {"depthwise",              2, 10,  6,  6, 10, 3, 3, 1, 1, 1, 1, 1, 1,10,  1, 1, 0.7},
-    {"depthwise-wide",         2, 37,  5, 23, 37, 3, 5, 2, 1, 1, 2, 1, 1,37,  1, 1, 1.0},
-    {"channel-scales",         2, 37,  3,  7, 37, 1, 1, 1, 1, 0, 0, 1, 1,37,  1, 1, 1.0},
-    {"small-blocks",           2, 10,  6,  6, 21, 3, 3, 1, 1, 1, 1, 1, 1, 1,  4, 4, 0.4},
-    {"filters",                2,  6,  6,  6, 20, 3, 3, 1, 1, 1, 1, 1, 1, 1,  1, 6, 0.5},
-    {"16x2",                   1,  9,  6,  6, 32, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 2, 0.4},
-    {"kernel-beyond-image",    1,  8,  2,  3, 16, 5, 5, 1, 1, 2, 2, 1, 1, 1, 16, 1, 0.5},
-    {"much-padding",           2,  4,  5,  6, 16, 3, 3, 1, 1, 5, 4, 1, 1, 1, 16, 1, 0.5},
-    {"dilated",                1,  6, 12, 13, 16, 3, 3, 2, 3, 3, 2, 2, 3, 1, 16, 1, 0.5},
-    {"no-blocks",              1,  8,  5,  5, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 1, 0.0},
-    {"batch-0",                0,  8,  5,  5, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 1, 0.5},
-    {"images-beside",         15,  5,  4,  5, 33, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 1, 0.3},
-    {"images-beside-strided", 31,  6,  9,  7, 40, 3, 3, 2, 2, 1, 1, 1, 1, 1, 16, 1, 0.5},
-    {"images-beside-bands",   16, 33, 14, 14, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 1, 0.1},
-    {"images-beside-sparse",  16,  4,  8,  8, 21, 2, 2, 3, 3, 0, 0, 1, 1, 1,  4, 4, 0.5},
-    {"several-bands",          2,130, 26, 28, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 16, 1, 0.05},
-};
-// clang-format on
-
-// [n][c][h][w] between guard pages, in either memory format.
-class Image {
- public:
-  Image(int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last, Side side)
-      : c_(c), h_(h), w_(w), last_(channels_last), memory_(sizeof(float) * static_cast<size_t>(n * c * h * w), side) {}
-
-  size_t place(int64_t n, int64_t c, int64_t y, int64_t x) const {
-    return static_cast<size_t>(last_ ? ((n * h_ + y) * w_ + x) * c_ + c : ((n * c_ + c) * h_ + y) * w_ + x);
-  }
-  float& at(int64_t n, int64_t c, int64_t y, int64_t x) const { return memory_.floats()[place(n, c, y, x)]; }
-  const Guarded& memory() const { return memory_; }
-  Tensor4d<const float> in() const { return {memory_.floats(), last_}; }
-  Tensor4d<float> out() const { return {memory_.floats(), last_}; }
-  template <class Random>
-  void fill(Random& random) const {
-    for (size_t i = 0; i < memory_.bytes() / sizeof(float); ++i) memory_.floats()[i] = random();
-  }
-
- private:
-  int64_t c_, h_, w_;
-  bool last_;
-  Guarded memory_;
-};
-
-// Floats cut to bf16, and what they are worth.
-struct Halves {
-  Guarded memory;
-  std::vector<float> exact;
-
-  Halves(const Guarded& floats, Side side) : memory(floats.bytes() / 2, side) {
-    Bfloat16* target = reinterpret_cast<Bfloat16*>(memory.floats());
-    for (size_t i = 0; i < floats.bytes() / sizeof(float); ++i) {
-      uint32_t bits;
-      memcpy(&bits, floats.floats() + i, sizeof bits);
-      target[i].bits = static_cast<uint16_t>(bits >> 16);
-      exact.push_back(to_float(target[i]));
-    }
-  }
-  Halves(const Image& image, Side side) : Halves(image.memory(), side) {}
-};
-
-Guarded guarded_ints(const std::vector<int32_t>& values, Side side) {
-  Guarded memory(values.size() * sizeof(int32_t), side);
-  if (!values.empty()) memcpy(memory.floats(), values.data(), memory.bytes());
-  return memory;
-}
-
-// A random weight in storage form.
-struct Weight {
-  Problem problem;
-  std::vector<int32_t> row_ptr{0}, col_idx;
-  Guarded row_ptr_memory, col_idx_memory, values;
-
-  template <class Random>
-  Weight(const Problem& p, Random& random, Side side) : problem(p) {
-    const int64_t column_blocks = p.r * p.s * ((p.cg() + p.bw - 1) / p.bw);
-    for (int64_t row = 0; row * p.bh < p.k; ++row) {
-      const bool dead = row == 1 && p.density < 1;  // a row of blocks without blocks
-      for (int64_t column = 0; column < column_blocks; ++column)
-        if (!dead && (random() + 1) / 2 < p.density) col_idx.push_back(static_cast<int32_t>(column));
-      row_ptr.push_back(static_cast<int32_t>(col_idx.size()));
-    }
-    row_ptr_memory = guarded_ints(row_ptr, side);
-    col_idx_memory = guarded_ints(col_idx, side);
-    values = Guarded(sizeof(float) * size(), side);
-    for (size_t i = 0; i < size(); ++i) values.floats()[i] = random();
-  }
-
-  size_t size() const { return col_idx.size() * static_cast<size_t>(problem.bh * problem.bw); }
-  Blocks blocks() const {
-    return {reinterpret_cast<const int32_t*>(row_ptr_memory.floats()),
-            reinterpret_cast<const int32_t*>(col_idx_memory.floats()), static_cast<int64_t>(col_idx.size())};
-  }
-
-  // body(index into values, k, r, s, channel inside the group) for every weight inside the layer.
-  template <class Body>
-  void each(const Body& body) const {
-    const int64_t column_blocks = (problem.cg() + problem.bw - 1) / problem.bw;
-    for (size_t row = 0; row + 1 < row_ptr.size(); ++row)
-      for (int32_t block = row_ptr[row]; block < row_ptr[row + 1]; ++block)
-        for (int64_t i = 0; i < problem.bh; ++i)
-          for (int64_t j = 0; j < problem.bw; ++j) {
-            const int64_t tap = col_idx[static_cast<size_t>(block)] / column_blocks;
-            const int64_t channel = col_idx[static_cast<size_t>(block)] % column_blocks * problem.bw + j;
-            const int64_t k = static_cast<int64_t>(row) * problem.bh + i;
-            if (k < problem.k && channel < problem.cg())
-              body((block * problem.bh + i) * problem.bw + j, k, tap / problem.s, tap % problem.s, channel);
-          }
-  }
-
-  // body(index into values, n, k, output y, x, c, input y, x) for every product of the convolution.
-  template <class Body>
-  void each_product(const Body& body) const {
-    const Problem& l = problem;
-    each([&](int64_t value, int64_t k, int64_t r, int64_t s, int64_t channel) {
-      const int64_t c = k / (l.k / l.groups) * l.cg() + channel;
-      for (int64_t n = 0; n < l.n; ++n)
-        for (int64_t y = 0; y < l.p(); ++y)
-          for (int64_t x = 0; x < l.q(); ++x) {
-            const int64_t iy = y * l.stride_h + r * l.dilation_h - l.pad_h;
-            const int64_t ix = x * l.stride_w + s * l.dilation_w - l.pad_w;
-            if (iy >= 0 && iy < l.h && ix >= 0 && ix < l.w) body(value, n, k, y, x, c, iy, ix);
-          }
-    });
-  }
-};
-
-// The right answer in double with the sum of its terms' magnitudes, which rounding errors scale with.
-struct Exact {
-  std::vector<double> value, magnitude;
-  explicit Exact(int64_t size) : value(static_cast<size_t>(size)), magnitude(value) {}
-  void add(int64_t i, double term) {
-    value[static_cast<size_t>(i)] += term;
-    magnitude[static_cast<size_t>(i)] += std::fabs(term);
-  }
-};
-
-int64_t compared = 0, failures = 0;
-
-void compare(const std::string& what, const Exact& exact, int64_t i, double got, double rounding = 0) {
-  const double want = exact.value[static_cast<size_t>(i)];
-  ++compared;
-  const double allowed = 4e-6 * exact.magnitude[static_cast<size_t>(i)] + rounding * std::fabs(want);
-  if (std::fabs(got - want) <= allowed) return;  // false for NaN
-  if (++failures <= 20)
-    fprintf(stderr, "%s: element %ld: expected %.9g, got %.9g\n", what.c_str(), static_cast<long>(i), want, got);
-}
-
-struct Setting {
-  bool x_last, y_last;
-  int threads;
-  Side side;
-};
+namespace {
 
 int64_t flat(const Problem& l, int64_t n, int64_t k, int64_t y, int64_t x) {
   return ((n * l.k + k) * l.p() + y) * l.q() + x;
@@ -323,7 +132,7 @@ struct Check {
   void pools() const {
     if (l.groups != l.c || l.k != l.c || !set.x_last || !set.y_last) return;
     Conv2dShape pixel = l.shape();
-    pixel.geometry = {l.n, l.k, l.p(), l.q(), l.k, l.p(), l.q(), 1, 1, 1, 1, 0, 0, 1, 1, l.k};
+    pixel.geometry = {.n = l.n, .c = l.k, .h = l.p(), .w = l.q(), .k = l.k, .p = l.p(), .q = l.q(), .groups = l.k};
     const int64_t in_bytes = l.c * l.h * l.w * 4, out_bytes = l.k * l.p() * l.q() * 4;
     for (const bool mean : {false, true}) {
       Exact exact(l.n * l.k * l.p() * l.q());
@@ -474,168 +283,18 @@ void check_problem(const Problem& problem, const char* isa) {
   }
 }
 
-// Statistics of feature maps and their gradient; `loads` turns an element of a half type into a float.
-template <class T, class Loads>
-void check_maps(const Setting& set, Element element, double rounding, const std::string& isa, Loads loads,
-                int64_t batch, int64_t channels, int64_t pixels) {
-  const std::string name = isa + " maps " + std::to_string(channels) + "x" + std::to_string(pixels);
-  const size_t count = static_cast<size_t>(batch * channels * pixels);
-  const Guarded maps(sizeof(T) * count, set.side), grads(sizeof(T) * count, set.side);
-  const Guarded means(sizeof(float) * static_cast<size_t>(batch * channels), set.side);
-  const Guarded energy(sizeof(float) * static_cast<size_t>(batch * pixels), set.side);
-  std::mt19937 generator(2);
-  T* x = reinterpret_cast<T*>(maps.floats());
-  for (size_t i = 0; i < count; ++i) {
-    if constexpr (sizeof(T) == sizeof(float))
-      x[i] = std::uniform_real_distribution<float>(-1, 1)(generator);
-    else  // any pattern with an exponent around 1
-      x[i] = static_cast<T>((generator() & 0x83ffu) | (element == Element::kFloat16 ? 0x3800u : 0x3e00u));
-  }
-  const FeatureLayer layer{x, grads.floats(), element, set.x_last, channels, pixels, 0, 0};
-  const auto index = [&](int64_t b, int64_t c, int64_t i) {
-    return (b * channels * pixels) + (set.x_last ? i * channels + c : c * pixels + i);
-  };
-  kernels().attention.feature_stats({&layer, 1, batch, means.floats(), energy.floats(), channels, pixels, set.threads});
-  Exact mean(batch * channels), square(batch * pixels), grad(static_cast<int64_t>(count));
-  for (int64_t b = 0; b < batch; ++b)
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t i = 0; i < pixels; ++i) {
-        const double v = loads(x[index(b, c, i)]);
-        mean.add(b * channels + c, v / static_cast<double>(pixels));
-        square.add(b * pixels + i, v * v / static_cast<double>(channels));
-      }
-  for (int64_t i = 0; i < batch * channels; ++i) compare(name + " means", mean, i, means.floats()[i]);
-  for (int64_t i = 0; i < batch * pixels; ++i) compare(name + " energy", square, i, energy.floats()[i]);
-  // The statistics serve as their own gradients: any numbers do.
-  kernels().attention.feature_stats_grad(
-      {&layer, 1, batch, means.floats(), energy.floats(), channels, pixels, set.threads});
-  const T* got = reinterpret_cast<const T*>(grads.floats());
-  for (int64_t b = 0; b < batch; ++b)
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t i = 0; i < pixels; ++i) {
-        const int64_t at = index(b, c, i);
-        grad.add(at, means.floats()[b * channels + c] / static_cast<double>(pixels));
-        grad.add(at, 2.0 * loads(x[at]) * energy.floats()[b * pixels + i] / static_cast<double>(channels));
-        grad.magnitude[static_cast<size_t>(at)] += rounding * std::fabs(grad.value[static_cast<size_t>(at)]) / 4e-6;
-        compare(name + " gradient", grad, at, loads(got[at]));
-      }
-}
-
-double from_bfloat16(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  memcpy(&value, &wide, sizeof value);
-  return value;
-}
-
-double from_float16(uint16_t bits) {
-  const int exponent = (bits >> 10) & 31, mantissa = bits & 1023;
-  const double magnitude = exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
-  return bits & 0x8000 ? -magnitude : magnitude;
-}
-
-// Maps of 5 x 3 and 2 x 2 against 4 x 4 and 2 x 2: pooling both ways. Distances by plain loops; of the gradients that
-// the operands are not overrun and every element is written, tests/test_attention.py has their values.
-void check_match(const Setting& set, const std::string& isa) {
-  const int64_t batch = 3;
-  const MapSize teachers[] = {{4, 4, 0}, {2, 2, 16}}, students[] = {{5, 3, 0}, {2, 2, 15}};
-  const auto memory = [&](int64_t floats) { return Guarded(sizeof(float) * static_cast<size_t>(floats), set.side); };
-  const Guarded attention = memory(batch * 4), teacher = memory(batch * 20), student = memory(batch * 19);
-  const Guarded loss = memory(1), distance = memory(batch * 4), grad = memory(batch * 19);
-  std::mt19937 generator(3);
-  for (const Guarded* operand : {&attention, &teacher, &student})
-    for (size_t i = 0; i < operand->bytes() / sizeof(float); ++i)
-      operand->floats()[i] = std::uniform_real_distribution<float>(0, 1)(generator);
-  kernels().attention.match_maps({batch, 2, 2, attention.floats(), teacher.floats(), student.floats(), teachers,
-                                  students, 20, 19, loss.floats(), distance.floats(), grad.floats(), set.threads});
-  const auto unit = [](const float* map, MapSize from, MapSize to) {
-    std::vector<double> pooled;
-    double norm = 0;
-    for (int64_t i = 0; i < to.height; ++i)
-      for (int64_t j = 0; j < to.width; ++j) {
-        double sum = 0;
-        int64_t cells = 0;
-        for (int64_t y = i * from.height / to.height; y * to.height < (i + 1) * from.height; ++y)
-          for (int64_t x = j * from.width / to.width; x * to.width < (j + 1) * from.width; ++x, ++cells)
-            sum += map[from.energy + y * from.width + x];
-        pooled.push_back(sum / static_cast<double>(cells));
-        norm += pooled.back() * pooled.back();
-      }
-    for (double& value : pooled) value /= std::sqrt(norm);
-    return pooled;
-  };
-  Exact total(1), exact(batch * 4);
-  for (int64_t b = 0, pair = 0; b < batch; ++b)
-    for (const MapSize& t : teachers)
-      for (const MapSize& s : students) {
-        const auto want = unit(teacher.floats() + b * 20, t, t), got = unit(student.floats() + b * 19, s, t);
-        for (size_t i = 0; i < want.size(); ++i)
-          exact.add(pair, (got[i] - want[i]) * (got[i] - want[i]) / static_cast<double>(want.size() * batch));
-        exact.magnitude[static_cast<size_t>(pair)] += 0.1;  // of the units that were subtracted
-        total.add(0, exact.value[static_cast<size_t>(pair)] * attention.floats()[pair]);
-        ++pair;
-      }
-  total.magnitude[0] += 1;
-  compare(isa + " loss of maps", total, 0, loss.floats()[0]);
-  for (int64_t i = 0; i < batch * 4; ++i) compare(isa + " distance of maps", exact, i, distance.floats()[i]);
-  for (int64_t i = 0; i < batch * 19; ++i) failures += !std::isfinite(grad.floats()[i]);
-}
-
-void check_kd(const Setting& set, const std::string& isa, int64_t classes) {
-  const int64_t batch = 3;
-  const auto memory = [&](int64_t floats) { return Guarded(sizeof(float) * static_cast<size_t>(floats), set.side); };
-  const Guarded student = memory(batch * classes), teacher = memory(batch * classes);
-  const Guarded loss = memory(1), grad = memory(batch * classes);
-  std::mt19937 generator(4);
-  for (const Guarded* operand : {&student, &teacher})
-    for (int64_t i = 0; i < batch * classes; ++i)
-      operand->floats()[i] = std::uniform_real_distribution<float>(-5, 5)(generator);
-  kernels().attention.kd_loss(
-      {batch, classes, student.floats(), teacher.floats(), 2.0f, loss.floats(), grad.floats(), set.threads});
-  Exact total(1), exact(batch * classes);
-  for (int64_t b = 0; b < batch; ++b) {
-    const float *x = student.floats() + b * classes, *y = teacher.floats() + b * classes;
-    double q = 0, p = 0;
-    for (int64_t i = 0; i < classes; ++i) q += std::exp(x[i] / 2.0), p += std::exp(y[i] / 2.0);
-    for (int64_t i = 0; i < classes; ++i) {
-      const double pi = std::exp(y[i] / 2.0) / p, qi = std::exp(x[i] / 2.0) / q;
-      total.add(0, 4.0 / batch * pi * (std::log(pi) - std::log(qi)));
-      exact.add(b * classes + i, 2.0 / batch * qi);
-      exact.add(b * classes + i, -2.0 / batch * pi);
-    }
-  }
-  total.magnitude[0] += 1;
-  compare(isa + " kd", total, 0, loss.floats()[0]);
-  for (int64_t i = 0; i < batch * classes; ++i) compare(isa + " kd gradient", exact, i, grad.floats()[i]);
-}
-
-void check_attention(const std::string& isa) {
-  for (const Setting& set : {Setting{false, false, 1, Side::kEnd}, Setting{true, true, 2, Side::kEnd},
-                             Setting{true, true, 1, Side::kBegin}, Setting{false, false, 3, Side::kBegin}}) {
-    set_scratch_side(set.side);
-    const auto same = [](float x) { return static_cast<double>(x); };
-    const int64_t shapes[][3] = {{2, 20, 49}, {1, 5, 1}, {3, 64, 64}, {2, 3, 2500}, {1, 33, 15}};
-    for (const auto& [batch, channels, pixels] : shapes) {
-      check_maps<float>(set, Element::kFloat32, 0, isa, same, batch, channels, pixels);
-      check_maps<uint16_t>(set, Element::kBfloat16, 4e-3, isa, from_bfloat16, batch, channels, pixels);
-      check_maps<uint16_t>(set, Element::kFloat16, 5e-4, isa, from_float16, batch, channels, pixels);
-    }
-    check_match(set, isa);
-    for (const int64_t classes : {1, 10, 100}) check_kd(set, isa, classes);
-  }
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) use_isa(argv[i]);  // throws, naming what there is
+  const std::vector<Problem> problems = read_problems();
   for (const std::string& isa : available_isas()) {
     use_isa(isa);
-    const int64_t before = compared;
-    for (const Problem& problem : kProblems) check_problem(problem, isa.c_str());
+    const int64_t before = compared();
+    for (const Problem& problem : problems) check_problem(problem, isa.c_str());
     check_attention(isa);
-    printf("%s: %ld elements compared\n", isa.c_str(), static_cast<long>(compared - before));
+    printf("%s: %ld elements compared\n", isa.c_str(), static_cast<long>(compared() - before));
   }
-  printf("%ld wrong, %ld buffers overrun\n", static_cast<long>(failures), static_cast<long>(Guarded::overruns()));
-  return failures + Guarded::overruns() == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+  printf("%ld wrong, %ld buffers overrun\n", static_cast<long>(failures()), static_cast<long>(Guarded::overruns()));
+  return failures() + Guarded::overruns() == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }
