@@ -132,7 +132,7 @@ def _threads(torch: Any, torch_reason: str | None, native: Any) -> dict[str, Any
     """Threads of torch, and whose OpenMP they are: torch's own, which the kernels share, unless two are loaded."""
     count, count_failed = (None, torch_reason) if torch is None else _attempt(lambda: int(torch.get_num_threads()))
     openmp, openmp_failed = (None, None) if native is None else _attempt(lambda: str(native.openmp()))
-    libraries = _openmp_libraries()
+    libraries = openmp_libraries()
     several = None
     if len(libraries) > 1:
         several = (
@@ -148,7 +148,7 @@ def _threads(torch: Any, torch_reason: str | None, native: Any) -> dict[str, Any
     }
 
 
-def _openmp_libraries(maps: Path = Path("/proc/self/maps")) -> list[str]:
+def openmp_libraries(maps: Path = Path("/proc/self/maps")) -> list[str]:
     """Paths of the OpenMP run times mapped into this process; empty where the system does not say (not Linux)."""
     text, _ = _attempt(maps.read_text)
     paths = {line.split(maxsplit=5)[-1] for line in (text or "").splitlines() if "/" in line}

@@ -147,7 +147,7 @@ def test_a_counter_that_breaks_in_an_unknown_way(bare, monkeypatch):
 
 
 def test_a_library_is_named_once(bare, monkeypatch):
-    monkeypatch.setattr(doctor, "_openmp_libraries", lambda: ["/opt/libgomp.so.1"])
+    monkeypatch.setattr(doctor, "openmp_libraries", lambda: ["/opt/libgomp.so.1"])
     native = SimpleNamespace(**{**vars(NATIVE), "openmp": lambda: "/opt/libgomp.so.1 (max threads 2)"})
     facts = doctor.collect(importer(ALL_THERE | {"sparsekd._C": native}), bare)
     assert facts["threads"]["openmp"] == "/opt/libgomp.so.1 (max threads 2)"
@@ -221,10 +221,10 @@ def test_two_openmp_run_times_are_said(bare, tmp_path, monkeypatch):
     maps.write_text(
         "\n".join([row + both[0], row + both[0], row + both[1], row + "/usr/lib/libm.so.6", "7f02 rw-p [heap]"])
     )
-    assert doctor._openmp_libraries(maps) == both
-    assert doctor._openmp_libraries(tmp_path / "missing") == []
+    assert doctor.openmp_libraries(maps) == both
+    assert doctor.openmp_libraries(tmp_path / "missing") == []
     for libraries, warned in ((both, True), (both[:1], False)):
-        monkeypatch.setattr(doctor, "_openmp_libraries", lambda libraries=libraries: libraries)
+        monkeypatch.setattr(doctor, "openmp_libraries", lambda libraries=libraries: libraries)
         facts = doctor.collect(importer(ALL_THERE), bare)
         assert ("several OpenMP run times" in (facts["threads"]["reason"] or "")) == warned
         assert all(library in doctor.report(facts) for library in libraries)

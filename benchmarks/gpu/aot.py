@@ -96,7 +96,7 @@ def compile_config(config: Config, capability: int) -> dict[str, Any]:
     kernel = block_products_kernel if config.direction == "grad_values" else gather_gemm_kernel
     began = time.perf_counter()
     compiled = _compile(kernel, _constants(config), config, capability)
-    registers, stack = _resources(compiled)
+    registers, stack = resources(compiled)
     assembly, shared = compiled.asm.get("ptx") or compiled.asm["amdgcn"], compiled.metadata.shared
     return {
         "config": str(config),
@@ -152,7 +152,7 @@ def compile_sum(capability: int, activation: str | None) -> dict[str, Any]:
         constants |= {"bias_ptr": None, "residual_ptr": None}
     config = Config("sum_parts", "half", "bf16", Tile(0, 0, 0, 4, 3), (64, 64))
     compiled = _compile(sum_parts_kernel, constants, config, capability)
-    registers, stack = _resources(compiled)
+    registers, stack = resources(compiled)
     return {"config": f"sum_parts {activation}", "sm": capability, "registers": registers, "stack_bytes": stack}
 
 
@@ -191,7 +191,7 @@ def _compile(kernel: Any, constants: dict[str, Any], config: Config, capability:
     return triton.compile(source, target=target, options=options)
 
 
-def _resources(compiled: Any) -> tuple[int, int]:
+def resources(compiled: Any) -> tuple[int, int]:
     """(registers, bytes of stack) of a compiled kernel."""
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
@@ -215,7 +215,7 @@ def _occupancy(warps: int, registers: int, shared: int, capability: int) -> int:
     return min(most_warps // warps, register_file // (per_warp * warps), total // (shared + 1024))
 
 
-def _name(capability: int) -> str:
+def device_name(capability: int) -> str:
     return "gfx942" if capability == GFX942 else f"sm_{capability}"
 
 
@@ -240,7 +240,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         cores = min(row["tensor_core_instructions"] or row["other_mma_instructions"] for row in some)
         copies = min(row["async_copies_16_bytes"] + row["async_copies_narrow"] for row in some)
         lines.append(
-            f"| {' | '.join(map(str, (kernel, _name(capability), len(some), *worst, fewest, cores, copies)))} |"
+            f"| {' | '.join(map(str, (kernel, device_name(capability), len(some), *worst, fewest, cores, copies)))} |"
         )
     return "\n".join(lines)
 
@@ -260,12 +260,11 @@ def main() -> None:
             row = compile_config(config, capability)
             rows.append(row)
             found = complaints(row, config)
-            wrong += [f"{_name(capability)} {config}: {complaint}" for complaint in found]
-            print(
-                f"{_name(capability)} {config}: {row['registers']} registers, {'; '.join(found) or 'good'}", flush=True
-            )
+            wrong += [f"{device_name(capability)} {config}: {complaint}" for complaint in found]
+            verdict = "; ".join(found) or "good"
+            print(f"{device_name(capability)} {config}: {row['registers']} registers, {verdict}", flush=True)
         sums_rows = [compile_sum(capability, activation) for activation in (None, "silu")]
-        wrong += [f"{_name(capability)} {row['config']}: stack" for row in sums_rows if row["stack_bytes"]]
+        wrong += [f"{device_name(capability)} {row['config']}: stack" for row in sums_rows if row["stack_bytes"]]
     print(table(rows))
     if options.out:
         stem = Path(options.out)

@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.gpu.aot import GFX942, LIMITS, _name, _resources
+from benchmarks.gpu.aot import GFX942, LIMITS, device_name, resources
 from sparsekd.kernels import attention, attention_kd, attention_match
 
 WIDE_LOAD = {True: r"global_load_dwordx[24]", False: r"ld\.global\S*\.v[24]\.b32"}  # by whether the target is AMD
@@ -90,13 +90,13 @@ def compile_config(config: Config, capability: int) -> Any:
 
 
 def complaints(config: Config, capability: int, compiled: Any) -> list[str]:
-    registers, stack = _resources(compiled)
+    registers, stack = resources(compiled)
     found = [f"{stack} bytes of stack"] if stack else []
     amd = capability == GFX942
     if config.aligned and not re.search(WIDE_LOAD[amd], compiled.asm["amdgcn" if amd else "ptx"]):
         found.append("maps are read in narrow pieces")
-    print(f"{_name(capability)} {config.name}: {registers} registers, {'; '.join(found) or 'good'}", flush=True)
-    return [f"{_name(capability)} {config.name}: {complaint}" for complaint in found]
+    print(f"{device_name(capability)} {config.name}: {registers} registers, {'; '.join(found) or 'good'}", flush=True)
+    return [f"{device_name(capability)} {config.name}: {complaint}" for complaint in found]
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def at(id: str, n: int, shape: shapes.Layer) -> Layer:
 
 def cases(setup: Setup) -> list[Case]:
     found = []
-    for layer in _layers(setup):
+    for layer in layers_of(setup):
         for d in setup.densities:
             names = ("dense", "ours", "dense_frozen", "ours_frozen")
             found.append(Case(f"forward-{layer.id}-d{d:g}", names, partial(forward, setup, layer, d)))
@@ -117,16 +117,16 @@ def _gradients(layer: nn.Module, x: Tensor, gradient: Tensor) -> Callable[[], tu
     return lambda: torch.autograd.grad(layer(x), wanted, gradient)
 
 
-def _layers(setup: Setup) -> list[Layer]:
+def layers_of(setup: Setup) -> list[Layer]:
     if setup.model:
-        return _layers_of_model(setup)
+        return layers_of_model(setup)
     if setup.layers:
-        return _layers_of_groups(setup)
+        return layers_of_groups(setup)
     chosen = shapes.QUICK if setup.quick else shapes.SUITE
     return [at(id, n, shape) for id, (n, shape) in chosen.items()]
 
 
-def _layers_of_groups(setup: Setup) -> list[Layer]:
+def layers_of_groups(setup: Setup) -> list[Layer]:
     """Every layer of shapes.py whose group was asked for, at --batch or the batches of its group."""
     found = []
     every: list[shapes.Layer] = [*shapes.CONVS, *shapes.LINEARS]
@@ -144,7 +144,7 @@ def _layers_of_groups(setup: Setup) -> list[Layer]:
     return found
 
 
-def _layers_of_model(setup: Setup) -> list[Layer]:
+def layers_of_model(setup: Setup) -> list[Layer]:
     """Each layer of --model that `sparsify` would take, once for every geometry, with the input it gets."""
     (source,) = sources(setup)
     model = source.build().eval()
@@ -155,12 +155,14 @@ def _layers_of_model(setup: Setup) -> list[Layer]:
         described = f"{module} at {shape}"
         found.setdefault(described, Layer(f"{source.id}-{name}", lambda: module, shape))
 
+    hooks = []
     for name in sorted(wanted):
         module = model.get_submodule(name)
         if getattr(module, "groups", 1) == 1:
-            module.register_forward_hook(lambda m, args, _, name=name: keep(name, m, tuple(args[0].shape)))
+            hook = module.register_forward_hook(lambda m, args, _, name=name: keep(name, m, tuple(args[0].shape)))
+            hooks.append(hook)
     with torch.inference_mode():
         model(*source.inputs())
-    for module in model.modules():
-        module._forward_hooks.clear()
+    for hook in hooks:
+        hook.remove()
     return list(found.values())

@@ -37,7 +37,7 @@ def test_the_full_suites_have_distinct_ids_and_both_networks():
 
 
 def test_the_layers_of_a_network_are_measured_at_the_batches_asked_for():
-    found = layers._layers(Setup(layers=("mlp", "cifar"), layer_batches=(1, 16)))
+    found = layers.layers_of(Setup(layers=("mlp", "cifar"), layer_batches=(1, 16)))
     assert len({layer.id for layer in found}) == len(found) == 2 * (len(shapes.LINEARS) + 9)
     (one,) = [layer for layer in found if layer.id == "cifar-64-64-16x16-k3s1-n16"]
     assert one.input == (16, 64, 16, 16) and one.build()(torch.rand(one.input)).shape == one.input
@@ -92,7 +92,7 @@ def test_layers_of_an_own_model_are_measured_at_the_inputs_they_get():
     setup = Setup(model="benchmarks.lib.models:wrn_16_2", input_shapes=((2, 3, 32, 32),), exclude=("stem",))
     found = layers.cases(setup)
     assert not any("stem" in case.id for case in found)
-    shapes = {layer.id.split("n2-")[1]: layer.input for layer in layers._layers_of_model(setup)}
+    shapes = {layer.id.split("n2-")[1]: layer.input for layer in layers.layers_of_model(setup)}
     assert shapes["blocks.2.conv1"] == (2, 32, 32, 32) and shapes["head"] == (2, 128)
     assert len(shapes) == 10  # of 16 layers: in each stage, three convolutions are alike
 

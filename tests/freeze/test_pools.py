@@ -83,7 +83,7 @@ def test_kernels_compute_what_torch_does(name, channels, dtype, isa):
         "mean": ("mean", (9, 8, 1, 1, 0, 0, 1, 1)),
     }
     kind, window = windows[name]
-    site = Site("pool", "", (2, channels, 9, 8), pool=(kind, window, str(dtype)[6:], name == "mean"))
+    site = Site("pool", "", (2, channels, 9, 8), pool=(kind, window, str(dtype).removeprefix("torch."), name == "mean"))
     geometry, (weight, bias) = measure.geometry_of(site, None), measure.fold(site, None, None)
     before = cpu.native.isa()
     cpu.native.use_isa(isa)

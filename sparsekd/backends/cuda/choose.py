@@ -106,7 +106,7 @@ def _problem(direction: str, family: str, mask: Mask, values: Tensor, images: in
 
 
 def candidates(problem: Problem, mask: Mask, values: Tensor) -> list[Choice]:
-    """What is worth to be timed, dense first."""
+    """What is worth timing, dense first."""
     choices = [DENSE]
     if problem.weight.groups == 1:
         outputs, inputs = mask.channels
