@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .goals import Goal
+from .features import channels_first, has_channels_last
+from .goals import Custom, Goal
 from .losses import SAD
+from .outputs import Pick, check_tensor, pick
 from .taps import FeatureTap
 
 __all__ = ["Distiller", "Losses", "Plain"]
@@ -49,9 +51,9 @@ class Losses:
 class Plain(nn.Module):
     """The loss of a student that learns its task alone. It has no parameters: everything stays the student's."""
 
-    def __init__(self, student: nn.Module, goal: Goal) -> None:
+    def __init__(self, student: nn.Module, goal: Goal | Callable[[Any, Any], Tensor], *, output: Pick = None) -> None:
         super().__init__()
-        self.goal = _checked_goal("Plain", goal)
+        self.goal, self.output = _checked_goal("Plain", goal), output
         # In a tuple, so that torch does not register it as a part of this module.
         self._student = (student,)
 
@@ -62,7 +64,7 @@ class Plain(nn.Module):
     def loss(self, inputs: Sequence[Any], target: Tensor) -> Losses:
         """The goal's loss of one batch: `inputs` for the network, `target` as the goal wants it."""
         _check_inputs("Plain.loss", inputs)
-        return _task_alone(self.goal, self.student(*inputs), target)
+        return _task_alone(self.goal, _picked("Plain", self.student(*inputs), self.output, self.goal), target)
 
     def task_loss(self, inputs: Sequence[Any], target: Tensor) -> Losses:
         """The same: there is no teacher to leave out."""
@@ -76,12 +78,17 @@ class Distiller(nn.Module):
     """The training loss of a student: task + alpha * KD + beta * SAD (papers: arXiv 2102.02973 and 2401.10484).
 
     teacher, student: modules called with the same inputs; their outputs are what `goal` takes.
-    goal: the task and how a teacher is imitated: `Regression()`, `Classification()`, `Click()` or `Ranking()`.
+    goal: the task and how a teacher is imitated: `Regression()`, `Classification()`, `Click()`, `Ranking()`, or any
+    function (output, target) -> scalar (with alpha > 0 `goals.Custom(loss, imitate)`).
+    output: which part of what the networks return the goal takes: a key or attribute, a place in a tuple, or a function
+    of the whole. Not needed where they return one tensor.
     teacher_taps, student_taps: names of the modules whose outputs SAD compares (see `FeatureTap`), used if beta > 0.
     temperature: softens what the goal compares for KD.
     matching: what compares features instead of a new SAD of width `dim`: a module (teacher features, student features)
     -> scalar, e.g. `AttentionTransfer()`.
     example_inputs: a tuple of inputs, needed if beta > 0: both networks run once, in eval mode, to learn the channels.
+    channels_last: whether features have their channels last ([B, T, C], [B, H, W, C]) and not second. By default those
+    of 3 dimensions are told apart by the modules that are tapped, and all others have them second.
 
     The teacher is put into eval mode and runs without gradients in every call, and not at all if alpha and beta are 0.
     Both networks stay the caller's: `parameters()`, `state_dict()`, `.to()` and `.train()` of this module concern the
@@ -96,16 +103,23 @@ class Distiller(nn.Module):
         teacher_taps: Sequence[str],
         student_taps: Sequence[str],
         *,
-        goal: Goal,
+        goal: Goal | Callable[[Any, Any], Tensor],
+        output: Pick = None,
         example_inputs: Sequence[Any] | None = None,
         alpha: float = 0.9,
         beta: float = 200.0,
         temperature: float = 4.0,
         dim: int = 128,
         matching: nn.Module | None = None,
+        channels_last: bool | None = None,
     ) -> None:
         super().__init__()
-        self.goal = _checked_goal("Distiller", goal)
+        self.goal, self.output = _checked_goal("Distiller", goal), output
+        if isinstance(self.goal, Custom) and self.goal.imitate is None and alpha:
+            raise ValueError(
+                f"sparsekd.Distiller: alpha = {alpha} needs a goal that says how a teacher is imitated, got a "
+                "loss alone; pass goal=sparsekd.goals.Custom(loss, imitate), or alpha=0"
+            )
         for name, value in (("alpha", alpha), ("beta", beta)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"sparsekd.Distiller: {name} must be finite and >= 0, got {value}; 0 leaves it out")
@@ -128,7 +142,12 @@ class Distiller(nn.Module):
                     f"got {type(example_inputs).__name__}; pass one small batch, e.g. (x[:2],)"
                 )
             self._taps = (FeatureTap(teacher, teacher_taps), FeatureTap(student, student_taps))
-            teacher_features, student_features = (_example_features(tap, example_inputs) for tap in self._taps)
+            examples = [_example_features(tap, example_inputs) for tap in self._taps]
+            self._channels_last = [
+                [_channels_are_last(tap, *named, channels_last) for named in zip(tap.names, features, strict=True)]
+                for tap, features in zip(self._taps, examples, strict=True)
+            ]
+            teacher_features, student_features = (self._turned(which, examples[which]) for which in (0, 1))
             self.sad = SAD.from_features(teacher_features, student_features, dim) if matching is None else matching
 
     @property
@@ -155,6 +174,7 @@ class Distiller(nn.Module):
             if self.alpha:
                 kd = self.goal.imitation(student_output, teacher_output, self.temperature)
             if self.beta and self.sad is not None:
+                self._check_graph(student_features)
                 sad = self.sad(teacher_features, student_features)
         total = task + self.alpha * kd + self.beta * sad
         return Losses(total, task.detach(), kd.detach(), sad.detach())
@@ -162,7 +182,7 @@ class Distiller(nn.Module):
     def task_loss(self, inputs: Sequence[Any], target: Tensor) -> Losses:
         """The task alone: the teacher is not run, whatever alpha and beta are."""
         _check_inputs("Distiller.task_loss", inputs)
-        return _task_alone(self.goal, self.student(*inputs), target)
+        return _task_alone(self.goal, _picked("Distiller", self.student(*inputs), self.output, self.goal), target)
 
     def extra_repr(self) -> str:
         return f"goal={self.goal}, alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}"
@@ -170,10 +190,27 @@ class Distiller(nn.Module):
     def _run(self, which: int, inputs: Sequence[Any]) -> tuple[Any, list[Tensor]]:
         """Output and tapped features of the teacher (0) or the student (1); no features where SAD needs none."""
         if not self.beta:
-            return self._networks[which](*inputs), []
-        if self._taps is None:
+            output, features = self._networks[which](*inputs), []
+        elif self._taps is None:
             raise ValueError("sparsekd.Distiller: made with beta=0, so without SAD, got beta > 0 later; make a new one")
-        return self._taps[which](*inputs)
+        else:
+            output, features = self._taps[which](*inputs)
+        return _picked("Distiller", output, self.output, self.goal), self._turned(which, features)
+
+    def _turned(self, which: int, features: list[Tensor]) -> list[Tensor]:
+        """The features with their channels second."""
+        if not features:
+            return []
+        return [channels_first(f, last) for f, last in zip(features, self._channels_last[which], strict=True)]
+
+    def _check_graph(self, features: list[Tensor]) -> None:
+        """Raise ValueError where SAD could train nothing of the student."""
+        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.student.parameters())
+        if trains and not any(feature.requires_grad for feature in features):
+            raise ValueError(
+                "sparsekd.Distiller.loss: no tapped feature of the student carries a graph, so that SAD trains nothing "
+                "of it; tap layers behind trainable ones, without detach() between, or set beta=0"
+            )
 
 
 def _task_alone(goal: Goal, output: Any, target: Tensor) -> Losses:
@@ -182,13 +219,32 @@ def _task_alone(goal: Goal, output: Any, target: Tensor) -> Losses:
     return Losses(task, task.detach(), nothing, nothing)
 
 
-def _checked_goal(where: str, goal: Goal) -> Goal:
-    if not isinstance(goal, Goal):
-        raise TypeError(
-            f"sparsekd.{where}: goal must be a Goal, got {type(goal).__name__} {goal!r}; "
-            "pass sparsekd.Regression(), Classification(), Click() or Ranking()"
+def _checked_goal(where: str, goal: Goal | Callable[[Any, Any], Tensor]) -> Goal:
+    if isinstance(goal, Goal):
+        return goal
+    if callable(goal) and not isinstance(goal, type):
+        return Custom(goal)
+    raise TypeError(
+        f"sparsekd.{where}: goal must be a Goal, got {type(goal).__name__} {goal!r}; "
+        "pass sparsekd.Regression(), Classification(), Click(), Ranking(), or a function (output, target) -> scalar"
+    )
+
+
+def _picked(caller: str, output: Any, which: Pick, goal: Goal) -> Any:
+    picked = pick(caller, output, which)
+    return check_tensor(caller, picked) if goal.takes_tensor else picked
+
+
+def _channels_are_last(tap: FeatureTap, name: str, feature: Tensor, given: bool | None) -> bool:
+    if given is not None or feature.dim() != 3:
+        return bool(given)
+    last = has_channels_last(tap.model, name)
+    if last is None:
+        raise ValueError(
+            f"sparsekd.Distiller: {name!r} returns {tuple(feature.shape)}, and its type does not say which dimension "
+            "holds the channels; give channels_last=True for [B, T, C], False for [B, C, T]"
         )
-    return goal
+    return last
 
 
 def _check_inputs(function: str, inputs: Sequence[Any]) -> None:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops.attention import kd, layer_stats, match_maps
+from .features import check_rank, common_depth, map_sizes, stats
+from .ops.attention import kd, match_maps
 
 __all__ = [
     "SAD",
@@ -56,7 +57,8 @@ def kd_regression_loss(student_output: Tensor, teacher_output: Tensor) -> Tensor
 def attention_transfer_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
     """Attention transfer (Zagoruyko & Komodakis, arXiv 1612.03928): one student layer beside one teacher layer.
 
-    Features: equally long lists of [B, C, H, W]; the channels of a pair may differ, B, H and W may not. Returns
+    Features: equally long lists of [B, C, H, W], or of 2 to 5 dimensions as `features.py` reads them; the channels of a
+    pair may differ, B, H and W may not. Returns
 
         sum_g mean_{b,hw} (a(student_g) - a(teacher_g))^2,   a(F) = mean_C F^2 as a vector, L2-normalised
 
@@ -68,15 +70,19 @@ def attention_transfer_loss(student_features: Sequence[Tensor], teacher_features
             f"got {len(student_features)} and {len(teacher_features)}; tap one teacher layer for each student layer"
         )
     for index, (student, teacher) in enumerate(zip(student_features, teacher_features, strict=True)):
-        if student.shape[:1] != teacher.shape[:1] or student.shape[2:] != teacher.shape[2:]:
+        check_rank("attention_transfer_loss", f"student feature {index}", student)
+        check_rank("attention_transfer_loss", f"teacher feature {index}", teacher)
+        positions = [f.shape[1:] if f.dim() == 2 else f.shape[2:] for f in (student, teacher)]
+        if student.shape[0] != teacher.shape[0] or positions[0] != positions[1]:
             raise ValueError(
                 f"sparsekd.attention_transfer_loss: pair {index} must agree in B, H and W, got student "
                 f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}; tap layers of the same size, "
                 "or use SAD, which pools"
             )
-    student_energy = layer_stats(student_features)[1]
-    teacher_energy = layer_stats([f.detach() for f in teacher_features])[1]
-    sizes = _sizes(student_features)
+    depth = common_depth(student_features)
+    student_energy = stats(student_features, depth)[1]
+    teacher_energy = stats([f.detach() for f in teacher_features], depth)[1]
+    sizes = map_sizes(student_features, depth)
     return match_maps(None, teacher_energy.to(student_energy.dtype), student_energy, sizes, sizes)
 
 
@@ -140,24 +146,27 @@ class SAD(nn.Module):
     def from_features(
         cls, teacher_features: Sequence[Tensor], student_features: Sequence[Tensor], dim: int = 128
     ) -> SAD:
-        """A SAD for features like these ([B, C, H, W] each), on the student's device; only their channels matter."""
+        """A SAD for features like these (see :meth:`forward`), on the student's device; only their channels matter."""
         for side, features in (("teacher", teacher_features), ("student", student_features)):
             for index, feature in enumerate(features):
-                if feature.dim() != 4:
-                    raise ValueError(_not_4d(side, index, feature))
+                check_rank("SAD", f"{side} feature {index}", feature)
         sad = cls([f.shape[1] for f in teacher_features], [f.shape[1] for f in student_features], dim)
         return sad.to(student_features[0].device)
 
     def forward(self, teacher_features: Sequence[Tensor], student_features: Sequence[Tensor]) -> Tensor:
-        """The loss, a scalar, of T teacher features [B, C_t, H_t, W_t] and S student features [B, C_s, H_s, W_s]."""
+        """The loss, a scalar, of T teacher features [B, C_t, H_t, W_t] and S student features [B, C_s, H_s, W_s].
+
+        Each may have 2 to 5 dimensions instead, channels second: see `features.py`.
+        """
         self._check(teacher_features, student_features)
         # Differences of unit vectors do not survive bfloat16, and full precision costs little beside the networks.
         with torch.autocast(student_features[0].device.type, enabled=False):
-            teacher_means, teacher_energy = layer_stats([feature.detach() for feature in teacher_features])
-            student_means, student_energy = layer_stats(student_features)
+            depth = common_depth(teacher_features, student_features)
+            teacher_means, teacher_energy = stats([feature.detach() for feature in teacher_features], depth)
+            student_means, student_energy = stats(student_features, depth)
             attention = self.attention(teacher_means, student_means)
             teacher_energy, student_energy = (maps.to(attention.dtype) for maps in (teacher_energy, student_energy))
-            sizes = _sizes(teacher_features), _sizes(student_features)
+            sizes = map_sizes(teacher_features, depth), map_sizes(student_features, depth)
             return match_maps(attention, teacher_energy, student_energy, *sizes)
 
     def attention(self, teacher_means: Tensor, student_means: Tensor) -> Tensor:
@@ -265,10 +274,6 @@ class _LayerLinearNorm(nn.Module):
         return self.norm(rows.flatten(1)).view(rows.shape)
 
 
-def _sizes(features: Sequence[Tensor]) -> list[tuple[int, int]]:
-    return [(f.shape[2], f.shape[3]) for f in features]
-
-
 def _checked_channels(name: str, channels: Sequence[int]) -> tuple[int, ...]:
     channels = tuple(channels)
     if not channels or min(channels) < 1:
@@ -286,17 +291,9 @@ def _check_features(side: str, features: Sequence[Tensor], channels: tuple[int, 
             "pass them as (teacher_features, student_features), one for each tapped layer"
         )
     for index, (feature, expected) in enumerate(zip(features, channels, strict=True)):
-        if feature.dim() != 4:
-            raise ValueError(_not_4d(side, index, feature))
+        check_rank("SAD", f"{side} feature {index}", feature)
         if feature.shape[1] != expected:
             raise ValueError(
                 f"sparsekd.SAD: {side} feature {index} must have {expected} channels, got {feature.shape[1]} in "
                 f"{tuple(feature.shape)}; keep the order of layers, or build a new SAD.from_features"
             )
-
-
-def _not_4d(side: str, index: int, feature: Tensor) -> str:
-    return (
-        f"sparsekd.SAD: {side} feature {index} must be [B, C, H, W], got {tuple(feature.shape)}; "
-        "tap a convolutional layer, or add unit dimensions for H and W"
-    )

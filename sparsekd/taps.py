@@ -31,7 +31,8 @@ class FeatureTap(nn.Module):
     up again, a compiled one raises and asks for `attach()`.
 
     Raises ValueError for a name the model does not have (with the closest that it has) and RuntimeError when a tapped
-    module did not run in a call, ran more than once, or had its output overwritten by a later in-place operation.
+    module did not run in a call, ran more than once, had its output overwritten by a later in-place operation, or ran
+    without a graph inside a call with one (a re-entrant checkpoint): its feature could train nothing.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
@@ -59,7 +60,10 @@ class FeatureTap(nn.Module):
             recorder.outputs = []
         try:
             output = self.model(*args, **kwargs)
-            return output, [recorder.result() for recorder in self.recorders]
+            features = [recorder.result() for recorder in self.recorders]
+            if torch.is_grad_enabled():
+                self._check_graphs()
+            return output, features
         finally:
             for recorder in self.recorders:
                 recorder.outputs = None
@@ -86,6 +90,15 @@ class FeatureTap(nn.Module):
     def extra_repr(self) -> str:
         return f"names={list(self.names)}"
 
+    def _check_graphs(self) -> None:
+        cut_off = [recorder.name for recorder in self.recorders if not recorder.had_grad]
+        if cut_off and any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise RuntimeError(
+                f"sparsekd.FeatureTap: {', '.join(map(repr, cut_off))} ran under no_grad inside the model, so their "
+                "features carry no graph and train nothing; use torch.utils.checkpoint with use_reentrant=False, tap a "
+                "module outside, or call the tap under torch.no_grad() if that is meant"
+            )
+
     def _refresh(self) -> None:
         if self._is_current():
             return
@@ -108,10 +121,12 @@ class _Recorder:
     def __init__(self, name: str) -> None:
         self.name = name
         self.outputs: list[tuple[Any, int]] | None = None
+        self.had_grad = True
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.outputs is not None:
             self.outputs.append((output, _version(output)))
+            self.had_grad = torch.is_grad_enabled()
 
     def result(self) -> Tensor:
         outputs = self.outputs or []
