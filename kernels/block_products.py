@@ -20,7 +20,12 @@ _SLOT_FIELDS = tl.constexpr(SLOT_FIELDS)
 _TILE_FIELDS = tl.constexpr(TILE_FIELDS)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        *("pixels", "share", "grid_h", "grid_w", "in_h", "in_w", "in_eights", "out_eights"),
+        *("in_step_h", "in_step_w", "part_eights"),
+    ]
+)
 def block_products_kernel(
     x_ptr,  # [images, in_h, in_w, in_c]
     grad_ptr,  # [images, grid_h, grid_w, out_c]
@@ -61,7 +66,7 @@ def block_products_kernel(
     slot_ptr = slots_ptr + slot * _SLOT_FIELDS
     dy, dx = tl.load(slot_ptr), tl.load(slot_ptr + 1)
     channel, width = tl.load(slot_ptr + 2), tl.load(slot_ptr + 3)
-    shift = (dy * in_w + dx) * in_c + channel + k % SLOT
+    shift = (dy.to(tl.int64) * in_w + dx) * in_c + channel + k % SLOT
     rows = row_begin + n
     rows_mask = (rows < row_end)[None, :]
 

@@ -92,7 +92,13 @@ def _load_weights(
     return tl.load(values_ptr + places, mask=kept, other=0.0)
 
 
-@triton.jit
+# Sizes that are 1, or multiples of 16, get no code of their own: it would be no faster, and compiling takes seconds.
+@triton.jit(
+    do_not_specialize=[
+        *("pixels", "grid_h", "grid_w", "in_h", "in_w", "in_eights", "out_h", "out_w", "out_eights"),
+        *("in_step_h", "in_step_w", "out_step_h", "out_step_w", "num_tiles", "pixel_tiles", "group", "part_eights"),
+    ]
+)
 def gather_gemm_kernel(
     x_ptr,  # [images, in_h, in_w, in_c]
     values_ptr,  # [nnzb, bh, bw]
@@ -117,6 +123,7 @@ def gather_gemm_kernel(
     out_step_w,
     num_tiles,
     pixel_tiles,
+    group,  # at most pixel_tiles
     part_eights,  # elements of one part of out / 8
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -127,18 +134,17 @@ def gather_gemm_kernel(
     POINTWISE: tl.constexpr,
     WHOLE: tl.constexpr,
     SWAPPED: tl.constexpr,
-    GROUP: tl.constexpr,
     PARTED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # GROUP pixel tiles go through all channel tiles, longest walk first, before the next GROUP: they share x in L2.
+    # A group of pixel tiles goes through all channel tiles, longest walk first, before the next: they share x in L2.
     program = tl.program_id(0)
-    chunk = program // (GROUP * num_tiles)
-    height = tl.minimum(pixel_tiles - chunk * GROUP, GROUP)
-    within = program - chunk * GROUP * num_tiles
+    chunk = program // (group * num_tiles)
+    height = tl.minimum(pixel_tiles - chunk * group, group)
+    within = program - chunk * group * num_tiles
     tile_ptr = tiles_ptr + within // height * _TILE_FIELDS
-    m = (chunk * GROUP + within % height) * BM + tl.arange(0, BM)
+    m = (chunk * group + within % height) * BM + tl.arange(0, BM)
 
     # Channels come in eights, and the compiler must know it to copy and to store 16 bytes under one mask.
     in_c, out_c = in_eights * 8, out_eights * 8
@@ -171,7 +177,7 @@ def gather_gemm_kernel(
             shift = channel
             seen = inside
         else:
-            shift = (dy * in_w + dx) * in_c + channel
+            shift = (dy.to(tl.int64) * in_w + dx) * in_c + channel
             y, x = top + dy, left + dx
             seen = inside & (y >= 0) & (y < in_h) & (x >= 0) & (x < in_w)
         mask = seen[:, None]
@@ -200,7 +206,7 @@ def gather_gemm_kernel(
         _finish(acc, bias_ptr, residual_ptr, out_ptr, start, inside, row_begin, row_end, ACTIVATION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["out_c", "parts"])
 def sum_parts_kernel(
     parts_ptr,  # [parts, total], of any type
     bias_ptr,
@@ -254,9 +260,9 @@ def gather_gemm(
     gather_gemm_kernel[(pixel_tiles * table.num_tiles, tile.splits)](
         x, values, *in_kernel[:2], target, table.tiles, table.slots, table.offsets,
         pixels, *walk.grid, *walk.gathered, in_c // 8, *walk.out, out_c // 8, *walk.in_step, *walk.out_step,
-        table.num_tiles, pixel_tiles, out.numel() // 8,
+        table.num_tiles, pixel_tiles, min(tile.group, pixel_tiles), out.numel() // 8,
         BM=tile.bm, BN=tile.bn, BK=table.slot, LANE=table.lane, BW=values.shape[2], TRANSPOSED=transposed,
-        POINTWISE=walk.pointwise, WHOLE=table.whole, SWAPPED=tile.swapped, GROUP=tile.group,
+        POINTWISE=walk.pointwise, WHOLE=table.whole, SWAPPED=tile.swapped,
         PARTED=tile.splits > 1, ACTIVATION=in_kernel[2], PRECISION=precision,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

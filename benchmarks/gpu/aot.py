@@ -166,7 +166,7 @@ def _constants(config: Config) -> dict[str, Any]:
     transposed = config.direction == "grad_input"
     lane, slot = (bw, bh) if transposed else (bh, bw)
     constants |= {"BK": min(slot, tile.bk), "LANE": min(lane, tile.bn), "TRANSPOSED": transposed}
-    constants |= {"SWAPPED": tile.swapped, "GROUP": tile.group, "PARTED": config.parts}
+    constants |= {"SWAPPED": tile.swapped, "PARTED": config.parts}
     constants["ACTIVATION"] = "silu" if config.fused else None
     constants |= {} if config.fused else {"residual_ptr": None}
     return constants | ({"bias_ptr": None} if transposed or config.parts else {})

@@ -34,11 +34,12 @@ def dense_call(layer: Conv, direction: str, x: Tensor, weight: Tensor, grad: Ten
     return lambda: torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, wanted)
 
 
-def sparse_call(layer: Conv, direction: str, x: Tensor, blocks: BlockSparse, grad: Tensor) -> Call:
-    """The op of a direction."""
+def sparse_call(
+    layer: Conv, direction: str, x: Tensor, blocks: BlockSparse, grad: Tensor, ops: Any = torch.ops.sparsekd
+) -> Call:
+    """The op of a direction, by the dispatcher or by a backend."""
     geometry = geometry_of(layer)
     index = (blocks.row_ptr, blocks.col_idx)
-    ops = torch.ops.sparsekd
     if direction == "forward":
         return lambda: ops.conv2d(x, blocks.values, *index, None, layer.out_channels, *geometry)
     if direction == "grad_input":

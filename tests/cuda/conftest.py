@@ -1,9 +1,22 @@
-"""No choice is read from, or left in, the plan of the machine; float32 means float32, for cuDNN too."""
+"""No choice is read from, or left in, the plan of the machine; float32 means float32, for cuDNN too. Interpreted
+kernels are checked for what a GPU would do silently wrong."""
 
 import pytest
 import torch
 
 from sparsekd.backends.cuda import choose, masks
+
+
+@pytest.fixture(autouse=True)
+def checked():
+    if torch.cuda.is_available():
+        yield None
+        return
+    pytest.importorskip("triton")
+    from .checked import checks
+
+    with checks() as watch:
+        yield watch
 
 
 @pytest.fixture(autouse=True)

@@ -53,6 +53,38 @@ def test_every_tile(direction, family, tile):
     assert (got.double() - exact).abs().max() <= relative * exact.abs().max()
 
 
+PLACES = {
+    "low blocks, stride, ragged groups": Conv(
+        "low", n=1, c=48, k=96, groups=2, image=(4, 5), stride=(2, 1), pattern=BlockPattern(16, 16), density=0.4
+    ),
+    "wide blocks, one pixel": Conv(
+        "wide", n=1, c=72, k=64, kernel=(1, 1), padding=(0, 0), image=(3, 5), pattern=BlockPattern(64, 64), density=0.7
+    ),
+    # 2^20 rows of 40 pixels of 64 channels: where a filling slot points is further than 32 bits reach.
+    "far outside": Conv("far", n=1, c=64, k=16, image=(2, 40), pattern=BlockPattern(16, 16), density=0.1),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("direction", "family", "tile"), TILES, ids=str)
+def test_every_tile_keeps_its_promises(direction, family, tile, place):
+    """Hints, bounds and 32-bit products (checked.py), for blocks lower and wider than a tile, groups and borders."""
+    case, dtype = PLACES[place], torch.float16 if family == "half" else torch.float32
+    x, values, blocks = operands(case, dtype)
+    weight = ops.weight_of(case.k, case.c // case.groups, values, geometry(case))
+    if tile not in tiles.candidates(direction, family, weight, 90):
+        pytest.skip("this layer never gets this tile")
+    want = torchs(case, x, blocks, None, None, torch.float32)
+    grad, exact = last(want[3].to(dtype)), dict(zip(tiles.DIRECTIONS, want, strict=False))[direction]
+    got = torch.empty(exact.shape, device=DEVICE, dtype=dtype)
+    table = masks.Mask(blocks.row_ptr, blocks.col_idx, weight).table(direction, tile)
+    left, right = {"forward": (x, values), "grad_input": (grad, values), "grad_values": (grad, x)}[direction]
+    got = got if direction == "grad_values" else last(got)
+    launch = getattr(conv2d_kernels, direction)
+    launch(left, right, table, weight, tile, got, precision="tf32" if family == "tf32" else "ieee")
+    torch.testing.assert_close(got.float(), exact.float(), rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize(("splits", "group"), [(2, 1), (5, 3), (3, cost.NO_GROUPS)])
 def test_parts_and_orders_change_nothing_but_rounding(splits, group, monkeypatch):
     """Walks cut into parts (more parts than steps, too), any order of tiles, two runs bit-equal."""

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from sparsekd.backends.cuda import plan
+from sparsekd.backends.cuda import choose, masks, plan
 
-from .common import TRITON, conv_problem
+from .common import SMALL, TRITON, conv_problem
 
 
 def test_measured_choices_are_kept_and_read_back(monkeypatch, tmp_path):
@@ -46,3 +46,57 @@ def test_a_broken_plan_file_is_named(tmp_path):
     (tmp_path / "own.json").write_text("{")
     with pytest.raises(RuntimeError, match=r"own\.json is no plan file .*; delete it"):
         plan.Plan("device", tmp_path / "own.json")
+
+
+def measured_with(results, monkeypatch, tmp_path):
+    """What a plan keeps of candidates that return, or raise, these; later ones seem faster."""
+    monkeypatch.setattr(
+        plan, "medians", lambda calls, *_, **__: {c: 1e-6 * (100 - 10 * i) for i, c in enumerate(calls)}
+    )
+    own = plan.Plan("device", tmp_path / "own.json")
+    others = [plan.Choice("triton", SMALL._replace(stages=stages)) for stages in range(2, 1 + len(results))]
+    outcome = dict(zip([plan.DENSE, *others], results, strict=True))
+
+    def run(choice):
+        if isinstance(outcome[choice], Exception):
+            raise outcome[choice]
+        return outcome[choice]
+
+    own.measure(conv_problem()[0], list(outcome), run, torch.device("cpu"))
+    (row,) = own.measured.values()
+    return own, row, [str(choice) for choice in others]
+
+
+def test_candidates_that_fail_or_are_wrong_are_dropped_by_name(monkeypatch, tmp_path):
+    right, wrong = torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 1.2])
+    results = [right, right, wrong, RuntimeError("out of resource: shared memory\nmore"), torch.full((4,), torch.nan)]
+    with pytest.warns(UserWarning, match="is left out of forward bfloat16") as warned:
+        own, row, names = measured_with(results, monkeypatch, tmp_path)
+    assert len(warned) == 3 and set(row.candidates) == {"dense", names[0]} and str(row.choice) == names[0]
+    assert row.dropped[names[1]] == "it differs from dense by 0.2 of the largest value"
+    assert row.dropped[names[2]] == "RuntimeError: out of resource: shared memory"
+    assert "differs from dense" in row.dropped[names[3]]
+    own.save()
+    assert plan.Plan("device", tmp_path / "own.json").measured == own.measured
+
+
+def test_dense_that_fails_is_not_hidden(monkeypatch, tmp_path):
+    with pytest.raises(RuntimeError, match="out of memory"):
+        measured_with([RuntimeError("out of memory"), torch.ones(1)], monkeypatch, tmp_path)
+
+
+def test_not_a_number_is_right_where_dense_has_it():
+    nan = torch.tensor([torch.nan, 1.0])
+    assert plan.difference(nan.clone(), nan, 1e-3) == "" and plan.difference(torch.ones(2), nan, 1e-3)
+    assert plan.difference(torch.tensor([torch.inf, 1.0]), torch.tensor([torch.inf, 1.0]), 1e-3) == ""
+
+
+def test_a_free_mask_has_a_key_of_its_own():
+    """The same layer and density: rows that keep the same blocks, and rows that keep their own."""
+    shared, mask, values = conv_problem(0.25)
+    index = torch.rand(4, 36).argsort(1)[:, :9].sort(1).values
+    row_ptr, col_idx = torch.arange(0, 37, 9, dtype=torch.int32), index.flatten().int()
+    free = masks.Mask(row_ptr, col_idx, shared.weight)
+    assert mask.fill == (1.0, pytest.approx(0.5, abs=0.26)) and free.fill[0] < 0.9
+    keys = {choose.problem_of("forward", "half", one, values, 128, (14, 14)).key() for one in (mask, free)}
+    assert mask.density == free.density and len(keys) == 2

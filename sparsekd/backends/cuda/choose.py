@@ -89,7 +89,7 @@ def run(
         choice = mask.choices.get(known)
         measuring = plan.is_measuring() and not is_capturing(values)
         if choice is None or measuring:
-            problem = _problem(direction, family, mask, values, images, image)
+            problem = problem_of(direction, family, mask, values, images, image)
             of_device = plan_of(values.device)
             if measuring:
                 choices = candidates(problem, mask, values)
@@ -100,7 +100,7 @@ def run(
         return paths.run(choice, mask)
 
 
-def _problem(direction: str, family: str, mask: Mask, values: Tensor, images: int, image: tuple[int, int]) -> Problem:
+def problem_of(direction: str, family: str, mask: Mask, values: Tensor, images: int, image: tuple[int, int]) -> Problem:
     structure = round(mask.density * 20) / 20, round(mask.fill[direction == "grad_input"], 1)
     return Problem(direction, dtype_name(values), family, images, image, mask.weight, *structure)
 

@@ -122,7 +122,7 @@ class Plan:
         key = problem.key()
         if key not in self.measured:
             dense, *others = choices
-            dropped = _wrong(dense, others, run, TOLERANCES[problem.family])
+            dropped = wrong(dense, others, run, TOLERANCES[problem.family])
             for name, why in dropped.items():
                 warnings.warn(f"sparsekd: {name} is left out of {key}: {why}", stacklevel=2)
             sound = [dense, *(choice for choice in others if str(choice) not in dropped)]
@@ -149,9 +149,7 @@ class Plan:
         os.replace(file.name, self.path)
 
 
-def _wrong(
-    dense: Choice, others: Sequence[Choice], run: Callable[[Choice], Tensor], tolerance: float
-) -> dict[str, str]:
+def wrong(dense: Choice, others: Sequence[Choice], run: Callable[[Choice], Tensor], tolerance: float) -> dict[str, str]:
     """Name -> reason of the candidates that cannot be used. What dense raises passes through."""
     want = run(dense).clone()  # an op may write all its results to one place
     found = {}
