@@ -1,8 +1,9 @@
 """Triton kernels. Import them as ``sparsekd.kernels``; the top-level name ``kernels`` is never installed.
 
-conv2d            launchers of the forward pass and both gradients; a linear layer is a 1x1 convolution of one pixel
+conv2d            the forward pass and both gradients; a linear layer is a 1x1 convolution of one pixel
 gather_gemm       the kernel under every forward pass and every gradient of an input
 block_products    the kernel under every gradient of the kept values
+launch            a launch whose code was found at the first call
 attention         statistics of feature maps and their gradients
 attention_match   distances of the maps of teacher and student
 attention_kd      distillation of logits

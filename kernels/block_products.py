@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gather_gemm import Walk, sum_parts
+from .gather_gemm import SumParts, Walk
 from .index import SLOT_FIELDS, TILE_FIELDS, StepTable
+from .launch import Launch
 from .tiles import Tile
 
 _SLOT_FIELDS = tl.constexpr(SLOT_FIELDS)
@@ -120,26 +121,40 @@ def block_products_kernel(
     tl.store(out_ptr + places, acc.to(out_ptr.dtype.element_ty), mask=kept)
 
 
-def block_products(
-    grad: Tensor, x: Tensor, table: StepTable, walk: Walk, tile: Tile, out: Tensor, *, precision: str = "ieee"
-) -> Tensor:
-    """Fill ``out [nnzb, bh, bw]`` with the products of ``grad`` and gathered ``x`` (both channels last)."""
-    pixels = walk.images * walk.grid[0] * walk.grid[1]
-    if out.numel() == 0:
-        return out
-    if pixels == 0:
-        return out.zero_()
-    share = triton.cdiv(triton.cdiv(pixels, tile.splits), tile.bm) * tile.bm
-    parts = triton.cdiv(pixels, share)
-    target = out if parts == 1 else torch.empty((parts, *out.shape), dtype=torch.float32, device=out.device)
-    in_c, out_c = x.shape[1 if x.dim() == 4 else -1], grad.shape[1 if grad.dim() == 4 else -1]
-    block_products_kernel[(table.num_steps, parts)](
-        x, grad, target, table.tiles, table.slots, table.offsets, table.step_tile,
-        pixels, share, *walk.grid, *walk.gathered, in_c // 8, out_c // 8, *walk.in_step, out.numel() // 8,
-        BM=tile.bm, BN=tile.bn, BK=table.slot * table.slots_per_step, LANE=table.lane, SLOT=table.slot,
-        BW=out.shape[2], POINTWISE=walk.pointwise, WHOLE=table.whole, PRECISION=precision,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    if parts > 1:
-        sum_parts(target, out, 1)
-    return out
+class BlockProducts:
+    """``out [nnzb, bh, bw]``, the products of ``grad`` and gathered ``x``, for tensors like those it was made for."""
+
+    def __init__(
+        self, grad: Tensor, x: Tensor, table: StepTable, walk: Walk, tile: Tile, out: Tensor, *, precision: str = "ieee"
+    ) -> None:
+        self._tables = (table.tiles, table.slots, table.offsets, table.step_tile)
+        pixels = walk.images * walk.grid[0] * walk.grid[1]
+        self._nothing = pixels == 0
+        share = triton.cdiv(triton.cdiv(max(pixels, 1), tile.splits), tile.bm) * tile.bm
+        parts = triton.cdiv(max(pixels, 1), share)
+        self._parts = (parts, *out.shape) if parts > 1 else None
+        self._add = SumParts(parts, out, 1) if parts > 1 else None
+        sizes = (
+            pixels, share, *walk.grid, *walk.gathered, x.shape[1] // 8, grad.shape[1] // 8, *walk.in_step,
+            out.numel() // 8,
+        )  # fmt: skip
+        constants = {
+            "BM": tile.bm, "BN": tile.bn, "BK": table.slot * table.slots_per_step, "LANE": table.lane,
+            "SLOT": table.slot, "BW": out.shape[2], "POINTWISE": walk.pointwise, "WHOLE": table.whole,
+            "PRECISION": precision,
+        }  # fmt: skip
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        grid = (table.num_steps, parts)
+        self._launch = None if out.numel() == 0 else Launch(block_products_kernel, grid, sizes, constants, **options)
+
+    def __call__(self, grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
+        if self._launch is None:
+            return out
+        if self._nothing:
+            return out.zero_()
+        if self._add is None:
+            self._launch(x, grad, out, *self._tables)
+            return out
+        parts = torch.empty(self._parts, dtype=torch.float32, device=out.device)
+        self._launch(x, grad, parts, *self._tables)
+        return self._add(parts, out)

@@ -1,17 +1,19 @@
-"""Launchers of the block-sparse convolution: shapes and layouts in, one kernel out. The choice of tile is the caller's.
+"""The block-sparse convolution by its kernels: shapes in, a call out. The choice of tile is the caller's.
 
-All tensors are channels_last. The kernels and what they compute are in ``gather_gemm.py`` and ``block_products.py``.
+All tensors are channels_last maps; a linear layer is a convolution of one pixel a row. What is made here is called with
+other tensors of the same shapes and types as often as one likes. The kernels, and what they compute, are in
+``gather_gemm.py`` and ``block_products.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from .block_products import block_products
-from .gather_gemm import Walk, gather_gemm
+from .block_products import BlockProducts
+from .gather_gemm import GatherGemm, Walk
 from .index import StepTable, Weight
 from .tiles import Tile
 
@@ -24,17 +26,13 @@ def forward(
     tile: Tile,
     out: Tensor,
     *,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
     activation: str | None = None,
     precision: str = "ieee",
-) -> Tensor:
-    """Fill ``out [N, K, P, Q]`` with ``act(conv(x) + bias + residual)``; ``activation`` as in ACTIVATIONS."""
+) -> GatherGemm:
+    """``forward(...)(x, values, out, bias, residual)`` fills ``out [N, K, P, Q]``."""
     walk = _walk(weight, x.shape, out.shape)
-    return gather_gemm(
-        x, values, table, walk, tile, out,
-        transposed=False, bias=bias, residual=residual, activation=activation, precision=precision,
-    )  # fmt: skip
+    options: Any = {"activation": activation, "precision": precision}
+    return GatherGemm(x, values, table, walk, tile, out, transposed=False, **options)
 
 
 def grad_input(
@@ -46,8 +44,8 @@ def grad_input(
     out: Tensor,
     *,
     precision: str = "ieee",
-) -> Tensor:
-    """Fill ``out [N, C, H, W]`` with the gradient of the input; ``table`` is a transposed one."""
+) -> GatherGemm:
+    """``grad_input(...)(grad, values, out)`` fills ``out [N, C, H, W]``; ``table`` is a transposed one."""
     phases = tuple(-(-size // step) for size, step in zip(out.shape[2:], weight.stride, strict=True))
     walk = Walk(
         images=out.shape[0],
@@ -57,14 +55,14 @@ def grad_input(
         out_step=weight.stride,
         pointwise=_is_pointwise(weight),
     )
-    return gather_gemm(grad, values, table, walk, tile, out, transposed=True, precision=precision)
+    return GatherGemm(grad, values, table, walk, tile, out, transposed=True, precision=precision)
 
 
 def grad_values(
     grad: Tensor, x: Tensor, table: StepTable, weight: Weight, tile: Tile, out: Tensor, *, precision: str = "ieee"
-) -> Tensor:
-    """Fill ``out [nnzb, bh, bw]`` with the gradient of the kept values; ``table`` is a forward one."""
-    return block_products(grad, x, table, _walk(weight, x.shape, grad.shape), tile, out, precision=precision)
+) -> BlockProducts:
+    """``grad_values(...)(grad, x, out)`` fills ``out [nnzb, bh, bw]``; ``table`` is a forward one."""
+    return BlockProducts(grad, x, table, _walk(weight, x.shape, grad.shape), tile, out, precision=precision)
 
 
 def _walk(weight: Weight, x_shape: Sequence[int], out_shape: Sequence[int]) -> Walk:
@@ -81,8 +79,3 @@ def _walk(weight: Weight, x_shape: Sequence[int], out_shape: Sequence[int]) -> W
 
 def _is_pointwise(weight: Weight) -> bool:
     return weight.kernel == (1, 1) and weight.stride == (1, 1) and weight.padding == (0, 0)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """``x`` itself where its memory is channels_last, else a copy. Sizes of 1 make some strides meaningless."""
-    return x.contiguous(memory_format=torch.channels_last)

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .index import SLOT_FIELDS, TILE_FIELDS, StepTable
+from .launch import Launch
 from .tiles import Tile
 
 ACTIVATIONS = (None, "relu", "relu6", "silu")
@@ -206,7 +207,7 @@ def gather_gemm_kernel(
         _finish(acc, bias_ptr, residual_ptr, out_ptr, start, inside, row_begin, row_end, ACTIVATION)
 
 
-@triton.jit(do_not_specialize=["out_c", "parts"])
+@triton.jit(do_not_specialize=["total", "out_c", "parts"])
 def sum_parts_kernel(
     parts_ptr,  # [parts, total], of any type
     bias_ptr,
@@ -232,56 +233,65 @@ def sum_parts_kernel(
     tl.store(out_ptr + places, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def gather_gemm(
-    x: Tensor,
-    values: Tensor,
-    table: StepTable,
-    walk: Walk,
-    tile: Tile,
-    out: Tensor,
-    *,
-    transposed: bool,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-    precision: str = "ieee",
-) -> Tensor:
-    """Fill ``out`` (channels last, like ``x`` and ``residual``) with ``act(gather(x) @ blocks + bias + residual)``."""
-    pixels = walk.images * walk.grid[0] * walk.grid[1]
-    if out.numel() == 0:
-        return out
-    pixel_tiles = triton.cdiv(pixels, tile.bm)
-    target = out
-    if tile.splits > 1:
-        target = torch.empty((tile.splits, out.numel()), dtype=torch.float32, device=out.device)
-    fused = (bias, residual, activation)
-    in_kernel = fused if tile.splits == 1 else (None, None, None)
-    in_c, out_c = x.shape[1 if x.dim() == 4 else -1], out.shape[1 if out.dim() == 4 else -1]
-    gather_gemm_kernel[(pixel_tiles * table.num_tiles, tile.splits)](
-        x, values, *in_kernel[:2], target, table.tiles, table.slots, table.offsets,
-        pixels, *walk.grid, *walk.gathered, in_c // 8, *walk.out, out_c // 8, *walk.in_step, *walk.out_step,
-        table.num_tiles, pixel_tiles, min(tile.group, pixel_tiles), out.numel() // 8,
-        BM=tile.bm, BN=tile.bn, BK=table.slot, LANE=table.lane, BW=values.shape[2], TRANSPOSED=transposed,
-        POINTWISE=walk.pointwise, WHOLE=table.whole, SWAPPED=tile.swapped,
-        PARTED=tile.splits > 1, ACTIVATION=in_kernel[2], PRECISION=precision,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    if tile.splits > 1:
-        sum_parts(target, out, out_c, *fused)
-    return out
+class GatherGemm:
+    """``out = act(gather(x) @ blocks + bias + residual)`` for tensors like those it was made for, channels last."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        values: Tensor,
+        table: StepTable,
+        walk: Walk,
+        tile: Tile,
+        out: Tensor,
+        *,
+        transposed: bool,
+        activation: str | None = None,
+        precision: str = "ieee",
+    ) -> None:
+        self._tables = (table.tiles, table.slots, table.offsets)
+        pixels = walk.images * walk.grid[0] * walk.grid[1]
+        pixel_tiles = triton.cdiv(pixels, tile.bm)
+        parted = tile.splits > 1
+        self._parts = (tile.splits, out.numel()) if parted else None
+        self._add = SumParts(tile.splits, out, out.shape[1], activation) if parted else None
+        sizes = (
+            pixels, *walk.grid, *walk.gathered, x.shape[1] // 8, *walk.out, out.shape[1] // 8,
+            *walk.in_step, *walk.out_step, table.num_tiles, pixel_tiles, min(tile.group, pixel_tiles), out.numel() // 8,
+        )  # fmt: skip
+        constants = {
+            "BM": tile.bm, "BN": tile.bn, "BK": table.slot, "LANE": table.lane, "BW": values.shape[2],
+            "TRANSPOSED": transposed, "POINTWISE": walk.pointwise, "WHOLE": table.whole, "SWAPPED": tile.swapped,
+            "PARTED": parted, "ACTIVATION": None if parted else activation, "PRECISION": precision,
+        }  # fmt: skip
+        grid = (pixel_tiles * table.num_tiles, tile.splits)
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        self._launch = None if out.numel() == 0 else Launch(gather_gemm_kernel, grid, sizes, constants, **options)
+
+    def __call__(
+        self, x: Tensor, values: Tensor, out: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        if self._launch is None:
+            return out
+        if self._add is None:
+            self._launch(x, values, bias, residual, out, *self._tables)
+            return out
+        parts = torch.empty(self._parts, dtype=torch.float32, device=out.device)
+        self._launch(x, values, None, None, parts, *self._tables)
+        return self._add(parts, out, bias, residual)
 
 
-def sum_parts(
-    parts: Tensor,
-    out: Tensor,
-    out_c: int,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-) -> None:
+class SumParts:
     """``out = act(parts.sum(0) + bias + residual)``, added in a fixed order; ``out`` may be the only part itself."""
-    block = 1024
-    sum_parts_kernel[(triton.cdiv(out.numel(), block),)](
-        parts, bias, residual, out, out.numel(), out_c, parts.shape[0],
-        ACTIVATION=activation, BLOCK=block, num_warps=4,
-    )  # fmt: skip
+
+    def __init__(self, parts: int, out: Tensor, channels: int, activation: str | None = None) -> None:
+        block = 1024
+        grid = (triton.cdiv(out.numel(), block), 1)
+        constants = {"ACTIVATION": activation, "BLOCK": block}
+        self._launch = Launch(sum_parts_kernel, grid, (out.numel(), channels, parts), constants, num_warps=4)
+
+    def __call__(
+        self, parts: Tensor, out: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        self._launch(parts, bias, residual, out)
+        return out

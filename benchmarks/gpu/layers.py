@@ -58,8 +58,8 @@ def native_call(layer: Conv, x: Tensor, blocks: BlockSparse, grad: Tensor) -> Ca
 
     if driver.why_not(x.dtype, x.device) is not None:
         return None
-    weight = ops.weight_of(layer.out_channels, layer.channels, blocks.values, geometry_of(layer))
-    mask, out = masks.masks.of(blocks.row_ptr, blocks.col_idx, weight), torch.empty_like(grad)
+    sizes = (layer.out_channels, layer.channels, blocks.values, geometry_of(layer))
+    mask, out = masks.masks.of(blocks.row_ptr, blocks.col_idx, *sizes), torch.empty_like(grad)
     return lambda: ops.native_forward(x, blocks.values, mask, out, None, None, None)
 
 

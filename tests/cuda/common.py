@@ -54,6 +54,10 @@ def geometry(case):
     return Geometry(case.kernel, case.stride, case.padding, case.dilation, case.groups)
 
 
+def weight_of(case, values):
+    return index.Weight(case.k, case.c // case.groups, *values.shape[1:], *geometry(case))
+
+
 def ours(case, x, values, blocks, bias, grad, **fused):
     """Output and both gradients by the backend."""
     index = (blocks.row_ptr, blocks.col_idx)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from sparsekd import BlockPattern
-from sparsekd.backends.cuda import masks, ops
+from sparsekd.backends.cuda import masks
 
 from ..cases import Conv
 from .checked import checks
-from .common import GPU, conv2d_kernels, geometry, last, operands, tiles
+from .common import GPU, conv2d_kernels, last, operands, tiles, weight_of
 
 pytestmark = pytest.mark.skipif(GPU, reason="kernels are compiled here")
 with mock.patch.dict(os.environ, {} if GPU else {"TRITON_INTERPRET": "1"}):
@@ -57,9 +57,10 @@ def test_every_kernel_is_watched():
     """The kernels do have hints, and the checks do see them."""
     case = Conv("seen", n=1, c=16, k=16, image=(3, 3), pattern=BlockPattern(16, 16), density=0.5)
     x, values, blocks = operands(case, torch.float32)
-    weight = ops.weight_of(case.k, case.c, values, geometry(case))
+    weight = weight_of(case, values)
     tile = tiles.GATHER_IEEE[-1]
     table = masks.Mask(blocks.row_ptr, blocks.col_idx, weight).table("forward", tile)
     with checks() as watch:
-        conv2d_kernels.forward(x, values, table, weight, tile, last(torch.empty(1, 16, 3, 3)))
+        out = last(torch.empty(1, 16, 3, 3))
+        conv2d_kernels.forward(x, values, table, weight, tile, out)(x, values, out)
     assert watch.hints and watch.accesses

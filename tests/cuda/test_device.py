@@ -11,7 +11,7 @@ from sparsekd.backends import cuda as backend
 from sparsekd.backends.cuda import choose, device, masks, ops, plan
 
 from ..cases import Conv
-from .common import TRITON, always, conv2d_kernels, conv_problem, geometry, operands
+from .common import TRITON, always, conv_problem, gather_gemm, geometry, operands
 
 
 class Streams:
@@ -75,12 +75,8 @@ def test_no_mask_is_forgotten_while_a_stream_may_read_it(monkeypatch):
         index = mock.MagicMock(shape=(1,), device=where, is_cuda=True, _version=0)
         index.data_ptr.return_value, index.is_inference.return_value = 16 * place, False
         with mock.patch.object(masks, "is_capturing", lambda x: False):
-            kept.of(index, index, problem_weight())
+            kept.of(index, index, 16, 16, torch.empty(1, 16, 16))
     assert waited == [where] and len(kept) == 1
-
-
-def problem_weight():
-    return conv_problem()[0].weight
 
 
 def test_ops_make_their_device_the_current_one(monkeypatch):
@@ -103,10 +99,11 @@ def test_operands_that_begin_anywhere_are_copied(monkeypatch):
     want = backend.conv2d(x, values, blocks.row_ptr, blocks.col_idx, bias, case.k, *geometry(case), residual=residual)
     seen = []
 
-    def gather_gemm(x, values, *more, bias, residual, **options):
+    def called(self, x, values, out, bias=None, residual=None):
         seen.extend((x, values, bias, residual))
+        return out
 
-    monkeypatch.setattr(conv2d_kernels, "gather_gemm", gather_gemm)
+    monkeypatch.setattr(gather_gemm.GatherGemm, "__call__", called)
     with mock.patch.object(choose, "run", lambda *more: more[-1].triton(TRITON.tile)):
         shifted = [misaligned(tensor) for tensor in (x, values, bias, residual)]
         assert all(tensor.data_ptr() % 16 for tensor in shifted)
@@ -118,10 +115,8 @@ def test_operands_that_begin_anywhere_are_copied(monkeypatch):
 
 
 def backend_conv(case, blocks, x, values, bias, residual):
-    weight = ops.weight_of(case.k, case.c, values, geometry(case))
-    mask = masks.masks.of(blocks.row_ptr, blocks.col_idx, weight)
-    shape = (1, case.k, 4, 4)
-    ops._forward(ops.CONV2D, mask, x, values, bias, residual, None, shape, torch.channels_last)
+    mask = masks.masks.of(blocks.row_ptr, blocks.col_idx, case.k, case.c, values, geometry(case))
+    ops._forward(ops.CONV2D, mask, x, values, bias, residual, None, torch.channels_last)
 
 
 def misaligned(tensor):

@@ -23,6 +23,7 @@ from .common import (
     ours,
     tiles,
     torchs,
+    weight_of,
 )
 
 TILES = [
@@ -39,7 +40,7 @@ def test_every_tile(direction, family, tile):
     dtype = torch.float16 if family == "half" else torch.float32
     case = Conv("tile", n=1, c=64, k=96, image=(7, 9), pattern=BlockPattern(32, 32), stride=(1, 2), density=0.2)
     x, values, blocks = operands(case, dtype)
-    weight = ops.weight_of(case.k, case.c, values, geometry(case))
+    weight = weight_of(case, values)
     *_, grad = torchs(case, x, blocks, None, None, torch.float64)
     grad = last(grad.to(dtype))
     exact = dict(zip(tiles.DIRECTIONS, torchs(case, x, blocks, None, grad, torch.float64), strict=False))[direction]
@@ -48,7 +49,8 @@ def test_every_tile(direction, family, tile):
     table = masks.Mask(blocks.row_ptr, blocks.col_idx, weight).table(direction, tile)
     left, right = {"forward": (x, values), "grad_input": (grad, values), "grad_values": (grad, x)}[direction]
     launch = getattr(conv2d_kernels, direction)
-    launch(left, right, table, weight, tile, got, precision="tf32" if family == "tf32" else "ieee")
+    precision = "tf32" if family == "tf32" else "ieee"
+    launch(left, right, table, weight, tile, got, precision=precision)(left, right, got)
     relative = {"half": 2e-3, "tf32": 2e-3, "ieee": 1e-5}[family]
     assert (got.double() - exact).abs().max() <= relative * exact.abs().max()
 
@@ -71,7 +73,7 @@ def test_every_tile_keeps_its_promises(direction, family, tile, place):
     """Hints, bounds and 32-bit products (checked.py), for blocks lower and wider than a tile, groups and borders."""
     case, dtype = PLACES[place], torch.float16 if family == "half" else torch.float32
     x, values, blocks = operands(case, dtype)
-    weight = ops.weight_of(case.k, case.c // case.groups, values, geometry(case))
+    weight = weight_of(case, values)
     if tile not in tiles.candidates(direction, family, weight, 90):
         pytest.skip("this layer never gets this tile")
     want = torchs(case, x, blocks, None, None, torch.float32)
@@ -81,7 +83,8 @@ def test_every_tile_keeps_its_promises(direction, family, tile, place):
     left, right = {"forward": (x, values), "grad_input": (grad, values), "grad_values": (grad, x)}[direction]
     got = got if direction == "grad_values" else last(got)
     launch = getattr(conv2d_kernels, direction)
-    launch(left, right, table, weight, tile, got, precision="tf32" if family == "tf32" else "ieee")
+    precision = "tf32" if family == "tf32" else "ieee"
+    launch(left, right, table, weight, tile, got, precision=precision)(left, right, got)
     torch.testing.assert_close(got.float(), exact.float(), rtol=1e-2, atol=1e-2)
 
 

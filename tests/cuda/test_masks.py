@@ -40,12 +40,12 @@ def test_tables_are_built_once_and_old_masks_forgotten(monkeypatch):
 
 def test_masks_a_graph_reads_are_never_forgotten(monkeypatch):
     monkeypatch.setattr(masks, "MASKS_KEPT", 1)
-    weight = index.Weight(16, 16, 16, 16)
+    weight = 16, 16, torch.empty(1, 16, 16)
     indices = [(torch.tensor([0, 1], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)) for _ in range(3)]
-    captured = masks.masks.of(*indices[0], weight)
+    captured = masks.masks.of(*indices[0], *weight)
     captured.captured = True
-    masks.masks.of(*indices[1], weight)
-    masks.masks.of(*indices[2], weight)
+    masks.masks.of(*indices[1], *weight)
+    masks.masks.of(*indices[2], *weight)
     assert captured in masks.masks and len(masks.masks) == 2
 
 

@@ -12,11 +12,21 @@ import torch.nn.functional as F
 
 from sparsekd import BlockPattern
 from sparsekd.backends import cuda as backend
-from sparsekd.backends.cuda import choose, ops, plan
+from sparsekd.backends.cuda import choose, plan
 
 from ..cases import CONVS, LINEARS, Conv, Linear
 from . import common
-from .common import CONV_CASES, LINEAR_CASES, TRITON, always, assert_as_exact_as_torch, by_id, geometry, operands
+from .common import (
+    CONV_CASES,
+    LINEAR_CASES,
+    TRITON,
+    always,
+    assert_as_exact_as_torch,
+    by_id,
+    geometry,
+    operands,
+    weight_of,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -84,7 +94,7 @@ def test_the_dense_path_takes_groups_and_ragged_blocks(case, monkeypatch):
 )
 def test_what_the_kernels_refuse_runs_dense(case, why):
     _, values, _ = operands(case, torch.float32)
-    weight = ops.weight_of(case.k, case.c, values, geometry(case))
+    weight = weight_of(case, values)
     reason = choose.refusal(values, weight)
     assert reason is not None
     assert re.search(why, reason)
@@ -102,7 +112,7 @@ def test_blocks_for_any_device_run(case, monkeypatch):
 def test_float64_runs_dense():
     case = Conv("double", pattern=BlockPattern(16, 16))
     x, values, blocks = operands(case, torch.float64)
-    assert "float64" in choose.refusal(values, ops.weight_of(case.k, case.c, values, geometry(case)))
+    assert "float64" in choose.refusal(values, weight_of(case, values))
     arguments = (x, values, blocks.row_ptr, blocks.col_idx, None, case.k, *geometry(case))
     torch.testing.assert_close(backend.conv2d(*arguments), F.conv2d(x, blocks.to_dense(), **case.geometry))
 

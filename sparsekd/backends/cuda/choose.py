@@ -21,6 +21,9 @@ from .device import is_capturing, on, refuse_capture
 from .masks import Channels, Mask, masks
 from .plan import COMPACT, DENSE, Choice, Measured, Plan, Problem
 
+# Compiling a tile costs a second or more, once for each shape of block. The model is trusted no further than this.
+MOST_TIMED, PROMISING = 4, 1.6
+
 
 class Paths(NamedTuple):
     """The ways to run one op. Dense takes the channels to which it may keep, or None for all."""
@@ -97,6 +100,7 @@ def run(
             else:
                 choice = of_device.choose(problem, lambda: guess(problem, mask, values))
             mask.choices[known] = choice
+            mask.ready.clear()  # each candidate left its launch there
         return paths.run(choice, mask)
 
 
@@ -106,13 +110,15 @@ def problem_of(direction: str, family: str, mask: Mask, values: Tensor, images: 
 
 
 def candidates(problem: Problem, mask: Mask, values: Tensor) -> list[Choice]:
-    """What is worth timing, dense first."""
+    """What is worth timing, dense first: of the tiles those that the model finds promising."""
     choices = [DENSE]
     if problem.weight.groups == 1:
         outputs, inputs = mask.channels
         if outputs.numel() and inputs.numel() and outputs.numel() + inputs.numel() < sum(mask.weight[:2]):
             choices.append(COMPACT)
-    return choices + [Choice("triton", tile) for tile, _ in tiles(problem, mask, values)]
+    found = sorted(tiles(problem, mask, values), key=lambda pair: pair[1])
+    promising = [tile for tile, seconds in found[:MOST_TIMED] if seconds <= PROMISING * found[0][1]]
+    return choices + [Choice("triton", tile) for tile in promising]
 
 
 def tiles(problem: Problem, mask: Mask, values: Tensor) -> list[tuple[Tile, float]]:
@@ -198,6 +204,8 @@ def dtype_name(x: Tensor) -> str:
 
 
 def family(x: Tensor, conv: bool) -> str:
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return "half"
     found = kernel_tiles.family(dtype_name(x), x.dtype == torch.float32 and allows_tf32(conv))
     assert found is not None  # refusal() said so
     return found

@@ -15,9 +15,11 @@ from torch import Tensor
 from sparsekd.kernels import index as tables
 from sparsekd.kernels.index import StepTable, Weight
 
+from ...ops.conv2d import Geometry
 from .device import build_to_keep, is_capturing
 
 MASKS_KEPT = 1024
+ONE_PIXEL = Geometry((1, 1))
 TALL = 128  # channels of a wide tile
 
 
@@ -35,6 +37,7 @@ class Mask:
         self.row_ptr, self.col_idx, self.weight = row_ptr, col_idx, weight
         self.tables: dict[tuple[str, int, int], StepTable] = {}
         self.choices: dict[tuple, Any] = {}  # of choose.py, by problem
+        self.ready: dict[tuple, Any] = {}  # of ops.py, by operands
         self.captured = False
 
     @property
@@ -121,6 +124,10 @@ class Mask:
         return math.ceil(self.weight.cols / self.weight.bw)
 
 
+def _version(index: Tensor) -> int:
+    return 0 if index.is_inference() else index._version
+
+
 def _to_keep(index: Tensor) -> Tensor:
     return index if index.is_contiguous() else build_to_keep(index.contiguous, index)
 
@@ -132,14 +139,18 @@ class Masks:
         self._found: OrderedDict[tuple, Mask] = OrderedDict()
         self._lock = RLock()
 
-    def of(self, row_ptr: Tensor, col_idx: Tensor, weight: Weight) -> Mask:
-        versions = (0 if tensor.is_inference() else tensor._version for tensor in (row_ptr, col_idx))
-        key = (weight, col_idx.shape[0], col_idx.device, row_ptr.data_ptr(), col_idx.data_ptr(), *versions)
+    def of(
+        self, row_ptr: Tensor, col_idx: Tensor, rows: int, cols: int, values: Tensor, geometry: Geometry = ONE_PIXEL
+    ) -> Mask:
+        """The mask of a weight ``[rows, cols, *kernel]`` whose blocks have the size of ``values``."""
+        at = row_ptr.data_ptr(), col_idx.data_ptr(), _version(row_ptr), _version(col_idx)
+        key = (*at, rows, cols, values.shape, geometry, col_idx.device)
         capturing = is_capturing(col_idx)
         with self._lock:
             mask = self._found.get(key)
             if mask is None:
                 self._make_room(capturing)
+                weight = Weight(rows, cols, *values.shape[1:], *geometry)
                 mask = self._found[key] = Mask(_to_keep(row_ptr), _to_keep(col_idx), weight)
             self._found.move_to_end(key)
             mask.captured |= capturing
@@ -161,6 +172,7 @@ class Masks:
         with self._lock:
             for mask in self._found.values():
                 mask.choices.clear()
+                mask.ready.clear()
 
     def clear(self) -> None:
         self._found.clear()

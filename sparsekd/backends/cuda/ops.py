@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsekd.kernels.index import Weight
 
 from ...ops.conv2d import Geometry, memory_format
-from . import choose, cost, driver
+from . import choose, cost, driver, plan
 from .choose import Paths, uses_triton
 from .device import aligned, on
 from .masks import Channels, Mask, masks
@@ -35,6 +35,14 @@ class Library(NamedTuple):
     forward: Callable[[Tensor, Tensor, Tensor | None, Weight], Tensor]
     grad_input: Callable[[Tensor, Tensor, Tensor, Weight], Tensor]  # grad, something like x, dense weight
     grad_weight: Callable[[Tensor, Tensor, Tensor, Weight], Tensor]  # grad, x, something like the dense weight
+
+
+class Ready(NamedTuple):
+    """What `Mask.ready` keeps of a problem whose choice is a Triton tile: its launch, which skips the choosing."""
+
+    family: str
+    launch: Callable[..., Tensor]
+    shape: tuple[int, ...]  # of the result
 
 
 def _conv2d_forward(x: Tensor, dense: Tensor, bias: Tensor | None, weight: Weight) -> Tensor:
@@ -85,24 +93,23 @@ def linear(
     activation: str | None = None,
 ) -> Tensor:
     """``act(x W^T + bias + residual)``; the last two are for frozen models, the op itself has neither."""
-    mask = masks.of(row_ptr, col_idx, weight_of(out_features, x.shape[-1], values))
+    mask = masks.of(row_ptr, col_idx, out_features, x.shape[-1], values)
     added = None if residual is None else _rows(residual)
     rows = _rows(x)
-    shape = (rows.shape[0], out_features, 1, 1)
-    y = _forward(LINEAR, mask, rows, values, bias, added, activation, shape, torch.channels_last)
+    y = _forward(LINEAR, mask, rows, values, bias, added, activation, torch.channels_last)
     return y.reshape(*x.shape[:-1], out_features)
 
 
 def linear_grad_input(grad: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, in_features: int) -> Tensor:
-    mask = masks.of(row_ptr, col_idx, weight_of(grad.shape[-1], in_features, values))
+    mask = masks.of(row_ptr, col_idx, grad.shape[-1], in_features, values)
     rows = _rows(grad)
     dx = _grad_input(LINEAR, mask, rows, values, (rows.shape[0], in_features, 1, 1), torch.channels_last)
     return dx.reshape(*grad.shape[:-1], in_features)
 
 
 def linear_grad_values(grad: Tensor, x: Tensor, row_ptr: Tensor, col_idx: Tensor, bh: int, bw: int) -> Tensor:
-    out = x.new_empty(col_idx.shape[0], bh, bw)
-    mask = masks.of(row_ptr, col_idx, weight_of(grad.shape[-1], x.shape[-1], out))
+    out = torch.empty((col_idx.shape[0], bh, bw), dtype=x.dtype, device=x.device)
+    mask = masks.of(row_ptr, col_idx, grad.shape[-1], x.shape[-1], out)
     return _grad_values(LINEAR, mask, _rows(grad), _rows(x), out, torch.channels_last)
 
 
@@ -122,9 +129,9 @@ def conv2d(
     fields: of a Geometry, in its order.
     """
     geometry = Geometry.of(*fields)
-    mask = masks.of(row_ptr, col_idx, weight_of(out_channels, x.shape[1] // geometry.groups, values, geometry))
-    layout, shape = memory_format(x), (x.shape[0], out_channels, *geometry.output_size(x.shape[2:]))
-    y = _forward(CONV2D, mask, x, values, bias, residual, activation, shape, layout)
+    mask = masks.of(row_ptr, col_idx, out_channels, x.shape[1] // geometry.groups, values, geometry)
+    layout = memory_format(x)
+    y = _forward(CONV2D, mask, x, values, bias, residual, activation, layout)
     return y.contiguous(memory_format=layout)
 
 
@@ -132,7 +139,7 @@ def conv2d_grad_input(
     grad: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, input_shape: Sequence[int], *fields: Any
 ) -> Tensor:
     geometry = Geometry.of(*fields)
-    mask = masks.of(row_ptr, col_idx, weight_of(grad.shape[1], input_shape[1] // geometry.groups, values, geometry))
+    mask = masks.of(row_ptr, col_idx, grad.shape[1], input_shape[1] // geometry.groups, values, geometry)
     layout = memory_format(grad)
     dx = _grad_input(CONV2D, mask, grad, values, tuple(input_shape), layout)
     return dx.contiguous(memory_format=layout)
@@ -141,9 +148,9 @@ def conv2d_grad_input(
 def conv2d_grad_values(
     grad: Tensor, x: Tensor, row_ptr: Tensor, col_idx: Tensor, bh: int, bw: int, *fields: Any
 ) -> Tensor:
-    out = x.new_empty(col_idx.shape[0], bh, bw)
+    out = torch.empty((col_idx.shape[0], bh, bw), dtype=x.dtype, device=x.device)
     geometry = Geometry.of(*fields)
-    mask = masks.of(row_ptr, col_idx, weight_of(grad.shape[1], x.shape[1] // geometry.groups, out, geometry))
+    mask = masks.of(row_ptr, col_idx, grad.shape[1], x.shape[1] // geometry.groups, out, geometry)
     return _grad_values(CONV2D, mask, grad, x, out, memory_format(x))
 
 
@@ -158,26 +165,19 @@ def _forward(
     bias: Tensor | None,
     residual: Tensor | None,
     activation: str | None,
-    shape: tuple[int, ...],
     layout: torch.memory_format,
 ) -> Tensor:
     """layout: the memory format of a dense weight, where no kernel takes this one."""
-
-    def dense(kept: Channels | None) -> Tensor:
-        weight = mask.dense(values)
-        if kept is None:
-            return _finish(
-                library.forward(x, weight.contiguous(memory_format=layout), bias, mask.weight), residual, activation
-            )
-        some = library.forward(x.index_select(1, kept.inputs), weight[kept.outputs][:, kept.inputs], None, mask.weight)
-        return _finish(_spread(some, kept.outputs, _empty(x, shape), bias), residual, activation)
-
-    if choose.runs_dense(values, mask.weight, forward=True):
-        return dense(None)
-    layout = torch.channels_last
-    x, values = _last(x), aligned(values.contiguous())
+    key = ("forward", x.shape, x.dtype, values.dtype, bias is None, residual is None, activation)
+    ready: Ready | None = mask.ready.get(key)
+    shape = _output_shape(mask.weight, x) if ready is None else ready.shape
+    if ready is None and choose.runs_dense(values, mask.weight, forward=True):
+        return _forward_dense(library, mask, x, values, bias, residual, activation, shape, layout, None)
+    x, values, bias = _last(x), aligned(values.contiguous()), None if bias is None else aligned(bias)
     residual = None if residual is None else _last(residual)
-    bias = None if bias is None else aligned(bias)
+    if ready is not None and ready.family == choose.family(x, library.conv) and not plan.is_measuring():
+        with on(x.device):
+            return ready.launch(x, values, _empty(x, shape), bias, residual)
     if not uses_triton():
         return native_forward(x, values, mask, _empty(x, shape), bias, residual, activation)
     from sparsekd.kernels import conv2d as kernel
@@ -185,71 +185,130 @@ def _forward(
     family = choose.family(x, library.conv)
 
     def triton(tile: Any) -> Tensor:
-        return kernel.forward(
-            x, values, mask.table("forward", tile), mask.weight, tile, _empty(x, shape),
-            bias=bias, residual=residual, activation=activation, precision=_precision(family),
-        )  # fmt: skip
+        out = _empty(x, shape)
+        table, precision = mask.table("forward", tile), _precision(family)
+        options: Any = {"activation": activation, "precision": precision}
+        launch = kernel.forward(x, values, table, mask.weight, tile, out, **options)
+        mask.ready[key] = Ready(family, launch, shape)
+        return launch(x, values, out, bias, residual)
 
-    return choose.run("forward", family, mask, values, shape[0], shape[2:], Paths(triton, dense))  # type: ignore[arg-type]
+    def dense(kept: Channels | None) -> Tensor:
+        last = torch.channels_last
+        return _forward_dense(library, mask, x, values, bias, residual, activation, shape, last, kept)
+
+    image = (int(shape[2]), int(shape[3]))
+    return choose.run("forward", family, mask, values, shape[0], image, Paths(triton, dense))
+
+
+def _forward_dense(
+    library: Library,
+    mask: Mask,
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    shape: tuple[int, ...],
+    layout: torch.memory_format,
+    kept: Channels | None,
+) -> Tensor:
+    weight = mask.dense(values)
+    if kept is None:
+        y = library.forward(x, weight.contiguous(memory_format=layout), bias, mask.weight)
+        return _finish(y, residual, activation)
+    some = library.forward(x.index_select(1, kept.inputs), weight[kept.outputs][:, kept.inputs], None, mask.weight)
+    return _finish(_spread(some, kept.outputs, _empty(x, shape), bias), residual, activation)
 
 
 def _grad_input(
     library: Library, mask: Mask, grad: Tensor, values: Tensor, shape: tuple[int, ...], layout: torch.memory_format
 ) -> Tensor:
-    def dense(kept: Channels | None) -> Tensor:
-        weight = mask.dense(values)
-        if kept is None:
-            return library.grad_input(
-                grad, _empty(grad, shape, layout), weight.contiguous(memory_format=layout), mask.weight
-            )
-        like, weight = _empty(grad, (shape[0], kept.inputs.shape[0], *shape[2:])), weight[kept.outputs][:, kept.inputs]
-        some = library.grad_input(grad.index_select(1, kept.outputs), like, weight, mask.weight)
-        return _spread(some, kept.inputs, _empty(grad, shape))
-
-    if choose.runs_dense(values, mask.weight):
-        return dense(None)
-    from sparsekd.kernels import conv2d as kernel
-
-    layout = torch.channels_last
+    key = ("grad_input", grad.shape, grad.dtype, values.dtype, shape)
+    ready = mask.ready.get(key)
+    if ready is None and choose.runs_dense(values, mask.weight):
+        return _grad_input_dense(library, mask, grad, values, shape, layout, None)
     grad, values = _last(grad), aligned(values.contiguous())
     family = choose.family(grad, library.conv)
+    if ready is not None and ready.family == family and not plan.is_measuring():
+        with on(grad.device):
+            return ready.launch(grad, values, _empty(grad, shape))
+    from sparsekd.kernels import conv2d as kernel
 
     def triton(tile: Any) -> Tensor:
         table, out = mask.table("grad_input", tile), _empty(grad, shape)
-        return kernel.grad_input(grad, values, table, mask.weight, tile, out, precision=_precision(family))
+        launch = kernel.grad_input(grad, values, table, mask.weight, tile, out, precision=_precision(family))
+        mask.ready[key] = Ready(family, launch, shape)
+        return launch(grad, values, out)
+
+    def dense(kept: Channels | None) -> Tensor:
+        return _grad_input_dense(library, mask, grad, values, shape, torch.channels_last, kept)
 
     image = (int(shape[2]), int(shape[3]))
     return choose.run("grad_input", family, mask, values, shape[0], image, Paths(triton, dense))
 
 
+def _grad_input_dense(
+    library: Library,
+    mask: Mask,
+    grad: Tensor,
+    values: Tensor,
+    shape: tuple[int, ...],
+    layout: torch.memory_format,
+    kept: Channels | None,
+) -> Tensor:
+    weight = mask.dense(values)
+    if kept is None:
+        weight = weight.contiguous(memory_format=layout)
+        return library.grad_input(grad, _empty(grad, shape, layout), weight, mask.weight)
+    like, weight = _empty(grad, (shape[0], kept.inputs.shape[0], *shape[2:])), weight[kept.outputs][:, kept.inputs]
+    some = library.grad_input(grad.index_select(1, kept.outputs), like, weight, mask.weight)
+    return _spread(some, kept.inputs, _empty(grad, shape))
+
+
 def _grad_values(
     library: Library, mask: Mask, grad: Tensor, x: Tensor, out: Tensor, layout: torch.memory_format
 ) -> Tensor:
-    shape = (mask.weight.rows, mask.weight.cols, *mask.weight.kernel)
-
-    def dense(kept: Channels | None) -> Tensor:
-        if kept is None:
-            return mask.pick(library.grad_weight(grad, x, _empty(x, shape, layout), mask.weight))
-        like = _empty(x, (kept.outputs.shape[0], kept.inputs.shape[0], *mask.weight.kernel))
-        narrow = grad.index_select(1, kept.outputs), x.index_select(1, kept.inputs)
-        whole = out.new_zeros(shape)
-        whole[kept.outputs[:, None], kept.inputs] = library.grad_weight(*narrow, like, mask.weight)
-        return mask.pick(whole)
-
-    if choose.runs_dense(out, mask.weight):
-        return dense(None)
-    from sparsekd.kernels import conv2d as kernel
-
-    layout = torch.channels_last
+    key = ("grad_values", grad.shape, x.shape, x.dtype, out.dtype)
+    ready = mask.ready.get(key)
+    if ready is None and choose.runs_dense(out, mask.weight):
+        return _grad_values_dense(library, mask, grad, x, out, layout, None)
     x, grad = _last(x), _last(grad)
     family = choose.family(x, library.conv)
+    if ready is not None and ready.family == family and not plan.is_measuring():
+        with on(x.device):
+            return ready.launch(grad, x, out)
+    from sparsekd.kernels import conv2d as kernel
 
     def triton(tile: Any) -> Tensor:
         table = mask.table("grad_values", tile)
-        return kernel.grad_values(grad, x, table, mask.weight, tile, out, precision=_precision(family))
+        launch = kernel.grad_values(grad, x, table, mask.weight, tile, out, precision=_precision(family))
+        mask.ready[key] = Ready(family, launch, tuple(out.shape))
+        return launch(grad, x, out)
+
+    def dense(kept: Channels | None) -> Tensor:
+        return _grad_values_dense(library, mask, grad, x, out, torch.channels_last, kept)
 
     image = (grad.shape[2], grad.shape[3])
     return choose.run("grad_values", family, mask, out, x.shape[0], image, Paths(triton, dense))
+
+
+def _grad_values_dense(
+    library: Library,
+    mask: Mask,
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor,
+    layout: torch.memory_format,
+    kept: Channels | None,
+) -> Tensor:
+    shape = (mask.weight.rows, mask.weight.cols, *mask.weight.kernel)
+    if kept is None:
+        return mask.pick(library.grad_weight(grad, x, _empty(x, shape, layout), mask.weight))
+    like = _empty(x, (kept.outputs.shape[0], kept.inputs.shape[0], *mask.weight.kernel))
+    narrow = grad.index_select(1, kept.outputs), x.index_select(1, kept.inputs)
+    whole = out.new_zeros(shape)
+    whole[kept.outputs[:, None], kept.inputs] = library.grad_weight(*narrow, like, mask.weight)
+    return mask.pick(whole)
 
 
 def native_forward(
@@ -278,22 +337,18 @@ def has_epilogue(x: Tensor) -> bool:
 
 def epilogue(y: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None) -> Tensor:
     """``act(y + bias + residual)`` of maps, written over ``y`` in one pass where ``y`` is channels_last."""
-    from sparsekd.kernels.gather_gemm import sum_parts
+    from sparsekd.kernels.gather_gemm import SumParts
 
     y = _last(y)
     with on(y.device):
-        sum_parts(y[None], y, y.shape[1], bias, None if residual is None else _last(residual), activation)
-    return y
+        return SumParts(1, y, y.shape[1], activation)(y, y, bias, None if residual is None else _last(residual))
 
 
 # ---- Small parts
 
 
-_ONE_PIXEL = Geometry((1, 1))
-
-
-def weight_of(rows: int, cols: int, values: Tensor, geometry: Geometry = _ONE_PIXEL) -> Weight:
-    return Weight(rows, cols, values.shape[1], values.shape[2], *geometry)
+def _output_shape(weight: Weight, x: Tensor) -> tuple[int, ...]:
+    return x.shape[0], weight.rows, *Geometry(*weight[4:]).output_size(x.shape[2:])
 
 
 def _precision(family: str) -> str:
