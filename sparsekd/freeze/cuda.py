@@ -12,18 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ..backends import cuda as backend
 from ..backends.cuda.device import cudnn_searches, on
 from ..timing import medians
+from .call import Call as Arguments
 from .cuda_layer import gpu_layer
+from .export import refuse_recording
 from .layer import FrozenLayer
 from .measure import fold, geometry_of
 from .network import FrozenModel, assemble, check_outputs
+from .outputs import map_tensors, tensors
 from .plan import Plan
 from .sites import clone
 from .source import find_source, outputs_of
+from .trace import Trace
 
 Call = Callable[..., Any]
 TF32_TOLERANCE = 1e-2  # 10 bits of mantissa, as float16, in every layer
@@ -32,16 +35,20 @@ TF32_TOLERANCE = 1e-2  # 10 bits of mantissa, as float16, in every layer
 class FrozenCudaModel(FrozenModel):
     """What `freeze` returns for a model on a GPU. Not for several threads at once: a graph has one set of inputs."""
 
-    def __init__(self, network: nn.Module, plan: Plan, record: dict[str, Any], device: torch.device) -> None:
-        super().__init__(network, plan, record)
+    def __init__(
+        self, network: nn.Module, plan: Plan, record: dict[str, Any], trace: Trace | None, device: torch.device
+    ) -> None:
+        super().__init__(network, plan, record, trace)
         self._device, self._graphs = device, dict[tuple, Call]()
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = self.call.flatten(args, kwargs)
+        refuse_recording(inputs)
         self._check(inputs)
         sizes = tuple(x.shape for x in inputs)
         with torch.no_grad(), on(self._device):
             if sizes not in self._graphs:
-                self._graphs[sizes] = capture(self._run, inputs)
+                self._graphs[sizes] = capture(self.result, inputs)
             return self._graphs[sizes](*inputs)
 
     def _on_device(self, x: Tensor) -> bool:
@@ -54,13 +61,16 @@ class FrozenCudaModel(FrozenModel):
         )
 
 
-def freeze_on_gpu(model: nn.Module, inputs: tuple[Tensor, ...], tolerance: float | None) -> FrozenModel:
+def freeze_on_gpu(
+    model: nn.Module, call: Arguments, inputs: tuple[Tensor, ...], tolerance: float | None
+) -> FrozenModel:
     """The part of `freeze` for a model on a GPU, which `prepare` returned."""
     device = inputs[0].device
     with torch.no_grad(), on(device), cudnn_searches():
-        expected = outputs_of(model, inputs)
+        run = call.calls(model)
+        expected = outputs_of(run, inputs)
         tolerance = tolerance_of(expected) if tolerance is None else tolerance
-        source = find_source(model, inputs, expected, tolerance, pools=False)
+        source = find_source(model, call, inputs, expected, tolerance, pools=False)
         layers: dict[str, FrozenLayer] = {}
         plans = []
         for site in source.sites:
@@ -72,15 +82,15 @@ def freeze_on_gpu(model: nn.Module, inputs: tuple[Tensor, ...], tolerance: float
         network = assemble(source.network, source.sites, layers)
         threads, notes = torch.get_num_threads(), source.notes("")
         plan_of_all = Plan(tuple(plans), "channels_last", threads, None, {}, notes, _name(device))
-        frozen = FrozenCudaModel(network, plan_of_all, source.record, device)
+        frozen = FrozenCudaModel(network, plan_of_all, source.record, source.trace, device)
         check_outputs(frozen, source.traced, source.expected, inputs, tolerance)
-        plan_of_all.network_us.update(_times({"unfrozen": model, "frozen": frozen}, inputs))
+        plan_of_all.network_us.update(_times({"unfrozen": run, "frozen": call.calls(frozen)}, inputs))
     return frozen
 
 
 def tolerance_of(expected: Any) -> float | None:
     """What outputs may differ by where the user says nothing: None, or TF32's where torch lets products take it."""
-    single = any(isinstance(y, Tensor) and y.dtype == torch.float32 for y in pytree.tree_leaves(expected))
+    single = any(y.dtype == torch.float32 for y in tensors(expected))
     tf32 = torch.cuda.is_available() and (backend.allows_tf32(conv=True) or backend.allows_tf32(conv=False))
     return TF32_TOLERANCE if single and tf32 else None
 
@@ -118,13 +128,13 @@ def capture(run: Call, inputs: tuple[Tensor, ...]) -> Call:
             "computes must not depend on values the host has to see"
         ) from error
     # A graph that holds nothing would leave here what has just been computed, and seem to be right.
-    pytree.tree_map_only(Tensor, lambda y: y.fill_(float("nan")) if y.is_floating_point() else y.zero_(), outputs)
+    map_tensors(lambda y: y.fill_(float("nan")) if y.is_floating_point() else y.zero_(), outputs)
 
     def replay(*given: Tensor) -> Any:
         for mine, theirs in zip(own, given, strict=True):
             mine.copy_(theirs)
         graph.replay()
-        return pytree.tree_map_only(Tensor, Tensor.clone, outputs)
+        return map_tensors(Tensor.clone, outputs)
 
     return replay
 

@@ -24,17 +24,22 @@ def torch_run(geometry: Geometry, weight: Tensor, bias: Tensor | None, memory_fo
     return (_onednn_conv2d if onednn else torch_conv2d)(geometry, weight, bias)
 
 
-_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
     "relu": torch.relu_,
     "relu6": partial(F.hardtanh_, min_val=0.0, max_val=6.0),
     "silu": partial(F.silu, inplace=True),
+    "hardswish": partial(F.hardswish, inplace=True),
+    "hardsigmoid": partial(F.hardsigmoid, inplace=True),
+    "sigmoid": torch.sigmoid_,
+    "gelu": torch.ops.aten.gelu_.default,
+    "gelu_tanh": partial(torch.ops.aten.gelu_.default, approximate="tanh"),
 }
 
 
 def torch_conv2d(geometry: Geometry, weight: Tensor, bias: Tensor | None) -> Run:
     steps = geometry.walk.steps
-    pad, pad_mode, activate, conv2d = geometry.pad, geometry.pad_mode, _IN_PLACE[geometry.activation], F.conv2d
+    pad, pad_mode, activate, conv2d = geometry.pad, geometry.pad_mode, IN_PLACE[geometry.activation], F.conv2d
 
     def run(x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
         if pad is not None:
@@ -53,6 +58,8 @@ _ONEDNN: dict[str, tuple[str, list[float]]] = {
     "relu": ("relu", []),
     "relu6": ("hardtanh", [0.0, 6.0]),
     "silu": ("swish", []),
+    "hardswish": ("hardswish", []),
+    "sigmoid": ("sigmoid", []),
 }
 
 
@@ -68,11 +75,11 @@ def _onednn_conv2d(geometry: Geometry, weight: Tensor, bias: Tensor | None) -> R
     packed = ops._reorder_convolution_weight(weight, *sizes, [n, channels, *geometry.padded_image])
     conv2d, conv2d_add = ops._convolution_pointwise.default, ops._convolution_pointwise.binary
     conv2d_add_to, layout = ops._convolution_pointwise_.binary, torch.channels_last
-    numbers = (*_ONEDNN[geometry.activation], "")
+    known = geometry.activation in _ONEDNN
+    numbers = (*_ONEDNN[geometry.activation if known else "none"], "")
+    rest = IN_PLACE["none" if known else geometry.activation]
     # Behind an add only ReLU is fused; others follow in place.
-    relu, after = (
-        ("relu", _IN_PLACE["none"]) if geometry.activation == "relu" else (None, _IN_PLACE[geometry.activation])
-    )
+    relu, after = ("relu", IN_PLACE["none"]) if geometry.activation == "relu" else (None, IN_PLACE[geometry.activation])
     pad, pad_mode, out = geometry.pad, geometry.pad_mode, (weight.shape[0], *geometry.output_image)
     image = (channels, *geometry.input[2:])
 
@@ -82,7 +89,7 @@ def _onednn_conv2d(geometry: Geometry, weight: Tensor, bias: Tensor | None) -> R
         if pad is not None:
             x = F.pad(x, pad, pad_mode)
         if residual is None:
-            return conv2d(x, packed, bias, *sizes, *numbers)
+            return rest(conv2d(x, packed, bias, *sizes, *numbers))
         if residual.shape != (x.shape[0], *out):
             residual = residual.expand(x.shape[0], *out)
         if reuse and residual.is_contiguous(memory_format=layout):
@@ -101,7 +108,7 @@ def _has_onednn(dtype: torch.dtype) -> bool:
 
 def dense_norm(geometry: Geometry, scale: Tensor, shift: Tensor | None) -> Run:
     assert shift is not None
-    scale, shift, activate = scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1), _IN_PLACE[geometry.activation]
+    scale, shift, activate = scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1), IN_PLACE[geometry.activation]
 
     def run(x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
         return activate(torch.addcmul(shift, x, scale))
@@ -111,16 +118,20 @@ def dense_norm(geometry: Geometry, scale: Tensor, shift: Tensor | None) -> Run:
 
 def torch_pool(geometry: Geometry) -> Run:
     taps, flat = geometry.weight[2:], geometry.flat
-    if geometry.kind == "max":
-        sizes = (taps, geometry.stride, geometry.padding, geometry.dilation)
-        return lambda x, residual=None, reuse=False: F.max_pool2d(x, *sizes)
-    if taps == geometry.input[2:]:
+    if geometry.whole:
         return lambda x, residual=None, reuse=False: x.mean((2, 3), keepdim=not flat)
-    return lambda x, residual=None, reuse=False: F.avg_pool2d(x, taps, geometry.stride, geometry.padding)
+    sizes = (taps, geometry.stride, geometry.padding)
+    pool = partial(F.max_pool2d, dilation=geometry.dilation) if geometry.kind == "max" else F.avg_pool2d
+
+    def run(x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
+        y = pool(x, *sizes)
+        return y.flatten(1) if flat else y
+
+    return run
 
 
 def dense_linear(geometry: Geometry, weight: Tensor, bias: Tensor | None) -> Run:
-    activate, linear = _IN_PLACE[geometry.activation], F.linear
+    activate, linear = IN_PLACE[geometry.activation], F.linear
 
     def run(x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
         y = linear(x, weight, bias)

@@ -1,37 +1,45 @@
 """`freeze`: what is checked, traced, chosen and checked again; the CPU's part of it. The GPU's is in cuda.py.
 
-1. torch.fx traces the model. Every convolution and linear layer, with the BatchNorm, residual add and ReLU behind it,
-   becomes a `Site`, and that one call: ``act(conv(x) + bias + residual)``.
+1. torch.fx or torch.export traces the model (trace.py). Every convolution and linear layer, with the batch norm,
+   residual add and activation behind it, becomes a `Site`, and that one call: ``act(conv(x) + bias + residual)``.
 2. BatchNorm is folded into weight and bias, exactly.
 3. Each layer is timed dense (torch) and by ``sparsekd._C``, on its kept blocks or on all it has, at its input shape.
    Ours is kept only where it is faster by more than the noise. Everything else stays with torch.
 4. Neighbouring layers of ours become one call (chain.py). The whole network is timed contiguous and channels_last, also
    with ours throughout, and with larger batches in slices of some images for each thread; the fastest is kept, and its
-   outputs are compared with those of the model.
+   outputs are compared with those of the model. Where the model's own forward with dense layers is faster than all of
+   that, it is what runs (eager.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ..backends import cpu
+from .call import Call
 from .cuda import freeze_on_gpu
+from .eager import DENSE, NOISE, run_dense
+from .file import describe_inputs
 from .int8 import check_int8, to_int8
 from .layer import FORMATS
 from .measure import Options, choose_all, time_networks
-from .network import BF16_TOLERANCE, FrozenModel, assemble, cast, check_outputs, runner
+from .network import FrozenModel, assemble, cast, check_outputs, runner
+from .outputs import BF16_TOLERANCE
 from .plan import Plan
+from .prepare import prepare
 from .sites import clone
-from .source import Source, find_source, outputs_of, prepare
+from .source import Source, find_source, in_eager_mode, outputs_of
+from .trace import LOCK, batch_of, dense_twin, with_batch
 
 
 def freeze(
     model: nn.Module,
-    example_inputs: Tensor | Sequence[Tensor],
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any],
     *,
     threads: int | None = None,
     min_gain: float = 1.0,
@@ -46,18 +54,22 @@ def freeze(
     block-sparse layer run sparse where, and only where, that measured faster than torch's dense layer.
 
     Args:
-        model: any module, with or without block-sparse layers; left as it is. One that torch.fx cannot trace keeps its
-            own forward, its layers are chosen one by one without fusion, and the plan says so. On a GPU the planner of
+        model: any module, with or without block-sparse layers; left as it is. One that neither torch.fx nor
+            torch.export can trace keeps its own forward, its layers are chosen one by one without fusion, and the plan
+            says so. On a GPU the planner of
             ``backends.cuda`` chooses, and the network runs as a CUDA graph (cuda.py); the options from ``threads`` to
             ``memory_format`` and ``layer_ms`` are for the CPU.
-        example_inputs: the tensor, or the tensors, of one call. The batch size should be the one to be served: that is
-            what is timed. Later calls may have any batch size, the other dimensions stay.
+        example_inputs: the tensor, or the arguments, of one call: a sequence of positional ones, or a mapping of
+            keyword arguments, with tensors also inside lists, tuples and dicts. The batch size should be the one to be
+            served: that is what is timed. Later calls may have any batch size, and other image sizes and lengths where
+            the model takes them.
         threads: threads to measure with, and that our kernels then use. Default: those torch uses now; later calls
             follow ``torch.set_num_threads``.
         min_gain: keep a layer sparse if it is more than this many times as fast as dense, in three of four samples.
             0 keeps all sparse, ``math.inf`` none.
         memory_format: "contiguous" or "channels_last"; default: whichever makes the whole network faster.
         tolerance: largest difference from the outputs of ``model``, relative to the largest output; default by dtype.
+            Given, it lets outputs that are no floats (positions, classes) differ.
         layer_ms: milliseconds to measure one layer for, in each memory format.
         dtype: "bf16" computes a float32 model in bfloat16 (best with 16x2 blocks): inputs and outputs stay float32.
             "int8" multiplies bytes in sparse float32 layers where that is faster (CPU; best with 16x4 blocks).
@@ -73,44 +85,54 @@ def freeze(
         raise ValueError(f"sparsekd.freeze: dtype must be None, 'bf16' or 'int8', got {dtype!r}")
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"sparsekd.freeze: tolerance must be positive, got {tolerance}; None takes that of the dtype")
-    inputs = _as_inputs(example_inputs)
+    call, inputs = Call.of(getattr(model, "forward", None), example_inputs)
+    _check_devices(inputs)
     on_gpu = is_on_gpu(inputs)
     if on_gpu:
         _check_gpu_options(dtype, threads, min_gain, memory_format)
     if memory_format not in (None, *FORMATS):
         raise ValueError(f"sparsekd.freeze: memory_format must be one of {list(FORMATS)}, got {memory_format!r}")
     _check_parameters(model, inputs[0].device)
-    if on_gpu:
-        return freeze_on_gpu(prepare(model), inputs, tolerance)
-    options = Options(threads, min_gain, layer_ms / 1e3)
-    with torch.no_grad(), _torch_threads(threads):
-        if dtype == "bf16":
-            return _in_bf16(model, inputs, tolerance, memory_format, options)
-        model = prepare(model)
-        source = find_source(model, inputs, outputs_of(model, inputs), tolerance, pools=True)
-        frozen = _on_cpu(source, memory_format, options)
-        if dtype is None:
-            check_outputs(frozen, source.traced, source.expected, inputs, tolerance)
-            return frozen
-        check_outputs(frozen, source.traced, source.expected, inputs, None)
-        batches = [inputs] if calibration is None else [_as_inputs(batch) for batch in calibration]
-        int8 = to_int8(frozen, batches, percentile, options)
-        check_int8(int8, frozen, inputs, tolerance)
-        return int8
+    with LOCK, in_eager_mode():
+        inputs = clone(inputs)
+        if on_gpu:
+            return freeze_on_gpu(prepare(model), call, inputs, tolerance)
+        options = Options(threads, min_gain, layer_ms / 1e3)
+        with _torch_threads(threads):
+            if dtype == "bf16":
+                return _in_bf16(model, call, inputs, tolerance, memory_format, options)
+            model = prepare(model)
+            source = find_source(model, call, inputs, outputs_of(call.calls(model), inputs), tolerance, pools=True)
+            frozen = _on_cpu(source, memory_format, options, may_run_dense=dtype is None)
+            if dtype is None:
+                check_outputs(frozen, source.traced, source.expected, inputs, tolerance)
+                return frozen
+            check_outputs(frozen, source.traced, source.expected, inputs, None)
+            batches = [inputs] if calibration is None else [_tensors_of(model, batch) for batch in calibration]
+            int8 = to_int8(frozen, batches, percentile, options)
+            check_int8(int8, frozen, inputs, tolerance)
+            return int8
 
 
-def _on_cpu(source: Source, memory_format: str | None, options: Options) -> FrozenModel:
+def _on_cpu(source: Source, memory_format: str | None, options: Options, may_run_dense: bool) -> FrozenModel:
     """The fastest of the variants, as a whole network; not yet compared with the model."""
-    inputs = source.inputs
+    inputs, call, traced = source.inputs, source.call, source.trace is not None
     variants = choose_all(source.network, source.sites, memory_format, options)
     networks = {name: assemble(source.network, source.sites, variant.layers) for name, variant in variants.items()}
+    dense = dense_twin(source.model)
     runs: dict[str, Callable[..., object]] = {
-        "unfrozen": source.model,
-        **{name: runner(network) for name, network in networks.items()},
+        "unfrozen": source.run,
+        **({} if dense is None else {DENSE: call.calls(dense.requires_grad_(False))}),
+        **{name: runner(network, call, traced=traced) for name, network in networks.items()},
     }
     network_us = time_networks(runs, inputs)
     fastest = min(networks, key=lambda name: network_us[name])
-    images = _images(networks[fastest], inputs, network_us)
+    if dense is not None and may_run_dense and options.min_gain > 0:
+        # Measured again, since the choice is between all that was done here and nothing.
+        us = time_networks({name: runs[name] for name in (DENSE, fastest)}, inputs)
+        if us[DENSE] < NOISE * us[fastest] and network_us[DENSE] < NOISE * network_us[fastest]:
+            return run_dense(source, dense, network_us)
+    images = _images(networks[fastest], source, network_us)
     plan = Plan(
         layers=tuple(plan for _, plan in variants[fastest].choices),
         images=images,
@@ -120,11 +142,12 @@ def _on_cpu(source: Source, memory_format: str | None, options: Options) -> Froz
         network_us=network_us,
         notes=source.notes(cpu.missing),
     )
-    return FrozenModel(networks[fastest], plan, source.record)
+    return FrozenModel(networks[fastest], plan, source.record, source.trace)
 
 
 def _in_bf16(
     model: nn.Module,
+    call: Call,
     inputs: tuple[Tensor, ...],
     tolerance: float | None,
     memory_format: str | None,
@@ -135,38 +158,44 @@ def _in_bf16(
         raise TypeError("sparsekd.freeze: dtype='bf16' casts a float32 model and inputs; leave it out for others")
     halves = cast(inputs, torch.float32, torch.bfloat16)
     half_model = prepare(model).bfloat16()
-    source = find_source(half_model, halves, outputs_of(half_model, halves), None, pools=True)
-    half = _on_cpu(source, memory_format, options)
-    check_outputs(half, source.traced, source.expected, halves, None)
-    record = {**half.record, "in_bf16": True, "inputs": [[list(x.shape), str(x.dtype)] for x in inputs]}
-    frozen = FrozenModel(half.network, half.plan, record)
-    check_outputs(frozen, None, prepare(model)(*clone(inputs)), inputs, tolerance or BF16_TOLERANCE)
+    expected = outputs_of(call.calls(half_model), halves)
+    source = find_source(half_model, call, halves, expected, tolerance, pools=True)
+    half = _on_cpu(source, memory_format, options, may_run_dense=False)
+    check_outputs(half, source.traced, source.expected, halves, tolerance)
+    record = {**half.record, "in_bf16": True, "inputs": describe_inputs(inputs)}
+    record["probe"] = list(clone(with_batch(inputs, batch_of(tuple(half.record["probe"])))))
+    frozen = FrozenModel(half.network, half.plan, record, source.trace)
+    expected = call.calls(prepare(model))(*clone(inputs))
+    check_outputs(frozen, None, expected, inputs, BF16_TOLERANCE if tolerance is None else tolerance)
     return frozen
 
 
-def _images(network: nn.Module, inputs: tuple[Tensor, ...], network_us: dict[str, float]) -> int:
+def _images(network: nn.Module, source: Source, network_us: dict[str, float]) -> int:
     """``Plan.images``: the fastest of some; adds the times to ``network_us``."""
+    inputs = source.inputs
     batch = inputs[0].shape[0] if inputs[0].dim() else 1
-    if not isinstance(network, fx.GraphModule) or batch < 2 or cpu.native is None:
+    if source.trace is None or batch < 2 or cpu.native is None:
         return 0
     names = {size: f"slices of {size}" if size else "whole" for size in (0, 1, 2, 4, 8, 16) if size < batch}
-    us = time_networks({name: runner(network, size) for size, name in names.items()}, inputs)
+    us = time_networks({name: runner(network, source.call, size) for size, name in names.items()}, inputs)
     fastest = min(names, key=lambda size: us[names[size]])
     if fastest:
         network_us[names[fastest]] = us[names[fastest]]
     return fastest
 
 
-def _as_inputs(example: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    inputs = (example,) if isinstance(example, Tensor) else tuple(example)
+def _tensors_of(model: nn.Module, batch: Any) -> tuple[Tensor, ...]:
+    inputs = Call.of(model.forward, batch)[1]
+    _check_devices(inputs)
+    return inputs
+
+
+def _check_devices(inputs: tuple[Tensor, ...]) -> None:
     for x in inputs:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"sparsekd.freeze: example_inputs must be a tensor or several, got {type(x).__name__}")
         if x.device != inputs[0].device or x.device.type not in ("cpu", "cuda"):
             raise ValueError(
                 f"sparsekd.freeze: expected all inputs on the CPU, or all on one GPU, got one on {x.device}"
             )
-    return inputs
 
 
 def is_on_gpu(inputs: tuple[Tensor, ...]) -> bool:
@@ -190,6 +219,8 @@ def _check_gpu_options(dtype: str | None, threads: int | None, min_gain: float, 
 def _check_parameters(model: nn.Module, device: torch.device) -> None:
     where = "the CPU" if device.type == "cpu" else str(device)
     for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"sparsekd.freeze: {name} has no values yet; run the model once")
         if parameter.device != device:
             raise ValueError(
                 f"sparsekd.freeze: expected a model on {where} like its inputs, got {name} on {parameter.device}; "

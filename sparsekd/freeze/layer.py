@@ -72,19 +72,56 @@ class FrozenLayer(nn.Module):
         super().__init__()
         self.geometry, self.run, self.step, self.chosen, self.threads = geometry, run, step, chosen, threads
         self.pattern = None if blocks is None else blocks.pattern
+        self.bytes: tuple[float, int] | None = None  # scale and zero of its input where it multiplies bytes (int8.py)
+        self.like: dict[str, Any] | None = None
+        self._dense: Tensor | None = None
         self._mask = None if blocks is None else blocks.mask()
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
-        return self.run(x, residual, reuse)
+    def forward(self, input: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
+        return self.run(input, residual, reuse)
 
-    def tensors(self) -> dict[str, Tensor | None]:
+    def stand_in_for(self, module: nn.Module) -> FrozenLayer:
+        """The layer for a network that keeps its own forward, which may read what it likes of its layers."""
+        private = ("_", "training")
+        self.like = {
+            name: value
+            for name, value in vars(module).items()
+            if not name.startswith(private) and not isinstance(value, (Tensor, nn.Module))
+        }
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            like = self.__dict__.get("like")
+            if like is not None and name == "weight":
+                return self.dense_weight()
+            if like is not None and name in like:
+                return like[name]
+            raise
+
+    def dense_weight(self) -> Tensor:
+        """The weight with zeros where no block is kept."""
+        held = dict(self.named_buffers())
+        if "weight" in held:
+            return held["weight"]
+        if self._dense is None:
+            assert self.pattern is not None
+            values, row_ptr, col_idx = (held[name] for name in ("values", "row_ptr", "col_idx"))
+            self._dense = BlockSparse(values, row_ptr, col_idx, self.geometry.weight, self.pattern).to_dense()
+        return self._dense
+
+    def tensors(self) -> dict[str, Any]:
         """What a file keeps: the kept blocks of a block-sparse layer, also where dense was chosen, else the weight."""
-        state = dict(self.named_buffers())
+        state: dict[str, Any] = dict(self.named_buffers())
         if self.pattern is not None and self.chosen != "sparse":
             blocks = BlockSparse.from_dense(state.pop("weight"), self.pattern, mask=self._mask)
             state |= {"values": blocks.values, "row_ptr": blocks.row_ptr, "col_idx": blocks.col_idx}
+        if self.bytes is not None:
+            state["bytes"] = self.bytes
         return {"bias": None, **state}
 
     def extra_repr(self) -> str:

@@ -17,10 +17,11 @@ from ..blocks import BlockSparse
 from ..nn import BlockSparseLayer, split_padding
 from ..timing import samples
 from .chain import alone
+from .kinds import is_conv
 from .layer import FORMATS, FrozenLayer
 from .packed import DTYPES, cpu_layer
 from .plan import Geometry, LayerPlan
-from .sites import CONVS, Site, clone, weight_shape
+from .sites import Site, clone, weight_shape
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def choose_all(
     choices: dict[str, list[tuple[Choice, Choice]]] = {}
     modules = [source.get_submodule(site.target) for site in sites]
     layouts = [memory_format] if memory_format else list(FORMATS)
-    if not any(type(module) in (*CONVS, nn.BatchNorm2d) for module in modules):
+    if not any(is_conv(module) or type(module) is nn.BatchNorm2d for module in modules):
         layouts = layouts[:1]
     for site, module in zip(sites, modules, strict=True):
         geometry = geometry_of(site, module)
@@ -165,19 +166,30 @@ def geometry_of(site: Site, module: Any) -> Geometry:
     fused["activation"] = site.activation
     if site.pool is not None:
         kind, window, _, flat = site.pool
-        kernel, *steps = (tuple(window[i : i + 2]) for i in range(0, 8, 2))
+        sizes = window or (*site.input[2:], 1, 1, 0, 0, 1, 1)
+        kernel, *steps = (tuple(sizes[i : i + 2]) for i in range(0, 8, 2))
         channels = site.input[1]
-        return Geometry(kind, site.input, (channels, 1, *kernel), *steps, groups=channels, flat=flat)  # type: ignore
+        walk: Any = dict(zip(("stride", "padding", "dilation"), steps, strict=True))
+        weight = (channels, 1, *kernel)
+        return Geometry(kind, site.input, weight, **walk, groups=channels, flat=flat, whole=not window)
     if type(module) is nn.BatchNorm2d:
         channels = module.num_features
         return Geometry("norm", site.input, (channels,), groups=channels, activation=site.activation)
-    if type(module) not in CONVS:
+    if not is_conv(module):
         return Geometry("linear", site.input, weight_shape(module), **fused)
     padding, pad = split_padding(module)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    sizes = (tuple(module.stride), tuple(padding), tuple(module.dilation), module.groups)
     return Geometry(
-        "conv2d", site.input, weight_shape(module), *sizes, None if pad is None else tuple(pad), mode, **fused
+        "conv2d",
+        site.input,
+        weight_shape(module),
+        tuple(module.stride),
+        tuple(padding),
+        tuple(module.dilation),
+        module.groups,
+        None if pad is None else tuple(pad),
+        mode,
+        **fused,
     )
 
 

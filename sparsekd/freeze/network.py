@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,16 +12,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from ..blocks import BlockSparse
 from . import file
+from .call import Call
 from .chain import Chain, find_chains
+from .export import PlainNetwork, plain, refuse_recording
 from .layer import FrozenLayer
+from .outputs import allowed, deviation, difference, map_tensors
 from .plan import Plan
 from .sites import Recorder, Site, clone
+from .trace import Trace
 
-BF16_TOLERANCE = 5e-2
-_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: BF16_TOLERANCE}
+# Of a network that runs dense: the blocks that a file keeps of its layers.
+Kept = Mapping[str, BlockSparse]
 
 
 class FrozenModel(nn.Module):
@@ -30,45 +33,88 @@ class FrozenModel(nn.Module):
 
     plan: what was measured and chosen. network: the frozen modules, an ``fx.GraphModule`` where the model was traced.
     record: what a file says about the model (file.py).
-    Input shapes are those of the example except for the first dimension, the batch.
+    It is called as the model was in the example, with any number of samples; other dimensions may differ where
+    ``record["free"]`` says so.
     """
 
-    def __init__(self, network: nn.Module, plan: Plan, record: dict[str, Any]) -> None:
+    def __init__(
+        self, network: nn.Module, plan: Plan, record: dict[str, Any], trace: Trace | None, kept: Kept | None = None
+    ) -> None:
+        """trace: that the network was assembled from. kept: of a network that runs dense, its blocks for a file."""
         super().__init__()
-        self.network, self.plan, self.record = network.requires_grad_(False), plan, record
-        self._inputs = [(tuple(shape), _dtype(dtype)) for shape, dtype in record["inputs"]]
-        self._run = runner(network, plan.images)
+        self.network, self.plan, self.record, self.kept = network.requires_grad_(False), plan, record, kept or {}
+        self.call = Call.from_dict(record["call"])
+        self._inputs = [
+            (tuple(shape), _dtype(dtype), tuple(free))
+            for (shape, dtype, _), free in zip(record["inputs"], record["free"], strict=True)
+        ]
+        self.trace = trace
+        self._rebuild = None if trace is None else trace.rebuild
+        self._guards = None if trace is None else trace.guards
+        self._seen: set[tuple[Any, ...]] = set()
+        self._run = runner(network, self.call, plan.images, trace is not None)
         super().train(False)
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = self.call.flatten(args, kwargs)
+        refuse_recording(inputs)
         self._check(inputs)
         with torch.no_grad():
             if not self.record.get("in_bf16"):
-                return self._run(*inputs)
-            return cast(self._run(*cast(inputs, torch.float32, torch.bfloat16)), torch.bfloat16, torch.float32)
+                return self.result(*inputs)
+            return cast(self.result(*cast(inputs, torch.float32, torch.bfloat16)), torch.bfloat16, torch.float32)
+
+    def result(self, *inputs: Tensor) -> Any:
+        """Of the tensors of a call; nothing is checked."""
+        y = self._run(*inputs)
+        return y if self._rebuild is None else self._rebuild(y)
 
     def _check(self, inputs: tuple[Any, ...]) -> None:
-        if len(inputs) != len(self._inputs):
-            raise TypeError(f"sparsekd.FrozenModel: expected {len(self._inputs)} input tensors, got {len(inputs)}")
-        for x, (shape, dtype) in zip(inputs, self._inputs, strict=True):
+        for x, (shape, dtype, free) in zip(inputs, self._inputs, strict=True):
             if not isinstance(x, Tensor) or x.dtype != dtype or not self._on_device(x):
                 got = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
                 raise TypeError(
                     f"sparsekd.FrozenModel: expected a {dtype} tensor on the device it was frozen on, got {got}"
                 )
             if x.shape[1:] != shape[1:] or x.dim() != len(shape):
-                want = ", ".join(["N", *map(str, shape[1:])]) if shape else ""
-                raise ValueError(
-                    f"sparsekd.FrozenModel: expected an input of shape [{want}], got {tuple(x.shape)}; "
-                    "freeze again with an example of this size"
-                )
+                differ = [i for i in range(1, len(shape)) if x.dim() == len(shape) and x.shape[i] != shape[i]]
+                if x.dim() != len(shape) or not set(differ) <= set(free):
+                    names = ["N", *("*" if i in free else str(shape[i]) for i in range(1, len(shape)))]
+                    raise ValueError(
+                        f"sparsekd.FrozenModel: expected an input of shape [{', '.join(names) if shape else ''}], got "
+                        f"{tuple(x.shape)}; freeze again with an example of this size"
+                    )
+        if self._guards is not None:
+            self._check_guards(inputs)
+
+    def _check_guards(self, inputs: tuple[Tensor, ...]) -> None:
+        """torch.export knows what it took for granted; each set of sizes is asked about once."""
+        sizes = tuple(x.shape for x in inputs)
+        if sizes in self._seen:
+            return
+        assert self._guards is not None
+        try:
+            self._guards(*inputs)
+        except (RuntimeError, AssertionError) as error:
+            shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+            raise ValueError(
+                f"sparsekd.FrozenModel: inputs of shape {shapes} take another path through the model than the example "
+                f"({str(error).splitlines()[0]}); freeze again with an example of this size"
+            ) from error
+        if len(self._seen) < 10_000:
+            self._seen.add(sizes)
 
     def _on_device(self, x: Tensor) -> bool:
         return x.is_cpu
 
+    def to_torch(self) -> nn.Module:
+        """The same network, folded, in plain torch: every layer dense, for ``torch.export``, ONNX, OpenVINO or
+        ``torch.jit.trace``. It takes the tensors of a call one after the other; int8 layers compute in float32."""
+        return PlainNetwork(plain(self.network), self.call, self._rebuild, self.trace is not None).eval()
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one file that `load_frozen` reads: tensors and JSON, complete or not at all."""
-        file.save(path, self.record, self.plan, self.network)
+        file.save(path, self)
 
     def train(self, mode: bool = True) -> FrozenModel:
         if mode:
@@ -76,7 +122,7 @@ class FrozenModel(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenModel:
-        probe = torch.empty(0)
+        probe = torch.empty(0, device="cpu")
         moved = fn(probe)
         if moved.device != probe.device or moved.dtype != probe.dtype:
             raise RuntimeError(
@@ -91,22 +137,28 @@ class FrozenModel(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenModel:
         return self  # nothing in it ever changes
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "sparsekd.FrozenModel: a frozen network is no data for pickle, its code is compiled; write it with "
+            "save(path) and read it with sparsekd.load_frozen(path, model), also to hand it to another process"
+        )
+
 
 def cast(values: Any, source: torch.dtype, target: torch.dtype) -> Any:
     """The tensors of dtype ``source`` in a structure as ``target``."""
-    return pytree.tree_map_only(Tensor, lambda x: x.to(target) if x.dtype == source else x, values)
+    return map_tensors(lambda x: x.to(target) if x.dtype == source else x, values)
 
 
 def _dtype(name: str) -> torch.dtype:
     return getattr(torch, name.removeprefix("torch."))
 
 
-def runner(network: nn.Module, images: int = 0) -> Callable[..., Any]:
-    """images: as in `Plan`."""
-    return _straight_line(network, images) if isinstance(network, fx.GraphModule) else partial(network)
+def runner(network: nn.Module, call: Call, images: int = 0, traced: bool = True) -> Callable[..., Any]:
+    """The network as a function of the tensors of a call. images: as in `Plan`."""
+    return _straight_line(network, images) if traced else call.calls(partial(network))
 
 
-def _straight_line(network: fx.GraphModule, images: int) -> Callable[..., Any]:
+def _straight_line(network: Any, images: int) -> Callable[..., Any]:
     """The graph as one function whose layers, and chains of them, are plain attributes.
 
     GraphModule's own code walks module paths and nn.Module.__call__ for every layer, which costs microseconds.
@@ -147,9 +199,13 @@ def _replace(graph: fx.Graph, chain: Chain, name: str, bound: dict[str, Any]) ->
 def assemble(source: nn.Module, sites: Sequence[Site], layers: Mapping[str, FrozenLayer]) -> nn.Module:
     """The source with every site replaced by its frozen layer; the source is left alone."""
     if not isinstance(source, fx.GraphModule):
-        network = copy.deepcopy(source)
+        if not sites:
+            return source
+        memo = {id(tensor): tensor for tensor in (*source.parameters(), *source.buffers())}
+        network = copy.deepcopy(source, memo)
         for site in sites:
-            network.set_submodule(site.target, layers[site.name])
+            module = source.get_submodule(site.target)
+            network.set_submodule(site.target, layers[site.name].stand_in_for(module))
         return network
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     graph.output(graph.graph_copy(source.graph, copies))
@@ -202,7 +258,8 @@ def check_outputs(
     tolerance: float | None,
 ) -> None:
     """Raise RuntimeError unless the frozen network gives what the model gave."""
-    worst = deviation(frozen(*clone(inputs)), expected, tolerance)
+    args, kwargs = frozen.call.build(clone(inputs))
+    worst = deviation(frozen(*args, **kwargs), expected, tolerance)
     if worst <= 1.0:
         return
     where = _first_deviation(frozen, traced, inputs, tolerance)
@@ -211,44 +268,6 @@ def check_outputs(
         f"{f', first in {where}' if where else ''}; a model that is random in eval mode cannot be frozen, for another "
         "one raise tolerance or report this"
     )
-
-
-def deviation(got: Any, want: Any, tolerance: float | None) -> float:
-    """Largest difference of two outputs, as a multiple of what is allowed."""
-    got, want = pytree.tree_leaves(got), pytree.tree_leaves(want)
-    if len(got) != len(want):
-        return math.inf
-    return max((_difference(a, b) / _allowed(b, tolerance) for a, b in zip(got, want, strict=True)), default=0.0)
-
-
-def check_no_nan(expected: Any) -> None:
-    """Raise ValueError if the outputs of the model hold NaN: nothing could be checked against them."""
-    for y in pytree.tree_leaves(expected):
-        if isinstance(y, Tensor) and y.is_floating_point() and y.isnan().any():
-            raise ValueError(
-                "sparsekd.freeze: the model gives NaN for example_inputs; check its buffers and the inputs"
-            )
-
-
-def _difference(got: Any, want: Any) -> float:
-    """Largest difference relative to the largest value; anything but floats has to be equal."""
-    if not isinstance(want, Tensor):
-        return 0.0 if got == want else math.inf
-    if got.shape != want.shape or got.dtype != want.dtype:
-        return math.inf
-    if not want.is_floating_point():
-        return 0.0 if torch.equal(got, want) else math.inf
-    if want.numel() == 0 or torch.equal(got, want):
-        return 0.0
-    scale = max(want.abs().max().item(), torch.finfo(want.dtype).eps)
-    difference = (got.double() - want.double()).abs().max().item() / scale
-    return math.inf if math.isnan(difference) else difference
-
-
-def _allowed(want: Any, tolerance: float | None) -> float:
-    if tolerance is not None:
-        return tolerance
-    return _TOLERANCE.get(getattr(want, "dtype", torch.float32), _TOLERANCE[torch.float32])
 
 
 def _first_deviation(
@@ -262,7 +281,7 @@ def _first_deviation(
 
     def compare(node: fx.Node, x: Tensor) -> None:
         before = want.get(node.meta.get("replaces", ""))
-        if before is not None and not first and _difference(x, before) > _allowed(before, tolerance):
+        if before is not None and not first and difference(x, before) > allowed(before, tolerance):
             first.append(str(node.target))
 
     Recorder(traced, lambda node, x: want.update({node.name: x.clone()})).run(*clone(inputs))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..backends import cpu
 from ..blocks import BlockPattern, BlockSparse
-from .dense import torch_run
+from .dense import IN_PLACE, torch_run
 from .layer import FORMATS, FrozenLayer, Run, Samples, Step
 from .plan import Geometry
 
@@ -52,17 +53,33 @@ def cpu_layer(
 def _packed(
     geometry: Geometry, weight: Tensor | BlockSparse, bias: Tensor | None, memory_format: str, threads: int | None
 ) -> tuple[Run, Step | None]:
+    """An activation that the kernels do not know follows in place."""
+    if geometry.activation in cpu.native.ACTIVATIONS:
+        return _packed_call(geometry, weight, bias, memory_format, threads)
+    plain, _ = _packed_call(replace(geometry, activation="none"), weight, bias, memory_format, threads)
+    activate = IN_PLACE[geometry.activation]
+    return lambda x, residual=None, reuse=False: activate(plain(x, residual, reuse)), None
+
+
+def _packed_call(
+    geometry: Geometry, weight: Tensor | BlockSparse, bias: Tensor | None, memory_format: str, threads: int | None
+) -> tuple[Run, Step | None]:
     """A dense weight is a block-sparse one that has every block, unless it is that of a depthwise convolution."""
-    if geometry.pool or geometry.depthwise:
-        assert isinstance(weight, Tensor)
-        kernel = _pool_kernel(geometry, weight.dtype) if geometry.pool else _depthwise_kernel(geometry, weight, bias)
-        return _packed_conv2d(geometry, kernel, weight.dtype, memory_format, threads)
-    if isinstance(weight, Tensor):
+    single = geometry.pool or (geometry.depthwise and isinstance(weight, Tensor))
+    if isinstance(weight, Tensor) and not single:
         weight = BlockSparse.from_dense(weight, BlockPattern.for_device("cpu", weight.dtype))
-    if geometry.kind == "linear":
+    if isinstance(weight, BlockSparse) and geometry.kind == "linear":
         return _packed_linear(geometry, weight, bias, threads)
-    kernel = _sparse_kernel(geometry, weight, bias, memory_format == "channels_last")
-    return _packed_conv2d(geometry, kernel, weight.values.dtype, memory_format, threads)
+
+    def kernel_of(geometry: Geometry) -> Kernel:
+        if isinstance(weight, BlockSparse):
+            return _sparse_kernel(geometry, weight, bias, memory_format == "channels_last")
+        if geometry.pool:
+            return _pool_kernel(geometry, weight.dtype)
+        return _depthwise_kernel(geometry, weight, bias)
+
+    dtype = weight.values.dtype if isinstance(weight, BlockSparse) else weight.dtype
+    return _packed_conv2d(geometry, kernel_of, dtype, memory_format, threads)
 
 
 def _shape(geometry: Geometry, block: tuple[int, int] = (1, 1)) -> Any:
@@ -112,22 +129,58 @@ def _pool_kernel(geometry: Geometry, dtype: torch.dtype) -> Kernel:
     )
 
 
+MOST_SIZES = 16  # of images that a layer is kept packed for
+
+
+def other_sizes(geometry: Geometry, make: Callable[[Geometry], Run]) -> Run:
+    """The layer for images of other sizes than the example's: made when they first come."""
+    runs: dict[tuple[int, ...], Run] = {}
+
+    def run(x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
+        size = (x.shape[2], x.shape[3])
+        call = runs.get(size)
+        if call is None:
+            while len(runs) >= MOST_SIZES:
+                runs.pop(next(iter(runs)), None)
+            other = geometry.of_image(size)
+            flattens = geometry.flat and other.output_image != (1, 1)
+            call = make(replace(other, flat=False) if flattens else other)
+            if flattens:
+                call = partial(_flattened, call)
+            runs[size] = call
+        return call(x, residual, reuse)
+
+    return run
+
+
+def _flattened(run: Run, x: Tensor, residual: Tensor | None, reuse: bool) -> Tensor:
+    return run(x, residual, reuse).flatten(1)
+
+
 def _packed_conv2d(
-    geometry: Geometry, kernel: Kernel, dtype: torch.dtype, memory_format: str, threads: int | None
+    geometry: Geometry,
+    kernel_of: Callable[[Geometry], Kernel],
+    dtype: torch.dtype,
+    memory_format: str,
+    threads: int | None,
 ) -> tuple[Run, Step | None]:
     """A direct call of the compiled kernel, which reads and writes raw memory: what it cannot check is checked here."""
-    image, out = (geometry.input[1], *geometry.padded_image), geometry.output
+    image, out, size = (geometry.input[1], *geometry.padded_image), geometry.output, geometry.input[2:]
     layout = FORMATS[memory_format]
     (other,) = set(FORMATS.values()) - {layout}
     out_layout = layout if len(out) == 3 else torch.contiguous_format
     pad, pad_mode, last = geometry.pad, geometry.pad_mode, memory_format == "channels_last"
+    kernel = kernel_of(geometry)
     call, any_format, empty, torch_threads = kernel.run, kernel.any_format, torch.empty, torch.get_num_threads
+    elsewhere = other_sizes(geometry, lambda one: _packed_conv2d(one, kernel_of, dtype, memory_format, threads)[0])
 
     def run(x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
+        if x.dtype is not dtype or not x.is_cpu or x.dim() != 4 or x.shape[1] != image[0]:
+            raise _wrong_input(x, ("N", *image), dtype)
+        if x.shape[2:] != size:
+            return elsewhere(x, residual, reuse)
         if pad is not None:
             x = F.pad(x, pad, pad_mode)
-        if x.shape[1:] != image or x.dtype is not dtype or not x.is_cpu:
-            raise _wrong_input(x, ("N", *image), dtype)
         x_last = last
         if not x.is_contiguous(memory_format=layout):
             if any_format and x.is_contiguous(memory_format=other):
@@ -208,7 +261,7 @@ def _wrong_input(x: Tensor, want: tuple[Any, ...], dtype: torch.dtype) -> Except
     message = f"sparsekd.freeze: a frozen layer expected {_name(dtype)} [{wanted}] on the CPU, got {got}"
     if x.dtype != dtype or not x.is_cpu:
         return TypeError(f"{message}; leave autocast and give it the kind of input it was frozen with")
-    return ValueError(f"{message}; freeze again with an example of this image size")
+    return ValueError(f"{message}; give it what the layer it stands for takes")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..ops.conv2d import Geometry as Walk
@@ -16,7 +16,7 @@ class Geometry:
     kind: "conv2d", "linear", "norm" (a batch norm that no layer takes in), or of pooling "max" or "mean". input: shape
     in the example, batch included. weight: ``[K, C/groups, R, S]``, ``[out, in]`` or ``[C]``; pooling has the shape of
     a depthwise one. pad: an explicit ``F.pad`` of mode ``pad_mode`` before the op, or None. flat: the output is
-    ``[N, C]``.
+    ``[N, C]``. whole: it pools whole images, of any size.
     """
 
     kind: str
@@ -32,6 +32,7 @@ class Geometry:
     residual: bool = False
     activation: str = "none"
     flat: bool = False
+    whole: bool = False
 
     def __str__(self) -> str:
         text = "x".join(map(str, self.weight[2:] if self.pool else self.weight))
@@ -71,6 +72,11 @@ class Geometry:
         """(P, Q)."""
         return self.walk.output_size(self.padded_image)
 
+    def of_image(self, size: tuple[int, int]) -> Geometry:
+        """The same layer for images of another size."""
+        weight = (*self.weight[:2], *size) if self.whole else self.weight
+        return replace(self, input=(*self.input[:2], *size), weight=weight)
+
     @property
     def output(self) -> tuple[int, ...]:
         """Shape of one sample of the output."""
@@ -105,6 +111,7 @@ class Plan:
     threads: those it was measured with. network_us: median of one call of the whole network for each variant measured;
     "unfrozen" is the model that was handed in. notes: what a reader has to know. device: "cpu", or the name of the GPU.
     images: how many of a larger batch a thread takes through the network at a time, 0: all threads share every layer.
+    eager: the model's own forward runs with dense layers, since nothing here made it faster.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -115,6 +122,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     device: str = "cpu"
     images: int = 0
+    eager: bool = False
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)

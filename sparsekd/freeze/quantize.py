@@ -206,6 +206,10 @@ def _bytes(x: Tensor, scale: ByteScale, layout: torch.memory_format) -> Tensor:
 def _residual(residual: Tensor | None, y: Tensor, layout: torch.memory_format) -> Tensor | None:
     if residual is None:
         return None
+    if residual.dtype == torch.float32 and residual.dim() <= y.dim() and residual.shape != y.shape:
+        sides = zip(residual.shape[::-1], y.shape[::-1], strict=False)
+        if all(mine in (1, side) for mine, side in sides):
+            residual = residual.expand(y.shape)
     if residual.dtype != torch.float32 or residual.shape != y.shape:
         raise ValueError(
             f"sparsekd.quantize: expected a float32 residual of shape {tuple(y.shape)}, got {residual.dtype} "

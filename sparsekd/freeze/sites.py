@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import operator
 from collections.abc import Callable
@@ -14,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..nn import BlockSparseLayer, SparseConv2d, SparseLinear
+from ..nn import BlockSparseLayer
+from .kinds import LAYERS, hooked, is_conv, kind_of
+from .mutation import mutates
 from .pools import Window, is_flatten, window_of
-
-CONVS = (nn.Conv2d, SparseConv2d)
-LAYERS = (*CONVS, nn.Linear, SparseLinear)
+from .simplify import module_of
 
 
 @dataclass(frozen=True)
@@ -43,53 +42,6 @@ class Site:
     pool: tuple[str, Window, str, bool] | None = None
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, BlockSparseLayer) or super().is_leaf_module(m, module_qualified_name)
-
-
-def trace(model: nn.Module, num_inputs: int) -> tuple[fx.GraphModule | None, str]:
-    """(the model as a graph, ""), or (None, why it has none)."""
-    unused = list(inspect.signature(model.forward).parameters.values())[num_inputs:]
-    defaults = {p.name: p.default for p in unused if isinstance(p.default, (bool, int, float, str, type(None)))}
-    try:
-        graph = _Tracer().trace(model, concrete_args=defaults or None)
-    except Exception as error:  # the model has just run, so whatever this is, it says that fx cannot trace it
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return None, f"torch.fx cannot trace the model ({reason})"
-    _drop_defaults(graph, num_inputs)
-    network = fx.GraphModule(model, graph)
-    for node in list(graph.nodes):
-        if node.op == "call_module" and isinstance(network.get_submodule(node.target), _NOTHING) and node.args:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-        elif _is_view_of_sizes(node) and not any(_mutates(user, _module(network, user)) for user in node.users):
-            node.target = "reshape"  # the same where view works, and it works in channels_last too
-    network.recompile()
-    return network, ""
-
-
-def _module(network: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    return network.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
-def _is_view_of_sizes(node: fx.Node) -> bool:
-    reinterprets = any(isinstance(arg, torch.dtype) for arg in (*node.args, *node.kwargs.values()))
-    return node.op == "call_method" and node.target == "view" and not reinterprets
-
-
-_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)  # in eval mode
-
-
-def _drop_defaults(graph: fx.Graph, num_inputs: int) -> None:
-    """Arguments left at their default are constants now; fx keeps a placeholder and an assertion for each."""
-    for placeholder in [node for node in graph.nodes if node.op == "placeholder"][num_inputs:]:
-        checks = [node for user in placeholder.users for node in (*user.users, user)]
-        if all(getattr(node.target, "__name__", "") in ("eq", "_assert", "_assert_is_none") for node in checks):
-            for node in (*checks, placeholder):
-                graph.erase_node(node)
-
-
 class Recorder(fx.Interpreter):
     """Runs a graph and hands every tensor it computes to ``see(node, tensor)``."""
 
@@ -107,11 +59,16 @@ class Recorder(fx.Interpreter):
 Shapes = dict[fx.Node, tuple[tuple[int, ...], torch.dtype]]
 
 
-def find_sites(network: fx.GraphModule, inputs: tuple[Tensor, ...], pools: bool = True) -> list[Site]:
-    """The sites of a traced model, in order. Where two layers meet in an add, the larger one takes it in."""
+def shapes_in(network: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Shapes:
+    """Of every tensor that a trace computes."""
     shapes: Shapes = {}
     Recorder(network, lambda node, x: shapes.update({node: (tuple(x.shape), x.dtype)})).run(*clone(inputs))
-    finder = _SiteFinder(network, shapes)
+    return shapes
+
+
+def find_sites(network: fx.GraphModule, inputs: tuple[Tensor, ...], pools: bool = True) -> list[Site]:
+    """The sites of a traced model, in order. Where two layers meet in an add, the larger one takes it in."""
+    finder = _SiteFinder(network, shapes_in(network, inputs))
     layers = [node for node in network.graph.nodes if finder.is_layer(node)]
     sites = {node: finder.grow(node) for node in sorted(layers, key=finder.work, reverse=True)}
     sites |= {node: finder.grow(node) for node in network.graph.nodes if finder.is_norm(node)}
@@ -141,23 +98,21 @@ class _SiteFinder:
         self.network, self.shapes = network, shapes
         self.nodes = list(network.graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
-        self.read = [str(node.target) for node in self.nodes if node.op == "get_attr"]
         self.taken: set[fx.Node] = set()
+        self.modules = {name for name, _ in network.named_modules()}
         self.of_inputs: set[fx.Node] = set()  # the others have the same batch at every call
         for node in self.nodes:
             if node.op == "placeholder" or not self.of_inputs.isdisjoint(node.all_input_nodes):
                 self.of_inputs.add(node)
 
     def module(self, node: fx.Node) -> nn.Module | None:
-        return _module(self.network, node)
+        return module_of(self.network, node)
 
     def is_layer(self, node: fx.Node) -> bool:
         module = self.module(node)
-        if type(module) not in LAYERS or len(node.args) != 1 or node.args[0] not in self.shapes:
+        if kind_of(module) is None or node.kwargs or len(node.args) != 1 or node.args[0] not in self.shapes:
             return False
-        if any(name.startswith(f"{node.target}.") for name in self.read):  # the model uses its weight elsewhere too
-            return False
-        return type(module) not in CONVS or len(self.shapes[node.args[0]][0]) == 4  # type: ignore[index]
+        return not is_conv(module) or len(self.shapes[node.args[0]][0]) == 4  # type: ignore[index]
 
     def is_norm(self, node: fx.Node) -> bool:
         """A batch norm of images that no layer takes in."""
@@ -174,7 +129,7 @@ class _SiteFinder:
             (user,) = chain[-1].users if len(chain[-1].users) == 1 else (None,)
             if user is None or user in self.taken or self.moves_past_a_mutation(chain[-1], user):
                 break
-            is_layer = type(self.module(layer)) in LAYERS
+            is_layer = kind_of(self.module(layer)) is not None
             if is_layer and norm is None and add is None and self.is_norm_of(user, layer):
                 norm = str(user.target)
             elif is_layer and add is None and self.adds_a_residual(user, chain[-1]):
@@ -194,7 +149,7 @@ class _SiteFinder:
         if node in self.taken or node not in self.shapes or not node.args or node.args[0] not in self.shapes:
             return None
         shape = self.shapes[node.args[0]][0]  # type: ignore[index]
-        return window_of(node, self.module(node), shape[2:]) if len(shape) == 4 else None
+        return window_of(node, self.module(node)) if len(shape) == 4 else None
 
     def grow_pool(self, pool: fx.Node, kind: str, window: Window) -> Site:
         """Takes in the `flatten` behind it where one pixel is left."""
@@ -206,15 +161,20 @@ class _SiteFinder:
         self.taken.update(chain)
         target, flat = str(pool.target) if pool.op == "call_module" else "", len(self.shapes[chain[-1]][0]) == 2
         nodes, dtype_name = tuple(node.name for node in chain), str(dtype).removeprefix("torch.")
-        return Site(target or pool.name, target, shape, nodes, pool=(kind, window, dtype_name, flat))
+        name = target or pool.name
+        while not target and name in self.modules:  # a layer may have the name of a method
+            name += "_"
+        return Site(name, target, shape, nodes, pool=(kind, window, dtype_name, flat))
 
     def is_norm_of(self, node: fx.Node, layer: fx.Node) -> bool:
         norm = self.module(node)
-        images = type(self.module(layer)) in (*CONVS, nn.BatchNorm2d)
+        first = self.module(layer)
+        images = is_conv(first) or type(first) is nn.BatchNorm2d
         kind, dims = (nn.BatchNorm2d, 4) if images else (nn.BatchNorm1d, 2)
         same = type(norm) is kind and len(self.shapes[layer][0]) == dims
         # Without running statistics it normalises by those of the batch, in eval mode too.
-        return same and norm.running_mean is not None and not norm.training  # type: ignore[union-attr]
+        free = norm is not None and not hooked(norm)
+        return same and free and norm.running_mean is not None and not norm.training  # type: ignore[union-attr]
 
     def adds_a_residual(self, node: fx.Node, tail: fx.Node) -> bool:
         if node.op not in ("call_function", "call_method") or node.target not in _ADDS:
@@ -228,28 +188,36 @@ class _SiteFinder:
         if other in self.of_inputs and tail not in self.of_inputs:  # a residual broadcasts, a layer's output does not
             return False
         # `other += tail` also changes `other`: all right only if it is a fresh tensor that nothing else reads.
-        return not (_mutates(node, None) and first is other and not self.is_private(other))
+        return not (mutates(node, None) and first is other and not self.is_private(other))
 
     def is_private(self, value: Any) -> bool:
         """A tensor of its own, read by one node: what that node does to it nobody else can see."""
         module = self.module(value) if isinstance(value, fx.Node) else None
-        return isinstance(module, (*LAYERS, nn.BatchNorm1d, nn.BatchNorm2d)) and len(value.users) == 1
+        fresh = isinstance(module, (*LAYERS, nn.BatchNorm1d, nn.BatchNorm2d)) and not hooked(module)
+        return fresh and len(value.users) == 1
 
     def moves_past_a_mutation(self, start: fx.Node, end: fx.Node) -> bool:
         """Would the layer, run where ``end`` stands, read its input after something between changed it in place?"""
         between = self.nodes[self.position[start] + 1 : self.position[end]]
         return any(
-            _mutates(node, self.module(node)) and not self.is_private(next(iter(node.args), None)) for node in between
+            mutates(node, self.module(node)) and not self.is_private(next(iter(node.args), None)) for node in between
         )
 
 
-_ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
+aten = torch.ops.aten
+_ADDS = (operator.add, operator.iadd, torch.add, aten.add.Tensor, aten.add_.Tensor, "add", "add_")
 _ACTIVATIONS: dict[Any, str] = {
     **dict.fromkeys((nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
-    **dict.fromkeys((nn.ReLU6, F.relu6), "relu6"),
-    **dict.fromkeys((nn.SiLU, F.silu), "silu"),
+    **dict.fromkeys((aten.relu.default, aten.relu_.default), "relu"),
+    **dict.fromkeys((nn.ReLU6, F.relu6, aten.relu6.default), "relu6"),
+    **dict.fromkeys((nn.SiLU, F.silu, aten.silu.default, aten.silu_.default), "silu"),
+    **dict.fromkeys((nn.Hardswish, F.hardswish, aten.hardswish.default, aten.hardswish_.default), "hardswish"),
+    **dict.fromkeys((nn.Hardsigmoid, F.hardsigmoid, aten.hardsigmoid.default), "hardsigmoid"),
+    **dict.fromkeys((nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", aten.sigmoid.default), "sigmoid"),
 }
+_GELUS = (nn.GELU, F.gelu, aten.gelu.default)
 _CLAMPS = (
+    *(aten.hardtanh.default, aten.hardtanh_.default, aten.clamp.default, aten.clamp_.default),
     F.hardtanh,
     F.hardtanh_,
     torch.clamp,
@@ -261,19 +229,17 @@ _CLAMPS = (
     "clip",
     "clip_",
 )
-_IN_PLACE_OPERATORS = (
-    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow),
-    *(operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
-    operator.setitem,
-)
 
 
 def activation_of(node: fx.Node, module: nn.Module | None) -> str:
     """The activation that a node is, in the names of the kernels, or "none"."""
     if type(module) is nn.Hardtanh:
         return "relu6" if (module.min_val, module.max_val) == (0, 6) else "none"
+    if type(module) in _GELUS or (module is None and node.target in _GELUS):
+        said = node.kwargs.get("approximate", getattr(module, "approximate", "none"))
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(str(said), "none")
     if module is not None:
-        return _ACTIVATIONS.get(type(module), "none")
+        return "none" if hooked(module) else _ACTIVATIONS.get(type(module), "none")
     if node.op not in ("call_function", "call_method"):
         return "none"
     if node.target in _CLAMPS:
@@ -283,38 +249,30 @@ def activation_of(node: fx.Node, module: nn.Module | None) -> str:
     return _ACTIVATIONS.get(node.target, "none")
 
 
-def _mutates(node: fx.Node, module: nn.Module | None) -> bool:
-    """May the node change a tensor it is given? Errs towards yes."""
-    if module is not None:
-        return bool(getattr(module, "inplace", False))
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if node.target in _IN_PLACE_OPERATORS or "out" in node.kwargs:
-        return True
-    name = node.target if isinstance(node.target, str) else node.target.__name__
-    said = any(arg is True for arg in (*node.args[1:], node.kwargs.get("inplace")))  # `is`: sum(1) says no such thing
-    return (name.endswith("_") and not name.endswith("__")) or said
-
-
-def find_eager_sites(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Site]:
+def find_eager_sites(model: nn.Module, run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> list[Site]:
     """The layers of a model that cannot be traced, each on its own, at the one input shape it was called with."""
     seen: dict[str, set[tuple[int, ...]]] = {}
 
-    def record(name: str, module: nn.Module, arguments: tuple) -> None:
-        seen.setdefault(name, set()).add(tuple(arguments[0].shape) if arguments else ())
+    def record(name: str, module: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
+        given = arguments[0] if arguments else named.get("input")
+        seen.setdefault(name, set()).add(tuple(given.shape) if isinstance(given, Tensor) else ())
 
-    layers = {name: module for name, module in model.named_modules() if type(module) in LAYERS}
-    hooks = [module.register_forward_pre_hook(partial(record, name)) for name, module in layers.items()]
+    layers = {name: module for name, module in model.named_modules() if kind_of(module) is not None}
+    hooks = [one.register_forward_pre_hook(partial(record, name), with_kwargs=True) for name, one in layers.items()]
     try:
-        model(*clone(inputs))
+        run(*clone(inputs))
     finally:
         for hook in hooks:
             hook.remove()
     sites = []
     for name, module in layers.items():
         shapes = seen.get(name, set())
-        if len(shapes) == 1 and (type(module) not in CONVS or len(next(iter(shapes))) == 4):
-            sites.append(Site(name, name, shapes.pop()))
+        if is_conv(module):
+            shapes = {shape for shape in shapes if len(shape) == 4}
+        elif not all(shapes):  # a call without a positional input
+            shapes = set()
+        if shapes:  # of several the largest is measured
+            sites.append(Site(name, name, max(shapes, key=math.prod)))
     return sites
 
 

@@ -35,6 +35,7 @@ def test_a_model_that_cannot_be_traced_is_frozen_layer_by_layer(min_gain, tmp_pa
     x = torch.rand(IMAGE)
     frozen = quick(model, x, min_gain=min_gain)
     assert "torch.fx cannot trace the model (TraceError: symbolically traced" in frozen.plan.notes[0]
+    assert "torch.export cannot trace the model (" in frozen.plan.notes[0]
     assert "one by one, nothing is fused" in frozen.plan.notes[0]
     assert frozen.plan["conv"].chosen == ("sparse" if min_gain == ALL_SPARSE else "dense")
     for sign in (1, -1):
@@ -43,7 +44,7 @@ def test_a_model_that_cannot_be_traced_is_frozen_layer_by_layer(min_gain, tmp_pa
     assert torch.equal(load_frozen(tmp_path / "frozen", Branching())(x), frozen(x))
 
 
-def test_a_trace_that_computes_something_else_is_not_used():
+def test_a_trace_by_fx_that_computes_something_else_is_not_used():
     def change_a_view(m, x):
         base = x * 1
         part = base[:, :8]
@@ -53,7 +54,8 @@ def test_a_trace_that_computes_something_else_is_not_used():
     model = Custom(change_a_view)
     x = torch.randn(2, 16, 5, 5)
     frozen = quick(model, x)
-    assert "torch.fx traces of the model computes something else: layers were chosen one by one" in frozen.plan.notes[0]
+    assert frozen.record["traced"] == "torch.export"
+    assert frozen.plan["conv"].chosen == "sparse"
     assert_frozen_equals(model, frozen, x)
 
 

@@ -1,0 +1,34 @@
+"""What counts as a layer that can be frozen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..nn import BlockSparseLayer, SparseConv2d, SparseLinear
+from ..nn.layer import computes_as
+
+CONVS = (nn.Conv2d, SparseConv2d)
+LAYERS = (*CONVS, nn.Linear, SparseLinear)
+
+
+def kind_of(module: Any) -> type[nn.Module] | None:
+    """Which of `LAYERS` a module is: of that very type, or a subclass that inherits all of its forward pass; not where
+    hooks hang on it, or its weight is no Parameter of its own."""
+    if type(module) in (SparseConv2d, SparseLinear):
+        return None if hooked(module) else type(module)
+    for kind in (nn.Conv2d, nn.Linear):
+        if isinstance(module, kind) and not isinstance(module, BlockSparseLayer) and computes_as(module, kind):
+            own = module._parameters.get("weight") is not None and module._parameters.keys() <= {"weight", "bias"}
+            return kind if own and not hooked(module) else None
+    return None
+
+
+def is_conv(module: Any) -> bool:
+    return kind_of(module) in CONVS
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether something of the user's runs at every call of a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
