@@ -15,18 +15,41 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .features import channels_first, has_channels_last
-from .goals import Custom, Goal
+from .features import channels_first
+from .goals import Batches, Goal, Metric, evaluating
 from .losses import SAD
+from .nn import BlockSparseLayer, SparseLinear
 from .outputs import Pick, check_tensor, pick
 from .taps import FeatureTap
 
-__all__ = ["Distiller", "Losses", "Plain"]
+__all__ = ["Custom", "Distiller", "Losses", "Plain", "has_channels_last"]
+
+
+_CHANNELS_LAST = (
+    nn.Linear,
+    SparseLinear,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.Embedding,
+    nn.MultiheadAttention,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
+_CHANNELS_FIRST = (
+    nn.modules.conv._ConvNd,
+    BlockSparseLayer,  # those that are not linear
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +69,46 @@ class Losses:
         """What a log shows of a step, by name and without a graph: "loss" is the total, then every other field."""
         named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {"loss": named.pop("total").detach(), **named}
+
+
+@dataclass(frozen=True)
+class Custom(Goal):
+    """Any loss: a function (output, target) -> scalar, and how a teacher is imitated if it is.
+
+    `imitate` is a function (student's output, teacher's output) -> scalar; without one KD needs alpha=0. The output is
+    whatever the model returns, or the part of it that `output=` of a Distiller names. The one score is the mean of the
+    loss over the batches of a part, weighted by their rows.
+    """
+
+    function: Callable[[Any, Any], Tensor]
+    imitate: Callable[[Any, Any], Tensor] | None = None
+
+    name: ClassVar[str] = "custom"
+    takes_tensor: ClassVar[bool] = False
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return (Metric("loss", "test loss"),)
+
+    def loss(self, output: Any, target: Any) -> Tensor:
+        return self.function(output, target)
+
+    def imitation(self, student_output: Any, teacher_output: Any, temperature: float) -> Tensor:
+        """What `imitate` says, which no temperature softens."""
+        if self.imitate is None:
+            raise ValueError(
+                "sparsekd.distill.Custom: a loss alone does not say how a teacher is imitated; "
+                "use Custom(loss, imitate), or alpha=0"
+            )
+        return self.imitate(student_output, teacher_output)
+
+    def scores(self, model: nn.Module, part: Batches, batch_size: int = 512) -> dict[str, float]:
+        total, rows = 0.0, 0
+        with evaluating(model):
+            for inputs, target in part.batches(batch_size):
+                total += float(self.loss(model(*inputs), target)) * len(target)
+                rows += len(target)
+        return {"loss": total / max(rows, 1)}
 
 
 class Plain(nn.Module):
@@ -79,7 +142,7 @@ class Distiller(nn.Module):
 
     teacher, student: modules called with the same inputs; their outputs are what `goal` takes.
     goal: the task and how a teacher is imitated: `Regression()`, `Classification()`, `Click()`, `Ranking()`, or any
-    function (output, target) -> scalar (with alpha > 0 `goals.Custom(loss, imitate)`).
+    function (output, target) -> scalar (with alpha > 0 `Custom(loss, imitate)`).
     output: which part of what the networks return the goal takes: a key or attribute, a place in a tuple, or a function
     of the whole. Not needed where they return one tensor.
     teacher_taps, student_taps: names of the modules whose outputs SAD compares (see `FeatureTap`), used if beta > 0.
@@ -118,7 +181,7 @@ class Distiller(nn.Module):
         if isinstance(self.goal, Custom) and self.goal.imitate is None and alpha:
             raise ValueError(
                 f"sparsekd.Distiller: alpha = {alpha} needs a goal that says how a teacher is imitated, got a "
-                "loss alone; pass goal=sparsekd.goals.Custom(loss, imitate), or alpha=0"
+                "loss alone; pass goal=sparsekd.distill.Custom(loss, imitate), or alpha=0"
             )
         for name, value in (("alpha", alpha), ("beta", beta)):
             if not 0 <= value < math.inf:
@@ -262,3 +325,31 @@ def _example_features(tap: FeatureTap, inputs: Sequence[Any]) -> list[Tensor]:
     finally:
         for module in training:
             module.training = True
+
+
+def has_channels_last(model: nn.Module, name: str) -> bool | None:
+    """Whether the module of this name returns tokens [B, T, C] rather than [B, C, T]; None if that cannot be told.
+
+    Told from its type, else from the layers inside it, else from what stands before it in an ``nn.Sequential``.
+    """
+    module = model.get_submodule(name)
+    kinds = {_of_type(child) for child in module.modules()} - {None}
+    if len(kinds) == 1:
+        return kinds.pop()
+    if kinds:
+        return _of_type(module)
+    parent, _, last = name.rpartition(".")
+    before = model.get_submodule(parent)
+    if name and isinstance(before, nn.Sequential):
+        siblings = [child for child, _ in before.named_children()]
+        for sibling in reversed(siblings[: siblings.index(last)]):
+            kind = has_channels_last(model, f"{parent}.{sibling}".lstrip("."))
+            if kind is not None:
+                return kind
+    return None
+
+
+def _of_type(module: nn.Module) -> bool | None:
+    if isinstance(module, _CHANNELS_LAST):
+        return True
+    return False if isinstance(module, _CHANNELS_FIRST) else None

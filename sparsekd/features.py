@@ -5,7 +5,7 @@
     [B, C, D, H, W]   of a 3-D convolution: D maps under each other
     [B, F]            of a linear layer: every unit is a channel, and a position of the map
 
-Channels are dimension 1 throughout; `channels_first` turns what has them last, and `has_channels_last` knows what does.
+Channels are dimension 1 throughout; `channels_first` turns what has them last.
 """
 
 from __future__ import annotations
@@ -15,33 +15,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .nn import BlockSparseLayer, SparseLinear
 from .ops.attention import layer_stats
 
-__all__ = ["channels_first", "check_rank", "common_depth", "has_channels_last", "map_sizes", "stats"]
-
-_CHANNELS_LAST = (
-    nn.Linear,
-    SparseLinear,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.Embedding,
-    nn.MultiheadAttention,
-    nn.TransformerEncoderLayer,
-    nn.TransformerDecoderLayer,
-)
-_CHANNELS_FIRST = (
-    nn.modules.conv._ConvNd,
-    BlockSparseLayer,  # those that are not linear
-    nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-)
+__all__ = ["channels_first", "check_rank", "common_depth", "map_sizes", "stats"]
 
 
 def check_rank(function: str, what: str, feature: Tensor) -> None:
@@ -101,31 +79,3 @@ def _energy(feature: Tensor, energy: Tensor, depth: int) -> Tensor:
 def channels_first(feature: Tensor, last: bool | None) -> Tensor:
     """The feature with its channels as dimension 1, if they are the ``last``."""
     return feature.movedim(-1, 1) if last and feature.dim() > 2 else feature
-
-
-def has_channels_last(model: nn.Module, name: str) -> bool | None:
-    """Whether the module of this name returns tokens [B, T, C] rather than [B, C, T]; None if that cannot be told.
-
-    Told from its type, else from the layers inside it, else from what stands before it in an ``nn.Sequential``.
-    """
-    module = model.get_submodule(name)
-    kinds = {_of_type(child) for child in module.modules()} - {None}
-    if len(kinds) == 1:
-        return kinds.pop()
-    if kinds:
-        return _of_type(module)
-    parent, _, last = name.rpartition(".")
-    before = model.get_submodule(parent)
-    if name and isinstance(before, nn.Sequential):
-        siblings = [child for child, _ in before.named_children()]
-        for sibling in reversed(siblings[: siblings.index(last)]):
-            kind = has_channels_last(model, f"{parent}.{sibling}".lstrip("."))
-            if kind is not None:
-                return kind
-    return None
-
-
-def _of_type(module: nn.Module) -> bool | None:
-    if isinstance(module, _CHANNELS_LAST):
-        return True
-    return False if isinstance(module, _CHANNELS_FIRST) else None

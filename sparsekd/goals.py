@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
@@ -30,7 +30,6 @@ __all__ = [
     "Batches",
     "Classification",
     "Click",
-    "Custom",
     "Goal",
     "Metric",
     "Ranked",
@@ -290,46 +289,6 @@ class Click(_RowGoal):
             "auc": ranks.auc(logit, target),
             "calibration": float(logit.sigmoid().sum()) / clicks,
         }
-
-
-@dataclass(frozen=True)
-class Custom(Goal):
-    """Any loss: a function (output, target) -> scalar, and how a teacher is imitated if it is.
-
-    `imitate` is a function (student's output, teacher's output) -> scalar; without one KD needs alpha=0. The output is
-    whatever the model returns, or the part of it that `output=` of a Distiller names. The one score is the mean of the
-    loss over the batches of a part, weighted by their rows.
-    """
-
-    function: Callable[[Any, Any], Tensor]
-    imitate: Callable[[Any, Any], Tensor] | None = None
-
-    name: ClassVar[str] = "custom"
-    takes_tensor: ClassVar[bool] = False
-
-    @property
-    def metrics(self) -> tuple[Metric, ...]:
-        return (Metric("loss", "test loss"),)
-
-    def loss(self, output: Any, target: Any) -> Tensor:
-        return self.function(output, target)
-
-    def imitation(self, student_output: Any, teacher_output: Any, temperature: float) -> Tensor:
-        """What `imitate` says, which no temperature softens."""
-        if self.imitate is None:
-            raise ValueError(
-                "sparsekd.Custom: a loss alone does not say how a teacher is imitated; "
-                "use goals.Custom(loss, imitate), or alpha=0"
-            )
-        return self.imitate(student_output, teacher_output)
-
-    def scores(self, model: nn.Module, part: Batches, batch_size: int = 512) -> dict[str, float]:
-        total, rows = 0.0, 0
-        with evaluating(model):
-            for inputs, target in part.batches(batch_size):
-                total += float(self.loss(model(*inputs), target)) * len(target)
-                rows += len(target)
-        return {"loss": total / max(rows, 1)}
 
 
 @dataclass(frozen=True)

@@ -326,3 +326,12 @@ def test_onnx_export_names_the_way_out(dynamo, tmp_path):
         pytest.importorskip("onnxscript")
     with pytest.raises(Exception, match=r"export sparsekd.densify\(copy.deepcopy\(model\)\)"):
         torch.onnx.export(model, (torch.randn(2, 16),), str(tmp_path / "model.onnx"), dynamo=dynamo)
+
+
+def test_torchscript_names_the_way_out():
+    model, x = sparsekd.sparsify(nn.Sequential(nn.Linear(16, 16)), density=0.5), torch.randn(2, 16)
+    with pytest.raises(
+        RuntimeError, match=r"script sparsekd.densify\(copy.deepcopy\(model\)\), or use torch.jit.trace"
+    ):
+        torch.jit.script(model)
+    torch.testing.assert_close(torch.jit.trace(model, (x,))(x), model(x))

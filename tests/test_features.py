@@ -11,9 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import sparsekd
 from sparsekd import SAD, Classification, Distiller, FeatureTap, Regression, attention_transfer_loss
-from sparsekd.distill import Plain
-from sparsekd.features import common_depth, has_channels_last, map_sizes, stats
-from sparsekd.goals import Custom
+from sparsekd.distill import Custom, Plain, has_channels_last
+from sparsekd.features import common_depth, map_sizes, stats
 from sparsekd.losses import AttentionTransfer
 
 RANKS = {

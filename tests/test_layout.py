@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["_C", "blocks", "kernels", "processor", "ranks", "timing", "version"],  # these import nothing of the package
     ["ops", "energy"],  # what an op means; joules
-    ["backends", "losses", "taps"],  # what runs an op here; what a student can learn
-    ["nn", "goals"],  # layers; what a network learns and how it is judged
-    ["conversion", "distill", "data", "models"],
-    ["convert", "distributed"],
+    ["backends", "features", "outputs", "taps"],  # what runs an op here; what a student can look at
+    ["losses", "nn"],  # what it can learn; layers
+    ["conversion", "goals"],  # which layers are converted; what a network learns and how it is judged
+    ["convert", "data", "distill", "distributed", "models"],
     ["checkpoint", "pruning"],
     ["freeze", "methods"],
     ["sparsekd"],  # the door: sparsekd/__init__.py

@@ -36,6 +36,12 @@ class TracedWhole(nn.Module):
 
         return tracer.call_module(self, as_one_call, args, kwargs)
 
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(
+            f"{type(self).__name__}: TorchScript cannot compile block-sparse layers; script "
+            "sparsekd.densify(copy.deepcopy(model)), or use torch.jit.trace, torch.export or torch.compile"
+        )
+
 
 class BlockSparseLayer(TracedWhole):
     """A layer whose weight exists only where a block is kept.
