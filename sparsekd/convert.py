@@ -143,16 +143,38 @@ def sparse_layer(dense: nn.Module, pattern: BlockPattern | None = None, **option
 
 
 def replace_layers(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
-    """Put the second of each pair in the place of the first, under every name that the model holds it by."""
+    """Put the second of each pair in the place of the first, wherever the model holds it: under every name, and in the
+    lists, tuples and dictionaries that its modules keep beside them."""
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "sparsekd: the model is in DistributedDataParallel, which would go on with parameters of layers that "
+                "are replaced; convert the model first, then wrap it with sparsekd.distributed.data_parallel"
+            )
+    replaced: dict[int, nn.Module] = {}
     for old, new in pairs:
         _carry_over(old, new)
         for name in names[id(old)]:
             model.set_submodule(name, new)
+        replaced[id(old)] = new
     for module in list(model.modules()):
         follow_projection(module)
+        for name, value in vars(module).items():
+            if not name.startswith("_") and (other := _with_replaced(value, replaced)) is not value:
+                setattr(module, name, other)
+
+
+def _with_replaced(value: Any, replaced: dict[int, nn.Module]) -> Any:
+    """A container with the layers in it replaced: lists and dictionaries themselves, tuples as new ones."""
+    if type(value) is list:
+        value[:] = [replaced.get(id(each), each) for each in value]
+    elif type(value) is dict:
+        value.update({key: replaced[id(each)] for key, each in value.items() if id(each) in replaced})
+    elif type(value) is tuple and any(id(each) in replaced for each in value):
+        return tuple(replaced.get(id(each), each) for each in value)
+    return value
 
 
 def _carry_over(old: nn.Module, new: nn.Module) -> None:

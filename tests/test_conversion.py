@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import sparsekd
-from sparsekd import BlockPattern
+from sparsekd import BlockPattern, checkpoint
 from sparsekd.nn import (
     SparseConv1d,
     SparseConv2d,
@@ -335,3 +335,46 @@ def test_torchscript_names_the_way_out():
     ):
         torch.jit.script(model)
     torch.testing.assert_close(torch.jit.trace(model, (x,))(x), model(x))
+
+
+def test_layers_in_plain_containers_are_the_same_layers():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+            self.first, self.second, self.third = [self.a], (self.b, 3), {"c": self.c}
+
+        def forward(self, x):
+            return self.third["c"](self.second[0](self.first[0](x)))
+
+    model, x = sparsekd.sparsify(Listed(), density=0.5), torch.randn(2, 16)
+    assert model.first[0] is model.a and model.second == (model.b, 3) and model.third["c"] is model.c
+    model(x).sum().backward()
+    assert all(layer.values.grad is not None for layer in (model.a, model.b, model.c))
+    sparsekd.densify(model)
+    assert [type(each) for each in (model.first[0], model.second[0], model.third["c"])] == [nn.Linear] * 3
+
+
+def test_a_wrapped_model_is_refused():
+    class Wrapper(nn.parallel.DistributedDataParallel):
+        def __init__(self, module):
+            nn.Module.__init__(self)
+            self.module = module
+
+    model = Wrapper(nn.Sequential(nn.Linear(16, 16)))
+    with pytest.raises(ValueError, match="convert the model first, then wrap it"):
+        sparsekd.sparsify(model)
+    assert type(model.module[0]) is nn.Linear
+
+
+def test_sparse_attention_is_saved_and_comes_back(tmp_path):
+    def encoder():
+        return nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 1).eval()
+
+    saved, x = quiet(encoder(), density=0.5), torch.randn(2, 5, 32)
+    checkpoint.save(saved, tmp_path / "m")
+    loaded = checkpoint.load(encoder(), tmp_path / "m")
+    assert type(loaded.layers[0].self_attn) is SparseMultiheadAttention
+    with torch.no_grad():
+        assert torch.equal(loaded(x), saved(x))
+        assert torch.equal(copy.deepcopy(saved)(x), saved(x))

@@ -143,3 +143,31 @@ def test_channels_last_and_bfloat16(kind):
 def test_bad_input(build, error, says):
     with pytest.raises(error, match=says):
         build()
+
+
+SAMPLES = {SparseConv1d: (2, 32, 9), SparseConv3d: (2, 32, 3, 4, 5), SparseConvTranspose2d: (2, 32, 6, 7)}
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_they_are_compiled_exported_and_traced_for_any_batch(kind):
+    torch.compiler.reset()
+    layer = kind(32, 48, 1 if kind is SparseConv3d else 3, stride=2, density=0.5).eval()
+    x, other = torch.randn(SAMPLES[kind]), torch.randn(5, *SAMPLES[kind][1:])
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    y = layer(x)
+    y.sum().backward()
+    want = layer.values.grad.clone()
+    layer.zero_grad()
+    compiled(x).sum().backward()
+    torch.testing.assert_close(layer.values.grad, want)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(layer, (x,), dynamic_shapes={"input": {0: batch}}).module()
+    twins = [compiled, exported]
+    if kind is SparseConvTranspose2d:
+        with pytest.raises(RuntimeError, match=r"torch.jit.trace cannot record a size .* use torch.export"):
+            torch.jit.trace(layer, (x,))
+    else:
+        twins.append(torch.jit.trace(layer, (x,)))
+    for twin in twins:
+        torch.testing.assert_close(twin(other), layer(other))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -49,6 +50,11 @@ def conv_transpose2d(
     if x.dim() != 4:
         raise ValueError(
             f"sparsekd.conv_transpose2d: input must be [N, C, H, W], got shape {tuple(x.shape)}; x.unsqueeze(0)?"
+        )
+    if torch.jit.is_tracing():  # it would write the sizes of today's batch into the graph
+        raise RuntimeError(
+            "sparsekd.conv_transpose2d: torch.jit.trace cannot record a size that depends on the input; use "
+            "torch.export, or trace sparsekd.densify(copy.deepcopy(model))"
         )
     check_weight("conv_transpose2d", values, row_ptr, col_idx, x.shape[1])
     check_operands("conv_transpose2d", x, values, None, x.shape[1])
