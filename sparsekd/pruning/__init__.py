@@ -13,6 +13,8 @@ A *unit* is what stays or goes as a whole: a block, an output filter or a single
 pruned convolutions and linear layers (no biases, no batch norm), shares are of their ORIGINAL count.
 """
 
+from .budget import UNITS, Budget
+from .cost import CostTable, LayerCost
 from .gradients import DenseGradients
 from .grouping import Grouping
 from .pruner import Pruner
@@ -21,8 +23,12 @@ from .scores import choose_units, lamp_scores, layer_ranks, magnitude_scores, ra
 from .surgery import drop_blocks, grow_blocks
 
 __all__ = [
+    "UNITS",
+    "Budget",
+    "CostTable",
     "DenseGradients",
     "Grouping",
+    "LayerCost",
     "LinearSchedule",
     "ListedSchedule",
     "Pruner",

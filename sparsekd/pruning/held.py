@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .batch_norm import fed_batch_norms, first_batch_norm
+from .batch_norm import first_batch_norm
 from .surgery import state_slots
 from .units import Units
 
@@ -56,9 +56,6 @@ class Held:
     @property
     def num_dead_parameters(self) -> int:
         return sum(int(zeros.zero.sum()) for zeros in self._zeros if zeros.dead)
-
-    def observe(self, example_inputs: Sequence[Any]) -> None:
-        self.batch_norms = fed_batch_norms(self.model, {u.name: u.layer for u in self.layers}, example_inputs)
 
     @torch.no_grad()
     def bury(self, optimizers: Sequence[Optimizer]) -> None:

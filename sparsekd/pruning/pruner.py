@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import ASGD, LBFGS, Adagrad, Optimizer, Rprop
+from torch.optim import ASGD, LBFGS, Optimizer, Rprop
 
 from ..blocks import BlockPattern
 from ..distributed import agree
 from .batch_norm import first_batch_norm
-from .choice import Rule, Scores
+from .budget import UNITS, Budget
+from .choice import Meter, Rule, Scores, Unreachable
 from .copies import attach_copy
+from .cost import CostTable
 from .grouping import Grouping
 from .held import Held
-from .surgery import state_slots
+from .meters import Meters
+from .observe import observe
+from .rewind import Theta0, check_state
+from .surgery import forget, state_slots
 from .units import prunable_layers
+
+COST_FLOOR = 0.02  # of the weights of a layer: less is seldom faster, and a layer that is nearly empty learns nothing
 
 
 class Pruner:
@@ -31,10 +38,17 @@ class Pruner:
         pattern: block shape for ``"block"``; default ``BlockPattern.for_device`` of each layer.
         grouping: blocks that stay or go together; ``Grouping.for_device("cuda")`` leaves what GPU kernels like best.
         include, exclude: shell-style patterns on module names, as in ``sparsify``.
-        scope: ``"global"`` compares scores over all layers; ``"layer"`` removes the same share from every layer.
+        scope: ``"global"`` compares scores over all layers; ``"layer"`` removes the same share from every layer;
+            ``"cost"`` compares what units are worth for what they cost, in the unit of the budget: squared magnitudes
+            (or LAMP's scores) for each multiply-add, or for each microsecond of a layer whose time still falls. What
+            would not make its layer faster stays.
         score: ``"magnitude"``, ``"lamp"`` (see :func:`lamp_scores`: global, but no layer goes almost whole), or
             ``"random"`` as a control (seeded by ``seed``).
-        example_inputs: a tuple, see :meth:`observe`; needed before the first prune if the model has batch norm.
+        floor: share of the weights that every layer keeps at least; one unit stays in any case. Default: 0.02 for scope
+            ``"cost"``, else 0.
+        costs: microseconds of the layers, for budgets of ``latency_us``.
+        example_inputs: a tuple, see :meth:`observe`; needed before the first prune if the model has batch norm, and for
+            budgets of ``macs``.
         rewindable: remember all values now (theta0), for :meth:`rewind`. Costs a copy of the model.
 
     Under ``torch.compile`` every prune makes new shapes: call ``torch.compiler.reset()`` after one, or dynamo gives up
@@ -57,14 +71,16 @@ class Pruner:
         grouping: Grouping | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
-        scope: Literal["global", "layer"] = "global",
+        scope: Literal["global", "layer", "cost"] = "global",
         score: Literal["magnitude", "lamp", "random"] = "magnitude",
         seed: int = 0,
+        floor: float | None = None,
+        costs: CostTable | None = None,
         example_inputs: Sequence[Any] | None = None,
         rewindable: bool = True,
     ) -> None:
         _check_choice("granularity", granularity, ("block", "filter", "unstructured"))
-        _check_choice("scope", scope, ("global", "layer"))
+        _check_choice("scope", scope, ("global", "layer", "cost"))
         _check_choice("score", score, ("magnitude", "lamp", "random"))
         if pattern is not None and granularity != "block":
             raise ValueError(f"Pruner: a pattern belongs to granularity 'block', got {pattern} with {granularity!r}")
@@ -73,9 +89,13 @@ class Pruner:
         self.model, self.granularity, self.scope, self.score = model, granularity, scope, score
         self._layers = prunable_layers(model, granularity, pattern, include, exclude, grouping)
         self._optimizers: list[Optimizer] = []
-        self._rest0: dict[str, Tensor] | None = None  # theta0 of everything that is not pruned
+        self._theta0 = Theta0(model, self._layers)
         self._held = Held(model, self._layers)
-        self._rule = Rule(scope, score, torch.Generator().manual_seed(seed))
+        floor = (COST_FLOOR if scope == "cost" else 0.0) if floor is None else floor
+        if not 0.0 <= floor < 1.0:
+            raise ValueError(f"Pruner: floor must be a share in [0, 1) of the weights of every layer, got {floor}")
+        self._rule = Rule(scope, score, floor, torch.Generator().manual_seed(seed))
+        self._meters = Meters(model, self._layers, costs, floor, self.makes_faster)
         if example_inputs is not None:
             self.observe(*example_inputs)
         self._held.bury(())
@@ -98,6 +118,16 @@ class Pruner:
         return 1.0 - self.num_kept / self.num_weights
 
     @property
+    def macs(self) -> tuple[float, float] | None:
+        """Multiply-adds of the prunable layers for one example: (when dense, now); None before :meth:`observe`."""
+        return self._meters.macs()
+
+    @property
+    def predicted_us(self) -> tuple[float, float] | None:
+        """Microseconds of the frozen network by the costs given: (when dense, now); None without."""
+        return self._meters.us()
+
+    @property
     def num_dead_parameters(self) -> int:
         """Biases and batch norm weights of dead filters: zero for good, and beyond what ``num_kept`` counts."""
         return self._held.num_dead_parameters
@@ -116,17 +146,22 @@ class Pruner:
         patterns = sorted({units.describe()["pattern"] for units in self._layers})
         unit = f"block {', '.join(patterns)}" if self.granularity == "block" else self.granularity
         note = "" if self.makes_faster else "; masks only, nothing gets faster"
+        macs, us = self.macs, self.predicted_us
+        work = "" if macs is None else f" and {1 - macs[1] / macs[0]:.1%} of {macs[0]:.0f} multiply-adds"
+        time = "" if us is None else f"; {us[1]:.0f} of {us[0]:.0f} us predicted"
         return (
-            f"Pruner({unit}, {self.scope} {self.score}: {self.removed_share:.1%} of {self.num_weights} weights in "
-            f"{len(self._layers)} layers removed{note})"
+            f"Pruner({unit}, {self.scope} {self.score}: {self.removed_share:.1%} of {self.num_weights} weights{work} "
+            f"in {len(self._layers)} layers removed{time}{note})"
         )
 
     def observe(self, *example_inputs: Any) -> None:
-        """Run the model once (eval mode, no gradient, no trace left) to see which layer feeds which batch norm.
+        """Run the model once (eval mode, no gradient, no trace left) to see which layer feeds which batch norm, and how
+        many multiply-adds each weight costs.
 
         A batch norm of any kind belongs to a layer if it gets the very tensor that the layer returned, unchanged.
         """
-        self._held.observe(example_inputs)
+        seen = observe(self.model, self.layers(), example_inputs)
+        self._held.batch_norms, self._meters.uses = seen.batch_norms, seen.uses
         self._held.bury(self._optimizers)  # a model that was sparse before may have dead filters
 
     def attach(self, optimizer: Optimizer | nn.Module) -> None:
@@ -159,60 +194,94 @@ class Pruner:
         return [u.name for u in self._layers if u.parameter.requires_grad and id(u.parameter) not in known]
 
     @torch.no_grad()
-    def prune_to(self, removed_share: float, scores: Scores | None = None) -> None:
-        """Remove units until the share ``removed_share`` of the ORIGINAL weights is gone, exact to one unit.
+    def prune_to(
+        self,
+        removed_share: float | None = None,
+        scores: Scores | None = None,
+        *,
+        weights: float | None = None,
+        macs: float | None = None,
+        bytes: float | None = None,
+        latency_us: float | None = None,
+    ) -> None:
+        """Remove units until a budget is met, exact to one unit: until a share of what there was ORIGINALLY is gone.
 
         One unit of every layer stays; the others then give more. Values, gradients and optimizer state shrink, dead
         filters take their bias and batch norm along. Nothing has changed if it raises.
 
         Args:
-            removed_share: in [0, 1).
+            removed_share: of the weights, in [0, 1): short for ``weights``.
             scores: what to go by instead of the Pruner's ``score``: see :meth:`grow_to`. The lowest go.
+            weights, macs, bytes, latency_us: one budget. A number below 1 is the share to be gone, of weights,
+                multiply-adds, bytes, or of the predicted time of the whole network; a number above 1 is what stays:
+                ``latency_us=80`` prunes until 80 us are left.
 
         Raises:
-            ValueError: for a share outside [0, 1), below what is gone already, or that would empty a layer; for weights
-                that are not finite; for an unobserved model with batch norm; for scores of other layers or shapes.
+            ValueError: for two budgets, for one below what is gone already, for one that would empty a layer or pass a
+                floor; for weights that are not finite; for an unobserved model with batch norm; for scores of other
+                layers or shapes; for ``macs`` of a layer that the example never called.
             RuntimeError: if optimizers are attached but hold only some of the pruned weights, if the state of one
                 cannot shrink, and for what :meth:`check` finds.
         """
-        self._check_ready("prune_to", removed_share)
-        remove = removed_share * self.num_weights - (self.num_weights - self.num_kept)
-        if remove < 0 and remove < -self._largest_unit():
+        budget = _budget("prune_to", removed_share, weights=weights, macs=macs, bytes=bytes, latency_us=latency_us)
+        self._check_ready("prune_to")
+        meter = self._meters.of("Pruner.prune_to", budget.unit)
+        now = meter.total(self._layers)
+        remove = budget.excess(meter.dense, now)
+        if remove < 0 and remove < -meter.grain(self._layers):
             raise ValueError(
-                f"Pruner.prune_to: {self.removed_share:.4f} of the weights are gone and do not come back, got "
-                f"{removed_share}; grow_to brings weights back, or load an earlier checkpoint"
+                f"Pruner.prune_to: the network is at {budget.amount(now, meter.dense)}, and {UNITS[budget.unit]} that "
+                f"are gone do not come back, got {budget.number:g}; grow_to brings some back, or load an earlier "
+                "checkpoint"
             )
         if remove > 0:
-            self._drop(self._agree(self._rule.kept(self._layers, remove, scores)))
+            try:
+                keep = self._rule.kept(self._layers, meter, remove, scores)
+            except Unreachable as error:
+                raise ValueError(f"Pruner.prune_to: {error.describe(budget, meter.dense)}") from None
+            self._drop(self._agree(keep))
         self._held.bury(self._optimizers)
 
     @torch.no_grad()
-    def grow_to(self, removed_share: float, scores: Scores | None = None) -> None:
-        """Bring units back until only the share ``removed_share`` of the ORIGINAL weights is gone, exact to one unit.
+    def grow_to(
+        self,
+        removed_share: float | None = None,
+        scores: Scores | None = None,
+        *,
+        weights: float | None = None,
+        macs: float | None = None,
+        bytes: float | None = None,
+        latency_us: float | None = None,
+    ) -> None:
+        """Bring units back until a budget is met, exact to one unit: until only that share of the ORIGINAL is gone.
 
         What comes back is zero, in the model and in theta0, and its optimizer state is as if it had never been stepped;
         everything else keeps its bits. A dead filter that gets a weight back lives again: its bias and batch norm are
         let go, the latter at weight 1; its output starts a little above 0, where ReLU passes a gradient.
 
         Args:
-            removed_share: in [0, 1), not more than is gone.
+            removed_share, weights, macs, bytes, latency_us: as in :meth:`prune_to`; not more than is gone.
             scores: layer's name -> a score for every block (every weight under ``"unstructured"``), in the shape of
-                :meth:`masks`; the highest come back. What is kept already needs no meaningful score. A unit of several
-                blocks gets their mean. Default: random ones, as in SET (Mocanu et al. 2018); ``DenseGradients`` has
-                those of RigL (Evci et al. 2020).
+                :meth:`masks`; the highest come back, under scope ``"cost"`` the highest for what they cost. What is
+                kept already needs no meaningful score. A unit of several blocks gets their mean. Default: random ones,
+                as in SET (Mocanu et al. 2018); ``DenseGradients`` has those of RigL (Evci et al. 2020).
 
         Raises:
             ValueError, RuntimeError: as :meth:`prune_to`.
         """
-        self._check_ready("grow_to", removed_share)
-        add = (self.num_weights - self.num_kept) - removed_share * self.num_weights
-        if add < 0 and add < -self._largest_unit():
+        budget = _budget("grow_to", removed_share, weights=weights, macs=macs, bytes=bytes, latency_us=latency_us)
+        self._check_ready("grow_to")
+        meter = self._meters.of("Pruner.grow_to", budget.unit)
+        now = meter.total(self._layers)
+        add = -budget.excess(meter.dense, now)
+        if add < 0 and add < -meter.grain(self._layers):
             raise ValueError(
-                f"Pruner.grow_to: only {self.removed_share:.4f} of the weights are gone, got {removed_share}; "
-                "prune_to removes weights"
+                f"Pruner.grow_to: the network is at {budget.amount(now, meter.dense)}, got {budget.number:g}; "
+                "prune_to removes more"
             )
         if add > 0:
-            self._grow(self._plan_growth(add, scores))
+            growth = self._plan_growth(meter, add, scores)
+            self._grow(growth, self._held.dead())
         self._held.bury(self._optimizers)
 
     @torch.no_grad()
@@ -222,7 +291,9 @@ class Pruner:
         One update of dynamic sparse training at an equal budget, as in SET and RigL. What was just dropped does not
         come back; the rest is as in :meth:`prune_to` and :meth:`grow_to`, which takes the ``scores``.
         """
-        self._check_ready("exchange", share)
+        if not 0.0 <= share < 1.0:
+            raise ValueError(f"Pruner.exchange: share must lie in [0, 1), got {share}")
+        self._check_ready("exchange")
         moves, gone = share * self.num_kept, self.num_weights - self.num_kept
         if moves > gone:
             raise ValueError(
@@ -231,11 +302,16 @@ class Pruner:
             )
         if moves == 0:
             return
-        keep = self._agree(self._rule.kept(self._layers, moves, None))
+        meter = self._meters.of("Pruner.exchange", "weights")
+        try:
+            keep = self._agree(self._rule.kept(self._layers, meter, moves, None))
+        except Unreachable as error:
+            raise ValueError(f"Pruner.exchange: {error.describe(None, meter.dense)}") from None
         stays = sum(int(u.kept_sizes()[kept].sum()) for u, kept in zip(self._layers, keep, strict=True))
-        growth = self._plan_growth(self.num_kept - stays, scores)  # among what is gone before the drop
+        growth = self._plan_growth(meter, self.num_kept - stays, scores)  # among what is gone before the drop
+        dead = self._held.dead()
         self._drop(keep)
-        self._grow(growth)
+        self._grow(growth, dead)
         self._held.bury(self._optimizers)
 
     def layers(self) -> dict[str, Any]:
@@ -250,9 +326,7 @@ class Pruner:
     @torch.no_grad()
     def snapshot(self) -> None:
         """Remember the values of now as theta0, instead of those of construction (late rewinding)."""
-        for units in self._layers:
-            units.theta0 = units.parameter.detach().clone()
-        self._rest0 = {name: tensor.clone() for name, tensor in self._rest()}
+        self._theta0.remember()
 
     @torch.no_grad()
     def rewind(self, *, weights_only: bool = False) -> None:
@@ -262,28 +336,14 @@ class Pruner:
         lottery ticket is (Frankle & Carbin, arXiv 1803.03635). With ``weights_only`` only the surviving weights of the
         pruned layers do.
         """
-        if self._rest0 is None:
-            raise RuntimeError("Pruner.rewind: there is no theta0; make the Pruner with rewindable=True or snapshot()")
-        for units in self._layers:
-            assert units.theta0 is not None
-            units.parameter.copy_(units.theta0)
-        if not weights_only:
-            for name, tensor in self._rest():
-                tensor.copy_(self._rest0[name])
+        self._theta0.restore(weights_only)
         self.reset_momentum()
         self._held.bury(self._optimizers)
 
     @torch.no_grad()
     def reset_momentum(self) -> None:
         """Make the optimizers forget this model's parameters (averages and step counters), as if training began now."""
-        for optimizer in self._optimizers:
-            for parameter in self.model.parameters():
-                if isinstance(optimizer, Adagrad) and parameter in optimizer.state:
-                    # The one whose state is made by its constructor and not by the first step.
-                    optimizer.state[parameter]["sum"].fill_(optimizer.defaults["initial_accumulator_value"])
-                    optimizer.state[parameter]["step"].zero_()
-                else:
-                    optimizer.state.pop(parameter, None)
+        forget(self.model.parameters(), self._optimizers)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -310,14 +370,9 @@ class Pruner:
         """What :meth:`load_state_dict` needs to go on: tensors and JSON values, no pickle. The model's own state (the
         values) and the optimizers' are saved beside it by their own ``state_dict()``."""
         state: dict[str, Any] = {"settings": self._settings(), "batch_norms": self._held.batch_norms}
-        state["generator"] = self._rule.generator.get_state()
-        for units in self._layers:
-            state[f"mask.{units.name}"] = units.mask()
-            if units.theta0 is not None:
-                state[f"theta0.{units.name}"] = units.theta0
-        for name, tensor in (self._rest0 or {}).items():
-            state[f"rest0.{name}"] = tensor
-        return state
+        state |= {"uses": self._meters.uses, "generator": self._rule.generator.get_state()}
+        state |= {f"mask.{units.name}": units.mask() for units in self._layers}
+        return state | self._theta0.state()
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -326,16 +381,12 @@ class Pruner:
         The model's state may be loaded before or after, an optimizer's only after. Raises ValueError (TypeError for an
         optimizer that holds other shapes), before anything has changed, for the state of another model or settings.
         """
-        self._check_state(state)
+        check_state(state, self._settings(), self._layers, self._theta0, self._optimizers)
         for units in self._layers:
             units.theta0 = None  # that of construction, of the dense model's shape
             units.restrict(state[f"mask.{units.name}"], self._optimizers)
-            theta0 = state.get(f"theta0.{units.name}")
-            units.theta0 = None if theta0 is None else theta0.to(units.parameter.device, copy=True)
-        rest0 = {name.removeprefix("rest0."): tensor for name, tensor in state.items() if name.startswith("rest0.")}
-        has_theta0 = all(units.theta0 is not None for units in self._layers)
-        self._rest0 = {name: tensor.clone() for name, tensor in rest0.items()} if has_theta0 else None
-        self._held.batch_norms = state["batch_norms"]
+        self._theta0.load(state)
+        self._held.batch_norms, self._meters.uses = state["batch_norms"], state.get("uses")
         self._rule.generator.set_state(state["generator"].cpu())
         self._held.collect()
 
@@ -347,22 +398,18 @@ class Pruner:
             units.planned = int(units.kept_sizes()[entries].sum())
             units.keep(entries, self._optimizers)
 
-    def _plan_growth(self, add: float, scores: Scores | None) -> list[tuple[Tensor, int]]:
+    def _plan_growth(self, meter: Meter, add: float, scores: Scores | None) -> list[tuple[Tensor, int]]:
         """For each layer a mask of what comes back, and the weights in it."""
-        comes = zip(self._layers, self._agree(self._rule.growth(self._layers, add, scores)), strict=True)
+        comes = zip(self._layers, self._agree(self._rule.growth(self._layers, meter, add, scores)), strict=True)
         return [(units.mask_of_gone(entries), int(units.gone().sizes[entries].sum())) for units, entries in comes]
 
-    def _grow(self, plan: list[tuple[Tensor, int]]) -> None:
-        dead = self._held.dead()
+    def _grow(self, plan: list[tuple[Tensor, int]], dead_before: dict[str, Tensor]) -> None:
         for units, (mask, num_weights) in zip(self._layers, plan, strict=True):
             units.planned = units.num_kept + num_weights
             units.grow(mask, self._optimizers)
-        self._held.revive(dead, self._rest0 or {})
+        self._held.revive(dead_before, self._theta0.rest or {})
 
-    def _check_ready(self, caller: str, share: float) -> None:
-        if not 0.0 <= share < 1.0:
-            name = "share" if caller == "exchange" else "removed_share"
-            raise ValueError(f"Pruner.{caller}: {name} must lie in [0, 1), got {share}")
+    def _check_ready(self, caller: str) -> None:
         if not self.observed:
             raise ValueError(
                 f"Pruner.{caller}: the model has {first_batch_norm(self.model)} layers, which must die with the "
@@ -381,48 +428,24 @@ class Pruner:
                 )
         self.check()
 
-    def _largest_unit(self) -> int:
-        """Weights of it: no target is nearer."""
-        return max(int(of_layer.max()) for units in self._layers if len(of_layer := units.kept().unit_sizes()))
-
-    def _rest(self) -> Iterator[tuple[str, Tensor]]:
-        """Everything of the model's state that is not the weight of a pruned layer. Shares memory with the model."""
-        own = {id(tensor) for units in self._layers for tensor in units.own_tensors}
-        for name, tensor in self.model.state_dict(keep_vars=True).items():  # a layer may have several names
-            if id(tensor) not in own and isinstance(tensor, Tensor):
-                yield name, tensor.detach()
-
     def _settings(self) -> dict[str, Any]:
         layers = {units.name: units.describe() for units in self._layers}
-        return {"granularity": self.granularity, "scope": self.scope, "score": self.score, "layers": layers}
-
-    def _check_state(self, state: dict[str, Any]) -> None:
-        expected, saved = self._settings(), state.get("settings")
-        if saved != expected:
-            key = next((key for key in expected if not saved or saved.get(key) != expected[key]), "settings")
-            got = saved.get(key) if saved else None
-            raise ValueError(
-                f"Pruner.load_state_dict: this state belongs to another model or another Pruner: expected {key} "
-                f"{expected.get(key)}, got {got}; build the model and the Pruner as they were when it was saved"
-            )
-        shapes = {f"mask.{units.name}": units.mask().shape for units in self._layers}
-        if any(name.startswith("rest0.") for name in state):
-            shapes |= {f"rest0.{name}": tensor.shape for name, tensor in self._rest()}
-        for name, shape in shapes.items():
-            if name not in state or state[name].shape != shape:
-                got = tuple(state[name].shape) if name in state else "nothing"
-                raise ValueError(f"Pruner.load_state_dict: expected {name} of shape {tuple(shape)}, got {got}")
-        for units in self._layers:
-            list(state_slots(units.parameter, self._optimizers))
-            if bool((state[f"mask.{units.name}"].cpu() & ~units.mask().cpu()).any()):
-                raise ValueError(
-                    f"Pruner.load_state_dict: layer {units.name!r} no longer has all the blocks of this state; load it "
-                    "into a Pruner of the freshly built dense model, or load the model's state first"
-                )
+        settings = {"granularity": self.granularity, "scope": self.scope, "score": self.score, "layers": layers}
+        return settings | ({"floor": self._rule.floor} if self._rule.floor else {})
 
 
 def _parameter_ids(optimizers: Iterable[Optimizer]) -> set[int]:
     return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+
+
+def _budget(caller: str, removed_share: float | None, **numbers: float | None) -> Budget:
+    if removed_share is not None:
+        if not 0.0 <= removed_share < 1.0:
+            raise ValueError(f"Pruner.{caller}: removed_share must lie in [0, 1), got {removed_share}")
+        if numbers["weights"] is not None:
+            raise ValueError(f"Pruner.{caller}: removed_share counts weights, got weights={numbers['weights']} too")
+        numbers["weights"] = removed_share
+    return Budget.of(f"Pruner.{caller}", True, **numbers)
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -46,7 +46,7 @@ def layer_ranks(scores: Tensor, sizes: Tensor, num_weights: int) -> Tensor:
 
     Choosing by rank instead of score removes the same share, to one unit, from every layer.
     """
-    order = _weakest_first(scores)
+    order = weakest_first(scores)
     ranks = torch.empty(len(scores), dtype=torch.float64)
     gone_before = num_weights - int(sizes.sum())
     ranks[order] = (gone_before + sizes[order].cumsum(0) - sizes[order] / 2).double() / num_weights
@@ -58,41 +58,58 @@ def growth_ranks(scores: Tensor, sizes: Tensor, num_kept: int, num_weights: int)
 
     Choosing by rank instead of score brings every layer to the same share, to one unit.
     """
-    order = _weakest_first(scores).flip(0)
+    order = weakest_first(scores).flip(0)
     ranks = torch.empty(len(scores), dtype=torch.float64)
     ranks[order] = -(num_kept + sizes[order].cumsum(0) - sizes[order] / 2).double() / num_weights
     return ranks
 
 
-def choose_units(scores: Sequence[Tensor], sizes: Sequence[Tensor], remove: float) -> list[Tensor]:
-    """Which units of each layer to keep (bool ``[units]``) so that the weights removed come nearest to ``remove``.
+def choose_units(
+    scores: Sequence[Tensor], sizes: Sequence[Tensor], remove: float, stays: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Which units of each layer to keep (bool ``[units]``) so that what is removed comes nearest to ``remove``.
 
     The lowest scores go first, over all layers; among equals the later one. The best unit of every layer stays, however
     low its score: then the other layers give more, so that the total still holds, exact to one unit.
 
     Args:
-        scores, sizes: for each layer ``[units]``, on the CPU: what a unit is worth, and the weights in it.
-        remove: weights to remove.
+        scores, sizes: for each layer ``[units]``, on the CPU: what a unit is worth, and its weights, or its cost.
+        remove: weights, or cost, to remove.
+        stays: for each layer bool ``[units]``, those that stay in any case; default: the best one.
 
     Raises:
         ValueError: for a score that is not finite, and if ``remove`` would empty a layer.
     """
     every_score, every_size = torch.cat(list(scores)), torch.cat(list(sizes))
-    layer_starts = torch.tensor([0, *(len(layer) for layer in scores)]).cumsum(0).tolist()
-    order = _weakest_first(every_score)
-    stays = torch.zeros(len(every_score), dtype=torch.bool)
-    stays[[start + int(layer.argmax()) for start, layer in zip(layer_starts, scores, strict=False)]] = True
-    candidates = order[~stays[order]]
-    removed = torch.cat([torch.zeros(1, dtype=torch.int64), every_size[candidates].cumsum(0)])
-    if remove - int(removed[-1]) >= int(every_size.max()):
+    stay = torch.cat(
+        [strongest(*of_layer, 0.0) for of_layer in zip(scores, sizes, strict=True)] if stays is None else list(stays)
+    )
+    order = weakest_first(every_score)
+    candidates = order[~stay[order]]
+    removed = torch.cat([every_size.new_zeros(1), every_size[candidates].cumsum(0)])
+    if remove - float(removed[-1]) >= float(every_size.max()):
         raise ValueError(
-            f"sparsekd.choose_units: at most {int(removed[-1])} of {int(every_size.sum())} weights can go, one unit of "
-            f"each layer stays; got {remove:.0f} to remove; remove less, or use smaller blocks"
+            f"sparsekd.choose_units: at most {float(removed[-1]):.10g} of {float(every_size.sum()):.10g} weights can "
+            f"go, one unit of each layer stays; got {remove:.0f} to remove; remove less, or use smaller blocks"
         )
     count = int((removed.double() - remove).abs().argmin())
     keep = torch.ones(len(every_score), dtype=torch.bool)
     keep[candidates[:count]] = False
     return list(keep.split([len(layer) for layer in scores]))
+
+
+def strongest(scores: Tensor, sizes: Tensor, least: float) -> Tensor:
+    """Bool ``[units]``: those of highest score, until they have ``least`` weights; one in any case."""
+    stays = torch.zeros(len(scores), dtype=torch.bool)
+    if least > 0:
+        # So many could be needed if the smallest were the strongest; they are few, and the others need no order.
+        most = min(len(scores), int(least / max(int(sizes.min()), 1)) + 1)
+        best_first = scores.topk(most).indices
+        before = sizes[best_first].cumsum(0) - sizes[best_first]
+        stays[best_first[before < least]] = True
+    else:
+        stays[scores.argmax()] = True
+    return stays
 
 
 def choose_growth(scores: Sequence[Tensor], sizes: Sequence[Tensor], add: float) -> list[Tensor]:
@@ -102,14 +119,14 @@ def choose_growth(scores: Sequence[Tensor], sizes: Sequence[Tensor], add: float)
     the units that are gone, as in :func:`choose_units`.
     """
     every_score, every_size = torch.cat(list(scores)), torch.cat(list(sizes))
-    order = _weakest_first(every_score).flip(0)
-    added = torch.cat([torch.zeros(1, dtype=torch.int64), every_size[order].cumsum(0)])
+    order = weakest_first(every_score).flip(0)
+    added = torch.cat([every_size.new_zeros(1), every_size[order].cumsum(0)])
     comes = torch.zeros(len(every_score), dtype=torch.bool)
     comes[order[: int((added.double() - add).abs().argmin())]] = True
     return list(comes.split([len(layer) for layer in scores]))
 
 
-def _weakest_first(scores: Tensor) -> Tensor:
+def weakest_first(scores: Tensor) -> Tensor:
     if not torch.isfinite(scores).all():
         raise ValueError("sparsekd.pruning: expected finite scores, got NaN or infinity; look for diverged weights")
     return scores.argsort(descending=True, stable=True).flip(0)

@@ -78,3 +78,17 @@ def state_slots(parameter: Tensor, optimizers: Iterable[Optimizer]) -> Iterator[
                     "load an optimizer's state last"
                 )
             yield Slot(optimizer, parameter, key)
+
+
+@torch.no_grad()
+def forget(parameters: Iterable[Tensor], optimizers: Iterable[Optimizer]) -> None:
+    """Set all state of these parameters back, step counters too, as if training began now."""
+    every = list(parameters)
+    for optimizer in optimizers:
+        for parameter in every:
+            if isinstance(optimizer, Adagrad) and parameter in optimizer.state:
+                # The one whose state is made by its constructor and not by the first step.
+                optimizer.state[parameter]["sum"].fill_(optimizer.defaults["initial_accumulator_value"])
+                optimizer.state[parameter]["step"].zero_()
+            else:
+                optimizer.state.pop(parameter, None)

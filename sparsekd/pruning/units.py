@@ -34,6 +34,9 @@ class Entries:
     def unit_sizes(self) -> Tensor:
         return self._sums(self.sizes)
 
+    def unit_counts(self) -> Tensor:
+        return self._sums(torch.ones_like(self.sizes))
+
     def unit_worth(self) -> Tensor:
         """``[units]``: worth of a unit for each weight in it."""
         return self._sums(self.worth) / self.unit_sizes()
@@ -71,6 +74,11 @@ class BlockUnits:
     @property
     def num_kept(self) -> int:
         return self.layer.num_kept
+
+    @property
+    def entry_weights(self) -> int:
+        """Numbers that an entry stores, padding included."""
+        return self.layer.pattern.bh * self.layer.pattern.bw
 
     def kept_sizes(self) -> Tensor:
         return self.layer.blocks.block_sizes().cpu()
@@ -191,6 +199,8 @@ class WeightUnits:
     @property
     def num_weights(self) -> int:
         return self.layer.weight.numel()
+
+    entry_weights = 1
 
     @property
     def num_kept(self) -> int:

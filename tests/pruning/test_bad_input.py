@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.optim import SGD
 
 import sparsekd
@@ -98,6 +99,9 @@ def test_every_pruned_weight_must_be_in_an_attached_optimizer():
 
 def test_str_says_when_nothing_gets_faster():
     assert "masks only, nothing gets faster" in str(pruner_of(Net(), "unstructured"))
-    pruner = pruner_of(Net())
-    assert str(pruner) == "Pruner(block 4x3, global magnitude: 0.0% of 2133 weights in 3 layers removed)"
+    pruner = pruner_of(nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(16 * 4, 3)))
+    counts = "0.0% of 264 weights and 0.0% of 1344 multiply-adds in 2 layers removed"
+    assert str(pruner) == f"Pruner(block 4x3, global magnitude: {counts})"
+    blind = pruner_of(nn.Sequential(nn.Linear(8, 8)), example_inputs=None)
+    assert str(blind) == "Pruner(block 4x3, global magnitude: 0.0% of 64 weights in 1 layers removed)"
     assert pruner.makes_faster and not pruner_of(Net(), "unstructured").makes_faster

@@ -369,7 +369,7 @@ def test_scores_are_what_prune_to_goes_by_too():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda p: p.grow_to(0.6), r"grow_to: only 0.4\d+ of the weights are gone, got 0.6; prune_to removes"),
+        (lambda p: p.grow_to(0.6), r"grow_to: the network is at weights=0.4\d+, got 0.6; prune_to removes more"),
         (lambda p: p.grow_to(-0.1), r"grow_to: removed_share must lie in \[0, 1\), got -0.1"),
         (lambda p: p.exchange(1.0), r"exchange: share must lie in \[0, 1\), got 1.0"),
         (lambda p: p.grow_to(0.2, {}), r"expected scores of layer 'conv1' of shape \(3, 1, 3, 3\).* got nothing"),

@@ -1,0 +1,67 @@
+"""One pass over an example, with hooks: which layer feeds which batch norm, and how often each weight is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd as Transposed
+
+from ..nn import BlockSparseLayer
+from .batch_norm import FedBatchNorms
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an example has shown.
+
+    batch_norms: batch norm -> the layers that feed it.
+    uses: layer -> multiply-adds of each of its weights for one example: pixels of the output of a convolution. A layer
+        that was not called is not in it.
+    """
+
+    batch_norms: dict[str, list[str]]
+    uses: dict[str, float]
+
+
+@torch.no_grad()
+def observe(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: Sequence[Any]) -> Seen:
+    """Run the model once, in eval mode and without a trace left. The first dimension of the first tensor is the
+    batch."""
+    batch = next((x.shape[0] for x in example_inputs if isinstance(x, Tensor) and x.dim()), 1)
+    uses: dict[str, float] = {}
+
+    def count(name: str, layer: Any, given: Tensor, output: Tensor) -> None:
+        moves_over = given if _is_transposed(layer) else output
+        uses[name] = uses.get(name, 0.0) + moves_over.numel() / weight_shape(layer)[0] / max(batch, 1)
+
+    fed = FedBatchNorms(model, layers)
+    hooks = [
+        *fed.hooks,
+        *(
+            layer.register_forward_hook(lambda module, args, output, name=name: count(name, module, args[0], output))
+            for name, layer in layers.items()
+        ),
+    ]
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        model(*example_inputs)
+    finally:
+        for module in training:
+            module.training = True
+        for hook in hooks:
+            hook.remove()
+    return Seen(fed.found(), uses)
+
+
+def weight_shape(layer: Any) -> tuple[int, ...]:
+    return tuple(layer.weight_shape if isinstance(layer, BlockSparseLayer) else layer.weight.shape)
+
+
+def _is_transposed(layer: nn.Module) -> bool:
+    dense = layer.dense_type if isinstance(layer, BlockSparseLayer) else type(layer)
+    return issubclass(dense, Transposed)
