@@ -84,7 +84,8 @@ def survey(
     Raises ValueError for a pattern that names nothing, and for a layer that ``include`` names but cannot be converted.
     """
     not_excluded = {name for name, _ in named_layers(model, (nn.Module,), None, exclude, alike=False)}
-    chosen = {name for name, _ in named_layers(model, DENSE_TYPES, include, exclude, alike=False)}
+    types = (*DENSE_TYPES, *SPARSE_TYPES)
+    chosen = {name for name, _ in named_layers(model, types, include, exclude, alike=False)}
     shared = _shared_parameters(model)
     found = []
     for name, layer in model.named_modules():

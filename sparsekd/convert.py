@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -72,8 +73,9 @@ def sparsify(
         include, exclude: names of modules, or shell-style patterns (``"stage1.*"``); a layer is converted if a pattern
             of ``include`` names it (default all) and none of ``exclude`` does.
 
-    Layers that are block-sparse already stay as they are. A layer that the model holds under several names is replaced
-    under all of them. Hooks and attributes of a layer move along.
+    Layers that are block-sparse already are pruned further where ``density`` is lower than theirs, and stay as they are
+    at density 1; one that is sparser than asked for, or in other blocks, is refused. A layer that the model holds under
+    several names is replaced under all of them. Hooks and attributes of a layer move along.
 
     Unless ``include`` names them, these stay dense: layers that share a weight, which would come apart; layers whose
     weight is computed (weight_norm, ``torch.nn.utils.prune``); and layers that sparsity would make slower: a grouped
@@ -99,12 +101,42 @@ def sparsify(
             )
     if include is None:
         warn_of_unexpected(report(found))
+    further = [] if density == 1.0 else _pruned_further(model, pattern, density, include, exclude)
+    for layer, keep in further:
+        layer.keep_(keep)
     twins = (
         (each.layer, sparse_layer(each.layer, pattern(each.layer) if callable(pattern) else pattern, density=density))
         for each in wanted
     )
     replace_layers(model, twins)
     return model
+
+
+def _pruned_further(
+    model: nn.Module, pattern: Pattern, density: float, include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> list[tuple[BlockSparseLayer, torch.Tensor]]:
+    """(layer, bool ``[nnzb]``: the blocks of largest norm) of the layers that are block-sparse already."""
+    smaller = []
+    layers = named_layers(model, (*DENSE_TYPES, *SPARSE_TYPES), include, exclude)
+    for name, layer in ((name, each) for name, each in layers if isinstance(each, BlockSparseLayer)):
+        wanted = layer.pattern if callable(pattern) or pattern is None else pattern
+        if wanted != layer.pattern:
+            raise ValueError(
+                f"sparsekd.sparsify: layer {name!r} has blocks of {layer.pattern} already, got pattern {wanted}; "
+                "densify(model) first, or prune on in its own blocks"
+            )
+        kept, blocks = len(layer.col_idx), math.prod(layer.pattern.grid(layer.matrix_shape))
+        count = max(1, round(density * blocks))
+        if kept < count:
+            raise ValueError(
+                f"sparsekd.sparsify: layer {name!r} keeps {kept} of {blocks} blocks already, got density={density:g}; "
+                "what is gone does not come back here: see Pruner.grow_to"
+            )
+        norms = layer.values.detach().float().square().sum((1, 2))
+        keep = torch.zeros(kept, dtype=torch.bool, device=norms.device)
+        keep[norms.argsort(descending=True, stable=True)[:count]] = True
+        smaller.append((layer, keep))
+    return smaller
 
 
 def densify(model: nn.Module) -> nn.Module:

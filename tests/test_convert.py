@@ -110,3 +110,35 @@ def test_bad_input(arguments, says):
 def test_a_bare_layer_is_refused():
     with pytest.raises(ValueError, match=r"use SparseLinear.from_dense"):
         sparsekd.sparsify(nn.Linear(4, 4))
+
+
+def test_a_sparse_model_is_pruned_further():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    dense = net[0].weight.detach().clone()
+    sparsekd.sparsify(net, density=0.5, include=["0"])
+    parameter = net[0].values
+    sparsekd.sparsify(net, density=0.3)
+    assert net[0].values is parameter and [layer.density for layer in net] == pytest.approx([0.3, 0.3], abs=0.01)
+    once = SparseLinear.from_dense(_with_weight(dense), density=0.3)
+    assert torch.equal(net[0].block_mask(), once.block_mask()) and torch.equal(net[0].values, once.values)
+    sparsekd.sparsify(net)  # at density 1 what is sparse stays so
+    sparsekd.sparsify(net, density=0.1, include=["0"])
+    assert [layer.density for layer in net] == pytest.approx([0.1, 0.3], abs=0.01)
+
+
+def _with_weight(weight):
+    linear = nn.Linear(weight.shape[1], weight.shape[0])
+    linear.weight.data.copy_(weight)
+    return linear
+
+
+def test_a_model_that_is_sparser_or_in_other_blocks_is_refused():
+    net = sparsekd.sparsify(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)), density=0.3, exclude=["1"])
+    for arguments, says in (
+        ({"density": 0.5}, r"layer '0' keeps 77 of 256 blocks already, got density=0.5; .* see Pruner.grow_to"),
+        ({"density": 0.1, "pattern": BlockPattern(8, 1)}, r"blocks of 16x1 already, got pattern 8x1; densify"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            sparsekd.sparsify(net, **arguments)
+        assert type(net[1]) is nn.Linear and net[0].density == pytest.approx(0.3, abs=0.01)
