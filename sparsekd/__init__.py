@@ -4,12 +4,12 @@ blocks     BlockPattern, BlockSparse: which blocks of a weight exist, and their 
 ops        linear, conv2d, conv_transpose2d, feature_stats: what each op means on any device
 backends   which kernel runs an op here, and why
 nn         SparseLinear, SparseConv2d and others: drop-in layers
-convert    sparsify, densify: swap a model's layers in place; conversion: what stays dense and why
+convert    densify, and sparsify by density: swap a model's layers in place; conversion: what stays dense and why
 losses     SAD, AT and KD: what a student can learn from a teacher
 goals      Regression, Classification, Ranking, Click: what a network learns and how it is judged
 taps       FeatureTap: the outputs of inner modules
 distill    Distiller: the loss of a student, with its teacher or without
-pruning    scores, schedules, Pruner
+pruning    scores, schedules, budgets, Pruner; sparsify
 distributed  one mask and one gradient on every rank
 methods    SP-SAD, LTH-SAD, SS-SAD
 freeze     the inference network: folded, fused, each layer as fast as this machine can run it
@@ -20,14 +20,14 @@ runs       the main job: distil, prune, freeze, measure (``sparsekd run``)
 from . import backends, nn, ops
 from .blocks import BlockPattern, BlockSparse
 from .conversion import ConversionReport
-from .convert import conversion_report, densify, sparsify
+from .convert import conversion_report, densify
 from .distill import Distiller
 from .energy import EnergyMeter
 from .freeze import FrozenModel, freeze, load_frozen
 from .goals import Classification, Click, Ranking, Regression
 from .losses import SAD, attention_transfer_loss, kd_loss, kd_regression_loss
 from .methods import LTHSAD, SPSAD, SSSAD
-from .pruning import LinearSchedule, Pruner
+from .pruning import CostTable, LinearSchedule, Pruner, sparsify
 from .taps import FeatureTap
 from .version import __version__
 
@@ -41,6 +41,7 @@ __all__ = [
     "Classification",
     "Click",
     "ConversionReport",
+    "CostTable",
     "Distiller",
     "EnergyMeter",
     "FeatureTap",

@@ -18,8 +18,10 @@ FLOORS = [
     ["losses", "nn"],  # what it can learn; layers
     ["conversion", "goals"],  # which layers are converted; what a network learns and how it is judged
     ["convert", "data", "distill", "distributed", "models"],
-    ["checkpoint", "pruning"],
-    ["freeze", "methods"],
+    ["checkpoint"],
+    ["freeze"],
+    ["pruning"],  # measures what layers cost when they are frozen
+    ["methods"],
     ["sparsekd"],  # the door: sparsekd/__init__.py
     ["bench", "doctor", "report"],
     ["runs"],

@@ -11,7 +11,7 @@ from sparsekd import BlockPattern
 from sparsekd.distill import Distiller, Plain
 from sparsekd.goals import Regression
 from sparsekd.methods import LTHSAD, METHODS, PAPER, SPSAD, SSSAD, Method
-from sparsekd.pruning import LinearSchedule
+from sparsekd.pruning import LinearSchedule, ListedSchedule
 
 from .cases import through_files
 
@@ -334,7 +334,13 @@ def test_an_optimizer_is_needed_before_the_first_epoch_ends():
     [
         ("lth-sad", (LinearSchedule(0.2, 2, final=0.6), 6), {}, "3 prunes every 2 epochs reach 0.6 after epoch 6"),
         ("ss-sad", (LinearSchedule(0.2, 2, final=0.6, start=0.2), 8), {}, "2 prunes every 2 epochs need at least 9"),
-        ("ss-sad", (LinearSchedule(0.2, 2, final=0.6), 9), {}, "schedule.start is the share that the first stage"),
+        ("ss-sad", (LinearSchedule(0.2, 2, final=0.6), 7), {}, "2 prunes every 2 epochs need at least 8 epochs"),
+        (
+            "ss-sad",
+            None,
+            {"initial": LinearSchedule(0.1, 1, final=0.2, unit="macs")},
+            "both stages must count the same",
+        ),
         ("ss-sad", None, {"initial": LinearSchedule(0.1, 1, final=0.3)}, "starts at 0.2 but the first ends at 0.3"),
         ("ss-sad", None, {"initial_epochs": 2}, "1 prunes every 2 epochs reach 0.2 after epoch 2"),
         ("lth-sad", None, {"rewind": "some"}, "rewind must be 'all' or 'weights', got 'some'"),
@@ -352,6 +358,40 @@ def test_bad_options(name, plan, options, says):
 def test_an_epoch_outside_the_training_is_refused(epoch):
     with pytest.raises(ValueError, match=f"SPSAD: epochs go from 1 to 8, got {epoch}"):
         build("sp-sad")[0].after_boundary(epoch)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "epochs", "stages", "prunes"),
+    [
+        (LinearSchedule(0.2, 2, final=0.6), 8, [3, 5], [(2, 0.2), (5, 0.4), (7, 0.6)]),
+        (LinearSchedule(0.2, 2, final=0.6), 20, [4, 16], [(2, 0.2), (6, 0.4), (8, 0.6)]),
+        (LinearSchedule(0.6, 2, final=0.6), 8, [4, 4], [(2, 0.3), (6, 0.6)]),
+        (ListedSchedule((0.3, 0.5), 2), 8, [4, 4], [(2, 0.3), (6, 0.5)]),
+        (ListedSchedule((0.5,), 2), 8, [4, 4], [(2, 0.25), (6, 0.5)]),
+    ],
+)
+def test_ss_takes_the_schedules_of_the_others(schedule, epochs, stages, prunes):
+    method = build("ss-sad", plan=(schedule, epochs))[0]
+    assert [stage.epochs for stage in method.stages] == stages
+    assert method.prunes() == [(epoch, pytest.approx(share)) for epoch, share in prunes]
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("scope", [None, "cost"])
+def test_a_schedule_counts_in_its_unit(name, scope):
+    schedule = LinearSchedule(0.2, 2, final=0.6, unit="macs")
+    method, student, optimizer = build(name, plan=(schedule, 10), scope=scope)
+    default = "layer" if name == "sp-sad" else "global"
+    assert method.pruner.scope == (scope or default) == method.scope
+    events = train(method, optimizer, range(1, 11))
+    work = {"conv1": 25, "conv2": 25, "head": 1}
+    dense = sum(work[each] * weight.numel() for each, weight in weights(student).items())
+    left = sum(work[each] * student.get_submodule(each).num_kept for each in work)
+    assert [event.unit for event in events] == ["macs"] * 3
+    assert [event.removed_macs for event in events] == pytest.approx([0.2, 0.4, 0.6], abs=4 * 25 / dense)
+    assert events[-1].macs == left == pytest.approx(0.4 * dense, abs=4 * 25)
+    assert events[-1].predicted_us is None
+    assert events[-1].kept == method.pruner.num_kept
 
 
 def test_names_and_notes():

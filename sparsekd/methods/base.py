@@ -14,8 +14,13 @@ from ..distill import Distiller, Losses, Plain
 
 @dataclass(frozen=True)
 class PruneEvent:
-    """What happened at a boundary. ``kept`` counts weights as ``Pruner.num_kept`` does; ``dead`` the biases and batch
-    norm weights that died with their filters."""
+    """What happened at a boundary.
+
+    target: share that the schedule wanted gone, of what ``unit`` names. kept: weights as ``Pruner.num_kept`` counts
+    them, ``removed_share`` is theirs. dead: biases and batch norm weights that died with their filters. macs:
+    multiply-adds of one example that are left, and removed_macs the share that is gone; None if they are unknown.
+    predicted_us: of the frozen student, None without costs.
+    """
 
     boundary: int
     stage: str
@@ -24,6 +29,10 @@ class PruneEvent:
     kept: int
     dead: int
     rewound: bool
+    unit: str = "weights"
+    macs: float | None = None
+    removed_macs: float | None = None
+    predicted_us: float | None = None
 
 
 class Method:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..distill import Distiller, Plain
-from ..pruning import LinearSchedule, Schedule
+from ..pruning import LinearSchedule, ListedSchedule, Schedule
 from .staged import Stage, Staged
 
 
@@ -16,10 +17,13 @@ class SSSAD(Staged):
     at ``stage`` in the loop.
 
     Args:
-        schedule: of the second stage; its ``start`` is the share that the first stage removes.
+        schedule: of the second stage; its ``start`` is the share that the first stage removes. A schedule that starts
+            at 0 is shared out: its first prune makes the ticket, the others follow in the second stage (of a single
+            prune, the first stage does half).
         initial: schedule of the first stage; default: the same rate (listed: one prune) and interval, up to
             ``schedule.start``.
-        initial_epochs: length of the first stage; default: one interval of training after its last prune.
+        initial_epochs: length of the first stage; default: one interval of training after its last prune, or, of a
+            schedule that is shared out, what the second stage leaves of ``epochs``.
         epochs: both stages together; the rest as in :class:`Staged`.
     """
 
@@ -39,19 +43,25 @@ class SSSAD(Staged):
         super().__init__(distiller, schedule, epochs=epochs, **options)
 
     def _plan(self, schedule: Schedule, epochs: int) -> list[Stage]:
-        if schedule.start == 0.0:
-            raise ValueError(
-                "SSSAD: schedule.start is the share that the first stage removes, got 0; "
-                "e.g. LinearSchedule(rate=0.05, every=20, final=0.7, start=0.25)"
-            )
+        starts_at_zero = schedule.start == 0.0
+        if starts_at_zero:
+            schedule = _shared_out(schedule, None if self._initial is None else self._initial.final)
         rate = schedule.rate if isinstance(schedule, LinearSchedule) else schedule.start
-        initial = self._initial or LinearSchedule(rate, schedule.every, final=schedule.start)
+        initial = self._initial or LinearSchedule(rate, schedule.every, final=schedule.start, unit=schedule.unit)
+        if initial.unit != schedule.unit:
+            raise ValueError(
+                f"SSSAD: both stages must count the same, got initial.unit {initial.unit!r} and schedule.unit "
+                f"{schedule.unit!r}"
+            )
         if initial.final != schedule.start:
             raise ValueError(
                 f"SSSAD: the second stage starts at {schedule.start} but the first ends at {initial.final}; "
                 "make initial.final and schedule.start the same"
             )
         ticket_epochs = (initial.prunes + 1) * initial.every if self._initial_epochs is None else self._initial_epochs
+        if starts_at_zero and self._initial_epochs is None:
+            left = epochs - schedule.prunes * schedule.every - 1
+            ticket_epochs = max(initial.prunes * initial.every + 1, min(ticket_epochs, left))
         shortest = ticket_epochs + schedule.prunes * schedule.every + 1
         if epochs < shortest:
             raise ValueError(
@@ -62,3 +72,13 @@ class SSSAD(Staged):
             Stage("ticket", ticket_epochs, initial, rewinds=True),
             Stage("distil", epochs - ticket_epochs, schedule, rewinds=False),
         ]
+
+
+def _shared_out(schedule: Schedule, start: float | None) -> Schedule:
+    """What is left for the second stage after the first has removed ``start``; default: what the first prune does, or
+    half of a single one."""
+    if start is None:
+        start = schedule.removed_after(schedule.every) if schedule.prunes > 1 else schedule.final / 2
+    if isinstance(schedule, ListedSchedule):
+        return replace(schedule, targets=tuple(t for t in schedule.targets if t > start), start=start)
+    return replace(schedule, start=start)

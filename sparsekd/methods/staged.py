@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ..blocks import BlockPattern
 from ..distill import Distiller, Losses, Plain
-from ..pruning import Grouping, Pruner, Schedule
+from ..pruning import Budget, CostTable, Grouping, Pruner, Schedule
 from .base import Method, PruneEvent, part_of
 
 
@@ -52,7 +52,8 @@ class Staged(Method):
         distiller: as in ``Method``; its student's layers are replaced in place: make the optimizer after the method.
         schedule: what is removed when; ``final`` must be reached before the last epoch.
         epochs: length of the whole training, in boundaries: of a stream, its windows.
-        granularity, pattern, grouping, include, exclude, score, seed: as in ``Pruner``.
+        granularity, pattern, grouping, include, exclude, score, seed, floor, costs: as in ``Pruner``.
+        scope: as in ``Pruner``; default: the method's own, ``"layer"`` for SP-SAD and ``"global"`` for the others.
         example_inputs: as in ``Pruner``; default: the inputs of the first loss.
         rewind: ``"all"`` sets the whole student back at a prune, ``"weights"`` only the surviving weights of the pruned
             layers (biases, batch norm and unpruned layers go on). For methods that rewind.
@@ -61,7 +62,7 @@ class Staged(Method):
     A loop that changes the learning rate asks ``round(epoch)``; ``stage`` says whether the teacher takes part.
     """
 
-    scope: ClassVar[Literal["global", "layer"]] = "global"
+    scope: Literal["global", "layer", "cost"] = "global"  # of a subclass: its default
 
     def __init__(
         self,
@@ -74,14 +75,18 @@ class Staged(Method):
         grouping: Grouping | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
+        scope: Literal["global", "layer", "cost"] | None = None,
         score: Literal["magnitude", "lamp", "random"] = "magnitude",
         seed: int = 0,
+        floor: float | None = None,
+        costs: CostTable | None = None,
         example_inputs: Sequence[Any] | None = None,
         rewind: Literal["all", "weights"] = "all",
         rewind_to: int = 0,
     ) -> None:
         super().__init__(distiller)
         self.epochs, self.rewind, self.rewind_to = epochs, rewind, rewind_to
+        self.scope = self.scope if scope is None else scope
         self.stages = self._plan(schedule, epochs)
         self._check_plan()
         self.boundary = 0  # number of the latest boundary that was passed
@@ -96,6 +101,8 @@ class Staged(Method):
             scope=self.scope,
             score=score,
             seed=seed,
+            floor=floor,
+            costs=costs,
             example_inputs=example_inputs,
             rewindable=any(stage.rewinds for stage in self.stages),
         )
@@ -118,7 +125,7 @@ class Staged(Method):
 
     def loss(self, inputs: Sequence[Any], target: Tensor) -> Losses:
         """``Distiller.loss`` of the running stage; in stage ``"ticket"`` the teacher is not run."""
-        if not self.pruner.observed and isinstance(inputs, (tuple, list)):
+        if not self.pruner.has_seen_example and isinstance(inputs, (tuple, list)):
             self.pruner.observe(*inputs)
         learner = self.distiller
         return learner.loss(inputs, target) if self.stage == "distil" else learner.task_loss(inputs, target)
@@ -145,11 +152,21 @@ class Staged(Method):
         target = stage.schedule.removed_after(number - first + 1)
         if target <= self._target:
             return None
-        self._prune(target, stage.rewinds)
+        self._prune(stage.schedule.unit, target, stage.rewinds)
         self._target = target
         pruner = self.pruner
         counts = (pruner.removed_share, pruner.num_kept, pruner.num_dead_parameters)
-        return PruneEvent(number, stage.name, target, *counts, stage.rewinds)
+        return PruneEvent(
+            number,
+            stage.name,
+            target,
+            *counts,
+            rewound=stage.rewinds,
+            unit=stage.schedule.unit,
+            macs=None if pruner.macs is None else pruner.macs[1],
+            removed_macs=None if pruner.macs is None else 1.0 - pruner.macs[1] / pruner.macs[0],
+            predicted_us=None if pruner.predicted_us is None else pruner.predicted_us[1],
+        )
 
     def round(self, epoch: int) -> Round:
         """The round that ``epoch`` lies in. Restart the learning rate with it, as iterative pruning does; or do not."""
@@ -161,7 +178,7 @@ class Staged(Method):
         return Round(stage.name, first, last)
 
     def prunes(self) -> list[tuple[int, float]]:
-        """(epoch, share removed) of every prune of the plan; it comes after that epoch."""
+        """(epoch, share removed, in the schedule's unit) of every prune of the plan; it comes after that epoch."""
         planned, removed = [], 0.0
         for epoch in range(1, self.epochs + 1):
             stage, first = self._stage_of(epoch)
@@ -182,8 +199,8 @@ class Staged(Method):
         super().load_state_dict(state)
         self.boundary, self._target = state["boundary"], state["target"]
 
-    def _prune(self, target: float, rewinds: bool) -> None:
-        self.pruner.prune_to(target)
+    def _prune(self, unit: str, target: float, rewinds: bool) -> None:
+        self.pruner.prune_to(Budget(unit, target, removed=True))
         if rewinds:
             self.pruner.rewind(weights_only=self.rewind == "weights")
         else:

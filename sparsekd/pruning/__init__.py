@@ -20,6 +20,7 @@ from .grouping import Grouping
 from .pruner import Pruner
 from .schedule import LinearSchedule, ListedSchedule, Schedule
 from .scores import choose_units, lamp_scores, layer_ranks, magnitude_scores, random_scores
+from .sparsify import sparsify
 from .surgery import drop_blocks, grow_blocks
 
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "layer_ranks",
     "magnitude_scores",
     "random_scores",
+    "sparsify",
 ]

@@ -51,6 +51,19 @@ class Budget:
             )
         return cls(unit, float(number), removed)
 
+    @classmethod
+    def to_remove(cls, caller: str, removed_share: float | Budget | None, **numbers: float | None) -> Budget:
+        """Of a method that takes a share of the weights, or a budget, by position, or a budget by name."""
+        if isinstance(removed_share, Budget):
+            return cls.of(caller, removed_share.removed, **{**numbers, removed_share.unit: removed_share.number})
+        if removed_share is None:
+            return cls.of(caller, True, **numbers)
+        if not 0.0 <= removed_share < 1.0:
+            raise ValueError(f"{caller}: removed_share must lie in [0, 1), got {removed_share}")
+        if numbers["weights"] is not None:
+            raise ValueError(f"{caller}: removed_share counts weights, got weights={numbers['weights']} too")
+        return cls.of(caller, True, **{**numbers, "weights": removed_share})
+
     @property
     def is_share(self) -> bool:
         return self.number <= 1.0

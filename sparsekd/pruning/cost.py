@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from .. import processor
 from ..backends import cpu
-from ..blocks import BlockPattern
 from ..checkpoint import fingerprint, write_atomically
-from ..convert import SPARSE_TYPES, densify, named_layers, sparsify
+from ..conversion import SPARSE_TYPES, Pattern, named_layers
+from ..convert import densify, sparsify
 from ..freeze import Plan, freeze
 
 DENSITIES = (0.05, 0.15, 0.3, 0.6)
@@ -114,7 +114,7 @@ class CostTable:
         model: nn.Module,
         example_inputs: Sequence[Tensor],
         *,
-        pattern: BlockPattern | None = None,
+        pattern: Pattern = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         densities: Sequence[float] = DENSITIES,

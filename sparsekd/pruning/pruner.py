@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import ASGD, LBFGS, Optimizer, Rprop
+from torch.optim import Optimizer
 
 from ..blocks import BlockPattern
 from ..distributed import agree
@@ -21,7 +21,7 @@ from .held import Held
 from .meters import Meters
 from .observe import observe
 from .rewind import Theta0, check_state
-from .surgery import forget, state_slots
+from .surgery import check_optimizer, forget, state_slots
 from .units import prunable_layers
 
 COST_FLOOR = 0.02  # of the weights of a layer: less is seldom faster, and a layer that is nearly empty learns nothing
@@ -133,6 +133,11 @@ class Pruner:
         return self._held.num_dead_parameters
 
     @property
+    def has_seen_example(self) -> bool:
+        """Whether :meth:`observe` has run."""
+        return self._meters.uses is not None
+
+    @property
     def makes_faster(self) -> bool:
         """False for masks on dense layers: they cost as much as before."""
         return self.granularity != "unstructured"
@@ -173,13 +178,7 @@ class Pruner:
         if isinstance(optimizer, nn.Module) and optimizer is not self.model:
             attach_copy(self._layers, optimizer)
             return
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"Pruner.attach: expected a torch optimizer, got {type(optimizer).__name__}")
-        if isinstance(optimizer, (LBFGS, Rprop, ASGD)):
-            raise TypeError(
-                f"Pruner.attach: the state of {type(optimizer).__name__} can be neither shrunk nor set back; "
-                "use SGD, Adam, AdamW or the like"
-            )
+        optimizer = check_optimizer(optimizer)
         if not _parameter_ids([optimizer]) & {id(units.parameter) for units in self._layers}:
             raise ValueError(
                 "Pruner.attach: the optimizer holds none of the pruned layers' parameters; "
@@ -196,7 +195,7 @@ class Pruner:
     @torch.no_grad()
     def prune_to(
         self,
-        removed_share: float | None = None,
+        removed_share: float | Budget | None = None,
         scores: Scores | None = None,
         *,
         weights: float | None = None,
@@ -210,7 +209,7 @@ class Pruner:
         filters take their bias and batch norm along. Nothing has changed if it raises.
 
         Args:
-            removed_share: of the weights, in [0, 1): short for ``weights``.
+            removed_share: of the weights, in [0, 1): short for ``weights``; or a ``Budget``.
             scores: what to go by instead of the Pruner's ``score``: see :meth:`grow_to`. The lowest go.
             weights, macs, bytes, latency_us: one budget. A number below 1 is the share to be gone, of weights,
                 multiply-adds, bytes, or of the predicted time of the whole network; a number above 1 is what stays:
@@ -223,7 +222,9 @@ class Pruner:
             RuntimeError: if optimizers are attached but hold only some of the pruned weights, if the state of one
                 cannot shrink, and for what :meth:`check` finds.
         """
-        budget = _budget("prune_to", removed_share, weights=weights, macs=macs, bytes=bytes, latency_us=latency_us)
+        budget = Budget.to_remove(
+            "Pruner.prune_to", removed_share, weights=weights, macs=macs, bytes=bytes, latency_us=latency_us
+        )
         self._check_ready("prune_to")
         meter = self._meters.of("Pruner.prune_to", budget.unit)
         now = meter.total(self._layers)
@@ -245,7 +246,7 @@ class Pruner:
     @torch.no_grad()
     def grow_to(
         self,
-        removed_share: float | None = None,
+        removed_share: float | Budget | None = None,
         scores: Scores | None = None,
         *,
         weights: float | None = None,
@@ -269,7 +270,9 @@ class Pruner:
         Raises:
             ValueError, RuntimeError: as :meth:`prune_to`.
         """
-        budget = _budget("grow_to", removed_share, weights=weights, macs=macs, bytes=bytes, latency_us=latency_us)
+        budget = Budget.to_remove(
+            "Pruner.grow_to", removed_share, weights=weights, macs=macs, bytes=bytes, latency_us=latency_us
+        )
         self._check_ready("grow_to")
         meter = self._meters.of("Pruner.grow_to", budget.unit)
         now = meter.total(self._layers)
@@ -436,16 +439,6 @@ class Pruner:
 
 def _parameter_ids(optimizers: Iterable[Optimizer]) -> set[int]:
     return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-
-
-def _budget(caller: str, removed_share: float | None, **numbers: float | None) -> Budget:
-    if removed_share is not None:
-        if not 0.0 <= removed_share < 1.0:
-            raise ValueError(f"Pruner.{caller}: removed_share must lie in [0, 1), got {removed_share}")
-        if numbers["weights"] is not None:
-            raise ValueError(f"Pruner.{caller}: removed_share counts weights, got weights={numbers['weights']} too")
-        numbers["weights"] = removed_share
-    return Budget.of(f"Pruner.{caller}", True, **numbers)
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

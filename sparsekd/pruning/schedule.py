@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .budget import check_unit
+
 
 @dataclass(frozen=True)
 class LinearSchedule:
     """Every ``every`` epochs, remove another ``rate`` of the ORIGINAL weights, from ``start`` until ``final`` is gone.
 
     Linear in the original count because that is the only reading under which the paper reaches its 60 % (arXiv
-    2401.10484, Table 2). All shares lie in (0, 1), ``start`` may be 0.
+    2401.10484, Table 2). All shares lie in (0, 1), ``start`` may be 0. They are shares of what ``unit`` names: weights,
+    multiply-adds (``"macs"``), ``"bytes"`` or predicted time (``"latency_us"``).
 
     >>> LinearSchedule(rate=0.05, every=75, final=0.6).removed_after(epoch=160)
     0.1
@@ -21,8 +24,10 @@ class LinearSchedule:
     every: int
     final: float
     start: float = 0.0
+    unit: str = "weights"
 
     def __post_init__(self) -> None:
+        check_unit("LinearSchedule", self.unit)
         for name, share in (("rate", self.rate), ("final", self.final)):
             if not 0.0 < share < 1.0:
                 raise ValueError(f"LinearSchedule: {name} must lie in (0, 1), got {share}; 0.05 is 5 % of the weights")
@@ -39,7 +44,7 @@ class LinearSchedule:
         return math.ceil(round((self.final - self.start) / self.rate, 6))
 
     def removed_after(self, epoch: int) -> float:
-        """Share of the original weights that is to be gone after epoch ``epoch`` (counted from 1)."""
+        """Share of the original count that is to be gone after epoch ``epoch`` (counted from 1)."""
         done = epoch // self.every
         return self.final if done >= self.prunes else self.start + self.rate * done
 
@@ -56,7 +61,8 @@ class LinearSchedule:
 
 @dataclass(frozen=True)
 class ListedSchedule:
-    """Every ``every`` epochs, prune to the next of ``targets``: shares of the ORIGINAL weights that are then gone.
+    """Every ``every`` epochs, prune to the next of ``targets``: shares of the ORIGINAL weights that are then gone, or
+    of what ``unit`` names, as in :class:`LinearSchedule`.
 
     >>> ListedSchedule((0.3, 0.5, 0.6), every=10).removed_after(epoch=25)
     0.5
@@ -65,8 +71,10 @@ class ListedSchedule:
     targets: tuple[float, ...]
     every: int
     start: float = 0.0
+    unit: str = "weights"
 
     def __post_init__(self) -> None:
+        check_unit("ListedSchedule", self.unit)
         shares = (self.start, *self.targets)
         if not self.targets or list(shares) != sorted(set(shares)) or not shares[0] >= 0 or not shares[-1] < 1:
             raise ValueError(
@@ -84,7 +92,7 @@ class ListedSchedule:
         return len(self.targets)
 
     def removed_after(self, epoch: int) -> float:
-        """Share of the original weights that is to be gone after epoch ``epoch`` (counted from 1)."""
+        """Share of the original count that is to be gone after epoch ``epoch`` (counted from 1)."""
         return (self.start, *self.targets)[min(epoch // self.every, self.prunes)]
 
     def check_reaches(self, epochs: int) -> None:

@@ -88,3 +88,15 @@ def dead_channels(net, pruner, granularity):
     dead = ~dense_weights(net)["conv1"].flatten(1).any(1)
     assert dead[4:8].all() and dead.sum() == 4
     return dead
+
+
+def student():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 4, padding=1)),
+        *(nn.BatchNorm2d(32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)),
+    )
+
+
+IMAGE = torch.randn(2, 3, 16, 16)
+WORK = {"0": 256 * 3 * 16 * 9, "3": 16 * 16 * 32 * 9, "8": 320}
