@@ -1,9 +1,11 @@
 """How much faster a network gets here: dense eager, dense frozen and block-sparse frozen, timed in turns.
 
-    sparsekd bench my_package.models:resnet --input-shape 3,224,224 --batch 1 16 --density 0.5 0.3
+    sparsekd bench my_package.models:resnet --input-shape 3,224,224 --batch 1 16 --budget macs=0.3 latency_us=900
 
-`factory()` makes the network; nothing is trained: for each density the blocks of largest norm stay, as
-``sparsekd.sparsify`` keeps them, and the time of a layer does not depend on which these are.
+`factory()` makes the network; nothing is trained. For each density the blocks of largest norm stay in every layer, and
+for each budget those that are worth most for what they cost, as ``sparsekd.sparsify`` keeps them. The time of a layer
+does not depend on which these are, but that of a network on how many each layer keeps: prune a student by the budget
+that was measured here.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import copy
 import importlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import check_density
-from .convert import sparsify
 from .freeze import freeze
 from .freeze.measure import measure
+from .pruning import UNITS, Budget, Pruner, sparsify
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -48,22 +50,28 @@ def bench(
     batches: Sequence[int] = (1,),
     threads: Sequence[int] = (),
     densities: Sequence[float] = (0.5, 0.3, 0.1),
+    budgets: Sequence[Budget] = (),
+    scope: str = "cost",
     dtype: str = "fp32",
     exclude: Sequence[str] | None = None,
     seconds: float = 2.0,
 ) -> list[dict[str, Any]]:
-    """One row for each number of threads, batch size and density of one network.
+    """One row for each number of threads, batch size, and density or budget of one network.
 
     Args:
         name: ``package.module:factory``.
         input_shapes: of each input tensor, without the batch.
         threads: default: as many as torch uses now.
+        densities: shares of the weights of every layer to keep.
+        budgets: of the whole network, see :func:`budget`. Microseconds are those of each batch size.
+        scope: how a budget chooses, as in ``sparsify``.
         exclude: layers that stay dense, shell-style patterns on module names.
         seconds: to measure one batch size for.
 
-    A row holds ``model, dtype, threads, batch, density``, median milliseconds of one call as ``eager_ms`` (the
-    faster of contiguous and channels_last), ``dense_frozen_ms`` and ``frozen_ms``, of the convolution and linear
-    layers, how many run ``sparse``, and in ``left_out`` what could not be timed, with the reason.
+    A row holds ``model, dtype, threads, batch``, what was asked for as ``budget`` ("density=0.3", "macs=0.3"), and as
+    ``density`` if it was one, the shares of ``weights`` and ``macs`` that are kept, median milliseconds of one call as
+    ``eager_ms`` (the faster of contiguous and channels_last), ``dense_frozen_ms`` and ``frozen_ms``, of the convolution
+    and linear layers, how many run ``sparse``, and in ``left_out`` what could not be timed, with the reason.
 
     Raises ValueError for bad arguments, RuntimeError where the network does not take such inputs.
     """
@@ -80,27 +88,65 @@ def bench(
             for batch in batches:
                 inputs = tuple(torch.randn(batch, *shape).to(DTYPES[dtype]) for shape in input_shapes)
                 common = {"model": name, "dtype": dtype, "threads": count, "batch": batch}
-                rows += [common | row for row in _compare(name, model, inputs, densities, exclude, seconds)]
+                _check_takes(name, model, inputs)
+                sparse = _pruned(model, inputs, densities, budgets, scope, exclude)
+                rows += [common | row for row in _compare(model, inputs, sparse, seconds)]
     finally:
         torch.set_num_threads(before)
     return rows
 
 
-@torch.no_grad()
-def _compare(
-    name: str,
+def budget(text: str) -> Budget:
+    """Of "unit=number": "macs=0.3" keeps 30 % of the multiply-adds, "latency_us=900" what takes 900 microseconds."""
+    unit, _, number = text.partition("=")
+    try:
+        return Budget.of("sparsekd bench", False, **{unit: float(number)})
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"sparsekd bench: --budget takes UNIT=NUMBER with one of {', '.join(UNITS)}, got {text!r}: {error}"
+        ) from None
+
+
+def _pruned(
     model: nn.Module,
     inputs: tuple[Tensor, ...],
     densities: Sequence[float],
+    budgets: Sequence[Budget],
+    scope: Any,
     exclude: Sequence[str] | None,
-    seconds: float,
-) -> list[dict[str, Any]]:
+) -> dict[str, tuple[nn.Module, float, float | None]]:
+    """What was asked for -> (the network, shares of weights and of multiply-adds that are left)."""
+    networks = {f"density={d:g}": sparsify(copy.deepcopy(model), density=d, exclude=exclude) for d in densities}
+    for one in budgets:
+        number: Any = {one.unit: one.number}
+        options: Any = {"exclude": exclude, "scope": scope, "example_inputs": inputs}
+        networks[str(one)] = sparsify(copy.deepcopy(model), **number, **options)
+    pruned = {}
+    for asked, network in networks.items():
+        # The layers that a budget left dense count as well; a copy, since counting makes them block-sparse.
+        counted = Pruner(copy.deepcopy(network), exclude=exclude, example_inputs=inputs, rewindable=False)
+        macs = None if counted.macs is None else counted.macs[1] / counted.macs[0]
+        pruned[asked] = (network, counted.num_kept / counted.num_weights, macs)
+    return pruned
+
+
+@torch.no_grad()
+def _check_takes(name: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     try:
         model(*inputs)
     except RuntimeError as error:
         shapes = [list(x.shape) for x in inputs]
         raise RuntimeError(f"sparsekd bench: {name} does not take inputs of shape {shapes}: {error}") from error
-    frozen = {f"{d:g}": freeze(sparsify(copy.deepcopy(model), density=d, exclude=exclude), inputs) for d in densities}
+
+
+@torch.no_grad()
+def _compare(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    sparse: Mapping[str, tuple[nn.Module, float, float | None]],
+    seconds: float,
+) -> list[dict[str, Any]]:
+    frozen = {asked: freeze(network, inputs) for asked, (network, _, _) in sparse.items()}
     calls: dict[str, Callable[[], object]] = {"eager": partial(model, *inputs)}
     channels_last, why_not = _channels_last(model, inputs)
     if why_not is None:
@@ -110,15 +156,18 @@ def _compare(
     ms = {key: statistics.median(us) / 1e3 for key, us in samples.items()}
     return [
         {
-            "density": float(density),
+            "budget": asked,
+            "density": float(asked.removeprefix("density=")) if asked.startswith("density=") else None,
+            "weights": sparse[asked][1],
+            "macs": sparse[asked][2],
             "eager_ms": min(ms["eager"], ms.get("channels_last", ms["eager"])),
             "dense_frozen_ms": ms["dense"],
-            "frozen_ms": ms[density],
+            "frozen_ms": ms[asked],
             "sparse": sum(layer.chosen == "sparse" for layer in network.plan),
             "layers": sum(not layer.geometry.pool for layer in network.plan),
             "left_out": {} if why_not is None else {"channels_last": why_not},
         }
-        for density, network in frozen.items()
+        for asked, network in frozen.items()
     ]
 
 
@@ -138,14 +187,15 @@ def _channels_last(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Callab
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown; the ratios say how many times as fast the frozen sparse network is."""
     lines = [
-        "| threads | batch | density | layers sparse | dense eager, ms | dense frozen, ms | sparse frozen, ms "
-        "| x eager | x dense frozen |",
-        "|---" * 9 + "|",
+        "| threads | batch | kept | weights | multiply-adds | layers sparse | dense eager, ms | dense frozen, ms "
+        "| sparse frozen, ms | x eager | x dense frozen |",
+        "|---" * 11 + "|",
     ]
     for row in rows:
         eager, dense, ours = row["eager_ms"], row["dense_frozen_ms"], row["frozen_ms"]
         lines.append(
-            f"| {row['threads']} | {row['batch']} | {row['density']:g} | {row['sparse']} of {row['layers']} "
+            f"| {row['threads']} | {row['batch']} | {row['budget']} | {row['weights']:.1%} "
+            f"| {'?' if row['macs'] is None else format(row['macs'], '.1%')} | {row['sparse']} of {row['layers']} "
             f"| {eager:.3f} | {dense:.3f} | {ours:.3f} | {eager / ours:.2f} | {dense / ours:.2f} |"
         )
     left_out = {(what, why) for row in rows for what, why in row.get("left_out", {}).items()}

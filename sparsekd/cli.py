@@ -54,7 +54,24 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--batch", nargs="+", type=int, default=[1], metavar="N", help="batch sizes (1)")
     bench.add_argument("--threads", nargs="+", type=int, default=[], metavar="N", help="numbers of threads (torch's)")
     bench.add_argument(
-        "--density", nargs="+", type=float, default=[0.5, 0.3, 0.1], metavar="D", help="shares to keep (0.5 0.3 0.1)"
+        "--density",
+        nargs="+",
+        type=float,
+        metavar="D",
+        help="shares of the weights of every layer to keep (0.5 0.3 0.1, if no budget is given)",
+    )
+    bench.add_argument(
+        "--budget",
+        nargs="+",
+        default=[],
+        metavar="UNIT=N",
+        help="what the whole network keeps: macs=0.3, latency_us=900, bytes=2e6, weights=0.2; up to 1 a share",
+    )
+    bench.add_argument(
+        "--scope",
+        choices=["cost", "global", "layer"],
+        default="cost",
+        help="how a budget chooses: worth for cost (default), the largest weights, or every layer alike",
     )
     bench.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     bench.add_argument("--exclude", nargs="+", metavar="NAME", help="layers that stay dense, as in 'stem.*'")
@@ -177,13 +194,16 @@ def _bench(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             f"sparsekd bench: --input-shape takes integers, as in 3,224,224, got {options.input_shape}"
         ) from None
     rows = []
+    densities = options.density or ([] if options.budget else [0.5, 0.3, 0.1])
     for name in options.models:
         timed = bench.bench(
             name,
             shapes,
             batches=options.batch,
             threads=options.threads,
-            densities=options.density,
+            densities=densities,
+            budgets=[bench.budget(text) for text in options.budget],
+            scope=options.scope,
             dtype=options.dtype,
             exclude=options.exclude,
             seconds=options.seconds,

@@ -163,6 +163,20 @@ def test_bench_times_an_own_network(capsys, tmp_path, monkeypatch):
         assert f"| {row['eager_ms']:.3f} | {row['dense_frozen_ms']:.3f} | {row['frozen_ms']:.3f} |" in printed
 
 
+def test_bench_prunes_to_a_budget(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_budget.py").write_text(FACTORY)
+    sizes = (
+        "--input-shape 3,8,8 --threads 1 --budget macs=0.5 weights=0.4 --scope layer --seconds 0.05 --json r.json"
+    )
+    assert cli.main(["bench", "own_budget:small", *sizes.split()]) == 0
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [row["budget"] for row in rows] == ["macs=0.5", "weights=0.4"] and {row["density"] for row in rows} == {None}
+    assert [rows[0]["macs"], rows[1]["weights"]] == pytest.approx([0.5, 0.4], abs=0.02)
+    printed = capsys.readouterr().out
+    assert all(f"| {row['budget']} | {row['weights']:.1%} | {row['macs']:.1%} |" in printed for row in rows)
+
+
 VIEWS = """
 from torch import nn
 class Views(nn.Module):
@@ -193,6 +207,8 @@ def test_bench_names_what_it_could_not_time(capsys, tmp_path, monkeypatch):
         (["torch.nn:Identity", "--input-shape", "3,x"], "--input-shape takes integers, as in 3,224,224"),
         (["torch.nn:Identity", "--density", "1.5"], "density must lie in (0, 1], got 1.5"),
         (["torch.nn:Identity", "--batch", "0"], "batch must be 1 or more, got [0]"),
+        (["torch.nn:Identity", "--budget", "macs"], "--budget takes UNIT=NUMBER with one of weights, macs, bytes"),
+        (["torch.nn:Identity", "--budget", "joules=0.5"], "got 'joules=0.5': sparsekd bench: a budget counts one of"),
         (["builtins:dict"], "builtins:dict must make an nn.Module, got dict"),
         (["sparsekd.models:MobileNetV2"], "does not take inputs of shape [[1, 5]]: "),
     ],
