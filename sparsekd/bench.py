@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import check_density
+from .conversion import DENSE_TYPES, SPARSE_TYPES, named_layers
 from .freeze import freeze
 from .freeze.measure import measure
-from .pruning import UNITS, Budget, Pruner, sparsify
+from .pruning import UNITS, Budget, count_macs, sparsify
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -114,7 +115,7 @@ def _pruned(
     budgets: Sequence[Budget],
     scope: Any,
     exclude: Sequence[str] | None,
-) -> dict[str, tuple[nn.Module, float, float | None]]:
+) -> dict[str, tuple[nn.Module, float, float]]:
     """What was asked for -> (the network, shares of weights and of multiply-adds that are left)."""
     networks = {f"density={d:g}": sparsify(copy.deepcopy(model), density=d, exclude=exclude) for d in densities}
     for one in budgets:
@@ -123,10 +124,11 @@ def _pruned(
         networks[str(one)] = sparsify(copy.deepcopy(model), **number, **options)
     pruned = {}
     for asked, network in networks.items():
-        # The layers that a budget left dense count as well; a copy, since counting makes them block-sparse.
-        counted = Pruner(copy.deepcopy(network), exclude=exclude, example_inputs=inputs, rewindable=False)
-        macs = None if counted.macs is None else counted.macs[1] / counted.macs[0]
-        pruned[asked] = (network, counted.num_kept / counted.num_weights, macs)
+        dense, now = count_macs(network, inputs, exclude)
+        layers = [layer for _, layer in named_layers(network, (*DENSE_TYPES, *SPARSE_TYPES), None, exclude)]
+        sizes = [getattr(layer, "num_weights", layer.weight.numel()) for layer in layers]
+        kept = sum(getattr(layer, "num_kept", size) for layer, size in zip(layers, sizes, strict=True))
+        pruned[asked] = (network, kept / sum(sizes), now / dense)
     return pruned
 
 
@@ -143,7 +145,7 @@ def _check_takes(name: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> Non
 def _compare(
     model: nn.Module,
     inputs: tuple[Tensor, ...],
-    sparse: Mapping[str, tuple[nn.Module, float, float | None]],
+    sparse: Mapping[str, tuple[nn.Module, float, float]],
     seconds: float,
 ) -> list[dict[str, Any]]:
     frozen = {asked: freeze(network, inputs) for asked, (network, _, _) in sparse.items()}
@@ -195,7 +197,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         eager, dense, ours = row["eager_ms"], row["dense_frozen_ms"], row["frozen_ms"]
         lines.append(
             f"| {row['threads']} | {row['batch']} | {row['budget']} | {row['weights']:.1%} "
-            f"| {'?' if row['macs'] is None else format(row['macs'], '.1%')} | {row['sparse']} of {row['layers']} "
+            f"| {row['macs']:.1%} | {row['sparse']} of {row['layers']} "
             f"| {eager:.3f} | {dense:.3f} | {ours:.3f} | {eager / ours:.2f} | {dense / ours:.2f} |"
         )
     left_out = {(what, why) for row in rows for what, why in row.get("left_out", {}).items()}

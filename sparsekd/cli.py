@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_run(commands: Any) -> None:
     """The arguments of `run`, under the names of the fields of RunConfig, which has the defaults."""
+    from .pruning import SCOPES, UNITS
     from .runs import TASKS, RunConfig
     from .runs.plans.network import KNOWN_METHODS
 
@@ -112,6 +113,13 @@ def _add_run(commands: Any) -> None:
         metavar="D",
         help="shares of the weights to keep (those that the task is usually run with)",
     )
+    run.add_argument(
+        "--unit",
+        choices=list(UNITS),
+        help=f"what the densities count ({usual.unit}): multiply-adds, bytes, or microseconds of the frozen network",
+    )
+    run.add_argument("--scope", choices=SCOPES, help="how methods choose blocks (each as its paper does)")
+    run.add_argument("--costs", metavar="FILE", help="times of the student's layers, for --unit latency_us")
     for name, explained in _own_options().items():
         run.add_argument(f"--{name}", metavar="NAME", help=explained)
     run.add_argument("--pattern", metavar="RxC", help=f"blocks to prune, outputs x inputs ({usual.pattern})")

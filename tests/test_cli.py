@@ -166,9 +166,7 @@ def test_bench_times_an_own_network(capsys, tmp_path, monkeypatch):
 def test_bench_prunes_to_a_budget(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_budget.py").write_text(FACTORY)
-    sizes = (
-        "--input-shape 3,8,8 --threads 1 --budget macs=0.5 weights=0.4 --scope layer --seconds 0.05 --json r.json"
-    )
+    sizes = "--input-shape 3,8,8 --threads 1 --budget macs=0.5 weights=0.4 --scope layer --seconds 0.05 --json r.json"
     assert cli.main(["bench", "own_budget:small", *sizes.split()]) == 0
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert [row["budget"] for row in rows] == ["macs=0.5", "weights=0.4"] and {row["density"] for row in rows} == {None}

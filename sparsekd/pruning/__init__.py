@@ -13,10 +13,12 @@ A *unit* is what stays or goes as a whole: a block, an output filter or a single
 pruned convolutions and linear layers (no biases, no batch norm), shares are of their ORIGINAL count.
 """
 
-from .budget import UNITS, Budget
+from .budget import UNITS, Budget, check_unit
+from .choice import SCOPES
 from .cost import CostTable, LayerCost
 from .gradients import DenseGradients
 from .grouping import Grouping
+from .observe import count_macs
 from .pruner import Pruner
 from .schedule import LinearSchedule, ListedSchedule, Schedule
 from .scores import choose_units, lamp_scores, layer_ranks, magnitude_scores, random_scores
@@ -24,6 +26,7 @@ from .sparsify import sparsify
 from .surgery import drop_blocks, grow_blocks
 
 __all__ = [
+    "SCOPES",
     "UNITS",
     "Budget",
     "CostTable",
@@ -34,7 +37,9 @@ __all__ = [
     "ListedSchedule",
     "Pruner",
     "Schedule",
+    "check_unit",
     "choose_units",
+    "count_macs",
     "drop_blocks",
     "grow_blocks",
     "lamp_scores",

@@ -24,6 +24,7 @@ from .units import Entries, Units
 
 Scores = Mapping[str, Tensor]  # layer's name -> a score of every block, in the shape of its mask
 Meter = Linear | Timed
+SCOPES = ("global", "layer", "cost")
 FREE = 1e300  # the worth, for its cost, of a unit that costs nothing
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd as Transposed
 
+from ..conversion import DENSE_TYPES, SPARSE_TYPES, named_layers
 from ..nn import BlockSparseLayer
 from .batch_norm import FedBatchNorms
 
@@ -56,6 +58,18 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: S
         for hook in hooks:
             hook.remove()
     return Seen(fed.found(), uses)
+
+
+def count_macs(
+    model: nn.Module, example_inputs: Sequence[Any], exclude: Sequence[str] | None = None
+) -> tuple[float, float]:
+    """Multiply-adds for one example (when dense, now) of the layers that are, or can be, block-sparse."""
+    layers: dict[str, Any] = dict(named_layers(model, (*DENSE_TYPES, *SPARSE_TYPES), None, exclude))
+    uses = observe(model, layers, example_inputs).uses
+    sizes = {name: math.prod(weight_shape(layer)) for name, layer in layers.items()}
+    kept = {name: getattr(layer, "num_kept", sizes[name]) for name, layer in layers.items()}
+    dense, now = (sum(used * counts[name] for name, used in uses.items()) for counts in (sizes, kept))
+    return float(dense), float(now)
 
 
 def weight_shape(layer: Any) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from ..blocks import BlockPattern
 from ..distributed import agree
 from .batch_norm import first_batch_norm
 from .budget import UNITS, Budget
-from .choice import Meter, Rule, Scores, Unreachable
+from .choice import SCOPES, Meter, Rule, Scores, Unreachable
 from .copies import attach_copy
 from .cost import CostTable
 from .grouping import Grouping
@@ -80,7 +80,7 @@ class Pruner:
         rewindable: bool = True,
     ) -> None:
         _check_choice("granularity", granularity, ("block", "filter", "unstructured"))
-        _check_choice("scope", scope, ("global", "layer", "cost"))
+        _check_choice("scope", scope, SCOPES)
         _check_choice("score", score, ("magnitude", "lamp", "random"))
         if pattern is not None and granularity != "block":
             raise ValueError(f"Pruner: a pattern belongs to granularity 'block', got {pattern} with {granularity!r}")

@@ -13,6 +13,7 @@ NOT_MEASURED = "not measured"
 # (heading, metric, scale, format) of what every network costs.
 _COST = (
     ("weights kept %", "weights_kept", 100.0, ".1f"),
+    ("multiply-adds kept %", "macs_kept", 100.0, ".1f"),
     ("parameters", "parameters", 1.0, ".0f"),
     ("file kB", "file_bytes", 1e-3, ".1f"),
     ("training s", "train_seconds", 1.0, ".1f"),
@@ -61,7 +62,8 @@ def accuracy_table(results: Mapping[str, Any], summary: Sequence[Mapping[str, An
     judge = metrics[0]
     if any(entry["mean"].get(f"val_{judge.name}") is not None for entry in summary):
         quality.append((validation_heading(judge), f"val_{judge.name}", judge.scale, f".{judge.digits}f"))
-    columns = (*quality, *_COST)
+    known = {name for entry in summary for name in entry["mean"]}  # earlier runs did not count multiply-adds
+    columns = (*quality, *(column for column in _COST if column[1] in known or column[1] != "macs_kept"))
     rows = []
     for score in results["baselines"]:
         name = f"{score['name']} ({score['setting']})" if score.get("setting") else score["name"]

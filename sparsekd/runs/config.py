@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..blocks import BlockPattern, check_density
+from ..pruning import SCOPES, check_unit
 from .plans.network import KNOWN_METHODS
 
 
@@ -18,6 +19,9 @@ class RunConfig:
     methods    names out of METHODS and ABLATIONS; None: those that the task is usually run with.
     densities  shares of the prunable weights to keep, in (0, 1]; each below 1 makes a student of every method (1 is the
                SAD row that every run has). None: those that the task is usually run with.
+    unit       what the densities count: "weights", multiply-adds ("macs"), "bytes", or the predicted time of the frozen
+               network ("latency_us"), which needs `costs`, a file of `CostTable.save` for the student.
+    scope      how the methods choose, as in `Pruner`: "cost", "global" or "layer"; None: each as its paper does.
     seeds      how many; seed s initialises all students of that seed alike.
     quick      fewer rows, fewer epochs, short timings: to see it work, not to quote.
     pattern    blocks that are pruned, outputs x inputs: "16x1", on every device, so that they can be compared. GPU
@@ -40,6 +44,9 @@ class RunConfig:
     options: dict[str, Any] = field(default_factory=dict)
     methods: tuple[str, ...] | None = None
     densities: tuple[float, ...] | None = None
+    unit: str = "weights"
+    scope: str | None = None
+    costs: str | None = None
     seeds: int = 1
     quick: bool = False
     pattern: str = "16x1"
@@ -60,6 +67,14 @@ class RunConfig:
                 object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         for density in self.densities or ():
             check_density("sparsekd run", density)
+        check_unit("sparsekd run", self.unit)
+        if (self.unit == "latency_us") != (self.costs is not None):
+            raise ValueError(
+                f"sparsekd run: a table of costs belongs to the unit latency_us, got unit {self.unit} and costs "
+                f"{self.costs}; CostTable.measure(student, inputs).save(path) makes one"
+            )
+        if self.scope not in (None, *SCOPES):
+            raise ValueError(f"sparsekd run: scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
         BlockPattern.parse(self.pattern)
         for method in self.methods or ():
             if method not in KNOWN_METHODS:

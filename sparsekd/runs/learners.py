@@ -12,6 +12,7 @@ from ..data import Task
 from ..distill import Distiller, Plain
 from ..losses import AttentionTransfer
 from ..methods import METHODS, Method
+from ..pruning import CostTable
 from ..taps import FeatureTap
 from .evaluate import not_pruned
 from .plans.network import Network
@@ -32,6 +33,7 @@ def learner_of(model: nn.Module, task: Task, network: Network, teacher: nn.Modul
         exclude=not_pruned(model) or None,
         seed=seed,
         example_inputs=examples,
+        costs=None if network.costs is None else CostTable.load(network.costs),
         **network.options,
     )
 

@@ -19,6 +19,7 @@ from .. import backends, checkpoint, processor
 from ..convert import SPARSE_TYPES, named_layers
 from ..data import Task
 from ..goals import predict
+from ..pruning import count_macs
 from ..version import __version__
 from .config import RunConfig
 from .epochs import picked_epoch
@@ -85,10 +86,13 @@ def _described(finished: Finished, density: float | None, model: nn.Module, task
     swept = len(network.densities) > 1
     spent = epochs[: picked["epoch"]] if swept else epochs  # what came after is of other rows
     joules = [epoch["joules"] for epoch in spent]
+    dense_macs, macs = count_macs(model, [x.cpu() for x in task.train.examples(2)], not_pruned(model) or None)
     metrics = {
         **task.goal.scores(model.to(runtime.device), task.test),
         **{name: value for name, value in picked.items() if name.startswith("val_")},
         "weights_kept": kept_share(model),
+        "macs_kept": macs / dense_macs,
+        "macs": macs,
         "parameters": count_parameters(model),
         "file_bytes": (finished.folder / network.file(density)).stat().st_size,
         "train_seconds": sum(epoch["seconds"] for epoch in spent),
@@ -152,7 +156,8 @@ def in_one_line(row: Mapping[str, Any], task: Task) -> str:
     )
     return (
         f"seed {row['seed']}  {row['name']}{density}: {scores}, "
-        f"{metrics['weights_kept']:.1%} of the weights, trained in {metrics['train_seconds']:.0f} s"
+        f"{metrics['weights_kept']:.1%} of the weights, {metrics['macs_kept']:.1%} of the work, "
+        f"trained in {metrics['train_seconds']:.0f} s"
     )
 
 

@@ -153,7 +153,13 @@ def _one_of(config: RunConfig, option: str, choice: str) -> RunConfig:
 
 def plan_of(task: Task, config: RunConfig) -> Plan:
     """The networks that a complete run trains."""
-    return entry_of(config.task).plan(task, config).in_blocks(config.pattern)
+    if config.options.get("recipe") == "paper" and (config.unit, config.scope) != ("weights", None):
+        raise ValueError(
+            "sparsekd run: the published recipe counts weights, each method in its own scope; "
+            f"got unit {config.unit} and scope {config.scope}; leave them out, or take --recipe ours"
+        )
+    plan = entry_of(config.task).plan(task, config)
+    return plan.in_blocks(config.pattern).counting(config.unit, config.scope, config.costs)
 
 
 def folder_of(config: RunConfig, task: Task) -> Path:
@@ -163,6 +169,7 @@ def folder_of(config: RunConfig, task: Task) -> Path:
     options = entry_of(config.task).options
     differs = [config.options[o.name] for o in options if o.in_folder and config.options[o.name] != o.default]
     parts = [task.name, *differs]
+    parts += [word for word in (config.unit, config.scope) if word not in ("weights", None)]
     if config.quick:
         parts.append("quick")
     return Path("runs") / "-".join(parts)

@@ -13,6 +13,7 @@ from sparsekd import checkpoint, runs
 from sparsekd.goals import predict
 from sparsekd.runs import OutOfTime, RunConfig, record
 from sparsekd.runs.state import StateFile
+from sparsekd.runs.tasks import plan_of
 
 from .made_up import errors, student_of, teacher_of, without_timings
 
@@ -41,6 +42,44 @@ def test_other_precision_or_device_is_refused_but_may_measure_again(task, tmp_pa
         path.write_text(json.dumps(rows))
     for call in (config, float32, dataclasses.replace(config, remeasure=True)):
         assert "bf16" not in runs.run(call, lambda line: None)[0]["rows"][0]["settings"]
+
+
+@pytest.mark.parametrize(
+    ("unit", "scope", "kept"), [("macs", "cost", "macs_kept"), ("weights", "layer", "weights_kept")]
+)
+def test_a_run_counts_in_its_unit(task, untimed, tmp_path, unit, scope, kept):
+    methods = ("lth-sad", "ss-sad")
+    config = RunConfig(
+        "synthetic", methods=methods, densities=(0.4,), unit=unit, scope=scope, quick=True, pattern="4x1"
+    )
+    results, _ = runs.run(dataclasses.replace(config, out=str(tmp_path)), lambda line: None)
+    dense, *pruned = results["rows"][2:]
+    assert dense["metrics"]["macs_kept"] == dense["metrics"]["weights_kept"] == 1.0
+    for row in pruned:
+        metrics, settings = row["metrics"], row["settings"]
+        assert metrics[kept] == pytest.approx(0.4, abs=0.03)
+        assert metrics["macs"] == pytest.approx(metrics["macs_kept"] * dense["metrics"]["macs"])
+        assert settings["options"]["scope"] == scope and settings["schedule"].get("unit", "weights") == unit
+    assert ("macs" in results["protocol"]["students"]["lth-sad-0.4"]) == (unit == "macs")
+    text = (tmp_path / "report.md").read_text()
+    assert f" {100 * pruned[0]['metrics']['macs_kept']:.1f} |" in text and "multiply-adds kept %" in text
+
+
+def test_units_and_costs_that_do_not_fit_are_refused():
+    for fields, says in (
+        ({"unit": "joules"}, "a budget counts one of weights"),
+        ({"unit": "latency_us"}, "a table of costs belongs to the unit latency_us, got unit latency_us and costs None"),
+        ({"costs": "costs.json"}, "got unit weights and costs costs.json"),
+        ({"scope": "everywhere"}, "scope must be one of global, layer, cost, got 'everywhere'"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            RunConfig(**fields)
+
+
+def test_the_published_recipe_counts_weights(tiny, folder):
+    config = runs.several(RunConfig("cifar100", str(folder), {"recipe": "paper"}, quick=True, unit="macs"))[0]
+    with pytest.raises(ValueError, match="the published recipe counts weights"):
+        plan_of(None, config)
 
 
 def test_run_measures_the_frozen_student(task, tmp_path, monkeypatch):

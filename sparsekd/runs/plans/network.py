@@ -28,7 +28,9 @@ class Network:
     make                    a fresh network, drawn from torch's global generator.
     alpha, beta, features   weights of KD and of the feature term, and which it is: "sad" or "at".
     method, schedule        what prunes it and when, None for dense networks; `options` are the method's.
-    densities               shares of weights at which it is kept and becomes a row, on the schedule; () for dense ones.
+    densities               shares, of what the schedule's unit counts, at which it is kept and becomes a row; () for
+                            dense ones.
+    costs                   file of the costs of its layers, for a schedule that counts microseconds.
     ticket                  how the first stage of SS-SAD learns, where that is not as the second: its rate and decay.
     pattern                 blocks that are pruned, the same on every device: what is learnt must not depend on it.
     """
@@ -46,6 +48,19 @@ class Network:
     options: dict[str, Any] = field(default_factory=dict)
     ticket: Recipe | None = None
     pattern: str = "16x1"
+    costs: str | None = None
+
+    def counting(self, unit: str, scope: str | None, costs: str | None) -> Network:
+        """The same network, pruned by shares of what `unit` counts; `scope` None: chosen as the method does."""
+        if self.schedule is None:
+            return self
+        options = dict(self.options)
+        if "initial" in options:
+            options["initial"] = dataclasses.replace(options["initial"], unit=unit)
+        if scope is not None:
+            options["scope"] = scope
+        schedule = dataclasses.replace(self.schedule, unit=unit)
+        return dataclasses.replace(self, schedule=schedule, options=options, costs=costs)
 
     def file(self, density: float | None) -> str:
         """Name of the file with the weights of one row."""
@@ -55,6 +70,9 @@ class Network:
         """Everything but how it is made, for the file that says under which settings it was trained."""
         settings = dataclasses.asdict(dataclasses.replace(self, make=nn.Identity))
         del settings["make"]
+        for schedule in (settings["schedule"], settings["options"].get("initial")):
+            if schedule is not None and schedule["unit"] == "weights":
+                del schedule["unit"]  # runs from before there were units go on
         return settings
 
     def describe(self) -> str:
@@ -97,6 +115,11 @@ class Plan:
     @property
     def networks(self) -> tuple[Network, ...]:
         return (self.teacher, *self.students)
+
+    def counting(self, unit: str, scope: str | None, costs: str | None) -> Plan:
+        """The same plan, its students pruned by shares of what `unit` counts."""
+        students = tuple(network.counting(unit, scope, costs) for network in self.students)
+        return dataclasses.replace(self, students=students)
 
     def in_blocks(self, pattern: str) -> Plan:
         """The same plan with blocks of `pattern`."""
