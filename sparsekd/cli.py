@@ -41,6 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def configs(arguments: Sequence[str]) -> list[RunConfig]:
+    """What the command line ``sparsekd run ...`` would run, one after the other."""
+    from . import runs
+
+    return runs.several(_config(_parser().parse_args(arguments), arguments))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sparsekd", description="Prune and distil PyTorch models that run sparse.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -52,7 +52,7 @@ def broadcast(model: nn.Module) -> None:
     """
     if num_ranks() == 1:
         return
-    _check_same("tensors", model, [(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()])
+    check_same("tensors", model, [(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()])
     for tensor in _tensors(model):
         dist.broadcast(tensor, src=0)
 
@@ -109,7 +109,7 @@ def check_same_masks(model: nn.Module) -> None:
         return
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BlockSparseLayer)]
     masks = [(name, layer.row_ptr.tolist(), layer.col_idx.tolist()) for name, layer in layers]
-    _check_same("masks", model, masks)
+    check_same("masks", model, masks)
 
 
 @torch.no_grad()
@@ -121,7 +121,7 @@ def check_same_parameters(parameters: Iterable[nn.Parameter]) -> None:
     mine = torch.cat([parameter.flatten().float() for parameter in parameters])
     first = mine.clone()
     dist.broadcast(first, src=0)
-    _check_same("parameters", None, bool((mine - first).norm() <= ROUNDING * first.norm()))
+    check_same("parameters", None, bool((mine - first).norm() <= ROUNDING * first.norm()))
 
 
 def agree(keep: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -132,7 +132,7 @@ def agree(keep: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """
     if num_ranks() == 1:
         return list(keep)
-    _check_same("blocks", None, [len(layer) for layer in keep])
+    check_same("blocks", None, [len(layer) for layer in keep])
     flat = torch.cat([layer.cpu() for layer in keep]).to(device, torch.uint8)
     dist.broadcast(flat, src=0)
     return list(flat.cpu().bool().split([len(layer) for layer in keep]))
@@ -147,7 +147,7 @@ def total(tensor: Tensor) -> Tensor:
     return summed
 
 
-def _check_same(what: str, model: nn.Module | None, mine: Any) -> None:
+def check_same(what: str, model: nn.Module | None, mine: Any) -> None:
     everyones: list[Any] = [None] * num_ranks()
     dist.all_gather_object(everyones, mine)
     for rank, theirs in enumerate(everyones):

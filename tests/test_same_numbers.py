@@ -45,10 +45,10 @@ def comparable(results):
 def again(results, out):
     """The results of the same call, made now."""
     _, *arguments = shlex.split(results["command"])
-    options = cli._parser().parse_args(arguments)
-    several = runs.several(cli._config(options, arguments))
     name = results["task"]["name"]
-    (config,) = [one for one in several if name in (one.task, "-".join([one.task, *one.options.values()]))]
+    (config,) = [
+        one for one in cli.configs(arguments) if name in (one.task, "-".join([one.task, *one.options.values()]))
+    ]
     return runs.run(dataclasses.replace(config, out=str(out), measure=False))[0]
 
 

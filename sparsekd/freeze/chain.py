@@ -105,7 +105,7 @@ class Chain:
     def _build(self, others: Sequence[bool]) -> Any:
         """The compiled network for inputs of which some come in their other format."""
         foreign = {node for node, other in zip(self.inputs, others, strict=True) if other}
-        places, buffer_bytes = self._places()
+        places, buffer_bytes = self.places()
         outside = {node: (i, 0, self.samples[node].bytes) for i, node in enumerate([*self.inputs, *self.outputs])}
         values = {**outside, **{node: (-1, offset, 0) for node, offset in places.items()}}
         number = {node: i for i, node in enumerate(values)}
@@ -115,7 +115,7 @@ class Chain:
             link.step.add(network, number[link.x], last, number.get(link.residual, -1), number[link.y])  # type: ignore
         return network
 
-    def _places(self) -> tuple[dict[fx.Node, int], int]:
+    def places(self) -> tuple[dict[fx.Node, int], int]:
         """Offsets in the buffer of what only the chain itself reads, and the size of the buffer, for one image."""
         last_read = {node: i for i, link in enumerate(self.links) for node, _ in link.operands}
         places: dict[fx.Node, int] = {}

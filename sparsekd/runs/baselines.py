@@ -58,9 +58,11 @@ def constant(task: Task) -> Score:
 def biases(task: Task) -> Score:
     """mean + item bias + user bias, shrunk, fitted on train alone: what was learned before val began."""
     best = min(
-        (_squared_error(task.val, task, _bias_predict(task, task.val, shrink)), shrink) for shrink in BIAS_SHRINKS
+        (_squared_error(task.val, task, predict_by_biases(task, task.val, shrink)), shrink) for shrink in BIAS_SHRINKS
     )
-    return score("user+item biases", task, task.test, _bias_predict(task, task.test, best[1]), f"shrink {best[1]:g}")
+    return score(
+        "user+item biases", task, task.test, predict_by_biases(task, task.test, best[1]), f"shrink {best[1]:g}"
+    )
 
 
 def running_biases(task: Task) -> Score:
@@ -119,7 +121,7 @@ def _squared_error(part: Rows, task: Task, prediction: np.ndarray) -> float:
     return score("", task, part, prediction).metrics["mse"]
 
 
-def _bias_predict(task: Task, part: Rows, shrink: float, rounds: int = 10) -> np.ndarray:
+def predict_by_biases(task: Task, part: Rows, shrink: float, rounds: int = 10) -> np.ndarray:
     """Alternate shrunk means of residuals, items then users (Koren, Bell & Volinsky 2009, equation 1)."""
     _need_users(task, "biases")
     users, items, target = task.train.users, task.train.items, task.train.target.double().numpy()

@@ -71,7 +71,7 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[st
     out = tasks.folder_of(config, task)
     out.mkdir(parents=True, exist_ok=True)  # raises now, not after the first epoch, where there can be no such folder
     if config.fresh and rank() == 0:
-        _clear(out)
+        clear(out)
     wait_for_all()
     # First: what these need is missing before anything was trained, or not at all.
     baseline_scores = [score.to_dict() for score in baselines.run(task)]
@@ -157,7 +157,7 @@ class _Run:
         return results
 
 
-def _clear(out: Path) -> None:
+def clear(out: Path) -> None:
     """Remove what runs write, and nothing else, from the folder."""
     for folder in out.glob("seed*"):
         if re.fullmatch(r"seed\d+", folder.name) and folder.is_dir():

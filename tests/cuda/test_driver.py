@@ -164,7 +164,7 @@ def test_a_launch_sets_the_context_and_says_what_the_driver_says(monkeypatch):
     monkeypatch.setattr(driver, "_fatbin", lambda: SOURCES / "gather_gemm.cu")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mock.Mock(cuda_stream=77))
-    for cached in (driver._context, driver._module, driver._function):
+    for cached in (driver.context_of, driver.module_of, driver.function_of):
         cached.cache_clear()
     for _ in range(2):
         driver.launch("kernel", driver.Arguments(), 5, 128, 65536, torch.device("cpu"))
@@ -178,7 +178,7 @@ def test_a_launch_sets_the_context_and_says_what_the_driver_says(monkeypatch):
     refused["cuLaunchKernel"] = 1
     with pytest.raises(RuntimeError, match=r"kernel: the CUDA driver says out of shared memory \(1\)"):
         driver.launch("kernel", driver.Arguments(), 5, 128, 65536, torch.device("cpu"))
-    for cached in (driver._context, driver._module, driver._function):
+    for cached in (driver.context_of, driver.module_of, driver.function_of):
         cached.cache_clear()
 
 

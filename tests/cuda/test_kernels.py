@@ -147,7 +147,7 @@ def test_bias_residual_and_activation_of_a_linear_layer(monkeypatch):
     want = F.silu(F.linear(x.double(), blocks.to_dense().double(), bias.double()) + residual.double())
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
     with pytest.raises(ValueError, match=r"activation must be one of .*'silu'.*, got 'gelu'"):
-        ops._finish(got, None, "gelu")
+        ops.finish(got, None, "gelu")
 
 
 def test_a_contiguous_input_gives_a_contiguous_output(monkeypatch):

@@ -77,7 +77,7 @@ def test_a_residual_network_is_one_call_with_a_small_buffer(ours_wins):
     layers = {name: one for name, one in frozen.network.named_modules() if isinstance(one, FrozenLayer)}
     (links,) = find_chains(frozen.network.graph, layers)
     chain = Chain(links, 0)
-    places, size = chain._places()
+    places, size = chain.places()
     assert len(places) == 7 and chain.outputs == [links[-1].y]
     # conv1, conv2 over the stem's memory; then half maps of twice the channels, a quarter in size
     assert size == 2 * 16 * 12 * 12 * 4

@@ -52,7 +52,7 @@ def test_biases_recover_additive_effects():
 def test_biases_of_unknown_users_and_items_are_zero():
     task = ratings_task()
     unknown = Rows(task.test.inputs, task.test.target, task.test.features, task.test.users * 0, task.test.items * 0)
-    prediction = baselines._bias_predict(task, unknown, shrink=5.0)
+    prediction = baselines.predict_by_biases(task, unknown, shrink=5.0)
     np.testing.assert_allclose(prediction, task.train.target.double().mean().item())
 
 

@@ -27,7 +27,7 @@ def checked(model, *args, **options):
     epochs = fit(model, *args, **options)
     distributed.check_same_masks(model)
     state = [float(p.double().sum()) for p in model.state_dict().values()]
-    distributed._check_same("values", model, state)
+    distributed.check_same("values", model, state)
     return epochs
 run_module.fit = checked
 results, out = runs.run(here.config(sys.argv[1], sys.argv[2], methods=("lth-sad", "random")), lambda line: None)
@@ -77,11 +77,11 @@ torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=
 def run(**fields):
     return runs.run(here.config(sys.argv[1], sys.argv[2], methods=(), **fields), lambda line: None)[0]
 run()
-clear = run_module._clear
+clear = run_module.clear
 def slowly(out):
     time.sleep(3)
     clear(out)
-run_module._clear = slowly
+run_module.clear = slowly
 trained = []
 fit = run_module.fit
 run_module.fit = lambda *args, **options: trained.append(1) or fit(*args, **options)

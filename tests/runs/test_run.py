@@ -200,5 +200,5 @@ def test_fresh_leaves_other_files(tmp_path):
     (tmp_path / "seed0").mkdir()
     (tmp_path / "seedlings.txt").write_text("mine")
     (tmp_path / "results.json").write_text(json.dumps({}))
-    run_module._clear(tmp_path)
+    run_module.clear(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["seedlings.txt"]

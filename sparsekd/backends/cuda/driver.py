@@ -114,8 +114,8 @@ def launch(
     pointers = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.pointer(arguments), ctypes.c_void_p))
     stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
     index = torch.cuda.current_device()
-    _check(name, driver.cuCtxSetCurrent(_context(index)))  # a thread that is new to CUDA has none yet
-    function = _function(name, shared_bytes, index)
+    _check(name, driver.cuCtxSetCurrent(context_of(index)))  # a thread that is new to CUDA has none yet
+    function = function_of(name, shared_bytes, index)
     _check(name, driver.cuLaunchKernel(function, programs, 1, 1, threads, 1, 1, shared_bytes, stream, pointers, None))
 
 
@@ -136,7 +136,7 @@ def _driver() -> tuple[Any, str | None]:
 
 
 @lru_cache(maxsize=16)
-def _context(index: int) -> ctypes.c_void_p:
+def context_of(index: int) -> ctypes.c_void_p:
     """The primary context of a device: the one torch uses."""
     driver, device, context = _driver()[0], ctypes.c_int(), ctypes.c_void_p()
     _check("cuDeviceGet", driver.cuDeviceGet(ctypes.byref(device), index))
@@ -145,7 +145,7 @@ def _context(index: int) -> ctypes.c_void_p:
 
 
 @lru_cache(maxsize=16)
-def _module(device: int) -> ctypes.c_void_p:
+def module_of(device: int) -> ctypes.c_void_p:
     """The kernels in the current context, torch's own of that device."""
     path, module = _fatbin(), ctypes.c_void_p()
     assert path is not None  # why_not said so
@@ -154,9 +154,9 @@ def _module(device: int) -> ctypes.c_void_p:
 
 
 @lru_cache(maxsize=256)
-def _function(name: str, shared_bytes: int, device: int) -> ctypes.c_void_p:
+def function_of(name: str, shared_bytes: int, device: int) -> ctypes.c_void_p:
     driver, function = _driver()[0], ctypes.c_void_p()
-    _check(name, driver.cuModuleGetFunction(ctypes.byref(function), _module(device), name.encode()))
+    _check(name, driver.cuModuleGetFunction(ctypes.byref(function), module_of(device), name.encode()))
     _check(name, driver.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared_bytes))
     return function
 

@@ -215,9 +215,9 @@ def _forward_dense(
     weight = mask.dense(values)
     if kept is None:
         y = library.forward(x, weight.contiguous(memory_format=layout), bias, mask.weight)
-        return _finish(y, residual, activation)
+        return finish(y, residual, activation)
     some = library.forward(x.index_select(1, kept.inputs), weight[kept.outputs][:, kept.inputs], None, mask.weight)
-    return _finish(_spread(some, kept.outputs, _empty(x, shape), bias), residual, activation)
+    return finish(_spread(some, kept.outputs, _empty(x, shape), bias), residual, activation)
 
 
 def _grad_input(
@@ -355,7 +355,7 @@ def _precision(family: str) -> str:
     return "tf32" if family == "tf32" else "ieee"
 
 
-def _finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+def finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
     if activation not in ACTIVATIONS:
         raise ValueError(f"sparsekd: activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
     return ACTIVATIONS[activation](y if residual is None else y + residual)
