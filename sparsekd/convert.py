@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -218,7 +219,7 @@ def _carry_over(old: nn.Module, new: nn.Module) -> None:
 
 
 def warn_of_unexpected(found: ConversionReport) -> None:
-    """Tell the caller's caller what stays dense against expectation."""
+    """Tell whoever called the package what stays dense against expectation."""
     if not found.unexpected and (found.sparse or found.convertible):
         return
     reasons = "; ".join(f"{name or 'the model'}: {found.dense[name]}" for name in found.unexpected[:8])
@@ -228,5 +229,13 @@ def warn_of_unexpected(found: ConversionReport) -> None:
     warnings.warn(
         f"sparsekd.sparsify: {first}{stay}sparsekd.conversion_report(model) lists every layer; exclude=[...] says "
         "that it is meant",
-        stacklevel=3,
+        stacklevel=_frames_of_the_package(),
     )
+
+
+def _frames_of_the_package() -> int:
+    """How far up the stack the first line lies that is not ours, for a caller's `warnings.warn`."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "sparsekd":
+        frame, level = frame.f_back, level + 1
+    return level

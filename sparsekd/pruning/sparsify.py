@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -69,9 +70,11 @@ def sparsify(
     options: dict[str, Any] = {"pattern": pattern, "include": include, "exclude": exclude, "rewindable": False}
     options |= {"scope": scope, "score": score, "floor": floor, "costs": costs, "example_inputs": example_inputs}
     was_sparse = {name for name, _ in named_layers(model, SPARSE_TYPES)}
-    for each in (copy.deepcopy(model), model):  # if it cannot be, the copy says so
-        pruner = Pruner(each, **options)
-        pruner.prune_to(budget)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the model itself warns
+        Pruner(copy.deepcopy(model), **options).prune_to(budget)  # if it cannot be, the copy says so
+    pruner = Pruner(model, **options)
+    pruner.prune_to(budget)
     whole = ((name, layer) for name, layer in pruner.layers().items() if layer.num_kept == layer.num_weights)
     convert.replace_layers(model, ((layer, layer.to_dense()) for name, layer in whole if name not in was_sparse))
     return model
