@@ -157,8 +157,8 @@ class InvertedResidual(nn.Module):
 
 
 @torch.no_grad()
-def settle(model: nn.Module, x: Tensor) -> nn.Module:
-    """Batch norms normalise `x` as in training: activations of deep random networks then stay of order one."""
+def settle(model: nn.Module, *inputs: Tensor) -> nn.Module:
+    """Batch norms normalise these inputs as in training: activations of deep random networks then stay of order one."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0
@@ -169,7 +169,7 @@ def settle(model: nn.Module, x: Tensor) -> nn.Module:
         if isinstance(block, (Basic, Bottleneck, InvertedResidual)):
             last: Any = block.inner[-1]
             nn.init.uniform_(last[1].weight, 0.1, 0.3)
-    model.train()(x)
+    model.train()(*inputs)
     for norm in norms:
         norm.momentum = 0.1
     return model.eval()

@@ -1,0 +1,45 @@
+"""The prediction of costs is compared with frozen networks: a row for every network, budget and scope."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import costs
+
+from .test_scripts import run_script
+
+
+def small():
+    return nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten())
+
+
+def test_rows_say_what_was_predicted_and_measured(capsys):
+    network = (small, lambda batch: (torch.randn(batch, 3, 10, 10),), ("0",))
+    budgets = [costs.budget("macs=0.3"), costs.budget("latency_us=0.99")]
+    rows = costs.rows_of("small", network, 2, budgets, ["layer"], seconds=0.01, layer_ms=0.5)
+    assert [row["budget"] for row in rows] == ["macs=0.3", "latency_us=0.99"]
+    for row in rows:
+        assert row["error"] == pytest.approx(row["predicted_us"] / row["measured_us"] - 1)
+        assert 0 < row["predicted_us"] <= row["dense_us"] and row["batch"] == 2
+    assert rows[0]["arrived"] is None
+    assert rows[1]["arrived"] == pytest.approx(rows[1]["measured_us"] / (0.99 * rows[1]["dense_us"]) - 1)
+    assert "small n2" in capsys.readouterr().out
+
+
+def test_the_networks_are_those_that_the_script_names():
+    for name in ("resnet18", "wrn-16-2", "rating-cnn"):
+        build, inputs_of, exclude = costs.NETWORKS[name]
+        model = costs.settle(build(), *inputs_of(2))
+        with torch.no_grad():
+            assert model(*inputs_of(1)).shape[0] == 1
+        assert exclude
+
+
+def test_the_script_writes_its_rows(monkeypatch, tmp_path):
+    arguments = ["--network", "rating-cnn", "--budget", "macs=0.3", "--scope", "cost", "--layer-ms", "0.2"]
+    arguments += ["--seconds", "0.01", "--threads", "1", "--out", str(tmp_path / "costs.json")]
+    assert run_script(monkeypatch, "benchmarks.costs", *arguments) == 0
+    (row,) = json.loads((tmp_path / "costs.json").read_text())["rows"]
+    assert row["network"] == "rating-cnn" and row["table_seconds"] > 0 and row["scope"] == "cost"
