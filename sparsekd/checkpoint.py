@@ -5,7 +5,7 @@
 
 A model file holds the tensors of `state_dict()`, so a sparse layer is its kept blocks: `<name>.values [nnzb, bh, bw]`,
 `<name>.row_ptr` and `<name>.col_idx`. The header says which layers are sparse, what the model looks like when dense,
-the versions of its modules (`state_dict()._metadata`), and what `get_extra_state` of a module gave.
+the versions of modules that count their own (`_version`), and what `get_extra_state` of a module gave.
 A state file holds any tree of dicts, lists, tuples, numbers, strings and tensors (optimizer, method, history).
 """
 
@@ -67,7 +67,7 @@ def save(model: nn.Module, path: Path_, **json_metadata: Any) -> None:
                 f"sparsekd.checkpoint.save: {name} is a quantised tensor; save the model before it is quantised"
             )
     header = {"format": _MODEL, "model": fingerprint(model), "sparse": sparse, "metadata": json_metadata}
-    header |= {"extra": extra, "versions": getattr(state, "_metadata", {})}
+    header |= {name: value for name, value in (("extra", extra), ("versions", _own_versions(model))) if value}
     _write(path, {**tensors, **{_EXTRA + name: tensor for name, tensor in inside.items()}}, header)
 
 
@@ -124,12 +124,25 @@ def _sparse_layers(model: nn.Module) -> dict[str, BlockSparseLayer]:
     return {name: module for name, module in modules if isinstance(module, BlockSparseLayer)}
 
 
+def _own_versions(model: nn.Module) -> dict[str, int]:
+    """The version of the state of every module that counts its own. Torch's modules upgrade what is older than today's
+    by themselves, and all that this program has written is newer."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {
+        name: module._version
+        for name, module in modules
+        if module._version != 1 and not type(module).__module__.startswith("torch.")
+    }
+
+
 def _state_of(model: nn.Module, tensors: dict[str, Tensor], header: dict[str, Any]) -> OrderedDict[str, Any]:
-    """The state dict that was saved. Files from before the versions were kept are of those that the model has now."""
+    """The state dict that was saved. A module whose version no file names is of the version that it has now."""
     inside = {name.removeprefix(_EXTRA): tensor for name, tensor in tensors.items() if name.startswith(_EXTRA)}
     state: Any = OrderedDict((name, tensor) for name, tensor in tensors.items() if not name.startswith(_EXTRA))
     state |= {name: _unpacked(value, inside) for name, value in header.get("extra", {}).items()}
-    state._metadata = header["versions"] if "versions" in header else getattr(model.state_dict(), "_metadata", {})
+    state._metadata = getattr(model.state_dict(), "_metadata", {})
+    for name, version in header.get("versions", {}).items():
+        state._metadata.setdefault(name, {})["version"] = version
     return state
 
 

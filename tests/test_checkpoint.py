@@ -246,14 +246,18 @@ def test_extra_state_and_versions_come_back(tmp_path, density):
     assert torch.equal(loaded[0].fc.weight, saved[0].fc.weight)
 
 
-def test_a_file_without_versions_is_of_those_of_today(tmp_path, monkeypatch):
-    write = checkpoint._write
-    with monkeypatch.context() as patch:
-        old = ("extra", "versions")  # what files of earlier programs lack
-        patch.setattr(checkpoint, "_write", lambda path, t, h: write(path, t, {k: h[k] for k in h if k not in old}))
-        checkpoint.save(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), tmp_path / "m")
-    loaded = checkpoint.load(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), tmp_path / "m")
+def test_a_version_is_that_of_the_file_and_where_it_names_none_that_of_today(tmp_path, monkeypatch):
+    checkpoint.save(nn.Sequential(Stateful(1)), tmp_path / "m")
+    seen = []
+    monkeypatch.setattr(Stateful, "_version", 3)
+    monkeypatch.setattr(Stateful, "_load_from_state_dict", lambda self, state, prefix, meta, *rest: seen.append(meta))
+    checkpoint.load(nn.Sequential(Stateful()), tmp_path / "m")
+    assert seen == [{"version": 2}]
+    checkpoint.save(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), tmp_path / "plain")
+    loaded = checkpoint.load(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), tmp_path / "plain")
     assert int(loaded[1].num_batches_tracked) == 0
+    data = (tmp_path / "plain").read_bytes()
+    assert b"versions" not in data and b"extra" not in data  # what needs neither is written as ever
 
 
 def test_state_that_no_file_can_hold_is_refused(tmp_path):
