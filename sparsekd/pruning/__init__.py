@@ -22,6 +22,7 @@ from .observe import count_macs
 from .pruner import Pruner
 from .schedule import LinearSchedule, ListedSchedule, Schedule
 from .scores import choose_units, lamp_scores, layer_ranks, magnitude_scores, random_scores
+from .sensitivity import Sensitivity, sensitivity
 from .sparsify import sparsify
 from .surgery import drop_blocks, grow_blocks
 
@@ -37,6 +38,7 @@ __all__ = [
     "ListedSchedule",
     "Pruner",
     "Schedule",
+    "Sensitivity",
     "check_unit",
     "choose_units",
     "count_macs",
@@ -46,5 +48,6 @@ __all__ = [
     "layer_ranks",
     "magnitude_scores",
     "random_scores",
+    "sensitivity",
     "sparsify",
 ]

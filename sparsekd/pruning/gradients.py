@@ -13,7 +13,7 @@ from ..convert import sparse_layer
 from ..distributed import total
 from ..nn import BlockSparseLayer
 from .pruner import Pruner
-from .scores import energies
+from .scores import energies, picture
 
 
 class DenseGradients:
@@ -68,10 +68,7 @@ class DenseGradients:
         if not isinstance(layer, BlockSparseLayer):
             return gradient.abs()
         blocks = BlockSparse.from_dense(gradient.reshape(layer.matrix_shape), layer.pattern)
-        sizes, grid = blocks.block_sizes().cpu(), layer.pattern.grid(blocks.shape)
-        of_blocks = (energies(blocks.values) / sizes).sqrt()
-        picture = of_blocks.view(grid[0], *(grid[2:] or (1, 1)), grid[1]).permute(0, 3, 1, 2)
-        return picture.reshape(grid)
+        return picture((energies(blocks.values) / blocks.block_sizes().cpu()).sqrt(), blocks)
 
 
 def _dense_twin(layer: nn.Module) -> nn.Module:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..blocks import BlockSparse, tap_major
 from ..nn import BlockSparseLayer
 
 
@@ -135,3 +136,11 @@ def weakest_first(scores: Tensor) -> Tensor:
 def energies(values: Tensor) -> Tensor:
     """``[nnzb]`` float64 on the CPU: sum of squares of each block."""
     return values.detach().cpu().double().square().sum((1, 2))
+
+
+def picture(of_blocks: Tensor, blocks: BlockSparse) -> Tensor:
+    """Numbers ``[nnzb]`` of the kept blocks in the shape of the block mask, 0 where none is kept."""
+    mask = blocks.mask().cpu()
+    shown = torch.zeros(mask.shape, dtype=of_blocks.dtype)
+    tap_major(shown)[tap_major(mask)] = of_blocks  # a view: this writes to the picture
+    return shown
