@@ -181,17 +181,19 @@ def replace_layers(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
-        if isinstance(module, nn.parallel.DistributedDataParallel):
+    replaced: dict[int, nn.Module] = {}
+    gone = []  # held, so that no id is used twice
+    for old, new in pairs:
+        if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
             raise ValueError(
                 "sparsekd: the model is in DistributedDataParallel, which would go on with parameters of layers that "
                 "are replaced; convert the model first, then wrap it with sparsekd.distributed.data_parallel"
             )
-    replaced: dict[int, nn.Module] = {}
-    for old, new in pairs:
         _carry_over(old, new)
         for name in names[id(old)]:
             model.set_submodule(name, new)
         replaced[id(old)] = new
+        gone.append(old)
     for module in list(model.modules()):
         follow_projection(module)
         for name, value in vars(module).items():

@@ -365,6 +365,8 @@ def test_a_wrapped_model_is_refused():
     with pytest.raises(ValueError, match="convert the model first, then wrap it"):
         sparsekd.sparsify(model)
     assert type(model.module[0]) is nn.Linear
+    sparsekd.sparsify(model.module)
+    sparsekd.sparsify(model)  # nothing to replace
 
 
 def test_sparse_attention_is_saved_and_comes_back(tmp_path):
