@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -16,11 +17,14 @@ def dataclass_of(kind: type[T], fields: Any, where: str) -> T:
     """An instance of a dataclass from its fields. Raises ValueError that says ``where`` something else was found."""
     if not isinstance(fields, Mapping):
         raise ValueError(f"{where} is {_shown(fields)}, expected a dict")
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)  # type: ignore[arg-type]
     known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     if list(fields) != known:
         raise ValueError(f"{where} has the entries {_shown(list(fields))}, expected {known}")
     return kind(**{name: value_of(hints[name], fields[name], f"{where}.{name}") for name in known})
+
+
+_hints = functools.cache(typing.get_type_hints)
 
 
 def value_of(hint: Any, value: Any, where: str) -> Any:
@@ -50,9 +54,24 @@ def value_of(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
+def check_plain(value: Any, where: str, depth: int = 0) -> None:
+    """Raise ValueError for anything but numbers, strings, None, and lists, tuples and dicts of them."""
+    if depth > 50:
+        raise ValueError(f"{where} is nested without end")
+    if isinstance(value, dict):
+        for key, one in value.items():
+            check_plain(key, where, depth + 1)
+            check_plain(one, where, depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            check_plain(one, where, depth + 1)
+    elif not (value is None or isinstance(value, (bool, int, float, str))):
+        raise ValueError(f"{where} holds a {type(value).__name__}")
+
+
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) < 80 else f"{text[:77]}..."
 
 
-__all__ = ["dataclass_of", "value_of"]
+__all__ = ["check_plain", "dataclass_of", "value_of"]

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,15 +19,12 @@ from torch import Tensor, fx, nn
 from ..blocks import BlockPattern, BlockSparse
 from ..checkpoint import fingerprint, load_state, save_state
 from .call import Call
-from .checked import value_of
+from .checked import check_plain, value_of
 from .layer import FrozenLayer
 from .outputs import tensors
-from .plan import LayerPlan
+from .plan import LayerPlan, Plan
 from .sites import Site
 from .trace import METHODS, Trace
-
-if TYPE_CHECKING:
-    from .network import FrozenModel
 
 _KIND = "sparsekd-frozen"
 # What a file says about the model, and what it holds besides.
@@ -36,28 +33,29 @@ _REST = ("plan", "layers", "kept", "rest", "answer")
 _SAMPLE = 1024  # numbers that are kept of an answer
 
 
-def save(path: str | os.PathLike[str], frozen: FrozenModel) -> None:
-    """A block-sparse layer is stored as its blocks, whatever was chosen for this machine."""
-    network = frozen.network
+def save(
+    path: str | os.PathLike[str],
+    record: Mapping[str, Any],
+    plan: Plan,
+    network: nn.Module,
+    kept: Mapping[str, BlockSparse],
+    answer: Any,
+) -> None:
+    """A block-sparse layer is stored as its blocks, whatever was chosen for this machine. kept: those of a network that
+    runs dense. answer: what it says to ``record["probe"]``."""
     layers = {name: module for name, module in network.named_modules() if isinstance(module, FrozenLayer)}
     inside = tuple(f"{name}." for name in layers)
     state = network.state_dict()
     rest = {name: x for name, x in state.items() if not name.startswith(inside)}
-    rest = {name: x for name, x in rest.items() if name.removesuffix(".weight") not in frozen.kept}
+    rest = {name: x for name, x in rest.items() if name.removesuffix(".weight") not in kept}
     more = {
-        "plan": frozen.plan.to_dict(),
+        "plan": plan.to_dict(),
         "layers": {name: layer.tensors() for name, layer in layers.items()},
-        "kept": {name: kept_tensors(blocks) for name, blocks in frozen.kept.items()},
+        "kept": {name: kept_tensors(blocks) for name, blocks in kept.items()},
         "rest": rest,
-        "answer": answer_of(answer(frozen)),
+        "answer": answer_of(answer),
     }
-    save_state({**{name: frozen.record[name] for name in _RECORD}, **more}, path)
-
-
-def answer(frozen: FrozenModel) -> Any:
-    """What a network says to the sample of its example."""
-    args, kwargs = Call.from_dict(frozen.record["call"]).build([x.clone() for x in frozen.record["probe"]])
-    return frozen(*args, **kwargs)
+    save_state({**{name: record[name] for name in _RECORD}, **more}, path)
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -139,6 +137,9 @@ class Record:
     def of(cls, state: Mapping[str, Any]) -> Record:
         if tuple(state) != (*_RECORD, *_REST):
             raise ValueError(f"it has the entries {list(state)}")
+        for name in (*_RECORD, "plan"):
+            if name != "probe":
+                check_plain(state[name], name)
         call = Call.from_dict(state["call"])
         given = value_of(tuple[tuple[tuple[int, ...], str, str], ...], state["inputs"], "inputs")
         names = {str(one): one for one in _DTYPES}

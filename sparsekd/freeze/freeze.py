@@ -92,8 +92,8 @@ def freeze(
         _check_gpu_options(dtype, threads, min_gain, memory_format)
     if memory_format not in (None, *FORMATS):
         raise ValueError(f"sparsekd.freeze: memory_format must be one of {list(FORMATS)}, got {memory_format!r}")
-    _check_parameters(model, inputs[0].device)
     with LOCK, in_eager_mode():
+        _check_parameters(model, inputs[0].device)
         inputs = clone(inputs)
         if on_gpu:
             return freeze_on_gpu(prepare(model), call, inputs, tolerance)

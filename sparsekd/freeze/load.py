@@ -19,7 +19,7 @@ from ..blocks import BlockPattern, BlockSparse
 from ..checkpoint import fingerprint
 from .call import Call
 from .checked import dataclass_of
-from .file import Record, answer, check_answer, check_same, nodes_of, read, record_of, weight_and_bias
+from .file import Record, check_answer, check_same, nodes_of, read, record_of, weight_and_bias
 from .int8 import give_bytes
 from .kinds import is_conv, kind_of
 from .layer import FORMATS, FrozenLayer
@@ -50,10 +50,15 @@ def load_frozen(path: str | os.PathLike[str], model: nn.Module, *, threads: int 
 
     Raises FileNotFoundError, and ValueError for a damaged file or the file of another model.
     """
-    state = read(path)
+    try:
+        state = read(path)
+    except RecursionError as error:
+        raise ValueError(f"sparsekd.load_frozen: {path} is damaged: it is nested without end") from error
     try:
         with LOCK, in_eager_mode():
             return build(state, model, threads)
+    except RecursionError as error:
+        raise ValueError(f"sparsekd.load_frozen: {path} is damaged: it is nested without end") from error
     except ValueError as error:
         raise ValueError(f"sparsekd.load_frozen: {path} {error}") from error
 
@@ -61,10 +66,10 @@ def load_frozen(path: str | os.PathLike[str], model: nn.Module, *, threads: int 
 def build(state: Mapping[str, Any], model: nn.Module, threads: int | None) -> FrozenModel:
     """The network that a file describes. Raises ValueError where it does not describe one of this model."""
     record = _damaged(Record.of, state)
+    plan = _damaged(_plan_of, state["plan"])
     model = prepare(model)
     model = model.bfloat16() if record.in_bf16 else model
     _check_tensors(state["model"], fingerprint(model))
-    plan = _damaged(_plan_of, state["plan"])
     if plan.eager is not record.eager:
         raise ValueError("is damaged: its plan is of another network")
     frozen = _dense(state, record, model, plan) if record.eager else _frozen(state, record, model, plan, threads)
@@ -72,7 +77,7 @@ def build(state: Mapping[str, Any], model: nn.Module, threads: int | None) -> Fr
     dtypes = [p.dtype for p in model.parameters()]
     largest = max((_TOLERANCE.get(dtype, 1e-3) for dtype in dtypes), default=1e-3)
     try:
-        said = answer(frozen)
+        said = frozen.answer()
     except Exception as error:
         raise ValueError(f"is damaged: its network fails ({type(error).__name__}: {error})".splitlines()[0]) from error
     _damaged(check_answer, state["answer"], said, tolerance or largest)
@@ -107,21 +112,23 @@ def _plan_of(fields: Any) -> Plan:
 
 
 def _frozen(state: Mapping[str, Any], record: Record, model: nn.Module, plan: Plan, threads: int | None) -> FrozenModel:
+    given = _given_sites(state["sites"])
+    if _dict(state["layers"]).keys() != {site.name for site in given} or state["kept"] != {}:
+        raise ValueError("is damaged: its layers are not those of its sites")
+    if [site.name for site in given] != [one.name for one in plan]:
+        raise ValueError("is damaged: its plan is not that of its sites")
+    tensors = [_tensors_of(place, state["layers"][place.name]) for place in plan]
     inputs = record.inputs()
     inputs = cast(inputs, torch.float32, torch.bfloat16) if record.in_bf16 else inputs
     found = _trace(record, model, record.call, inputs)
     check_same("traced nodes", _dict(state["nodes"]), nodes_of(None if found is None else found.network))
     source: nn.Module = model if found is None else found.network
-    sites = _sites(state["sites"], plan, model, found, inputs)
-    if _dict(state["layers"]).keys() != {site.name for site in sites} or state["kept"] != {}:
-        raise ValueError("is damaged: its layers are not those of its sites")
-    if [site.name for site in sites] != [one.name for one in plan]:
-        raise ValueError("is damaged: its plan is not that of its sites")
+    sites = _sites(given, plan, model, found, inputs)
     layers = {}
-    for site, place in zip(sites, plan, strict=True):
+    for site, place, held in zip(sites, plan, tensors, strict=True):
         ours = geometry_of(site, source.get_submodule(site.target))
         check_same("layer", {site.name: asdict(place.geometry)}, {site.name: asdict(ours)})
-        layers[site.name] = _layer(place, state["layers"][site.name], plan.memory_format, threads)
+        layers[site.name] = _layer(place, *held, plan.memory_format, threads)
     network = assemble(source, sites, layers)
     _load_rest(network, state["rest"], {name for name, one in network.named_modules() if isinstance(one, FrozenLayer)})
     return FrozenModel(network, _on_this_machine(plan), record_of(state), found)
@@ -144,16 +151,22 @@ def _trace(record: Record, model: nn.Module, call: Call, inputs: tuple[Tensor, .
         ) from error
 
 
-def _sites(theirs: Any, plan: Plan, model: nn.Module, found: Trace | None, inputs: tuple[Tensor, ...]) -> list[Site]:
-    """The sites of the model; those of the file have to be the same."""
+def _given_sites(theirs: Any) -> list[Site]:
     if not isinstance(theirs, list):
         raise ValueError("is damaged: it has no list of sites")
     given = [_damaged(dataclass_of, Site, one, "a site") for one in theirs]
+    if len({site.name for site in given}) != len(given):
+        raise ValueError("is damaged: it has a site twice")
+    return given
+
+
+def _sites(
+    given: list[Site], plan: Plan, model: nn.Module, found: Trace | None, inputs: tuple[Tensor, ...]
+) -> list[Site]:
+    """The sites of the model; those of the file have to be the same."""
     if found is None:
         for site in given:
             _check_eager_site(site, model)
-        if len({site.name for site in given}) != len(given):
-            raise ValueError("is damaged: it has a site twice")
         return given
     try:
         sites = find_sites(found.network, inputs)
@@ -184,19 +197,34 @@ def _check_eager_site(site: Site, model: nn.Module) -> None:
         raise ValueError(f"is damaged: {site.target} does not take {site.input}")
 
 
-def _layer(place: LayerPlan, held: Any, memory_format: str, threads: int | None) -> FrozenLayer:
+Weight = tuple["Tensor | BlockSparse", "Tensor | None", "ByteScale | None"]
+
+
+def _tensors_of(place: LayerPlan, held: Any) -> Weight:
+    """Weight, bias and the scale of int8 inputs of one layer."""
     weight, bias = weight_and_bias(place, held)
     if abs(place.density - (density_of(weight) if isinstance(weight, BlockSparse) else 1.0)) > 1e-6:
         raise ValueError(f"is damaged: {place.name} has not the density of its plan")
+    if "bytes" not in held:
+        return weight, bias, None
+    if place.chosen != "sparse":
+        raise ValueError(f"is damaged: {place.name} is int8 and not sparse")
+    return weight, bias, ByteScale(*_damaged(_bytes, held["bytes"]))
+
+
+def _layer(
+    place: LayerPlan,
+    weight: Tensor | BlockSparse,
+    bias: Tensor | None,
+    scale: ByteScale | None,
+    memory_format: str,
+    threads: int | None,
+) -> FrozenLayer:
     stays_dense = why_dense(place.geometry, weight, memory_format)
     chosen = "dense" if stays_dense else place.chosen
     layer = cpu_layer(place.geometry, weight, bias, chosen=chosen, memory_format=memory_format, threads=threads)
-    if "bytes" in held:
-        scale, zero = _damaged(_bytes, held["bytes"])
-        if place.chosen != "sparse":
-            raise ValueError(f"is damaged: {place.name} is int8 and not sparse")
-        if chosen == "sparse":
-            give_bytes(layer, ByteScale(scale, zero), threads)
+    if scale is not None and chosen == "sparse":
+        give_bytes(layer, scale, threads)
     return layer
 
 

@@ -42,7 +42,9 @@ class FrozenModel(nn.Module):
     ) -> None:
         """trace: that the network was assembled from. kept: of a network that runs dense, its blocks for a file."""
         super().__init__()
-        self.network, self.plan, self.record, self.kept = network.requires_grad_(False), plan, record, kept or {}
+        self.network, self.plan, self.record, self.kept = network, plan, record, kept or {}
+        for parameter in network.parameters():
+            parameter.requires_grad_(False)
         self.call = Call.from_dict(record["call"])
         self._inputs = [
             (tuple(shape), _dtype(dtype), tuple(free))
@@ -56,6 +58,8 @@ class FrozenModel(nn.Module):
         super().train(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # there is nothing in it to compile
+            return _uncompiled(self, args, kwargs)
         inputs = self.call.flatten(args, kwargs)
         refuse_recording(inputs)
         self._check(inputs)
@@ -114,7 +118,12 @@ class FrozenModel(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one file that `load_frozen` reads: tensors and JSON, complete or not at all."""
-        file.save(path, self)
+        file.save(path, self.record, self.plan, self.network, self.kept, self.answer())
+
+    def answer(self) -> Any:
+        """To the sample of the example that a file keeps."""
+        args, kwargs = self.call.build(clone(tuple(self.record["probe"])))
+        return self(*args, **kwargs)
 
     def train(self, mode: bool = True) -> FrozenModel:
         if mode:
@@ -142,6 +151,11 @@ class FrozenModel(nn.Module):
             "sparsekd.FrozenModel: a frozen network is no data for pickle, its code is compiled; write it with "
             "save(path) and read it with sparsekd.load_frozen(path, model), also to hand it to another process"
         )
+
+
+@torch.compiler.disable
+def _uncompiled(frozen: FrozenModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return frozen(*args, **kwargs)
 
 
 def cast(values: Any, source: torch.dtype, target: torch.dtype) -> Any:
@@ -241,7 +255,7 @@ def _reuse_residuals(graph: fx.Graph, source: nn.Module, layers: Mapping[str, Fr
         )
 
     for node in graph.nodes:
-        if node.target not in layers or len(node.args) < 2:
+        if node.op != "call_module" or node.target not in layers or len(node.args) < 2:
             continue
         x, residual = node.args
         if x is residual or not is_fresh(residual) or not all(map(is_fresh, residual.users)):

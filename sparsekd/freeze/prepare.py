@@ -41,8 +41,12 @@ def _copy(model: nn.Module) -> nn.Module:
 def _compute_weights(module: nn.Module) -> None:
     """Makes the weights that parametrizations and hooks of torch compute at every call what they are now."""
     if parametrize.is_parametrized(module):
-        for name in list(module.parametrizations):  # type: ignore[arg-type, union-attr]
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        # torch's own function takes the property from the class, which the user's model has too.
+        values = {str(name): getattr(module, str(name)).detach() for name in module.parametrizations}  # type: ignore
+        del module.parametrizations
+        module.__class__ = type(module).__mro__[1]
+        for name, value in values.items():
+            module.register_parameter(name, nn.Parameter(value.clone(), requires_grad=False))
     hooks = list(module._forward_pre_hooks.values())
     if not hooks:
         return

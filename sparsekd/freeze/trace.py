@@ -226,16 +226,11 @@ def by_export(model: nn.Module, twin: nn.Module, call: Call, inputs: tuple[Tenso
     given = with_batch(inputs, max(batch, 2))  # a batch of one would be taken for a constant
     args, kwargs = call.build(given)
     dims = call.build([{i: torch.export.Dim.AUTO for i in range(x.dim())} for x in given])
-    parameters = [one.kind for one in inspect.signature(twin.forward).parameters.values()]
-    variadic = inspect.Parameter.VAR_POSITIONAL in parameters
-    shapes = {**dict(zip(_positional(twin, len(args)), dims[0], strict=False)), **dims[1]}
-    with (
-        LOCK,
-        torch.enable_grad(),
-        warnings.catch_warnings(),
-    ):  # with gradients no fused path that hides layers is taken
+    shapes = dict(inspect.signature(twin.forward).bind(*dims[0], **dims[1]).arguments)
+    # With gradients no fused path is taken that hides layers.
+    with LOCK, torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(twin, args, kwargs, dynamic_shapes=None if variadic else shapes, strict=False)
+        program = torch.export.export(twin, args, kwargs, dynamic_shapes=shapes, strict=False)
     graph, parts = _lifted(model, program)
     out_spec = program.call_spec.out_spec
     network = _graph_module(parts, graph)
@@ -272,10 +267,6 @@ def _of_size(x: Tensor, size: int, batch: int) -> Tensor:
     if not x.dim() or x.shape[0] != batch or batch == size:
         return x
     return torch.empty((size, *x.shape[1:]), dtype=x.dtype, device="meta")
-
-
-def _positional(model: nn.Module, count: int) -> list[str]:
-    return list(inspect.signature(model.forward).parameters)[:count]
 
 
 def batch_of(inputs: tuple[Tensor, ...]) -> int:

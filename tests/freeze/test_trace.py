@@ -1,5 +1,8 @@
 """Models that are hard to trace."""
 
+import threading
+
+import pytest
 import torch
 from torch import nn
 
@@ -90,3 +93,173 @@ def test_layers_without_a_batch_dimension_are_left_alone():
     assert len(frozen.plan) == 0
     assert frozen.plan.notes[-1].endswith(": 0")
     assert_frozen_equals(model, frozen, x)
+
+
+# ---- By torch.export, what neither can, and the ways to call
+
+
+class Checked(nn.Module):
+    """A size that is compared in Python: torch.fx cannot, torch.export can."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.one, self.two = nn.Linear(16, 32), nn.Linear(32, 4)
+
+    def forward(self, x):
+        if x.shape[1] != self.conv.in_channels:
+            raise ValueError
+        return self.two(torch.relu(self.one(torch.relu(self.bn(self.conv(x.to(self.conv.weight.dtype)))).mean((2, 3)))))
+
+
+def test_what_fx_cannot_trace_is_exported(tmp_path):
+    model = sparsekd.sparsify(trained(Checked()), density=0.5)
+    x = torch.randn(1, 3, 8, 8)
+    frozen = quick(model, x)
+    assert frozen.record["traced"] == "torch.export"
+    assert [one.geometry.fused for one in frozen.plan if not one.geometry.pool] == ["bn+relu", "relu", ""]
+    for shape in ((1, 3, 8, 8), (5, 3, 8, 8), (2, 3, 11, 6)):
+        assert_frozen_equals(model, frozen, torch.randn(shape))
+    frozen.save(tmp_path / "frozen")
+    assert torch.equal(load_frozen(tmp_path / "frozen", Checked())(x), frozen(x))
+
+
+class Path(nn.Module):
+    """Which way it goes depends on a size."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(x) * (2 if x.shape[1] > 10 else 1)
+
+
+def test_a_size_that_takes_another_path_is_refused():
+    model, x = Path().eval(), torch.randn(2, 6, 8)
+    frozen = quick(model, x)
+    assert_frozen_equals(model, frozen, torch.randn(3, 6, 8))
+    with pytest.raises(ValueError, match="freeze again with an example of this size"):
+        frozen(torch.randn(2, 12, 8))
+
+
+def test_an_encoder_of_torch_is_seen_through(tmp_path):
+    def build():
+        return nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 1)
+
+    model, x = sparsekd.sparsify(build(), density=0.5).eval(), torch.randn(2, 6, 32)
+    frozen = quick(model, x)
+    assert {one.name for one in frozen.plan if one.pattern} >= {"layers.0.linear1", "layers.0.linear2"}
+    assert frozen.plan["layers.0.linear1"].geometry.fused == "relu"
+    for shape in ((2, 6, 32), (3, 6, 32), (1, 9, 32)):
+        assert_frozen_equals(model, frozen, torch.randn(shape))
+    frozen.save(tmp_path / "frozen")
+    for fresh in (build(), sparsekd.sparsify(build(), density=0.3)):
+        assert torch.equal(load_frozen(tmp_path / "frozen", fresh)(x), frozen(x))
+
+
+class Reads(nn.Module):
+    """Its forward reads attributes of a layer, and its path depends on the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head = nn.Linear(64, 64), nn.Linear(64, 8)
+
+    def forward(self, x):
+        assert x.shape[-1] == self.fc.in_features
+        x = self.fc(input=x.to(self.fc.weight.dtype)) @ self.fc.weight.t()
+        return self.head(x if x.sum() > 0 else -x)
+
+
+def test_attributes_of_layers_stay_readable():
+    model, x = sparsekd.sparsify(Reads(), density=0.3), torch.randn(2, 64)
+    frozen = quick(model, x)
+    assert frozen.record["traced"] == ""
+    assert {one.chosen for one in frozen.plan} == {"sparse"}
+    assert_frozen_equals(model, frozen, x)
+
+
+class Mean(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enc, self.mean = nn.Linear(16, 32), nn.Linear(32, 8)
+
+    def forward(self, x):
+        h = torch.relu(self.enc(x))
+        return self.mean(h).mean((0, 1)) + h.mean(1).mean()
+
+
+def test_a_method_with_the_name_of_a_layer():
+    model, x = Mean().eval(), torch.randn(3, 16)
+    assert_frozen_equals(model, quick(model, x), x)
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x, pair=None, *, scale=None, offset=1.0):
+        y = self.fc(x) + offset
+        if pair is not None:
+            y = y + pair["a"] * pair["b"][0]
+        return y if scale is None else y * scale
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        {"x": torch.randn(2, 8)},
+        {"x": torch.randn(2, 8), "scale": torch.randn(2, 4)},
+        {"x": torch.randn(2, 8), "pair": {"a": torch.randn(2, 4), "b": [torch.randn(2, 4)]}, "offset": 2.0},
+        [torch.randn(2, 8), {"a": torch.randn(2, 4), "b": [torch.randn(2, 4)]}],
+    ],
+)
+def test_calls_with_keywords_and_structures(example, tmp_path):
+    model = Named().eval()
+    frozen = quick(model, example)
+    args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(*args, **kwargs), model(*args, **kwargs), rtol=1e-4, atol=1e-5)
+    frozen.save(tmp_path / "frozen")
+    assert torch.equal(load_frozen(tmp_path / "frozen", Named())(*args, **kwargs), frozen(*args, **kwargs))
+    with pytest.raises(TypeError, match="expected"):
+        frozen(torch.randn(2, 8), torch.randn(2, 8), torch.randn(2, 8))
+
+
+def test_positional_arguments_may_be_named():
+    model, x = Named().eval(), torch.randn(2, 8)
+    frozen = quick(model, x)
+    assert torch.equal(frozen(x=x), frozen(x))
+    with pytest.raises(TypeError, match="no keywords"):
+        frozen(x, scale=x)
+
+
+@pytest.mark.parametrize("build", [lambda: nn.AvgPool2d(4), lambda: nn.AdaptiveAvgPool2d(1), lambda: nn.MaxPool2d(2)])
+def test_images_of_another_size_than_the_example(build):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), build(), nn.Flatten(), nn.ReLU())
+    model = sparsekd.sparsify(model, density=0.5).eval()
+    frozen = quick(model, torch.randn(2, 3, 4, 4))
+    for size in ((4, 4), (8, 8), (9, 5), (16, 4)):
+        assert_frozen_equals(model, frozen, torch.randn(3, 3, *size))
+
+
+def test_threads_that_freeze_at_once():
+    """torch.fx patches nn.Module for all threads while it traces."""
+    x, failed = torch.randn(2, 3, 8, 8), []
+
+    def work():
+        try:
+            model = trained(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU())).eval()
+            for _ in range(3):
+                model(x)
+                assert_frozen_equals(model, quick(model, x), x)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed, failed
