@@ -17,7 +17,7 @@ except ImportError:
     knobs = None
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether a profiler wants to know of each launch: then Triton itself launches, which tells it."""
     hook = knobs.runtime.launch_enter_hook
     return hook is not None and bool(getattr(hook, "calls", True))
@@ -35,7 +35,7 @@ class Launch:
 
     def __call__(self, *tensors: Tensor | None) -> None:
         compiled = self._compiled
-        if compiled is None or _is_watched():
+        if compiled is None or is_watched():
             found = self._kernel[self._grid](*tensors, *self._sizes, **self._constants, **self._options)
             if knobs is not None and hasattr(found, "packed_metadata"):  # not interpreted
                 self._compiled = found

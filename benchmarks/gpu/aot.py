@@ -25,6 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.gpu import pipeline
 from sparsekd.backends.cuda.cost import shared_bytes, sums
 from sparsekd.kernels.block_products import block_products_kernel
 from sparsekd.kernels.gather_gemm import gather_gemm_kernel, sum_parts_kernel
@@ -110,13 +111,14 @@ def compile_config(config: Config, capability: int) -> dict[str, Any]:
         "other_mma_instructions": len(re.findall(r"\bmma\.sync", assembly)) if capability > 80 else 0,
         "async_copies_16_bytes": len(re.findall(r"cp\.async\.cg", assembly)),
         "async_copies_narrow": len(re.findall(r"cp\.async\.ca", assembly)),
+        "pipeline_faults": pipeline.faults(compiled, config.tile.stages) if _is_wgmma(config, capability) else [],
         "compile_seconds": round(time.perf_counter() - began, 2),
     }
 
 
 def complaints(row: dict[str, Any], config: Config) -> list[str]:
     """What is wrong with the machine code of a configuration; empty when nothing is."""
-    found = []
+    found = list(row["pipeline_faults"])
     left = sums(config.direction, config.tile)[0]
     if config.family != "ieee":
         # A wgmma needs 64 rows on the left and 4 warps; smaller products take mma.sync.
@@ -136,6 +138,11 @@ def complaints(row: dict[str, Any], config: Config) -> list[str]:
     if row["shared_bytes"] > LIMITS[row["sm"]][0]:
         found.append(f"{row['shared_bytes']} bytes of shared memory")
     return found
+
+
+def _is_wgmma(config: Config, capability: int) -> bool:
+    """Whether the products of a configuration are wgmma: 64 rows on the left, on sm_90."""
+    return capability == 90 and config.family == "half" and sums(config.direction, config.tile)[0] >= 64
 
 
 def _depth(config: Config) -> int:

@@ -10,6 +10,7 @@ GPU would be asked to compile; what is timed is what Python does before a launch
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -17,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -25,7 +26,7 @@ import torch
 from benchmarks.gpu import common
 from benchmarks.gpu.layers import sparse_call
 from benchmarks.lib.shapes import GPU, Conv
-from sparsekd import BlockSparse, timing
+from sparsekd import BlockPattern, BlockSparse, timing
 from sparsekd.backends import cuda
 
 CAPABILITY = 90
@@ -77,12 +78,13 @@ class FakeDriver:
 
 
 class Variants:
-    """What the compiler was asked for."""
+    """What the compiler was asked for, and how much of it was not in the cache yet."""
 
     def __init__(self, compile_them: bool) -> None:
         import triton
 
         self.asked: list[str] = []
+        self.compiled = 0
         self._compile = triton.compiler.compile if compile_them else None
 
     def __call__(self, source: Any, target: Any = None, options: Any = None, **more: Any) -> Any:
@@ -90,7 +92,10 @@ class Variants:
         self.asked.append(f"{source.fn.__name__} {source.signature} {constants} {options['num_warps']}")
         if self._compile is None:
             return StubKernel()
-        return self._compile(source, target=target, options=options, **more)
+        began = time.time()
+        kernel = self._compile(source, target=target, options=options, **more)
+        self.compiled += any(os.stat(path).st_mtime >= began - 1e-2 for path in kernel.metadata_group.values())
+        return kernel
 
 
 def install(compile_them: bool = False) -> Variants:
@@ -105,22 +110,32 @@ def install(compile_them: bool = False) -> Variants:
     return variants
 
 
-def calls(
-    layers: Iterable[Conv], batch: int, densities: Sequence[float], kinds: Sequence[str]
-) -> Iterator[Callable[[], object]]:
-    """Every op of the layers: three directions, densities and masks."""
+class Case(NamedTuple):
+    layer: Conv
+    density: float
+    mask: str
+    preset: bool = False  # blocks as users get them, else 64x64 where the channels allow it
+
+
+def cases(layers: Iterable[Conv], densities: Sequence[float], masks: Sequence[str]) -> list[Case]:
+    """Each layer at each density and mask; one wide mask and one free one with the preset's blocks, too."""
+    layers = list(layers)
+    found = [Case(*case) for case in itertools.product(layers, densities, masks)]
+    return found + [Case(layer, 0.3, mask, preset=True) for layer in layers for mask in masks]
+
+
+def calls(some: Iterable[Case], batch: int) -> Iterator[Callable[[], object]]:
+    """The three directions of each case."""
     meta = torch.device("meta")
-    for layer in layers:
-        for density in densities:
-            for kind in kinds:
-                pattern = common.pattern_for(layer, torch.device("cuda"))
-                mask = common.mask_of(layer, pattern, density, kind)
-                blocks = BlockSparse.from_dense(torch.zeros(layer.weight), pattern, mask=mask)
-                blocks = replace(blocks, values=blocks.values.to(meta, torch.bfloat16))
-                shapes = (batch, *layer.input), (batch, layer.out_channels, layer.out_size, layer.out_size)
-                x, grad = (_maps(shape) for shape in shapes)
-                for direction in common.DIRECTIONS:
-                    yield sparse_call(layer, direction, x, blocks, grad, cuda)
+    for layer, density, kind, preset in some:
+        pattern = BlockPattern.for_device("cuda") if preset else common.pattern_for(layer, torch.device("cuda"))
+        mask = common.mask_of(layer, pattern, density, kind)
+        blocks = BlockSparse.from_dense(torch.zeros(layer.weight), pattern, mask=mask)
+        blocks = replace(blocks, values=blocks.values.to(meta, torch.bfloat16))
+        shapes = (batch, *layer.input), (batch, layer.out_channels, layer.out_size, layer.out_size)
+        x, grad = (_maps(shape) for shape in shapes)
+        for direction in common.DIRECTIONS:
+            yield sparse_call(layer, direction, x, blocks, grad, cuda)
 
 
 def _maps(shape: Sequence[int]) -> torch.Tensor:
@@ -128,11 +143,12 @@ def _maps(shape: Sequence[int]) -> torch.Tensor:
     return empty.contiguous(memory_format=torch.channels_last)
 
 
-def run(
-    layers: Iterable[Conv], batch: int, densities: Sequence[float], kinds: Sequence[str], variants: Variants
-) -> dict[str, Any]:
-    """Each op measured as the planner would, then run again twice: variants, what the last run compiles, its time."""
-    from sparsekd.backends.cuda import plan
+def run(some: Sequence[Case], batch: int, fewest: bool, variants: Variants) -> dict[str, Any]:
+    """Each op measured as the planner would, then run again: variants, what the last run compiles, its time.
+
+    fewest: the model's favourite alone, not every candidate.
+    """
+    from sparsekd.backends.cuda import choose, plan
 
     def launched(choices: Mapping[Any, Callable[[], object]], *_: Any, **__: Any) -> dict[Any, float]:
         for choice, call in choices.items():
@@ -141,41 +157,63 @@ def run(
         return {choice: 1.0 / (1 + place) for place, choice in enumerate(choices)}
 
     nothing_wrong: dict[str, str] = {}
-    made = list(calls(layers, batch, densities, kinds))
+    made = list(calls(some, batch))
     medians = mock.patch.object(plan, "medians", launched)
     wrong = mock.patch.object(plan, "wrong", lambda *_: nothing_wrong)
-    with medians, wrong, plan.measuring():
+    timed = mock.patch.object(choose, "MOST_TIMED", 1 if fewest else choose.MOST_TIMED)
+    with medians, wrong, timed, plan.measuring():
         for call in made:
             call()
     asked = len(variants.asked)
     for call in made:
         call()
-    microseconds = []
-    for call in made:
-        taken = timing.samples({"launch": call}, 0.0, rounds=20, clock=time.thread_time)["launch"]
-        microseconds.append(1e6 * min(taken))
     return {
         "ops": len(made),
         "variants": asked,
+        "compiled": variants.compiled,
         "compiled_in_the_steady_state": len(variants.asked) - asked,
-        "launch_us": round(statistics.median(microseconds), 1),
+        "launch_us": host_us(made),
+        "triton_launch_us": _by_triton(made),
         "names": sorted(set(variants.asked)),
     }
+
+
+def host_us(made: Sequence[Callable[[], object]]) -> float:
+    """Microseconds of the host for a call: the median of the calls, each at its quietest."""
+    quietest = []
+    for call in made:
+        taken = timing.samples({"launch": call}, 0.0, rounds=10, clock=time.thread_time)["launch"]
+        quietest.append(1e6 * min(taken))
+    return round(statistics.median(quietest), 1)
+
+
+def _by_triton(made: Sequence[Callable[[], object]]) -> float:
+    """As `host_us`, with each launch by Triton itself: what `kernels/launch.py` is there for."""
+    from sparsekd.kernels import launch
+
+    with mock.patch.object(launch, "is_watched", lambda: True):
+        return host_us(made)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", metavar="DIR", help="compile the variants into this cache")
     parser.add_argument("--layers", nargs="*", default=list(ACCEPTANCE), choices=list(GPU))
+    parser.add_argument("--density", type=float, nargs="*", default=[0.5, 0.3, 0.1])
+    parser.add_argument("--mask", nargs="*", default=["wide", "free"], choices=common.MASKS)
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--fewest", action="store_true", help="the favourite of the cost model, not every candidate")
     parser.add_argument("--names", action="store_true", help="print each variant")
     options = parser.parse_args()
     if options.compile:
         os.environ["TRITON_CACHE_DIR"] = options.compile
+    os.environ["SPARSEKD_PLAN"] = os.devnull + ".json"  # nothing is known, and nothing is kept
     variants = install(compile_them=options.compile is not None)
-    found = run([GPU[name] for name in options.layers], options.batch, (0.5, 0.3, 0.1), ("wide", "free"), variants)
+    some = cases([GPU[name] for name in options.layers], options.density, options.mask)
+    found = run(some, options.batch, options.fewest, variants)
     names = found.pop("names")
-    print("\n".join(names) if options.names else "", file=sys.stderr)
+    if options.names:
+        print("\n".join(names), file=sys.stderr)
     print(json.dumps(found))
 
 

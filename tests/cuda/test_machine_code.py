@@ -3,9 +3,11 @@ spilled registers, shared memory within the device's limit. `python -m benchmark
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -16,11 +18,13 @@ ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "benchmarks" / "results" / "gpu_aot.json"
 
 
-def compiled(*options):
+def compiled(*options, environment=None):
     """How many configurations came out good. In a process of its own: the kernels of this one may be interpreted."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.gpu.aot", *options, "--out", ""]
-    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        command, cwd=ROOT, env={**kept, **(environment or {})}, capture_output=True, text=True, check=False
+    )
     print(found.stdout)
     assert found.returncode == 0, found.stderr
     return found.stdout.count("good")
@@ -49,3 +53,47 @@ def test_the_kept_sweep_is_good_and_covers_every_tile():
                         row["sm"] == sm and row["config"].startswith(direction) and f"{family} {tile} " in row["config"]
                         for row in rows
                     ), f"{direction} {family} {tile} on sm_{sm}: run python -m benchmarks.gpu.aot"
+
+
+# ---- The loop as a pipeline
+
+LOOP = """
+    %acc:3 = scf.for %step = %begin to %end step %one iter_args(%a = %b) -> (tensor<128x256xf32, #mma>) {
+      %arrived = ttg.async_wait %x, %w {num = 2 : i32}
+      %acc_1 = ttng.warp_group_dot %x, %w, %acc {isAsync = true} : !ttg.memdesc<128x64xbf16>
+      %acc_2:3 = ttng.warp_group_dot_wait %acc_1, %x, %w {pendings = 1 : i32} : tensor<128x256xf32, #mma>
+      %offset = ttg.convert_layout %o : tensor<256xi32, #a> -> tensor<256xi32, #b>
+    }
+"""
+BUFFERS = (
+    "%x = ttg.local_alloc : () -> !ttg.memdesc<3x128x64xbf16>\n%w = ttg.local_alloc : () -> !ttg.memdesc<3x64x256xbf16>"
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("", "", None),
+        ("pendings = 1", "pendings = 0", r"waits for wgmma down to \[0\] pending"),
+        ("num = 2", "num = 0", r"waits for copies down to \[0\] groups, not \[2\]"),
+        ("<3x64x256", "<1x64x256", r"\[3, 1\] buffers of the operands"),
+        ("tensor<256xi32, #a> -> tensor<256xi32", "tensor<128x64xbf16, #a> -> tensor<128x64xbf16", "through registers"),
+        ("      %offset", "      %y = ttg.local_load %x : memdesc\n      %offset", "through registers"),
+    ],
+)
+def test_what_breaks_the_pipeline_is_found(old, new, fault, monkeypatch):
+    from benchmarks.gpu import pipeline
+
+    monkeypatch.setattr(pipeline, "machine_code", lambda compiled: "HGMMA.64x256x16.F32.BF16")
+    monkeypatch.setattr(pipeline, "serialized", lambda compiled: "")
+    found = pipeline.faults(mock.Mock(asm={"ttgir": (BUFFERS + LOOP).replace(old, new)}), stages=3)
+    assert (not found) if fault is None else re.search(fault, "; ".join(found))
+
+
+def test_another_triton_compiles_the_same_pipeline():
+    """CUDA builds of torch 2.11 bring Triton 3.6.0."""
+    folder = os.environ.get("SPARSEKD_OTHER_TRITON", "")
+    if not (Path(folder) / "triton").is_dir() or not folder:
+        pytest.skip("SPARSEKD_OTHER_TRITON names no folder: pip install --no-deps --target FOLDER triton==3.6.0")
+    paths = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
+    assert compiled("--quick", "--sm", "90", environment={"PYTHONPATH": paths}) >= 12

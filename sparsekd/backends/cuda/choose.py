@@ -22,7 +22,7 @@ from .masks import Channels, Mask, masks
 from .plan import COMPACT, DENSE, Choice, Measured, Plan, Problem
 
 # Compiling a tile costs a second or more, once for each shape of block. The model is trusted no further than this.
-MOST_TIMED, PROMISING = 4, 1.6
+MOST_TIMED, PROMISING = 3, 1.6
 
 
 class Paths(NamedTuple):
