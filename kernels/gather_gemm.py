@@ -136,6 +136,7 @@ def gather_gemm_kernel(
     WHOLE: tl.constexpr,
     SWAPPED: tl.constexpr,
     PARTED: tl.constexpr,
+    HALVED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -199,7 +200,7 @@ def gather_gemm_kernel(
     y, x = i * out_step_h + phase_y, j * out_step_w + phase_x
     start = ((image * out_h + y) * out_w + x) * out_c
     inside = inside & (y < out_h) & (x < out_w)
-    if BN > 128:  # in halves: the residual of 256 columns beside their sums does not fit the registers
+    if HALVED:  # the residual of all columns beside their sums does not fit the registers
         near, far = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
         _finish(near, bias_ptr, residual_ptr, out_ptr, start, inside, row_begin, row_end, ACTIVATION)
         _finish(far, bias_ptr, residual_ptr, out_ptr, start, inside, row_begin + BN // 2, row_end, ACTIVATION)
@@ -262,10 +263,11 @@ class GatherGemm:
         constants = {
             "BM": tile.bm, "BN": tile.bn, "BK": table.slot, "LANE": table.lane, "BW": values.shape[2],
             "TRANSPOSED": transposed, "POINTWISE": walk.pointwise, "WHOLE": table.whole, "SWAPPED": tile.swapped,
-            "PARTED": parted, "ACTIVATION": None if parted else activation, "PRECISION": precision,
+            "PARTED": parted, "HALVED": tile.halved, "ACTIVATION": None if parted else activation,
+            "PRECISION": precision,
         }  # fmt: skip
         grid = (pixel_tiles * table.num_tiles, tile.splits)
-        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        options = {"num_warps": tile.warps, "num_stages": tile.stages_at(table.slot)}
         self._launch = None if out.numel() == 0 else Launch(gather_gemm_kernel, grid, sizes, constants, **options)
 
     def __call__(

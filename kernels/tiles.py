@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from .index import Weight
 
+MOST_STAGES = 6
+
 
 class Tile(NamedTuple):
     """One program's share of the output, and how it runs.
@@ -32,6 +34,15 @@ class Tile(NamedTuple):
     group: int = 8
     splits: int = 1
 
+    @property
+    def halved(self) -> bool:
+        """Whether the end of a gather runs in two halves: 128 sums of a thread leave no registers for what is added."""
+        return self.bm * self.bn >= 128 * 32 * self.warps
+
+    def stages_at(self, depth: int) -> int:
+        """Stages of a gather whose trips are ``depth`` channels: shallow ones take less memory, and need more ahead."""
+        return min(self.stages * max(self.bk // depth, 1), MOST_STAGES)
+
     def __str__(self) -> str:
         swapped = " swapped" if self.swapped else ""
         return f"{self.bm}x{self.bn}x{self.bk} w{self.warps} s{self.stages}{swapped}"
@@ -40,6 +51,7 @@ class Tile(NamedTuple):
 # float16 and bfloat16, widest first:
 GATHER_HALF = (
     Tile(128, 256, 64, 8, 3, since=90),
+    Tile(128, 128, 64, 4, 3, since=90),  # two of them share a processor: one begins or ends while the other multiplies
     Tile(128, 128, 64, 8, 3),
     Tile(256, 64, 64, 8, 3, swapped=True, since=90),
     Tile(64, 128, 64, 4, 4),

@@ -111,7 +111,7 @@ def compile_config(config: Config, capability: int) -> dict[str, Any]:
         "other_mma_instructions": len(re.findall(r"\bmma\.sync", assembly)) if capability > 80 else 0,
         "async_copies_16_bytes": len(re.findall(r"cp\.async\.cg", assembly)),
         "async_copies_narrow": len(re.findall(r"cp\.async\.ca", assembly)),
-        "pipeline_faults": pipeline.faults(compiled, config.tile.stages) if _is_wgmma(config, capability) else [],
+        "pipeline_faults": pipeline.faults(compiled, _stages(config)) if _is_wgmma(config, capability) else [],
         "compile_seconds": round(time.perf_counter() - began, 2),
     }
 
@@ -145,6 +145,10 @@ def _is_wgmma(config: Config, capability: int) -> bool:
     return capability == 90 and config.family == "half" and sums(config.direction, config.tile)[0] >= 64
 
 
+def _stages(config: Config) -> int:
+    return config.tile.stages if config.direction == "grad_values" else config.tile.stages_at(_depth(config))
+
+
 def _depth(config: Config) -> int:
     """Reduced channels of a trip."""
     if config.direction == "grad_values":
@@ -173,7 +177,7 @@ def _constants(config: Config) -> dict[str, Any]:
     transposed = config.direction == "grad_input"
     lane, slot = (bw, bh) if transposed else (bh, bw)
     constants |= {"BK": min(slot, tile.bk), "LANE": min(lane, tile.bn), "TRANSPOSED": transposed}
-    constants |= {"SWAPPED": tile.swapped, "PARTED": config.parts}
+    constants |= {"SWAPPED": tile.swapped, "PARTED": config.parts, "HALVED": tile.halved}
     constants["ACTIVATION"] = "silu" if config.fused else None
     constants |= {} if config.fused else {"residual_ptr": None}
     return constants | ({"bias_ptr": None} if transposed or config.parts else {})
@@ -193,7 +197,7 @@ def _compile(kernel: Any, constants: dict[str, Any], config: Config, capability:
             divisible[(index,)] = [["tt.divisibility", 16]]
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=divisible)
-    options = {"num_warps": config.tile.warps, "num_stages": config.tile.stages}
+    options = {"num_warps": config.tile.warps, "num_stages": _stages(config)}
     target = GPUTarget("hip", "gfx942", 64) if capability == GFX942 else GPUTarget("cuda", capability, 32)
     return triton.compile(source, target=target, options=options)
 

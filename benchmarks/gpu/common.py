@@ -52,18 +52,26 @@ def mask_of(layer: Conv, pattern: BlockPattern, density: float, kind: str) -> to
     return kept.repeat_interleave(tall, 0).repeat_interleave(broad, 1)[: grid[0], : grid[1]].clone()
 
 
-def operands(layer: Conv, batch: int, density: float, kind: str, device: torch.device, dtype: torch.dtype) -> tuple:
+def on_device(blocks: BlockSparse, device: torch.device, dtype: torch.dtype) -> BlockSparse:
+    index = {name: getattr(blocks, name).to(device) for name in ("row_ptr", "col_idx")}
+    return replace(blocks, values=blocks.values.to(device, dtype), **index)
+
+
+def operands(
+    layer: Conv,
+    batch: int,
+    density: float,
+    kind: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    pattern: BlockPattern | None = None,
+) -> tuple:
     """(x, dense weight, blocks, grad) on the device, channels_last; activations as after a ReLU."""
-    pattern = pattern_for(layer, device)
+    pattern = pattern or pattern_for(layer, device)
     generator = torch.Generator().manual_seed(1)
     dense = torch.randn(layer.weight, generator=generator) * 0.02
     blocks = BlockSparse.from_dense(dense, pattern, mask=mask_of(layer, pattern, density, kind))
-    blocks = replace(
-        blocks,
-        values=blocks.values.to(device, dtype),
-        row_ptr=blocks.row_ptr.to(device),
-        col_idx=blocks.col_idx.to(device),
-    )
+    blocks = on_device(blocks, device, dtype)
     shapes = (batch, *layer.input), (batch, layer.out_channels, layer.out_size, layer.out_size)
     x, grad = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
     last = {"memory_format": torch.channels_last}

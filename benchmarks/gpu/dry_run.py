@@ -24,16 +24,12 @@ from unittest import mock
 import torch
 
 from benchmarks.gpu import common
-from benchmarks.gpu.layers import sparse_call
+from benchmarks.gpu.layers import ACCEPTANCE, sparse_call
 from benchmarks.lib.shapes import GPU, Conv
 from sparsekd import BlockPattern, BlockSparse, timing
 from sparsekd.backends import cuda
 
 CAPABILITY = 90
-ACCEPTANCE = (
-    *("resnet50-3x3-128", "resnet50-3x3-256", "resnet50-3x3-512", "resnet50-1x1-1024-256"),
-    *("wrn-28-10-320", "wrn-28-10-640", "vgg16-512"),
-)
 
 
 class StubKernel:

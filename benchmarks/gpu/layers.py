@@ -12,17 +12,23 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.gpu import common
+from benchmarks.gpu.rows import Rows
 from benchmarks.lib.shapes import GPU, REHEARSAL, Conv
-from sparsekd import BlockSparse
+from sparsekd import BlockPattern, BlockSparse
 from sparsekd.ops.conv2d import Geometry
 
 Call = Callable[[], object]
+ACCEPTANCE = (
+    *("resnet50-3x3-128", "resnet50-3x3-256", "resnet50-3x3-512", "resnet50-1x1-1024-256"),
+    *("wrn-28-10-320", "wrn-28-10-640", "vgg16-512"),
+)
 
 
 def dense_call(layer: Conv, direction: str, x: Tensor, weight: Tensor, grad: Tensor) -> Call:
@@ -64,13 +70,20 @@ def native_call(layer: Conv, x: Tensor, blocks: BlockSparse, grad: Tensor) -> Ca
 
 
 def measure(
-    layer: Conv, batch: int, density: float, kind: str, direction: str, device: torch.device, dtype: torch.dtype
+    layer: Conv,
+    batch: int,
+    density: float,
+    kind: str,
+    direction: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    pattern: BlockPattern | None = None,
 ) -> dict[str, Any]:
-    """One row: microseconds of dense, of the path chosen, of every candidate."""
+    """One row: microseconds of dense, of the path chosen, of every candidate, and how far ours is from dense."""
     from sparsekd.backends.cuda import choose
     from sparsekd.backends.cuda.plan import measuring
 
-    x, weight, blocks, grad = common.operands(layer, batch, density, kind, device, dtype)
+    x, weight, blocks, grad = common.operands(layer, batch, density, kind, device, dtype, pattern)
     call = sparse_call(layer, direction, x, blocks, grad)
     choose.plan_of(x.device).measured.clear()  # each row is measured anew
     with measuring() as measured:
@@ -80,7 +93,8 @@ def measure(
     calls = [dense_call(layer, direction, x, weight, grad), call, *([native] if native else [])]
     dense, auto, *native_us = common.medians(calls)
     ours = {name: time for name, time in found.candidates.items() if name.startswith("triton")}
-    fastest = min(ours, key=ours.__getitem__)
+    fastest = min(ours, key=ours.__getitem__, default="none")  # all may have been dropped
+    fastest_us = ours.get(fastest, math.nan)
     flops = 2 * batch * layer.out_size**2 * math.prod(layer.weight)
     return {
         "batch": batch,
@@ -93,13 +107,27 @@ def measure(
         "auto_us": round(auto, 2),
         "chosen": str(found.choice),
         "fastest": fastest,
-        "fastest_us": ours[fastest],
-        "speedup": digits(dense / ours[fastest]),
+        "fastest_us": fastest_us,
+        "speedup": digits(dense / fastest_us),
         "auto": digits(dense / auto),
-        "share_of_ideal": digits(dense / ours[fastest] * density),
+        "share_of_ideal": digits(dense / fastest_us * density),
         "native_us": round(native_us[0], 2) if native_us else None,
         "candidates": found.candidates,
+        "dropped": found.dropped,
+        "error": error_of(layer, direction, call, blocks, x, grad),
     }
+
+
+def error_of(layer: Conv, direction: str, call: Call, blocks: BlockSparse, x: Tensor, grad: Tensor) -> float:
+    """The largest difference from the dense library on the same weights, relative to its largest value."""
+    got: Any = call()
+    masked = blocks.to_dense().contiguous(memory_format=torch.channels_last)
+    want: Any = dense_call(layer, direction, x, masked, grad)()
+    if direction != "forward":
+        want = want[0 if direction == "grad_input" else 1]
+    if direction == "grad_values":
+        want = BlockSparse.from_dense(want.cpu(), blocks.pattern, mask=blocks.mask().cpu()).values.to(want.device)
+    return digits(((got.float() - want.float()).abs().max() / want.float().abs().max()).item())
 
 
 def digits(ratio: float) -> float:
@@ -114,6 +142,8 @@ def main() -> None:
     parser.add_argument("--direction", nargs="*", default=list(common.DIRECTIONS), choices=common.DIRECTIONS)
     parser.add_argument("--layer", nargs="*", default=list(GPU), choices=GPU)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--acceptance", action="store_true", help="the seven layers of the first run on a GPU")
+    parser.add_argument("--preset", action="store_true", help="the blocks that users get, not 64x64")
     parser.add_argument("--seconds", type=float, default=500)
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--out", default="benchmarks/results/gpu")
@@ -121,11 +151,15 @@ def main() -> None:
     device = common.start(options.rehearse)
     layers = REHEARSAL if options.rehearse else {id: GPU[id] for id in options.layer}
     dtype = torch.float16 if options.rehearse else getattr(torch, options.dtype)
+    if options.acceptance and not options.rehearse:
+        layers = {id: GPU[id] for id in ACCEPTANCE}
     if options.rehearse:
         options.batch, options.density = [1], [0.5]
+    pattern = BlockPattern.for_device("cuda") if options.preset and not options.rehearse else None
     name = f"layers-{'-'.join(map(str, options.batch))}-{str(dtype).removeprefix('torch.')}"
     goes_on, before = common.until(options.seconds), common.facts(device)
-    rows: list[dict[str, Any]] = []
+    name += "-preset" if options.preset else ""
+    kept = Rows(Path(options.out) / "rows" / f"{name}.jsonl")
     left: list[str] = []
     cases = [
         (id, batch, density, kind, direction)
@@ -136,17 +170,21 @@ def main() -> None:
         for direction in options.direction
     ]
     for id, batch, density, kind, direction in cases:
+        key = (id, batch, density, kind, direction)
+        if key in kept:
+            continue
         if not goes_on():
             left.append(f"{id} {batch} {density} {kind} {direction}")
             continue
-        row = {"layer": id} | measure(layers[id], batch, density, kind, direction, device, dtype)
-        rows.append(row)
+        row = {"layer": id} | measure(layers[id], batch, density, kind, direction, device, dtype, pattern)
+        kept.add(key, row)
         print(
             f"{id:26} n{batch:<4} d{density:<4} {row['mask']:6} {row['direction']:11} "
             f"dense {row['dense_us']:9.1f}  ours {row['fastest_us']:9.1f} us  x{row['speedup']:<6} "
             f"auto x{row['auto']:<6} {row['fastest']}",
             flush=True,
         )
+    rows = kept.rows
     common.write(options.out, name, before, device, rows, left=left)
     for density in options.density:
         for way in options.direction:

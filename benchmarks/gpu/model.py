@@ -67,7 +67,7 @@ def main() -> None:
     ]
     assumed = {
         name: getattr(cost, name)
-        for name in ("DENSE_SHARE", "KERNEL_SHARE", "BYTES_SHARE", "LAUNCH", "TRIP_INSTRUCTIONS")
+        for name in ("DENSE_SHARE", "KERNEL_SHARE", "PROGRAM_SECONDS", "BYTES_SHARE", "LAUNCH", "TRIP_INSTRUCTIONS")
     }
     device = cost.DEVICES["NVIDIA H200"]._asdict()
     with open(options.out, "w") as file:

@@ -14,11 +14,14 @@ import argparse
 import copy
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from benchmarks.gpu import common
+from benchmarks.gpu.rows import Rows
 from benchmarks.lib.models import Basic, ResNet, conv_norm, resnet34, resnet50, vgg16, wide_resnet_28_10
 from benchmarks.lib.shapes import Conv
 from sparsekd import freeze
@@ -137,6 +140,8 @@ def main() -> None:
     parser.add_argument("--window", type=float, default=5.0, help="seconds of an energy window")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--cooldown", type=float, default=5.0)
+    parser.add_argument("--compiled", action="store_true", help="the dense network by torch.compile, too")
+    parser.add_argument("--frozen-alone", action="store_true", help="of sparse networks the frozen ones only")
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--out", default="benchmarks/results/gpu")
     options = parser.parse_args()
@@ -147,13 +152,22 @@ def main() -> None:
     before = common.facts(device)
     x, models = twins(options, device)
     steps = {name: (training if options.what == "train" else inference)(model, x) for name, model in models.items()}
+    if options.compiled and device.type == "cuda":  # a compiler of the CPU is none of this
+        wrap = training if options.what == "train" else inference
+        compiled: Any = torch.compile(copy.deepcopy(models["dense"]))
+        steps["dense, compiled"] = wrap(compiled, x)
+    if options.frozen_alone:
+        steps = {name: step for name, step in steps.items() if name.startswith("dense")}
     if options.what == "infer":
         steps |= {f"{name}, frozen": partial(freeze(model, x), x) for name, model in models.items()}
     rows = joules(steps, options) if options.what == "energy" else seconds(steps)
+    stage = f"{options.what}-{options.network}-{options.batch}"
+    kept = Rows(Path(options.out) / "rows" / f"{stage}.jsonl")
     for row in rows:
         row |= {"network": options.network, "batch": options.batch, "mask": options.mask}
+        kept.add((row["model"],), row)
         print({name: value for name, value in row.items() if not name.startswith("all_")}, flush=True)
-    common.write(options.out, f"{options.what}-{options.network}-{options.batch}", before, device, rows)
+    common.write(options.out, stage, before, device, rows)
 
 
 def seconds(steps: dict[str, Callable[[], object]]) -> list[dict]:

@@ -31,7 +31,7 @@ def test_the_model_prefers_wide_tiles_and_cuts_few_tiles_into_parts():
 
 def test_the_model_counts_what_the_schedulers_issue():
     """Blocks of 16 channels make four trips of one of 64: narrow tiles then issue more than they multiply."""
-    h200, wide, narrow = cost.DEVICES["NVIDIA H200"], tiles.GATHER_HALF[0], tiles.GATHER_HALF[5]
+    h200, wide, narrow = cost.DEVICES["NVIDIA H200"], tiles.GATHER_HALF[0], tiles.GATHER_HALF[6]
     assert cost.cap("forward", narrow, h200, 16) < 0.6 * cost.cap("forward", narrow, h200, 64)
     assert cost.cap("forward", wide, h200, 16) == cost.cap("forward", wide, h200)  # L2 is what bounds it
     problem, mask, _ = conv_problem(0.25, block=16)
@@ -39,6 +39,20 @@ def test_the_model_counts_what_the_schedulers_issue():
     assert work.depth == 16 and cost.seconds(problem, work, tile, h200) > cost.seconds(
         problem, work._replace(depth=64), tile, h200
     )
+
+
+def test_the_model_counts_what_a_program_does_besides_its_trips():
+    """One trip: most of the time is prologue and epilogue, and a second program on the processor hides half of it."""
+    h200, (wide, two) = cost.DEVICES["NVIDIA H200"], tiles.GATHER_HALF[:2]
+    assert (cost.resident("forward", wide, h200), cost.resident("forward", two, h200)) == (1, 2)
+    problem, mask, _ = conv_problem(0.03, channels=512)
+    for tile in (wide, two):
+        arranged, work = cost.arrange(problem, tile, mask.table("forward", tile), h200)
+        none = cost.seconds(problem, work._replace(flops=0.0, bytes=0.0), arranged, h200)
+        programs = work.programs / h200.processors * cost.PROGRAM_SECONDS
+        assert none == pytest.approx(cost.LAUNCH + programs / cost.resident("forward", tile, h200), rel=0.3)
+        more = cost.seconds(problem, work._replace(bytes=0.0), arranged, h200)
+        assert more > none
 
 
 def test_an_older_device_gets_no_tile_that_does_not_fit_it():

@@ -39,7 +39,11 @@ DEVICES = {
     "NVIDIA A100-SXM4-80GB": Device("NVIDIA A100-SXM4-80GB", 108, 312e12, 2.0e12, 5e12, 166912, 80),
 }
 DENSE_SHARE = 0.65  # of the peak that dense convolution libraries are taken to reach
-KERNEL_SHARE = 0.8  # of its own cap that a tile is taken to reach: prologue, epilogue, waiting
+KERNEL_SHARE = 0.84  # of its own cap that the loop of a tile is taken to reach
+# Before its loop a program reads three dependent numbers and fills its stages, behind it it stores: 2 to 3 thousand
+# cycles at 1.755 GHz, in which a processor does nothing else unless a second program has room on it.
+PROGRAM_SECONDS = 2500 / 1.755e9
+REGISTERS = 65536  # of a processor
 # Instructions of a warp in one trip of the loop, and for each 16 bytes that a thread copies in it: read off the sm_90
 # code of seven 16-bit tiles, 123 to 203 a trip of a gather, 314 to 397 of the products.
 TRIP_INSTRUCTIONS = {"forward": (89, 8.6), "grad_input": (80, 8.6), "grad_values": (163, 19.5)}
@@ -109,11 +113,22 @@ def shared_bytes(direction: str, tile: Tile, element_bytes: int) -> int:
 
 
 def seconds(problem: Problem, work: Work, tile: Tile, device: Device) -> float:
-    """Predicted seconds of one call of our kernel."""
+    """Predicted seconds of one call of our kernel: its trips, and for each program what is not a trip."""
     rate = device.flops * FAMILY_RATE[problem.family] * cap(problem.direction, tile, device, work.depth) * KERNEL_SHARE
-    idle = 1 / _filled(max(work.programs * tile.splits, 1), device.processors)
+    programs = max(work.programs * tile.splits, 1)
+    idle = 1 / _filled(programs, device.processors)
+    alone = min(resident(problem.direction, tile, device), -(-programs // device.processors))
+    besides = programs / device.processors * PROGRAM_SECONDS / alone
     moved = work.bytes / (device.bytes_per_second * BYTES_SHARE)
-    return max(work.flops / rate * idle, moved) + LAUNCH * (2 if tile.splits > 1 else 1)
+    return max((work.flops / rate + besides) * idle, moved) + LAUNCH * (2 if tile.splits > 1 else 1)
+
+
+def resident(direction: str, tile: Tile, device: Device) -> int:
+    """How many programs share a processor, by shared memory and by registers: the sums, and about 96 a thread more."""
+    left, right, _ = sums(direction, tile)
+    threads = 32 * tile.warps
+    registers = threads * (96 + left * right // threads)
+    return max(min(device.shared_bytes // shared_bytes(direction, tile, 2), REGISTERS // registers), 1)
 
 
 def _filled(programs: int, processors: int) -> float:
