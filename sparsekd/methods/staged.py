@@ -76,7 +76,7 @@ class Staged(Method):
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         scope: Literal["global", "layer", "cost"] | None = None,
-        score: Literal["magnitude", "lamp", "random"] = "magnitude",
+        score: Literal["magnitude", "lamp", "random"] | None = None,
         seed: int = 0,
         floor: float | None = None,
         costs: CostTable | None = None,

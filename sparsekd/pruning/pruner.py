@@ -43,7 +43,8 @@ class Pruner:
             (or LAMP's scores) for each multiply-add, or for each microsecond of a layer whose time still falls. What
             would not make its layer faster stays.
         score: ``"magnitude"``, ``"lamp"`` (see :func:`lamp_scores`: global, but no layer goes almost whole), or
-            ``"random"`` as a control (seeded by ``seed``).
+            ``"random"`` as a control (seeded by ``seed``). Default: LAMP for scope ``"cost"``, since magnitudes of
+            layers that differ in fan-in would decide more than their cost does; else magnitude.
         floor: share of the weights that every layer keeps at least; one unit stays in any case. Default: 0.02 for scope
             ``"cost"``, else 0.
         costs: microseconds of the layers, for budgets of ``latency_us``.
@@ -72,7 +73,7 @@ class Pruner:
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         scope: Literal["global", "layer", "cost"] = "global",
-        score: Literal["magnitude", "lamp", "random"] = "magnitude",
+        score: Literal["magnitude", "lamp", "random"] | None = None,
         seed: int = 0,
         floor: float | None = None,
         costs: CostTable | None = None,
@@ -81,6 +82,7 @@ class Pruner:
     ) -> None:
         _check_choice("granularity", granularity, ("block", "filter", "unstructured"))
         _check_choice("scope", scope, SCOPES)
+        score = score or ("lamp" if scope == "cost" else "magnitude")
         _check_choice("score", score, ("magnitude", "lamp", "random"))
         if pattern is not None and granularity != "block":
             raise ValueError(f"Pruner: a pattern belongs to granularity 'block', got {pattern} with {granularity!r}")

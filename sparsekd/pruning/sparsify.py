@@ -29,7 +29,7 @@ def sparsify(
     latency_us: float | None = None,
     example_inputs: Sequence[Any] | None = None,
     scope: Literal["cost", "global", "layer"] = "cost",
-    score: Literal["magnitude", "lamp"] = "magnitude",
+    score: Literal["magnitude", "lamp"] | None = None,
     floor: float | None = None,
     costs: CostTable | None = None,
 ) -> nn.Module:

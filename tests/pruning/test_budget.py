@@ -120,7 +120,8 @@ def test_cost_takes_where_a_weight_is_used_most_and_weights_do_not():
     kept = {}
     for scope in ("global", "cost"):
         model = copy.deepcopy(net)
-        pruner = Pruner(model, pattern=BlockPattern(1, 1), scope=scope, example_inputs=(torch.randn(1, 8, 9, 9),))
+        example = (torch.randn(1, 8, 9, 9),)
+        pruner = Pruner(model, pattern=BlockPattern(1, 1), scope=scope, score="magnitude", example_inputs=example)
         assert pruner.macs[0] == 576 * (81 + 9)
         pruner.prune_to(macs=0.5)
         assert pruner.macs[1] == pytest.approx(0.5 * pruner.macs[0], abs=81)
@@ -133,7 +134,7 @@ def test_every_layer_keeps_its_floor():
     net = Net()
     with torch.no_grad():
         net.conv2.weight *= 1e-6
-    pruner = pruner_of(net, pattern=BlockPattern(1, 1), scope="cost", floor=0.1)
+    pruner = pruner_of(net, pattern=BlockPattern(1, 1), scope="cost", score="magnitude", floor=0.1)
     pruner.prune_to(macs=0.7)
     shares = {name: float((weight != 0).double().mean()) for name, weight in dense_weights(net).items()}
     assert shares["conv2"] == pytest.approx(0.1, abs=0.001) and min(shares.values()) > 0.099
@@ -151,6 +152,15 @@ def test_the_smallest_budget_is_named_and_can_be_met(unit):
     smallest = float(str(error.value).partition("so that ")[2].partition("=")[2].split()[0])
     pruner.prune_to(**{unit: smallest})
     assert all(1 <= mask.sum() <= 2 for mask in pruner.masks().values())
+
+
+def test_cost_goes_by_lamp_unless_told_otherwise():
+    assert {scope: pruner_of(Net(), scope=scope).score for scope in ("cost", "global", "layer")} == {
+        "cost": "lamp",
+        "global": "magnitude",
+        "layer": "magnitude",
+    }
+    assert pruner_of(Net(), scope="cost", score="magnitude").score == "magnitude"
 
 
 def test_random_is_random_whatever_a_unit_costs():

@@ -112,7 +112,12 @@ def test_the_allocation_by_time_is_as_good_as_any_that_was_tried(data):
     }
     weights = [layer.weight.detach().double().square().flatten().sort(descending=True)[0] for layer in net]
     pruner = Pruner(
-        net, pattern=BlockPattern(1, 1), scope="cost", floor=0.0, costs=table_of(net, layers, inputs=((1, 16),))
+        net,
+        pattern=BlockPattern(1, 1),
+        scope="cost",
+        score="magnitude",
+        floor=0.0,
+        costs=table_of(net, layers, inputs=((1, 16),)),
     )
     target = data.draw(st.floats(10.0, 30.0))
     pruner.prune_to(latency_us=target)
