@@ -1,1 +1,1 @@
-"""Benchmarks for the day there is a GPU; `acceptance.sh` runs them in order."""
+"""Benchmarks for the day there is a GPU; `run.py` runs them in order."""

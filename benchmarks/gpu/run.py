@@ -1,6 +1,6 @@
 """The day there is a GPU, for a quarter of an hour: a first run of 8 minutes, a second of 4, nothing lost when cut off.
 
-    python -m benchmarks.gpu.run prepare                 # before: the compile cache, from any machine with Triton
+    python -m benchmarks.gpu.run prepare --python python3.12   # before: the package, and the compile cache
     python -m benchmarks.gpu.run first --out DIR         # again after an interruption: it goes on where it was
     python -m benchmarks.gpu.run second --out DIR
     python -m benchmarks.gpu.run first --rehearse        # every step of it here, interpreted, on tiny shapes
@@ -169,8 +169,14 @@ def _write_state(out: Path, state: dict[str, Any]) -> None:
     os.replace(partial, out / "state.json")
 
 
-def prepare() -> None:
-    """Compile what the first run will ask for into the cache that it reads; newer processes find it there."""
+def prepare(python: str | None) -> None:
+    """Compile what the first run will ask for into the cache that it reads, and the package for another Python.
+
+    The wheel has the CUDA C++ kernels where nvcc is found.
+    """
+    if python is not None:
+        wheel = [python, "-m", "pip", "wheel", "--no-deps", "-w", str(ROOT / "build" / "gpu-wheel"), "."]
+        subprocess.run(wheel, cwd=ROOT, check=True)
     subprocess.run(_module("gpu.dry_run", "--compile", str(CACHE)), cwd=ROOT, check=True)
     size = sum(path.stat().st_size for path in CACHE.rglob("*") if path.is_file())
     print(f"{CACHE}: {size / 2**20:.1f} MiB, to lie at the same path on the machine with the GPU")
@@ -182,10 +188,11 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results/gpu")
     parser.add_argument("--seconds", type=float, help="of the whole call; default 540, or no limit in a rehearsal")
     parser.add_argument("--step", nargs="*", help="these alone, though they have finished")
+    parser.add_argument("--python", help="prepare: build the package for this interpreter, say python3.12")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
     if options.run == "prepare":
-        return prepare()
+        return prepare(options.python)
     out = Path(options.out).resolve()
     steps = RUNS[options.run](str(out))
     if options.step:

@@ -148,12 +148,12 @@ def read(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where acceptance.sh keeps its results")
+    parser.add_argument("folder", type=Path, help="where gpu.run keeps its results")
     folder = parser.parse_args(argv).folder
     found, others = read(folder)
     records = [record for some in found.values() for record in some]
     if not records:
-        sys.exit(f"gpu.table: {folder} holds no results; run benchmarks/gpu/acceptance.sh first")
+        sys.exit(f"gpu.table: {folder} holds no results; run python -m benchmarks.gpu.run first")
     layers = [row for record in found["layers"] for row in record["rows"]]
     states = [record["after"] for record in records if "after" in record]
     state = states[-1] if states else next((record["machine"] for record in found["losses"]), {})

@@ -21,7 +21,6 @@ from benchmarks.gpu.rows import Rows
 from benchmarks.lib.shapes import GPU, REHEARSAL, Conv
 from sparsekd import BlockSparse
 from sparsekd.backends.cuda import cost, masks, plan
-from sparsekd.kernels import conv2d as kernel
 from sparsekd.kernels import tiles
 from sparsekd.kernels.index import Weight
 
@@ -40,6 +39,7 @@ def with_trips(layer: Conv, trips: int, device: torch.device, dtype: torch.dtype
 
 def measure(layer: Conv, tile: tiles.Tile, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Microseconds at each number of trips, and the line through them."""
+    from sparsekd.kernels import conv2d as kernel  # after `common.start`, which may have them interpreted
 
     calls, most = [], layer.kernel**2 * layer.channels // common.pattern_for(layer, device).bw
     counts = [trips for trips in TRIPS if trips <= most]

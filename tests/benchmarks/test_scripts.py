@@ -68,15 +68,6 @@ def test_the_layers_rehearse_without_a_gpu(tmp_path):
     assert all(row["fastest"].startswith("triton") and row["fastest_us"] > 0 for row in rows)
 
 
-def test_the_acceptance_script_is_bash_and_lists_its_stages():
-    script = ROOT / "benchmarks" / "gpu" / "acceptance.sh"
-    subprocess.run(["bash", "-n", script], check=True)
-    done = subprocess.run(["bash", script, "--help"], check=True, capture_output=True, text=True)
-    assert "--rehearse" in done.stdout and "table" in done.stdout
-    done = subprocess.run(["bash", script, "nonsense"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "no stage nonsense" in done.stderr
-
-
 @pytest.mark.parametrize("layer", ["resnet50-3x3-256", "vgg16-512-14"])
 @pytest.mark.parametrize("direction", ["forward", "grad_input", "grad_values"])
 def test_the_kept_predictions_are_those_of_the_cost_model(layer, direction):

@@ -21,7 +21,8 @@ def test_the_model_prefers_sparse_where_little_is_kept_and_dense_where_all_is(di
 
 
 def test_the_model_prefers_wide_tiles_and_cuts_few_tiles_into_parts():
-    wide = dict((str(tile), seconds) for tile, seconds in choose.tiles(*conv_problem(0.25)))
+    # Of many images: 196 tiles of 128 leave 68 processors idle in the second of two waves, and halves of them do not.
+    wide = dict((str(tile), seconds) for tile, seconds in choose.tiles(*conv_problem(0.25, images=2048)))
     assert min(wide, key=wide.__getitem__).startswith("128x256")
     _, mask, _ = conv_problem(0.25)  # the same columns in every row: nothing in the union is multiplied by zero
     assert mask.table("forward", tiles.GATHER_HALF[0]).fill == 1.0

@@ -1,0 +1,74 @@
+"""The driver of the quarter of an hour on a GPU: resumed, cut off, archived; rows on the disk at once."""
+
+import json
+import sys
+import tarfile
+
+import pytest
+
+from benchmarks.gpu import run
+from benchmarks.gpu.rows import Rows
+
+
+def step(name, code, seconds=20, **more):
+    return run.Step(name, seconds, [sys.executable, "-c", code], **more)
+
+
+def state(out):
+    return {name: one["status"] for name, one in json.loads((out / "state.json").read_text()).items()}
+
+
+def test_finished_steps_are_skipped_and_failed_ones_tried_again(tmp_path):
+    out = tmp_path / "gpu"
+    counted = f"open({str(tmp_path / 'count')!r}, 'a').write('x')"
+    fails = f"{counted}; raise SystemExit(3)"
+    assert not run.execute([step("good", counted), step("bad", fails)], out, rehearse=False, seconds=60)
+    assert state(out) == {"good": "done", "bad": "failed (3)"}
+    assert run.execute([step("good", fails), step("bad", counted)], out, rehearse=False, seconds=60)
+    assert state(out) == {"good": "done", "bad": "done"} and (tmp_path / "count").read_text() == "xxx"
+
+
+def test_a_step_ends_with_its_time_and_what_it_measured_is_kept(tmp_path):
+    out = tmp_path / "gpu"
+    rows = out / "rows" / "slow.jsonl"
+    imports = "import time; from benchmarks.gpu.rows import Rows"
+    slow = f"{imports}; rows = Rows({str(rows)!r}); rows.add(len(rows.rows), dict(us=1.0)); time.sleep(600)"
+    assert not run.execute([step("slow", slow, seconds=8)], out, rehearse=False, seconds=60)
+    assert state(out) == {"slow": "cut off"}
+    assert Rows(rows).rows == [{"key": 0, "us": 1.0}]
+    with tarfile.open(out.with_suffix(".tar.gz")) as tar:
+        assert {"gpu/rows/slow.jsonl", "gpu/state.json", "gpu/logs/slow.log"} <= set(tar.getnames())
+
+
+def test_no_step_begins_when_no_time_is_left(tmp_path, capsys):
+    assert not run.execute([step("late", "1 / 0")], tmp_path / "gpu", rehearse=False, seconds=1)
+    assert "no time is left" in capsys.readouterr().out and not (tmp_path / "gpu" / "state.json").exists()
+
+
+def test_a_program_that_is_missing_leaves_its_step_out(tmp_path):
+    missing = step("memory", "1 / 0", needs="no-such-program")
+    assert run.execute([missing], tmp_path / "gpu", rehearse=False, seconds=60)
+    assert state(tmp_path / "gpu") == {"memory": "left out"}
+
+
+def test_a_rehearsal_runs_the_same_steps_with_other_arguments(tmp_path):
+    command = step("one", "1 / 0", rehearsal=[sys.executable, "-c", "pass"])
+    assert run.execute([command], tmp_path / "gpu", rehearse=True, seconds=60)
+
+
+@pytest.mark.parametrize(("name", "minutes"), [("first", 9), ("second", 4.5)])
+def test_the_runs_fit_their_minutes_and_name_their_steps(name, minutes):
+    steps = run.RUNS[name]("out")
+    assert sum(one.seconds for one in steps) <= 60 * minutes
+    assert len({one.name for one in steps}) == len(steps)
+
+
+def test_rows_survive_a_line_that_was_cut_off(tmp_path):
+    rows = Rows(tmp_path / "rows.jsonl")
+    rows.add(("layer", 256, 0.3), {"us": 2.0})
+    with rows.path.open("a") as file:
+        file.write('{"key": ["layer", 256, 0.1], "us"')
+    again = Rows(rows.path)
+    assert ("layer", 256, 0.3) in again and ("layer", 256, 0.1) not in again
+    again.add(("layer", 256, 0.1), {"us": 3.0})
+    assert [row["us"] for row in Rows(rows.path).rows] == [2.0, 3.0]
