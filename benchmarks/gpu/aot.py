@@ -146,7 +146,8 @@ def _is_wgmma(config: Config, capability: int) -> bool:
 
 
 def _stages(config: Config) -> int:
-    return config.tile.stages if config.direction == "grad_values" else config.tile.stages_at(_depth(config))
+    gathers = config.direction in ("forward", "grad_input")
+    return config.tile.stages_at(_depth(config)) if gathers else config.tile.stages
 
 
 def _depth(config: Config) -> int:

@@ -30,6 +30,7 @@ def test_variants_the_steady_state_and_the_cost_of_a_launch():
     assert found["launch_us"] <= 45 and found["launch_us"] < found["triton_launch_us"] + 15
 
 
+@pytest.mark.slow
 def test_what_is_compiled_beforehand_is_what_a_driver_asks_for(tmp_path):
     """A cache filled by one process: another one, which has forgotten everything, finds every variant there."""
     layer = ["--layers", "resnet50-1x1-1024-256", "--density", "0.3", "--mask", "wide", "--fewest"]
