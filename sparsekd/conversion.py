@@ -54,7 +54,7 @@ class ConversionReport:
     unexpected: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        parts = (("block-sparse", self.sparse), ("can be converted", self.convertible), ("stays dense", self.dense))
+        parts = (("block-sparse", self.sparse), ("can be converted", self.convertible), ("dense", self.dense))
         counts = ", ".join(f"{len(layers)} {what}" for what, layers in parts if layers or what == "block-sparse")
         width = max((len(name) for _, layers in parts for name in layers), default=0)
         lines = [

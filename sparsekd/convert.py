@@ -160,9 +160,9 @@ def conversion_report(
 
     >>> model = sparsify(nn.Sequential(nn.Conv1d(8, 16, 3), nn.Embedding(4, 2)), density=0.5)
     >>> print(conversion_report(model))
-    layers: 1 block-sparse, 1 stays dense
+    layers: 1 block-sparse, 1 dense
       block-sparse      0  SparseConv1d(8, 16, kernel_size=(3,), stride=(1,), bias=True, pattern=16x1, density=0.5)
-      stays dense       1  Embedding looks rows up and multiplies nothing
+      dense             1  Embedding looks rows up and multiplies nothing
     """
     return report(survey(model, pattern, include, exclude))
 
@@ -227,7 +227,9 @@ def warn_of_unexpected(found: ConversionReport) -> None:
     reasons = "; ".join(f"{name or 'the model'}: {found.dense[name]}" for name in found.unexpected[:8])
     more = f"; and {len(found.unexpected) - 8} more" if len(found.unexpected) > 8 else ""
     first = "" if found.sparse or found.convertible else "no layer can be block-sparse. "
-    stay = f"{len(found.unexpected)} stay dense: {reasons}{more}. " if found.unexpected else ""
+    count = len(found.unexpected)
+    layers = "1 layer stays" if count == 1 else f"{count} layers stay"
+    stay = f"{layers} dense: {reasons}{more}. " if count else ""
     warnings.warn(
         f"sparsekd.sparsify: {first}{stay}sparsekd.conversion_report(model) lists every layer; exclude=[...] says "
         "that it is meant",

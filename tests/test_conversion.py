@@ -80,7 +80,7 @@ def test_the_layers_with_a_block_sparse_form_get_it_and_the_others_are_named():
     assert warning.filename == __file__
     said = str(warning.message)
     for each in (
-        "5 stay dense",
+        "5 layers stay dense",
         "volume: of Conv3d only 1x1x1 kernels",
         "upline: ConvTranspose1d has no block-sparse form",
         "padded: Padded, whose forward is its own",
@@ -103,8 +103,8 @@ def test_the_report_names_every_layer_with_a_matrix_before_and_after():
     after = sparsekd.conversion_report(quiet(model, exclude=["matrix"]))
     assert list(after.sparse) == list(before.convertible)
     assert list(after.convertible) == ["matrix"]
-    assert str(after).startswith("layers: 5 block-sparse, 1 can be converted, 7 stays dense\n")
-    assert "stays dense       recurrent     GRU has no block-sparse form" in str(after)
+    assert str(after).startswith("layers: 5 block-sparse, 1 can be converted, 7 dense\n")
+    assert "dense             recurrent     GRU has no block-sparse form" in str(after)
     assert len(str(after).splitlines()) == 14
 
 
@@ -193,7 +193,7 @@ def test_layers_whose_weight_is_computed_stay_dense_or_are_refused(reparametrise
     with pytest.raises(TypeError, match="whose weight is computed"):
         SparseLinear.from_dense(model[0])
     assert type(model[1]) is nn.Linear
-    with pytest.warns(UserWarning, match="1 stay dense: 0: .*whose weight is computed .*prune.remove"):
+    with pytest.warns(UserWarning, match="1 layer stays dense: 0: .*whose weight is computed .*prune.remove"):
         sparsekd.sparsify(model)
     assert type(model[1]) is SparseLinear
     torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-6)
