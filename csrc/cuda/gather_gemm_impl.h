@@ -1,5 +1,5 @@
-// out = activation(gather(x) * blocks + bias + residual): the walk of kernels/_gather_gemm.py for 16-bit types, over
-// the same tables (kernels/_index.py), in CUDA C++ for devices without Triton.
+// out = activation(gather(x) * blocks + bias + residual): the walk of kernels/gather_gemm.py for 16-bit types, over
+// the same tables (kernels/index.py), in CUDA C++ for devices without Triton.
 //
 // Written once over a Block of threads: gather_gemm.cu gives it those of a GPU, emulated.cpp runs the same code on a
 // CPU, where tests hold every index against the reference. Shared memory of a stage: BM rows of gathered x, then BN
@@ -16,7 +16,7 @@
 #define SPARSEKD_FN inline
 #endif
 
-// As in sparsekd/backends/cuda_driver.py, field by field.
+// As in sparsekd/backends/cuda/driver.py, field by field.
 struct GatherGemm {
   const uint16_t* x;         // [images, in_h, in_w, in_c]
   const uint16_t* values;    // [nnzb, bh, bw]

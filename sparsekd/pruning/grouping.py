@@ -40,7 +40,7 @@ class Grouping:
     def for_device(cls, device: str | torch.device) -> Grouping:
         """What the kernels of a device like: single blocks on a CPU, columns of 256 outputs and equal rows on a GPU.
 
-        256 is the widest tile (kernels/_tiles.py): by the cost model 1.8x dense at density 0.5, where 128 gives 1.4x
+        256 is the widest tile (kernels/tiles.py): by the cost model 1.8x dense at density 0.5, where 128 gives 1.4x
         (benchmarks/results/gpu_model.json, masks "wide" and "square"). ``cols=256`` gives both gradients the same.
         """
         return cls(rows=256, equal=True) if torch.device(device).type == "cuda" else cls()
