@@ -42,8 +42,10 @@ def check_wheel(names: list[str]) -> None:
     top_level = {name.split("/")[0] for name in names}
     unexpected = {name for name in top_level if name != "sparsekd" and ".dist-info" not in name}
     assert not unexpected, f"the wheel installs {unexpected} beside sparsekd"
-    for part in ("sparsekd/nn.py", "sparsekd/kernels/__init__.py", "sparsekd/py.typed"):
-        assert part in names, f"the wheel lacks {part}"
+    sources = [path.relative_to(ROOT).as_posix() for path in (ROOT / "sparsekd").rglob("*.py")]
+    kernels = [f"sparsekd/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")]
+    missing = {*sources, *kernels, "sparsekd/_C.pyi", "sparsekd/py.typed"} - set(names)
+    assert not missing, f"the wheel lacks {sorted(missing)}"
     assert any(name.startswith("sparsekd/_C.") and name.endswith(".so") for name in names), "the wheel lacks _C"
     assert any(name.startswith("sparsekd/data/movietweetings/") and "LICENSE" in name for name in names)
 
