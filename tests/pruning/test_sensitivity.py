@@ -36,7 +36,9 @@ def test_each_layer_is_pruned_alone():
             by_hand = sparsekd.sparsify(copy.deepcopy(net), BlockPattern(4, 1), density, include=[name])
             assert found == pytest.approx(score(by_hand), rel=1e-4)
             weight = net.get_submodule(name).weight
-            assert lost == pytest.approx(float((weight.square() * (dense_weights(by_hand)[name] == 0)).sum()), rel=1e-5)
+            assert lost == pytest.approx(
+                float((weight.square() * (dense_weights(by_hand)[name] == 0)).sum().detach()), rel=1e-5
+            )
         assert scan.layers[name][1] < scan.layers[name][0] < 0
     lines = str(scan).splitlines()
     assert lines[0].split() == ["layer", "at", "0.5", "at", "0.25"] and lines[-1] == "whole: 0"
