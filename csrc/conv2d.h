@@ -61,7 +61,6 @@ void conv2d_grad_values(const Conv2dShape& shape, Tensor4d<const T> x, Tensor4d<
 template <class T>
 class PackedConv2d {
  public:
-
   PackedConv2d(const Conv2dShape& shape, const T* values, const Blocks& blocks, const float* bias,
                Activation activation);
   PackedConv2d(const PackedConv2d&) = delete;

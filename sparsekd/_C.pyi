@@ -1,4 +1,4 @@
-"""Types of the compiled CPU kernels (csrc/bindings.cpp). Addresses are `tensor.data_ptr()`; 0 means no bias."""
+"""Types of the compiled CPU kernels (csrc/bindings_<op>.cpp). Addresses are `tensor.data_ptr()`; 0 means no bias."""
 
 from collections.abc import Sequence
 from typing import overload
