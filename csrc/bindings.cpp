@@ -28,6 +28,7 @@ PYBIND11_MODULE(_C, m) {
   sparsekd::bind_machine(m);
   sparsekd::bind_conv2d(m);
   sparsekd::bind_linear(m);
+  sparsekd::bind_embedding(m);
   sparsekd::bind_int8(m);
   sparsekd::bind_attention(m);
   sparsekd::bind_network(m);

@@ -84,6 +84,7 @@ void def_run_linear(py::class_<Layer>& layer) {
 // One function each, in bindings_<name>.cpp.
 void bind_conv2d(py::module_& m);
 void bind_linear(py::module_& m);
+void bind_embedding(py::module_& m);
 void bind_int8(py::module_& m);
 void bind_attention(py::module_& m);
 void bind_network(py::module_& m);

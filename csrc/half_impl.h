@@ -11,9 +11,7 @@ namespace {
 
 using sparsekd::Bfloat16;
 
-struct Float16 {
-  uint16_t bits;
-};
+using sparsekd::Float16;
 
 inline Vec16 load16(const float* p) { return Vec16::load(p); }
 inline Vec16 load16_first(const float* p, int n) { return Vec16::load_first(p, n); }

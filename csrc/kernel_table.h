@@ -7,6 +7,7 @@
 
 #include "attention_kernels.h"
 #include "conv2d_kernels.h"
+#include "embedding_kernels.h"
 #include "pool_kernels.h"
 
 namespace sparsekd {
@@ -19,6 +20,7 @@ struct KernelTable {
   void (*depthwise_f32)(const Depthwise&);
   PoolKernels pool;
   AttentionKernels attention;
+  EmbeddingKernels embedding;
   // Multiply-adds on registers, `rounds` times a fixed amount, seeded from and written to sink [32]; returns the number
   // of floating point operations.
   double (*fma_burst)(int64_t rounds, float* sink);

@@ -3,6 +3,7 @@
 
 #include "attention_impl.h"
 #include "conv2d_impl.h"
+#include "embedding_impl.h"
 #include "int8_impl.h"
 #include "kernel_table.h"
 #include "pool_impl.h"
@@ -20,6 +21,7 @@ constexpr sparsekd::KernelTable kKernels = {
              .max_bf16 = pool<Bfloat16, false>,
              .mean_bf16 = pool<Bfloat16, true>},
     .attention = kAttention,
+    .embedding = kEmbedding,
     .fma_burst = madd_burst<FloatSums, 1>,
     .bf16 = {.depth = FloatWords<Bfloat16>::kDepth,
              .conv2d = conv2d_forward<FloatWords<Bfloat16>>,

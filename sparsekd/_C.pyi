@@ -120,6 +120,36 @@ def kd_loss(
     batch: int, classes: int, student: int, teacher: int, temperature: float, loss: int, grad_student: int, threads: int
 ) -> None: ...  # fmt: skip
 
+class EmbeddingTable:
+    """See csrc/embedding_kernels.h and sparsekd/ops/embedding.py."""
+
+    def __init__(self, rows: int, dim: int, kept: int, base: int, counts: int) -> None: ...
+
+def embedding_f32(table: EmbeddingTable, values: int, ids: int, count: int, out: int, threads: int) -> None: ...
+
+embedding_bf16 = embedding_f32
+embedding_f16 = embedding_f32
+
+def embedding_bag_f32(
+    table: EmbeddingTable, values: int, ids: int, offsets: int, scale: int, bags: int, padding: int, out: int,
+    threads: int
+) -> None: ...  # fmt: skip
+
+embedding_bag_bf16 = embedding_bag_f32  # the scale is float32 in all types
+embedding_bag_f16 = embedding_bag_f32
+
+def embedding_grad(
+    table: EmbeddingTable, grad: int, ids: int, source: int, scale: int, count: int, padding: int, num_values: int,
+    grad_values: int, threads: int
+) -> None: ...  # fmt: skip
+def embedding_absent(
+    table: EmbeddingTable, grad: int, ids: int, count: int, absolute: bool, total: int, threads: int
+) -> None: ...
+def embedding_top_k(
+    table: EmbeddingTable, values: int, queries: int, count: int, k: int, excluded_begin: int, excluded: int,
+    scores: int, ids: int, threads: int
+) -> None: ...  # fmt: skip
+
 class Pool:
     def __init__(self, shape: Conv2dShape, mean: bool, dtype: str) -> None: ...
     def run(self, x: int, y: int, threads: int, n: int) -> None: ...

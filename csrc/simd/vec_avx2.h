@@ -10,6 +10,17 @@ namespace {
 alignas(64) constexpr int32_t kLaneMask[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
                                                0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0};
 
+// Of every byte of kept bits where its eight lanes find their floats among as many floats as bits are set, and zeros
+// behind them: the rank of a set bit; the last place, which is then a zero, for one that is not set.
+struct ExpandTable {
+  uint8_t place[256][8];
+  constexpr ExpandTable() : place{} {
+    for (int kept = 0; kept < 256; ++kept)
+      for (int i = 0, rank = 0; i < 8; ++i) place[kept][i] = static_cast<uint8_t>(kept >> i & 1 ? rank++ : 7);
+  }
+};
+alignas(64) constexpr ExpandTable kExpand;
+
 struct Vec16 {
   __m256 v[2];
 
@@ -39,6 +50,18 @@ struct Vec16 {
     alignas(64) float lane[16] = {};
     for (int i = 0; i < n; ++i) lane[i] = p[i * stride];
     return load(lane);
+  }
+  // Lane i: the next float from p on where bit i of `kept` is set, else 0; touches as many floats as bits are set.
+  static Vec16 expand_load(const float* p, uint32_t kept) {
+    const uint32_t low = kept & 0xffu, high = kept >> 8;
+    return {{expand8(p, low), expand8(p + __builtin_popcount(low), high)}};
+  }
+  // The lanes whose bit of `kept` is set, side by side; the lanes behind them hold anything.
+  static Vec16 compress(Vec16 a, uint32_t kept) {
+    float lane[16], packed[16] = {};
+    a.store(lane);
+    for (int i = 0; kept != 0; kept &= kept - 1) packed[i++] = lane[__builtin_ctz(kept)];
+    return load(packed);
   }
   void store(float* p) const {
     _mm256_storeu_ps(p, v[0]);
@@ -118,6 +141,11 @@ struct Vec16 {
   }
 
  private:
+  static __m256 expand8(const float* p, uint32_t kept) {
+    const __m256 packed = _mm256_maskload_ps(p, first(__builtin_popcount(kept), 0));
+    const __m128i places = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kExpand.place[kept]));
+    return _mm256_permutevar8x32_ps(packed, _mm256_cvtepu8_epi32(places));
+  }
   static void transpose8(__m256 (&r)[8]) {
     __m256 t[8], u[8];
     for (int i = 0; i < 8; i += 2) {

@@ -37,6 +37,19 @@ struct Vec16 {
     for (int i = 0; i < n; ++i) lane[i] = p[i * stride];
     return {_mm512_load_ps(lane)};
   }
+  // Lane i: the next float from p on where bit i of `kept` is set, else 0; touches as many floats as bits are set.
+  // Merged into a register of zeros that the compiler must not see through: the zeroing form of vexpandps waits for the
+  // old contents of its target on Zen 4 and 5 (llvm/llvm-project#206849).
+  static Vec16 expand_load(const float* p, uint32_t kept) {
+    __m512 zeros = _mm512_setzero_ps();
+    asm("" : "+v"(zeros));
+    return {_mm512_mask_expand_ps(zeros, static_cast<__mmask16>(kept), load_first(p, __builtin_popcount(kept)).v)};
+  }
+  // The lanes whose bit of `kept` is set, side by side; the lanes behind them hold anything. In a register, because
+  // vcompressps to memory is microcoded (llvm/llvm-project#133568).
+  static Vec16 compress(Vec16 a, uint32_t kept) {
+    return {_mm512_mask_compress_ps(a.v, static_cast<__mmask16>(kept), a.v)};
+  }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   // Past the caches, to a multiple of 64 bytes; `fence` must follow before others may read.
   void stream(float* p) const { _mm512_stream_ps(p, v); }

@@ -40,6 +40,19 @@ struct Vec16 {
     for (int i = 0; i < n; ++i) lane[i] = p[i * stride];
     return load(lane);
   }
+  // Lane i: the next float from p on where bit i of `kept` is set, else 0; touches as many floats as bits are set.
+  static Vec16 expand_load(const float* p, uint32_t kept) {
+    float lane[16] = {};
+    for (; kept != 0; kept &= kept - 1) lane[__builtin_ctz(kept)] = *p++;
+    return load(lane);
+  }
+  // The lanes whose bit of `kept` is set, side by side; the lanes behind them hold anything.
+  static Vec16 compress(Vec16 a, uint32_t kept) {
+    float lane[16], packed[16] = {};
+    a.store(lane);
+    for (int i = 0; kept != 0; kept &= kept - 1) packed[i++] = lane[__builtin_ctz(kept)];
+    return load(packed);
+  }
   void store(float* p) const { memcpy(p, v, sizeof v); }
   void stream(float* p) const { store(p); }
   static void fence() {}

@@ -31,3 +31,5 @@ struct Setting {
 
 // Statistics of feature maps, matching of maps and distillation of logits, in one instruction set (attention_test.cpp).
 void check_attention(const std::string& isa);
+// Lookups, bags, their gradients and the best of all rows, from packed tables (embedding_test.cpp).
+void check_embedding(const std::string& isa);

@@ -8,6 +8,7 @@ State: ``values [nnzb, bh, bw]`` (Parameter), ``row_ptr``, ``col_idx`` (int32 bu
 
 from .attention import SparseMultiheadAttention
 from .convolution import SparseConv1d, SparseConv2d, SparseConv3d, split_padding
+from .embedding import SparseEmbedding, SparseEmbeddingBag
 from .layer import BlockSparseLayer
 from .linear import SparseLinear
 from .transposed import SparseConvTranspose2d
@@ -18,6 +19,8 @@ __all__ = [
     "SparseConv2d",
     "SparseConv3d",
     "SparseConvTranspose2d",
+    "SparseEmbedding",
+    "SparseEmbeddingBag",
     "SparseLinear",
     "SparseMultiheadAttention",
     "split_padding",

@@ -3,6 +3,16 @@
 from .attention import feature_stats
 from .conv2d import conv2d
 from .conv_transpose2d import conv_transpose2d
+from .embedding import embedding, embedding_absent_, embedding_bag, embedding_top_k
 from .linear import linear
 
-__all__ = ["conv2d", "conv_transpose2d", "feature_stats", "linear"]
+__all__ = [
+    "conv2d",
+    "conv_transpose2d",
+    "embedding",
+    "embedding_absent_",
+    "embedding_bag",
+    "embedding_top_k",
+    "feature_stats",
+    "linear",
+]

@@ -53,6 +53,8 @@ def describe(op: str) -> str:
     """What runs ``op`` on CUDA devices, and why."""
     if op in attention.OPS:
         return attention.describe(op)
+    if op.startswith("embedding"):
+        return "pure-torch reference: there is no kernel for GPUs yet"
     if not uses_triton():
         why = "SPARSEKD_CUDA=native" if find_spec("triton") else "triton is not importable; pip install sparsekd[gpu]"
         missing = driver.why_not() if op in ("linear", "conv2d") else "CUDA C++ has the forward pass alone"

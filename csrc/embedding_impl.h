@@ -1,0 +1,334 @@
+// Embeddings whose rows keep some dimensions each: rows are expanded, 16 dimensions at a time, where they are looked up,
+// and gradients are compressed where they are added. Products with queries touch kept entries alone.
+#pragma once
+
+#include "copy_impl.h"
+#include "embedding_kernels.h"
+#include "parallel_impl.h"
+#include "scratch_impl.h"
+
+namespace {
+
+using sparsekd::EmbeddingAbsent;
+using sparsekd::EmbeddingBag;
+using sparsekd::EmbeddingGrad;
+using sparsekd::EmbeddingLookup;
+using sparsekd::EmbeddingTable;
+using sparsekd::EmbeddingTopK;
+
+constexpr uint8_t kManyKept = 255;  // that and more
+
+inline const uint64_t* kept_of(const EmbeddingTable& t, int64_t row) { return t.kept + row * ceil_div(t.dim, 64); }
+
+inline int64_t count_kept(const EmbeddingTable& t, int64_t row) {
+  if (t.counts[row] != kManyKept) return t.counts[row];
+  const uint64_t* kept = kept_of(t, row);
+  int64_t count = 0;
+  for (int64_t i = 0; i < ceil_div(t.dim, 64); ++i) count += __builtin_popcountll(kept[i]);
+  return count;
+}
+
+// Where the values of a row begin. The counts before it are added eight at a time: pairs of bytes to words of 16 bits,
+// and those by a multiplication whose highest word is their sum.
+inline int64_t row_begin(const EmbeddingTable& t, int64_t row) {
+  constexpr uint64_t kBytes = 0x0101010101010101u, kEven = 0x00ff00ff00ff00ffu, kPairs = 0x0001000100010001u;
+  const int64_t first = row / sparsekd::kRowsOfBase * sparsekd::kRowsOfBase;
+  uint64_t sum = 0, many = 0;
+  for (int64_t i = first; i < row; i += 8) {
+    uint64_t counts;
+    memcpy(&counts, t.counts + i, sizeof counts);
+    if (row - i < 8) counts &= (uint64_t{1} << 8 * (row - i)) - 1;
+    sum += (((counts & kEven) + (counts >> 8 & kEven)) * kPairs) >> 48;
+    many |= (~counts - kBytes) & counts & kBytes << 7;  // a byte of kManyKept
+  }
+  int64_t begin = t.base[row / sparsekd::kRowsOfBase];
+  if (many == 0) return begin + static_cast<int64_t>(sum);
+  for (int64_t i = first; i < row; ++i) begin += count_kept(t, i);
+  return begin;
+}
+
+inline Vec16 expand(const float* values, uint32_t kept) { return Vec16::expand_load(values, kept); }
+template <class T>
+inline Vec16 expand(const T* values, uint32_t kept) {
+  float floats[16];
+  load16_first(values, __builtin_popcount(kept)).store(floats);
+  return Vec16::expand_load(floats, kept);
+}
+
+// body(first dimension, bits of the 16 dimensions from there, where their values lie) for a row.
+template <class Body>
+inline void each_group(const EmbeddingTable& t, int64_t row, int64_t begin, const Body& body) {
+  const uint64_t* kept = kept_of(t, row);
+  for (int64_t d = 0; d < t.dim; d += 16) {
+    const uint32_t bits = static_cast<uint32_t>(kept[d / 64] >> d % 64) & 0xffffu;
+    body(d, bits, begin);
+    begin += __builtin_popcount(bits);
+  }
+}
+
+// Asks ahead for the row of a later id, in two steps: its bits and where it begins, then its values.
+constexpr int64_t kBitsAhead = 16, kValuesAhead = 8;
+template <class T>
+inline void prefetch_rows(const EmbeddingTable& t, const T* values, const int64_t* ids, int64_t i, int64_t end) {
+  if (i + kBitsAhead < end) {
+    const int64_t row = ids[i + kBitsAhead];
+    __builtin_prefetch(kept_of(t, row));
+    __builtin_prefetch(t.counts + row / sparsekd::kRowsOfBase * sparsekd::kRowsOfBase);
+    __builtin_prefetch(t.base + row / sparsekd::kRowsOfBase);
+  }
+  if (i + kValuesAhead < end) {
+    const int64_t row = ids[i + kValuesAhead];
+    const char* first = reinterpret_cast<const char*>(values + row_begin(t, row));
+    const int64_t bytes = static_cast<int64_t>(sizeof(T)) * count_kept(t, row);
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(first + byte);
+    if (bytes > 0) __builtin_prefetch(first + bytes - 1);
+  }
+}
+
+constexpr int64_t kIdsOfPiece = 256;  // of one piece of work: some microseconds
+
+template <class T>
+void embedding_lookup(const EmbeddingLookup<T>& args) {
+  const EmbeddingTable& t = args.table;
+  parallel(args.threads, ceil_div(args.count, kIdsOfPiece), [&](int64_t piece) {
+    const int64_t end = min64(args.count, (piece + 1) * kIdsOfPiece);
+    for (int64_t i = piece * kIdsOfPiece; i < end; ++i) {
+      prefetch_rows(t, args.values, args.ids, i, end);
+      T* out = args.out + i * t.dim;
+      each_group(t, args.ids[i], row_begin(t, args.ids[i]), [&](int64_t d, uint32_t bits, int64_t begin) {
+        const Vec16 row = expand(args.values + begin, bits);
+        if (d + 16 <= t.dim)
+          store16(out + d, row);
+        else
+          store16_first(out + d, row, static_cast<int>(t.dim - d));
+      });
+    }
+  });
+}
+
+template <class T>
+void embedding_bag(const EmbeddingBag<T>& args) {
+  const EmbeddingTable& t = args.table;
+  const int64_t per_bag = max64(1, args.offsets[args.bags] / max64(1, args.bags));
+  const int64_t bags = max64(1, kIdsOfPiece / per_bag), padded = round_up(t.dim, 16);
+  parallel(args.threads, ceil_div(args.bags, bags), [&](int64_t piece) {
+    float* sum = scratch_of<float>(sparsekd::kScratchSum, padded);
+    const int64_t end_bag = min64(args.bags, (piece + 1) * bags), end = args.offsets[end_bag];
+    for (int64_t bag = piece * bags; bag < end_bag; ++bag) {
+      zero_floats(sum, padded);
+      for (int64_t i = args.offsets[bag]; i < args.offsets[bag + 1]; ++i) {
+        prefetch_rows(t, args.values, args.ids, i, end);
+        if (args.ids[i] == args.padding) continue;
+        const float one = 1.0f;
+        const Vec16 scale = Vec16::broadcast(args.scale != nullptr ? args.scale + i : &one);
+        each_group(t, args.ids[i], row_begin(t, args.ids[i]), [&](int64_t d, uint32_t bits, int64_t begin) {
+          Vec16::fma(scale, expand(args.values + begin, bits), Vec16::load(sum + d)).store(sum + d);
+        });
+      }
+      copy_floats(args.out + bag * t.dim, sum, 1, t.dim);
+    }
+  });
+}
+
+// Every worker has rows of its own and goes through all ids, so that sums are taken in the order of the ids, however
+// many threads there are.
+void embedding_grad(const EmbeddingGrad& args) {
+  const EmbeddingTable& t = args.table;
+  parallel(args.threads, args.threads, [&](int64_t part) {
+    const Range range = share(args.num_values, args.threads, part);
+    zero_floats(args.grad_values + range.begin, range.end - range.begin);
+  });
+  const int64_t bases = ceil_div(t.rows, sparsekd::kRowsOfBase);
+  parallel(args.threads, args.threads, [&](int64_t part) {
+    const Range owned = share(bases, args.threads, part);
+    for (int64_t i = 0; i < args.count; ++i) {
+      const int64_t row = args.ids[i], base = row / sparsekd::kRowsOfBase;
+      if (base < owned.begin || base >= owned.end || row == args.padding) continue;
+      const float* grad = args.grad + (args.source != nullptr ? args.source[i] : i) * t.dim;
+      const float one = 1.0f;
+      const Vec16 scale = Vec16::broadcast(args.scale != nullptr ? args.scale + i : &one);
+      each_group(t, row, row_begin(t, row), [&](int64_t d, uint32_t bits, int64_t begin) {
+        const int count = __builtin_popcount(bits);
+        if (count == 0) return;
+        float* target = args.grad_values + begin;
+        const Vec16 all = Vec16::load_first(grad + d, static_cast<int>(min64(16, t.dim - d)));
+        Vec16::fma(scale, Vec16::compress(all, bits), Vec16::load_first(target, count)).store_first(target, count);
+      });
+    }
+  });
+}
+
+void embedding_absent(const EmbeddingAbsent& args) {
+  const EmbeddingTable& t = args.table;
+  parallel(args.threads, ceil_div(args.count, kIdsOfPiece), [&](int64_t piece) {
+    const int64_t end = min64(args.count, (piece + 1) * kIdsOfPiece);
+    for (int64_t i = piece * kIdsOfPiece; i < end; ++i) {
+      const uint64_t* kept = kept_of(t, args.ids[i]);
+      const float* grad = args.grad + i * t.dim;
+      float* total = args.total + i * t.dim;
+      for (int64_t d = 0; d < t.dim; ++d) {
+        const float added = args.absolute ? __builtin_fabsf(grad[d]) : grad[d];
+        total[d] += kept[d / 64] >> d % 64 & 1 ? 0.0f : added;
+      }
+    }
+  });
+}
+
+constexpr int kQueryVectors = 4;                  // queries of a tile: as many accumulators hide the latency of fma
+constexpr int64_t kQueries = 16 * kQueryVectors;  // a tile's queries of 64 dimensions are 16 KiB: half the L1 cache
+constexpr int64_t kRowsOfTile = 64;
+
+// The k best of one query so far, the worst in front (a heap).
+struct Best {
+  float* score;
+  int64_t* id;
+  int64_t k;
+
+  bool worse(int64_t a, int64_t b) const { return score[a] < score[b] || (score[a] == score[b] && id[a] > id[b]); }
+  void swap(int64_t a, int64_t b) const {
+    const float s = score[a];
+    const int64_t i = id[a];
+    score[a] = score[b];
+    id[a] = id[b];
+    score[b] = s;
+    id[b] = i;
+  }
+  void sink(int64_t at, int64_t size) const {
+    for (;;) {
+      int64_t child = 2 * at + 1;
+      if (child >= size) return;
+      if (child + 1 < size && worse(child + 1, child)) ++child;
+      if (!worse(child, at)) return;
+      swap(child, at);
+      at = child;
+    }
+  }
+  // Ids must come in ascending order, or an equal score of a smaller id would be lost.
+  void offer(float s, int64_t i) const {
+    if (!(s > score[0])) return;
+    score[0] = s;
+    id[0] = i;
+    sink(0, k);
+  }
+  void sort() const {  // the best first
+    for (int64_t size = k; size > 1; --size) {
+      swap(0, size - 1);
+      sink(0, size - 1);
+    }
+  }
+};
+
+inline bool is_excluded(const EmbeddingTopK& args, int64_t query, int64_t row) {
+  if (args.excluded_begin == nullptr) return false;
+  int64_t low = args.excluded_begin[query], high = args.excluded_begin[query + 1];
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (args.excluded[middle] == row) return true;
+    if (args.excluded[middle] < row)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return false;
+}
+
+// products [kQueries] of one row with the queries of a tile, which lie [dim][kQueries].
+inline void row_products(const EmbeddingTable& t, int64_t row, const float* values, const float* queries,
+                         float* products) {
+  Vec16 acc[kQueryVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < kQueryVectors; ++v) acc[v] = Vec16::zero();
+  const uint64_t* kept = kept_of(t, row);
+  for (int64_t word = 0; word < ceil_div(t.dim, 64); ++word)
+    for (uint64_t bits = kept[word]; bits != 0; bits &= bits - 1, ++values) {
+      const float* query = queries + (64 * word + __builtin_ctzll(bits)) * kQueries;
+      const Vec16 value = Vec16::broadcast(values);
+#pragma GCC unroll 4
+      for (int v = 0; v < kQueryVectors; ++v) acc[v] = Vec16::fma(value, Vec16::load(query + 16 * v), acc[v]);
+    }
+#pragma GCC unroll 4
+  for (int v = 0; v < kQueryVectors; ++v) acc[v].store(products + 16 * v);
+}
+
+// A tile's queries against the rows of a range; best [queries] are heaps.
+inline void top_k_rows(const EmbeddingTopK& args, const float* queries, int64_t first, int64_t count, Range rows,
+                       const Best* best) {
+  const EmbeddingTable& t = args.table;
+  alignas(64) float products[kQueries], worst[kQueries];
+  for (int64_t q = 0; q < kQueries; ++q) worst[q] = q < count ? best[q].score[0] : __builtin_inff();
+  if (rows.begin >= rows.end) return;
+  int64_t begin = row_begin(t, rows.begin);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    row_products(t, row, args.values + begin, queries, products);
+    begin += count_kept(t, row);
+    int better = 0;
+    for (int64_t q = 0; q < kQueries; ++q) better |= products[q] > worst[q];
+    if (!better) continue;
+    for (int64_t q = 0; q < count; ++q) {
+      if (!(products[q] > worst[q]) || is_excluded(args, first + q, row)) continue;
+      best[q].offer(products[q], row);
+      worst[q] = best[q].score[0];
+    }
+  }
+}
+
+// Tiles of queries are dealt out; where they are fewer than threads, parts of the rows are, too. The order of scores and
+// ids is total, so the parts' best together hold the best, whatever the parts are.
+void embedding_top_k(const EmbeddingTopK& args) {
+  const EmbeddingTable& t = args.table;
+  const int64_t tiles = ceil_div(args.count, kQueries);
+  if (tiles == 0 || args.k == 0) return;
+  const int64_t parts = max64(1, min64(ceil_div(args.threads, tiles), ceil_div(t.rows, kRowsOfTile)));
+  const int64_t places = args.count * parts * args.k;
+  float* scores;
+  int64_t* ids;
+  Arena::carve(sparsekd::kScratchCall, [&](Arena& arena) {
+    scores = arena.take<float>(places);
+    ids = arena.take<int64_t>(places);
+  });
+  const auto best_of = [&](int64_t query, int64_t part) {
+    const int64_t at = (query * parts + part) * args.k;
+    return Best{.score = scores + at, .id = ids + at, .k = args.k};
+  };
+  parallel(args.threads, tiles * parts, [&](int64_t item) {
+    const int64_t first = item / parts * kQueries, part = item % parts, count = min64(kQueries, args.count - first);
+    float* queries = scratch_of<float>(sparsekd::kScratchInput, t.dim * kQueries);
+    for (int64_t d = 0; d < t.dim; ++d)
+      for (int64_t q = 0; q < kQueries; ++q)
+        queries[d * kQueries + q] = q < count ? args.queries[(first + q) * t.dim + d] : 0.0f;
+    Best best[kQueries];
+    for (int64_t q = 0; q < count; ++q) {
+      best[q] = best_of(first + q, part);
+      for (int64_t i = 0; i < args.k; ++i) {
+        best[q].score[i] = -__builtin_inff();
+        best[q].id[i] = -1;
+      }
+    }
+    top_k_rows(args, queries, first, count, share(t.rows, parts, part), best);
+  });
+  parallel(args.threads, args.count, [&](int64_t query) {
+    const Best all{.score = args.scores + query * args.k, .id = args.ids + query * args.k, .k = args.k};
+    for (int64_t i = 0; i < args.k; ++i) {
+      all.score[i] = -__builtin_inff();
+      all.id[i] = -1;
+    }
+    for (int64_t part = 0; part < parts; ++part) {  // in the order of rows
+      const Best best = best_of(query, part);
+      best.sort();
+      for (int64_t i = 0; i < args.k && best.id[i] >= 0; ++i) all.offer(best.score[i], best.id[i]);
+    }
+    all.sort();
+  });
+}
+
+constexpr sparsekd::EmbeddingKernels kEmbedding = {.lookup_f32 = embedding_lookup<float>,
+                                                   .lookup_bf16 = embedding_lookup<Bfloat16>,
+                                                   .lookup_f16 = embedding_lookup<Float16>,
+                                                   .bag_f32 = embedding_bag<float>,
+                                                   .bag_bf16 = embedding_bag<Bfloat16>,
+                                                   .bag_f16 = embedding_bag<Float16>,
+                                                   .grad = embedding_grad,
+                                                   .absent = embedding_absent,
+                                                   .top_k = embedding_top_k};
+
+}  // namespace

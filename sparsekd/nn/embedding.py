@@ -1,0 +1,326 @@
+"""``nn.Embedding`` and ``nn.EmbeddingBag`` whose rows keep some dimensions each (layout: sparsekd/ops/embedding.py).
+
+    table = sparsekd.nn.SparseEmbedding(1_000_000, 64, density=0.1)        # 26 MB of values, never 256
+    table = sparsekd.nn.SparseEmbedding.from_dense(embedding, density=0.1) # keeps the entries of largest magnitude
+    rows = table(ids)
+
+State: ``values [n]`` (Parameter) and ``kept`` (int64 buffer); where rows begin follows from ``kept``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops.embedding import Table, bag_of, count_kept, pack_mask, places, row_index, unpack_mask
+from .layer import TracedWhole, _replace_data
+
+Layer = TypeVar("Layer", bound="SparseTable")
+_PIECE = 1 << 14  # rows that are made, or made dense, at once
+
+
+class SparseTable(TracedWhole):
+    """What lookups and bags share: the table, its making, its conversion and its state."""
+
+    dense_type: ClassVar[type[nn.Module]]
+    # Arguments of the torch layer that are not taken, and what they must be.
+    untaken: ClassVar[dict[str, Any]] = {"max_norm": None, "scale_grad_by_freq": False, "sparse": False}
+
+    values: nn.Parameter
+    kept: Tensor
+    base: Tensor
+    counts: Tensor
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        density: float | None = None,
+        mask: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        kind = type(self).__name__
+        if num_embeddings < 1 or embedding_dim < 1:
+            raise ValueError(
+                f"{kind}: expected at least one row and one dimension, got {num_embeddings}, {embedding_dim}"
+            )
+        if mask is not None:
+            kept = pack_mask(_checked_mask(kind, mask, num_embeddings, embedding_dim, density))
+        else:
+            kept = _random_rows(num_embeddings, embedding_dim, _budget(kind, num_embeddings, embedding_dim, density))
+        values = torch.randn(int(count_kept(kept).sum()), dtype=dtype)
+        self._adopt(num_embeddings, embedding_dim, padding_idx, values, kept)
+        if self.padding_idx is not None:
+            with torch.no_grad():
+                mask, place = places(self.kept, torch.tensor([self.padding_idx]), embedding_dim)
+                self.values[place[mask]] = 0
+        self.to(device=torch.get_default_device() if device is None else device)
+
+    @classmethod
+    def from_dense(cls: type[Layer], dense: Any, *, density: float | None = None, mask: Tensor | None = None) -> Layer:
+        """Convert a dense layer; it is left untouched.
+
+        Args:
+            density: share of the entries to keep, in (0, 1]: those of largest magnitude, at least one in every row; or
+            mask: bool ``[rows, dim]`` of those to keep. By default all are kept.
+        """
+        kind = cls.__name__
+        if not isinstance(dense, cls.dense_type):
+            raise TypeError(f"{kind}.from_dense: expected nn.{cls.dense_type.__name__}, got {type(dense).__name__}")
+        source: Any = dense
+        for name, wanted in cls.untaken.items():
+            if getattr(source, name) != wanted:
+                raise ValueError(
+                    f"{kind}: {name} must be {wanted}, got {getattr(source, name)}; leave this layer dense"
+                )
+        weight = source.weight.detach()
+        rows, dim = weight.shape
+        if mask is None:
+            mask = _largest(weight, _budget(kind, rows, dim, 1.0 if density is None else density))
+        else:
+            mask = _checked_mask(kind, mask, rows, dim, density)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._adopt(rows, dim, source.padding_idx, weight[mask], pack_mask(mask))
+        layer.values.requires_grad_(source.weight.requires_grad)
+        layer._adopt_options(source)
+        return layer.train(source.training)
+
+    def to_dense(self) -> Any:
+        """The torch layer with the same rows, zeros where no entry is kept."""
+        dense: Any = self.dense_type(self.num_embeddings, self.embedding_dim, device="meta", **self._options())
+        dense.weight = nn.Parameter(self.rows(), requires_grad=self.values.requires_grad)
+        return dense.train(self.training)
+
+    @torch.no_grad()
+    def rows(self) -> Tensor:
+        """``[rows, dim]``: the table made dense."""
+        ids = torch.arange(self.num_embeddings, device=self.values.device)
+        return torch.cat([ops.embedding(some, self.table, self.embedding_dim) for some in ids.split(_PIECE)])
+
+    @property
+    def table(self) -> Table:
+        return Table(self.values, self.kept, self.base, self.counts)
+
+    @property
+    def density(self) -> float:
+        """Kept entries over all entries."""
+        return self.values.shape[0] / (self.num_embeddings * self.embedding_dim)
+
+    def mask(self) -> Tensor:
+        """Bool ``[rows, dim]`` of the kept entries, as ``from_dense(mask=)`` takes it."""
+        return unpack_mask(self.kept, self.embedding_dim)
+
+    def top_k(self, queries: Tensor, k: int, excluded: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """The best rows for each query, straight from the packed table: ``ops.embedding_top_k``."""
+        if queries.shape[-1:] != (self.embedding_dim,):
+            raise ValueError(
+                f"{type(self).__name__}.top_k: queries must be [n, {self.embedding_dim}], got {tuple(queries.shape)}"
+            )
+        return ops.embedding_top_k(queries, self.table, k, excluded)
+
+    def extra_repr(self) -> str:
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"{self.num_embeddings}, {self.embedding_dim}{padding}, density={self.density:.3g}"
+
+    def _adopt(self, rows: int, dim: int, padding_idx: int | None, values: Tensor, kept: Tensor) -> None:
+        if padding_idx is not None:
+            if not -rows <= padding_idx < rows:
+                raise ValueError(f"{type(self).__name__}: padding_idx must lie in [-{rows}, {rows}), got {padding_idx}")
+            padding_idx %= rows
+        self.num_embeddings, self.embedding_dim, self.padding_idx = rows, dim, padding_idx
+        self.values = nn.Parameter(values)
+        self.register_buffer("kept", kept)
+        base, counts = row_index(kept)
+        self.register_buffer("base", base, persistent=False)
+        self.register_buffer("counts", counts, persistent=False)
+
+    def _options(self) -> dict[str, Any]:
+        return {"padding_idx": self.padding_idx}
+
+    def _adopt_options(self, dense: Any) -> None:
+        """What a subclass takes over beside the table."""
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
+        """A state may keep other entries, and another number of them, than this layer does now."""
+        values, kept = (state_dict.get(prefix + name) for name in ("values", "kept"))
+        if values is not None and kept is not None:
+            errors: list[str] = rest[-1]
+            if kept.dtype != torch.int64 or kept.shape != self.kept.shape:
+                errors.append(
+                    f"{prefix}kept: expected int64 of shape {tuple(self.kept.shape)}, "
+                    f"got {kept.dtype} of shape {tuple(kept.shape)}"
+                )
+                return
+            spare = -self.embedding_dim % 64
+            if spare and bool((kept[:, -1] >> (64 - spare) & ((1 << spare) - 1)).any()):
+                errors.append(f"{prefix}kept: names dimensions beyond the {self.embedding_dim} of this table")
+                return
+            if values.shape != (int(count_kept(kept).sum()),):
+                errors.append(
+                    f"{prefix}values: kept names {int(count_kept(kept).sum())} entries, got shape {tuple(values.shape)}"
+                )
+                return
+            _replace_data(self.values, self.values.data.new_empty(values.shape))
+            base, counts = row_index(kept.to(self.kept.device))
+            self.base, self.counts = base, counts
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class SparseEmbedding(SparseTable):
+    """``nn.Embedding`` whose rows keep some dimensions each: ``[...] -> [..., embedding_dim]``.
+
+    Args:
+        num_embeddings, embedding_dim, padding_idx, device, dtype: as ``nn.Embedding``; kept entries start from N(0, 1).
+        density: share of the entries to keep, in (0, 1], drawn at random in every row; or
+        mask: bool ``[num_embeddings, embedding_dim]``.
+    """
+
+    dense_type = nn.Embedding
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.embedding(input, self.table, self.embedding_dim, self.padding_idx)
+
+
+class SparseEmbeddingBag(SparseTable):
+    """``nn.EmbeddingBag`` whose rows keep some dimensions each: bags of ids to ``[bags, embedding_dim]``.
+
+    Args:
+        mode: "sum", "mean" or "max", as ``nn.EmbeddingBag``.
+        include_last_offset: whether offsets end with the number of ids.
+        The others as ``SparseEmbedding``.
+    """
+
+    dense_type = nn.EmbeddingBag
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        mode: str = "mean",
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        density: float | None = None,
+        mask: Tensor | None = None,
+    ) -> None:
+        if mode not in ("sum", "mean", "max"):
+            raise ValueError(f"SparseEmbeddingBag: mode must be 'sum', 'mean' or 'max', got {mode!r}")
+        super().__init__(num_embeddings, embedding_dim, padding_idx, device, dtype, density=density, mask=mask)
+        self.mode, self.include_last_offset = mode, include_last_offset
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        if per_sample_weights is not None:
+            if self.mode != "sum":
+                raise ValueError(f"SparseEmbeddingBag: per_sample_weights need mode='sum', got {self.mode!r}")
+            if per_sample_weights.shape != input.shape:
+                raise ValueError(
+                    f"SparseEmbeddingBag: per_sample_weights must have the shape of the ids, {tuple(input.shape)}, "
+                    f"got {tuple(per_sample_weights.shape)}"
+                )
+            per_sample_weights = per_sample_weights.reshape(-1)
+        ids, offsets = self._bags(input, offsets)
+        if self.mode == "max":
+            return self._maximum(ids, offsets)
+        scale = per_sample_weights
+        if self.mode == "mean":
+            bag = bag_of(offsets, ids.shape[0]).clamp(0, offsets.shape[0] - 2)  # the op refuses offsets that need it
+            real = torch.ones_like(ids) if self.padding_idx is None else (ids != self.padding_idx).long()
+            sizes = torch.zeros_like(offsets[1:]).index_add(0, bag, real)
+            scale = sizes.clamp(min=1).reciprocal()[bag]
+        return ops.embedding_bag(ids, offsets, self.table, self.embedding_dim, scale, self.padding_idx)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, mode={self.mode!r}"
+
+    def _bags(self, input: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Ids ``[n]`` and offsets ``[bags + 1]``, int64."""
+        input = input.long() if input.dtype == torch.int32 else input
+        if input.dim() == 2:
+            if offsets is not None:
+                raise ValueError("SparseEmbeddingBag: 2-D ids are bags of one length and take no offsets")
+            bags, length = input.shape
+            return input.reshape(-1), torch.arange(bags + 1, device=input.device) * length
+        if input.dim() != 1:
+            raise ValueError(f"SparseEmbeddingBag: ids must be [n] or [bags, length], got shape {tuple(input.shape)}")
+        if offsets is None or offsets.dim() != 1 or (self.include_last_offset and not offsets.shape[0]):
+            raise ValueError("SparseEmbeddingBag: ids of shape [n] need 1-D offsets, where each bag begins")
+        offsets = offsets.long()
+        if not self.include_last_offset:
+            offsets = torch.cat([offsets, offsets.new_tensor([input.shape[0]])])
+        return input, offsets
+
+    def _maximum(self, ids: Tensor, offsets: Tensor) -> Tensor:
+        """By torch's own bags over the rows that were looked up, the padding left out."""
+        if self.padding_idx is not None:
+            real = ids != self.padding_idx
+            before = torch.cat([real.new_zeros(1, dtype=torch.int64), real.long().cumsum(0)])
+            ids, offsets = ids[real], before[offsets]
+        rows = ops.embedding(ids, self.table, self.embedding_dim)
+        if not ids.shape[0]:
+            return rows.new_zeros(offsets.shape[0] - 1, self.embedding_dim)
+        place = torch.arange(ids.shape[0], device=ids.device)
+        return F.embedding_bag(place, rows, offsets, mode="max", include_last_offset=True)
+
+    def _options(self) -> dict[str, Any]:
+        return {**super()._options(), "mode": self.mode, "include_last_offset": self.include_last_offset}
+
+    def _adopt_options(self, dense: Any) -> None:
+        self.mode, self.include_last_offset = dense.mode, dense.include_last_offset
+
+
+def _budget(kind: str, rows: int, dim: int, density: float | None) -> int:
+    """Entries that a table keeps, at least one in every row."""
+    density = 1.0 if density is None else density
+    if not 0 < density <= 1:
+        raise ValueError(f"{kind}: density must lie in (0, 1], got {density}")
+    budget = round(density * rows * dim)
+    if budget < rows:
+        raise ValueError(
+            f"{kind}: a density of {density} keeps {budget} entries, fewer than the {rows} rows; every row keeps one "
+            f"at least, so ask for {1 / dim:.4g} or more"
+        )
+    return budget
+
+
+def _checked_mask(kind: str, mask: Tensor, rows: int, dim: int, density: float | None) -> Tensor:
+    if density is not None:
+        raise ValueError(f"{kind}: expected density or mask, got both")
+    if mask.dtype != torch.bool or mask.shape != (rows, dim):
+        raise ValueError(f"{kind}: mask must be bool of shape {(rows, dim)}, got {mask.dtype} of {tuple(mask.shape)}")
+    return mask
+
+
+def _largest(weight: Tensor, budget: int) -> Tensor:
+    """Mask of the largest entry of every row and of the largest others, ``budget`` in all."""
+    magnitude = weight.abs().float()
+    mask = torch.zeros_like(magnitude, dtype=torch.bool)
+    mask.scatter_(1, magnitude.argmax(1, keepdim=True), True)
+    others = magnitude.masked_fill(mask, -1).flatten().topk(budget - weight.shape[0]).indices
+    mask.view(-1)[others] = True
+    return mask
+
+
+def _random_rows(rows: int, dim: int, budget: int) -> Tensor:
+    """``kept`` of rows that keep as many dimensions each as the budget gives, a random few of them one more."""
+    each, more = divmod(budget, rows)
+    sizes = torch.full((rows,), each)
+    sizes[torch.randperm(rows)[:more]] += 1
+    pieces = []
+    for some in sizes.split(_PIECE):
+        rank = torch.rand(some.shape[0], dim).argsort(1).argsort(1)
+        pieces.append(pack_mask(rank < some[:, None]))
+    return torch.cat(pieces)
