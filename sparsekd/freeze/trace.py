@@ -234,7 +234,9 @@ def by_export(model: nn.Module, twin: nn.Module, call: Call, inputs: tuple[Tenso
     graph, parts = _lifted(model, program)
     out_spec = program.call_spec.out_spec
     network = _graph_module(parts, graph)
-    return Trace(network, METHODS[1], lambda flat: pytree.tree_unflatten(list(flat), out_spec), _guards(program))
+    one = out_spec.is_leaf()
+    rebuild = (lambda flat: flat[0]) if one else (lambda flat: pytree.tree_unflatten(list(flat), out_spec))
+    return Trace(network, METHODS[1], rebuild, _guards(program))
 
 
 def _guards(program: torch.export.ExportedProgram) -> Callable[..., None] | None:

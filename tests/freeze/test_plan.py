@@ -1,6 +1,7 @@
 """The plan: what was measured, chosen and said."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch import nn
 
 import sparsekd
 from sparsekd import timing
-from sparsekd.freeze import Plan, freeze
+from sparsekd.freeze import Plan, freeze, load_frozen
+from sparsekd.freeze.layer import FrozenLayer
 from sparsekd.nn import SparseConv2d
 
 from .networks import (
@@ -83,3 +85,26 @@ def test_without_the_compiled_module_everything_is_dense(take_kernels_away):
     assert frozen.plan["blocks.0.conv1"].why == "sparsekd._C is not there"
     assert "every layer stays dense: sparsekd._C is not there" in frozen.plan.notes
     assert_frozen_equals(model, frozen, torch.randn(IMAGE))
+
+
+def test_what_is_faster_as_it_is_runs_as_it_is(monkeypatch, tmp_path):
+    """And a file keeps its blocks."""
+
+    def build():
+        return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+
+    def dense_wins(networks, inputs):
+        return {name: 1.0 if name == "dense, unfrozen" else 2.0 for name in networks}
+
+    monkeypatch.setattr(sys.modules["sparsekd.freeze.freeze"], "time_networks", dense_wins)
+    model, x = sparsekd.sparsify(build(), density=0.3), torch.randn(4, 64)
+    frozen = quick(model, x, min_gain=1.0)
+    assert frozen.plan.eager and not len(frozen.plan)
+    assert "the model's own forward runs, with dense layers" in frozen.plan.notes[0]
+    assert not any(isinstance(module, FrozenLayer) for module in frozen.modules())
+    torch.testing.assert_close(frozen(x), model(x).detach(), rtol=1e-4, atol=1e-5)
+    frozen.save(tmp_path / "frozen")
+    assert (tmp_path / "frozen").stat().st_size < 0.75 * 4 * 64 * 72
+    for fresh in (build(), sparsekd.sparsify(build(), density=0.9)):
+        assert torch.equal(load_frozen(tmp_path / "frozen", fresh)(x), frozen(x))
+    assert quick(model, x).plan.eager is False  # who asks for all of it sparse gets it
