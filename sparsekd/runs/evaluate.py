@@ -24,13 +24,14 @@ def not_pruned(model: nn.Module) -> tuple[str, ...]:
 
 
 def kept_share(model: nn.Module) -> float:
-    """Kept share of the weights that the methods may prune; 1 for a dense model."""
+    """Kept share of the weights that the methods may prune; 1 for a dense model, and for one with nothing to prune."""
     leave = not_pruned(model)
     sparse: list[Any] = [layer for _, layer in named_layers(model, SPARSE_TYPES, None, leave)]
     dense: list[Any] = [layer for _, layer in named_layers(model, DENSE_TYPES, None, leave)]
     loose = sum(layer.weight.numel() for layer in dense)
     kept = sum(layer.num_kept for layer in sparse) + loose
-    return kept / (sum(layer.num_weights for layer in sparse) + loose)
+    whole = sum(layer.num_weights for layer in sparse) + loose
+    return kept / whole if whole else 1.0
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -91,7 +91,7 @@ def _described(finished: Finished, density: float | None, model: nn.Module, task
         **task.goal.scores(model.to(runtime.device), task.test),
         **{name: value for name, value in picked.items() if name.startswith("val_")},
         "weights_kept": kept_share(model),
-        "macs_kept": macs / dense_macs,
+        "macs_kept": macs / dense_macs if dense_macs else 1.0,
         "macs": macs,
         "parameters": count_parameters(model),
         "file_bytes": (finished.folder / network.file(density)).stat().st_size,
