@@ -55,6 +55,9 @@ class Budget:
     def to_remove(cls, caller: str, removed_share: float | Budget | None, **numbers: float | None) -> Budget:
         """Of a method that takes a share of the weights, or a budget, by position, or a budget by name."""
         if isinstance(removed_share, Budget):
+            named = [unit for unit, number in numbers.items() if number is not None]
+            if named:
+                raise ValueError(f"{caller}: expected one budget, got {removed_share} and {', '.join(named)}= too")
             return cls.of(caller, removed_share.removed, **{**numbers, removed_share.unit: removed_share.number})
         if removed_share is None:
             return cls.of(caller, True, **numbers)

@@ -186,6 +186,7 @@ def test_a_state_knows_the_work():
     [
         ({}, lambda p: p.prune_to(0.5, macs=0.5), "expected one budget of .*, got weights, macs"),
         ({}, lambda p: p.prune_to(0.5, weights=0.5), "removed_share counts weights, got weights=0.5 too"),
+        ({}, lambda p: p.prune_to(Budget("macs", 0.3, True), macs=0.7), "one budget, got macs=0.3 and macs= too"),
         ({}, lambda p: p.prune_to(), "got none"),
         ({"example_inputs": None}, lambda p: p.prune_to(macs=0.5), "BatchNorm2d layers"),
         ({}, lambda p: p.prune_to(latency_us=0.5), "latency_us needs the costs of layers; give Pruner"),
