@@ -64,17 +64,17 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[st
     if config.threads:
         torch.set_num_threads(config.threads)
     keep_freed_memory()
-    task = entry.load(config)
+    loaded = entry.load(config)
     runtime = start(config, entry.on_gpu, deadline)
-    task = task.to(runtime.device)
+    task = loaded.to(runtime.device)
     plan = tasks.plan_of(task, config)
     out = tasks.folder_of(config, task)
     out.mkdir(parents=True, exist_ok=True)  # raises now, not after the first epoch, where there can be no such folder
     if config.fresh and rank() == 0:
         clear(out)
     wait_for_all()
-    # First: what these need is missing before anything was trained, or not at all.
-    baseline_scores = [score.to_dict() for score in baselines.run(task)]
+    # First: what these need is missing before anything was trained, or not at all. They compute with numpy, on the CPU.
+    baseline_scores = [score.to_dict() for score in baselines.run(loaded)]
     work = _Run(config, task, plan, runtime, out, say, baseline_scores)
     for seed in range(config.seeds):
         teacher = work.train(plan.teacher, seed, None)

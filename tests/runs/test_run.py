@@ -196,6 +196,22 @@ def test_ctrl_c_keeps_what_is_finished(task, tmp_path, monkeypatch, untimed):
         assert left["metrics"]["mse"] == right["metrics"]["mse"]
 
 
+def test_baselines_get_the_data_where_it_was_loaded(task, tmp_path, monkeypatch):
+    """numpy cannot read what lies on a GPU, where a run may have taken it; "meta" stands for one here."""
+
+    class Asked(Exception):
+        pass
+
+    def asked(given):
+        raise Asked(given.train.target.device.type)
+
+    monkeypatch.setattr(run_module, "start", lambda *_: runs.Runtime("meta"))
+    monkeypatch.setattr(run_module.baselines, "run", asked)
+    monkeypatch.setattr(run_module.tasks, "plan_of", lambda moved, _: {"meta": None}[moved.train.target.device.type])
+    with pytest.raises(Asked, match="cpu"):
+        runs.run(RunConfig("synthetic", quick=True, out=str(tmp_path)), lambda line: None)
+
+
 def test_fresh_leaves_other_files(tmp_path):
     (tmp_path / "seed0").mkdir()
     (tmp_path / "seedlings.txt").write_text("mine")
