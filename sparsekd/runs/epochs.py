@@ -56,7 +56,8 @@ def fit(
     distributed.broadcast(model)
     method = learner_of(model, task, network, teacher, seed)
     stepper = Stepper(method, recipe.optimizer, runtime)
-    state = StateFile(folder / STATE, {"method": method, "model": model, "optimizer": stepper.optimizer}, settings)
+    parts = {"method": method, "model": model, "optimizer": stepper.optimizer}
+    state = StateFile(folder / STATE, parts, settings, runtime.device)
     epochs = state.resume()
     for epoch in _progress(range(len(epochs) + 1, recipe.epochs + 1), recipe.epochs, f"{network.name} seed {seed}"):
         with energy.EnergyMeter(runtime.device) as meter:

@@ -17,15 +17,22 @@ class StateFile:
 
     `resume` loads them in the order of `parts`. Let the method come first and the optimizer last: pruning changes the
     shapes of the parameters that the optimizer has moments of.
+
+    `device` is that of the networks: on a GPU dropout draws from a generator of its own, which is kept too.
     """
 
-    def __init__(self, path: Path, parts: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path, parts: Mapping[str, Any], settings: Mapping[str, Any], device: torch.device | str = "cpu"
+    ) -> None:
         self.path, self.parts, self.settings = path, parts, settings
+        self.device = torch.device(device)
 
     def save(self, history: list[dict[str, Any]]) -> None:
         """Write everything, and `history`: a record of each boundary passed."""
         state: dict[str, Any] = {name: dict(part.state_dict()) for name, part in self.parts.items()}
         state |= {"rng": torch.get_rng_state(), "history": history, "settings": dict(self.settings)}
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         checkpoint.save_state(state, self.path)
 
     def resume(self) -> list[dict[str, Any]]:
@@ -40,6 +47,8 @@ class StateFile:
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         return state["history"]
 
 

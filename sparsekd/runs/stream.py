@@ -74,7 +74,8 @@ def learn(
     file = None
     if state is not None:
         parts = {"method": method, "model": model, "optimizer": stepper.optimizer}
-        file = StateFile(state, parts, {**(settings or {}), "windows": [[w.start, w.end, len(w)] for w in windows]})
+        of_stream = {**(settings or {}), "windows": [[w.start, w.end, len(w)] for w in windows]}
+        file = StateFile(state, parts, of_stream, runtime.device)
     history = [] if file is None else file.resume()
     for number, window in enumerate(windows[len(history) :], len(history) + 1):
         scores = goal.scores(model, window)
