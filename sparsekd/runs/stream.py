@@ -22,7 +22,7 @@ import torch
 from .. import distributed, energy
 from ..data import Period
 from ..goals import Goal
-from ..methods import Method
+from ..methods import Method, Staged
 from .evaluate import kept_share
 from .runtime import OutOfTime, Runtime, is_over, rank
 from .state import StateFile
@@ -62,10 +62,11 @@ def learn(
     rewinding, and seconds and joules. `method.after_boundary(number)` is called at the end of every window.
 
     `state` is a file from which the same call (with the same `settings`) goes on after a kill. Raises ValueError for
-    windows out of order and for a state of other settings, OutOfTime after the window in which the deadline of
-    `runtime` passed, RuntimeError where training diverges.
+    windows out of order, for more of them than the method plans and for a state of other settings, OutOfTime after the
+    window in which the deadline of `runtime` passed, RuntimeError where training diverges.
     """
     _check_order(windows)
+    _check_length(method, windows)
     runtime = runtime or Runtime()
     model = method.student
     distributed.broadcast(model)
@@ -128,3 +129,11 @@ def _check_order(windows: Sequence[Period]) -> None:
                 f"sparsekd.runs.stream.learn: window {number} must not start before the end of the one before it, "
                 f"got {after.start:g} < {before.end:g}; data.periods cuts a stream in order"
             )
+
+
+def _check_length(method: Method, windows: Sequence[Period]) -> None:
+    if isinstance(method, Staged) and len(windows) > method.epochs:
+        raise ValueError(
+            f"sparsekd.runs.stream.learn: {method.name} plans {method.epochs} windows, got {len(windows)}; make it "
+            f"with epochs={len(windows)}"
+        )

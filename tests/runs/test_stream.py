@@ -162,6 +162,15 @@ def test_other_settings_windows_and_orders_are_refused(tmp_path):
         stream.learn(method_of("plain", goal), [windows[1], windows[0]], goal, ONLINE)
 
 
+def test_a_method_that_plans_fewer_windows_is_refused_before_any_is_learnt():
+    goal = Regression()
+    method = method_of("sp-sad", goal, count=5)
+    before = {name: tensor.clone() for name, tensor in method.student.state_dict().items()}
+    with pytest.raises(ValueError, match=r"sp-sad plans 5 windows, got 6; make it with epochs=6"):
+        stream.learn(method, windows_of(goal), goal, ONLINE)
+    assert all(torch.equal(before[name], tensor) for name, tensor in method.student.state_dict().items())
+
+
 def test_divergence_names_the_window():
     goal = Regression()
     windows = windows_of(goal)
