@@ -60,6 +60,7 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[st
     """
     deadline = math.inf if config.stop_after is None else time.monotonic() + 60 * config.stop_after
     config = tasks.complete(config)
+    tasks.check_is_one(config)
     entry = tasks.entry_of(config.task)
     if config.threads:
         torch.set_num_threads(config.threads)

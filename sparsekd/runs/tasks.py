@@ -21,7 +21,7 @@ from .plans import images, ratings
 from .plans.network import KNOWN_METHODS, Plan
 from .plans.recipe import Recipe
 
-__all__ = ["TASKS", "Entry", "Option", "complete", "entry_of", "folder_of", "plan_of", "several"]
+__all__ = ["TASKS", "Entry", "Option", "check_is_one", "complete", "entry_of", "folder_of", "plan_of", "several"]
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,17 @@ def several(config: RunConfig) -> list[RunConfig]:
         if option.each is not None and config.options[option.name] == option.each:
             return [_one_of(config, option.name, choice) for choice in option.choices if choice != option.each]
     return [config]
+
+
+def check_is_one(config: RunConfig) -> None:
+    """Raise ValueError where a call means several runs."""
+    each = several(config)
+    if len(each) > 1:
+        options = " or ".join(str(one.options) for one in each)
+        raise ValueError(
+            f"sparsekd run: {config.task} with the options {complete(config).options} means {len(each)} runs; give "
+            f"options {options}, or call run for each of runs.several(config)"
+        )
 
 
 def _one_of(config: RunConfig, option: str, choice: str) -> RunConfig:

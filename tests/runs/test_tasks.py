@@ -42,6 +42,8 @@ def test_groups_of_movies_are_runs_of_their_own(tmp_path):
     assert len({one.out for one in several}) == 4
     (one,) = runs.several(RunConfig("movies", out=str(tmp_path), options={"group": "social"}))
     assert one.out == str(tmp_path) and one.options == {"group": "social"}
+    with pytest.raises(ValueError, match=r"movies with the options .*all.* means 4 runs; .*runs\.several"):
+        runs.run(RunConfig("movies", out=str(tmp_path)))
 
 
 def test_the_folder_names_what_differs(task):
