@@ -21,10 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import check_density
-from .conversion import DENSE_TYPES, SPARSE_TYPES, named_layers
 from .freeze import freeze
 from .freeze.measure import measure
-from .pruning import UNITS, Budget, count_macs, sparsify
+from .pruning import UNITS, Budget, count_macs, count_weights, sparsify
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -125,10 +124,8 @@ def _pruned(
     pruned = {}
     for asked, network in networks.items():
         dense, now = count_macs(network, inputs, exclude)
-        layers = [layer for _, layer in named_layers(network, (*DENSE_TYPES, *SPARSE_TYPES), None, exclude)]
-        sizes = [getattr(layer, "num_weights", layer.weight.numel()) for layer in layers]
-        kept = sum(getattr(layer, "num_kept", size) for layer, size in zip(layers, sizes, strict=True))
-        pruned[asked] = (network, kept / sum(sizes), now / dense)
+        weights, kept = count_weights(network, exclude)
+        pruned[asked] = (network, kept / weights, now / dense)
     return pruned
 
 

@@ -18,7 +18,7 @@ from .choice import SCOPES
 from .cost import CostTable, LayerCost
 from .gradients import DenseGradients
 from .grouping import Grouping
-from .observe import count_macs
+from .observe import count_macs, count_weights
 from .pruner import Pruner
 from .schedule import LinearSchedule, ListedSchedule, Schedule
 from .scores import choose_units, lamp_scores, layer_ranks, magnitude_scores, random_scores
@@ -42,6 +42,7 @@ __all__ = [
     "check_unit",
     "choose_units",
     "count_macs",
+    "count_weights",
     "drop_blocks",
     "grow_blocks",
     "lamp_scores",

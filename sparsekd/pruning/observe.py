@@ -60,6 +60,14 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: S
     return Seen(fed.found(), uses)
 
 
+def count_weights(model: nn.Module, exclude: Sequence[str] | None = None) -> tuple[int, int]:
+    """Weights (when dense, now) of the layers that are, or can be, block-sparse."""
+    layers: list[Any] = [layer for _, layer in named_layers(model, (*DENSE_TYPES, *SPARSE_TYPES), None, exclude)]
+    sizes = [math.prod(weight_shape(layer)) for layer in layers]
+    kept = (getattr(layer, "num_kept", size) for layer, size in zip(layers, sizes, strict=True))
+    return sum(sizes), sum(kept)
+
+
 def count_macs(
     model: nn.Module, example_inputs: Sequence[Any], exclude: Sequence[str] | None = None
 ) -> tuple[float, float]:

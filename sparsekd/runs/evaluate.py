@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import energy
-from ..convert import DENSE_TYPES, SPARSE_TYPES, densify, named_layers
+from ..convert import densify
 from ..data import Task
 from ..freeze import freeze
 from ..nn import BlockSparseLayer
+from ..pruning import count_weights
 
 __all__ = ["count_parameters", "freeze_for", "kept_share", "not_pruned", "speed"]
 
@@ -25,13 +26,8 @@ def not_pruned(model: nn.Module) -> tuple[str, ...]:
 
 def kept_share(model: nn.Module) -> float:
     """Kept share of the weights that the methods may prune; 1 for a dense model, and for one with nothing to prune."""
-    leave = not_pruned(model)
-    sparse: list[Any] = [layer for _, layer in named_layers(model, SPARSE_TYPES, None, leave)]
-    dense: list[Any] = [layer for _, layer in named_layers(model, DENSE_TYPES, None, leave)]
-    loose = sum(layer.weight.numel() for layer in dense)
-    kept = sum(layer.num_kept for layer in sparse) + loose
-    whole = sum(layer.num_weights for layer in sparse) + loose
-    return kept / whole if whole else 1.0
+    weights, kept = count_weights(model, not_pruned(model) or None)
+    return kept / weights if weights else 1.0
 
 
 def count_parameters(model: nn.Module) -> int:
