@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .features import channels_first
 from .goals import Batches, Goal, Metric, evaluating
 from .losses import SAD
+from .modes import evaluation_mode
 from .nn import BlockSparseLayer, SparseLinear
 from .outputs import Pick, check_tensor, pick
 from .taps import FeatureTap
@@ -317,14 +318,9 @@ def _check_inputs(function: str, inputs: Sequence[Any]) -> None:
 
 def _example_features(tap: FeatureTap, inputs: Sequence[Any]) -> list[Tensor]:
     """Features of one forward pass that leaves no trace: no batch-norm update, every module's mode as it was."""
-    training = [module for module in tap.model.modules() if module.training]
-    tap.model.eval()
-    try:
-        with torch.no_grad():
-            return tap(*inputs)[1]
-    finally:
-        for module in training:
-            module.training = True
+    with evaluation_mode(tap.model), torch.no_grad():
+        features: list[Tensor] = tap(*inputs)[1]
+    return features
 
 
 def has_channels_last(model: nn.Module, name: str) -> bool | None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from . import ranks
 from .losses import at_least_float32, check_same_shape, kd_loss, kd_regression_loss
+from .modes import evaluation_mode
 
 __all__ = [
     "Batches",
@@ -98,14 +99,8 @@ class Ranked(Protocol):
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and no gradients; every module is back in its own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with evaluation_mode(model), torch.inference_mode():
+        yield
 
 
 def predict(model: nn.Module, part: Batches, batch_size: int = 512) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd as Transposed
 
 from ..conversion import DENSE_TYPES, SPARSE_TYPES, named_layers
+from ..modes import evaluation_mode
 from ..nn import BlockSparseLayer
 from .batch_norm import FedBatchNorms
 
@@ -48,13 +49,10 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: S
             for name, layer in layers.items()
         ),
     ]
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        model(*example_inputs)
+        with evaluation_mode(model):
+            model(*example_inputs)
     finally:
-        for module in training:
-            module.training = True
         for hook in hooks:
             hook.remove()
     return Seen(fed.found(), uses)

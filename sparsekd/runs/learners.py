@@ -12,6 +12,7 @@ from ..data import Task
 from ..distill import Distiller, Plain
 from ..losses import AttentionTransfer
 from ..methods import METHODS, Method
+from ..modes import evaluation_mode
 from ..pruning import CostTable
 from ..taps import FeatureTap
 from .evaluate import not_pruned
@@ -65,11 +66,9 @@ def _pairs(teacher: nn.Module, student: nn.Module, examples: tuple[Tensor, ...])
     tap_of_size: list[dict[torch.Size, str]] = []
     for network in (teacher, student):
         names: Any = network.tap_names
-        tap = FeatureTap(network, names)
-        was_training = network.training
-        features = tap.eval()(*examples)[1]
+        with evaluation_mode(network):
+            features = FeatureTap(network, names)(*examples)[1]
         tap_of_size.append({feature.shape[2:]: name for name, feature in zip(names, features, strict=True)})
-        network.train(was_training)
     of_teacher, of_student = tap_of_size
     common = [size for size in of_teacher if size in of_student]
     return [of_teacher[size] for size in common], [of_student[size] for size in common]
