@@ -14,7 +14,7 @@ from sparsekd import BlockPattern
 from sparsekd.backends import cuda as backend
 from sparsekd.backends.cuda import choose, plan
 
-from ..cases import CONVS, LINEARS, Conv, Linear
+from ..cases import CONVS, LINEARS, Conv, Linear, tensor_core_case
 from . import common
 from .common import (
     CONV_CASES,
@@ -107,6 +107,18 @@ def test_blocks_for_any_device_run(case, monkeypatch):
     always(monkeypatch, TRITON)
     monkeypatch.setattr(common, "last", lambda x: x)
     assert_as_exact_as_torch(case, torch.float32)
+
+
+def test_a_bias_that_is_every_second_number_of_a_buffer_is_read_as_such(monkeypatch):
+    always(monkeypatch, TRITON)
+    case = tensor_core_case(Linear("strided bias", batch=(4,)))
+    x, values, blocks = operands(case, torch.float32)
+    bias = torch.randn(2 * case.outputs).to(x)[::2]
+    got = backend.linear(x, values, blocks.row_ptr, blocks.col_idx, bias, case.outputs)
+    torch.testing.assert_close(got, F.linear(x, blocks.to_dense(), bias), rtol=1e-4, atol=1e-4)
+    maps = got[:, :, None, None].contiguous(memory_format=torch.channels_last)
+    want = maps + bias[:, None, None]
+    torch.testing.assert_close(backend.epilogue(maps, bias, None, None), want)
 
 
 def test_float64_runs_dense():

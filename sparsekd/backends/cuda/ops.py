@@ -173,7 +173,7 @@ def _forward(
     shape = _output_shape(mask.weight, x) if ready is None else ready.shape
     if ready is None and choose.runs_dense(values, mask.weight, forward=True):
         return _forward_dense(library, mask, x, values, bias, residual, activation, shape, layout, None)
-    x, values, bias = _last(x), aligned(values.contiguous()), None if bias is None else aligned(bias)
+    x, values, bias = _last(x), aligned(values.contiguous()), None if bias is None else aligned(bias.contiguous())
     residual = None if residual is None else _last(residual)
     if ready is not None and ready.family == choose.family(x, library.conv) and not plan.is_measuring():
         with on(x.device):
@@ -339,7 +339,7 @@ def epilogue(y: Tensor, bias: Tensor | None, residual: Tensor | None, activation
     """``act(y + bias + residual)`` of maps, written over ``y`` in one pass where ``y`` is channels_last."""
     from sparsekd.kernels.gather_gemm import SumParts
 
-    y = _last(y)
+    y, bias = _last(y), None if bias is None else bias.contiguous()
     with on(y.device):
         return SumParts(1, y, y.shape[1], activation)(y, y, bias, None if residual is None else _last(residual))
 
