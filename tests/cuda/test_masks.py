@@ -22,6 +22,17 @@ def test_a_mask_changed_in_place_is_noticed(monkeypatch):
     torch.testing.assert_close(backend.linear(x, values, row_ptr, col_idx, None, 16), x[:, 16:] @ values[0].T)
 
 
+def test_masks_that_begin_at_one_address_are_told_apart_by_their_strides(monkeypatch):
+    always(monkeypatch, TRITON)
+    row_ptr = torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE)
+    stored = torch.tensor([0, 1, 0, 1], dtype=torch.int32, device=DEVICE)
+    x, values = torch.randn(4, 32, device=DEVICE), torch.randn(2, 16, 16, device=DEVICE)
+    for columns, second in ((stored[:2], x[:, 16:]), (stored[::2], x[:, :16])):
+        want = torch.cat([x[:, :16] @ values[0].T, second @ values[1].T], 1)
+        torch.testing.assert_close(backend.linear(x, values, row_ptr, columns, None, 32), want)
+    assert len(masks.masks) == 2
+
+
 def test_tables_are_built_once_and_old_masks_forgotten(monkeypatch):
     always(monkeypatch, TRITON)
     monkeypatch.setattr(masks, "MASKS_KEPT", 2)

@@ -31,10 +31,11 @@ class Channels(NamedTuple):
 
 
 class Mask:
-    """One block mask. Holds the index tensors, so that their memory cannot be used again."""
+    """One block mask. Holds the index tensors it was found by, so that their memory cannot be used again."""
 
     def __init__(self, row_ptr: Tensor, col_idx: Tensor, weight: Weight) -> None:
-        self.row_ptr, self.col_idx, self.weight = row_ptr, col_idx, weight
+        self.given = row_ptr, col_idx
+        self.row_ptr, self.col_idx, self.weight = _to_keep(row_ptr), _to_keep(col_idx), weight
         self.tables: dict[tuple[str, int, int], StepTable] = {}
         self.choices: dict[tuple, Any] = {}  # of choose.py, by problem
         self.ready: dict[tuple, Any] = {}  # of ops.py, by operands
@@ -133,7 +134,8 @@ def _to_keep(index: Tensor) -> Tensor:
 
 
 class Masks:
-    """The masks in use, by address and version of their index tensors: autograd hands out other objects for them."""
+    """The masks in use, by address, stride and version of their index tensors: autograd hands out other objects for
+    them."""
 
     def __init__(self) -> None:
         self._found: OrderedDict[tuple, Mask] = OrderedDict()
@@ -143,15 +145,15 @@ class Masks:
         self, row_ptr: Tensor, col_idx: Tensor, rows: int, cols: int, values: Tensor, geometry: Geometry = ONE_PIXEL
     ) -> Mask:
         """The mask of a weight ``[rows, cols, *kernel]`` whose blocks have the size of ``values``."""
-        at = row_ptr.data_ptr(), col_idx.data_ptr(), _version(row_ptr), _version(col_idx)
-        key = (*at, rows, cols, values.shape, geometry, col_idx.device)
+        at = row_ptr.data_ptr(), col_idx.data_ptr(), row_ptr.stride(0), col_idx.stride(0)
+        key = (*at, _version(row_ptr), _version(col_idx), rows, cols, values.shape, geometry, col_idx.device)
         capturing = is_capturing(col_idx)
         with self._lock:
             mask = self._found.get(key)
             if mask is None:
                 self._make_room(capturing)
                 weight = Weight(rows, cols, *values.shape[1:], *geometry)
-                mask = self._found[key] = Mask(_to_keep(row_ptr), _to_keep(col_idx), weight)
+                mask = self._found[key] = Mask(row_ptr, col_idx, weight)
             self._found.move_to_end(key)
             mask.captured |= capturing
         return mask
