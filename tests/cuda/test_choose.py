@@ -65,6 +65,13 @@ def test_an_older_device_gets_no_tile_that_does_not_fit_it():
     assert fitting and all(cost.shared_bytes("forward", tile, 2) <= 50000 for tile in fitting)
 
 
+def test_measuring_what_no_kernel_takes_is_none_and_no_error():
+    case = Conv("refused", n=1, image=(4, 4), pattern=BlockPattern(16, 1), c=32)
+    x, values, blocks = operands(case, torch.float16)
+    index = blocks.row_ptr, blocks.col_idx
+    assert backend.measure(lambda x: backend.conv2d(x, values, *index, None, case.k, *geometry(case)), x) is None
+
+
 def test_measuring_times_every_candidate_and_the_choice_then_runs(monkeypatch):
     tried = []
 

@@ -182,7 +182,7 @@ def measure(run: Callable[..., Tensor], *operands: Tensor | None) -> Measured | 
         return None
     with plan.measuring() as found:
         run(*operands)
-    return found[-1]
+    return found[-1] if found else None
 
 
 def save_plan(device: torch.device) -> None:
