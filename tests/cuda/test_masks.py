@@ -49,6 +49,19 @@ def test_tables_are_built_once_and_old_masks_forgotten(monkeypatch):
     assert built.call_count == 4 and len(masks.masks) == 2
 
 
+def test_of_many_sizes_a_mask_keeps_a_few(monkeypatch):
+    always(monkeypatch, TRITON)
+    monkeypatch.setattr(masks, "SIZES_KEPT", 3)
+    case = tensor_core_case(Linear("lengths", batch=(2,)))
+    _, values, blocks = operands(case, torch.float32)
+    mask = masks.masks.of(blocks.row_ptr, blocks.col_idx, case.outputs, case.inputs, values)
+    for length in (*range(1, 8), 7):
+        x = torch.randn(length, case.inputs, device=DEVICE)
+        got = backend.linear(x, values, blocks.row_ptr, blocks.col_idx, None, case.outputs)
+        torch.testing.assert_close(got, x @ blocks.to_dense().T, rtol=1e-4, atol=1e-4)
+        assert 1 <= len(mask.ready) <= 3 and 1 <= len(mask.choices) <= 3
+
+
 def test_masks_a_graph_reads_are_never_forgotten(monkeypatch):
     monkeypatch.setattr(masks, "MASKS_KEPT", 1)
     weight = 16, 16, torch.empty(1, 16, 16)

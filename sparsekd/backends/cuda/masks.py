@@ -19,6 +19,7 @@ from ...ops.conv2d import Geometry
 from .device import build_to_keep, is_capturing
 
 MASKS_KEPT = 1024
+SIZES_KEPT = 256  # of operands that a mask keeps what is known of: sequences may come in thousands of lengths
 ONE_PIXEL = Geometry((1, 1))
 TALL = 128  # channels of a wide tile
 
@@ -30,6 +31,15 @@ class Channels(NamedTuple):
     inputs: Tensor
 
 
+class Recent(dict[tuple, Any]):
+    """Forgets everything when it is full: whatever is still asked for is soon known again."""
+
+    def __setitem__(self, key: tuple, value: Any) -> None:
+        if len(self) >= SIZES_KEPT and key not in self:
+            self.clear()
+        super().__setitem__(key, value)
+
+
 class Mask:
     """One block mask. Holds the index tensors it was found by, so that their memory cannot be used again."""
 
@@ -37,8 +47,8 @@ class Mask:
         self.given = row_ptr, col_idx
         self.row_ptr, self.col_idx, self.weight = _to_keep(row_ptr), _to_keep(col_idx), weight
         self.tables: dict[tuple[str, int, int], StepTable] = {}
-        self.choices: dict[tuple, Any] = {}  # of choose.py, by problem
-        self.ready: dict[tuple, Any] = {}  # of ops.py, by operands
+        self.choices = Recent()  # of choose.py, by problem
+        self.ready = Recent()  # of ops.py, by operands
         self.captured = False
 
     @property
