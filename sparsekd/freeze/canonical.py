@@ -159,7 +159,10 @@ class _Writer:
         elif self._dims(node) is None:
             return False
         mean, one = torch.zeros_like(factor), torch.ones_like(factor)
-        return self._norm(product, x, mean, one, factor, shift, 0.0)
+        replaced = self._norm(product, x, mean, one, factor, shift, 0.0)
+        if replaced and product is not node:
+            self.network.graph.erase_node(node)  # or the product would still be computed, for nobody
+        return replaced
 
     def _per_channel(self, node: fx.Node, targets: tuple[Any, ...]) -> tuple[fx.Node, Tensor] | None:
         """(x, [C]) of a product or sum of a map and a constant for each of its channels."""

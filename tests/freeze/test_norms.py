@@ -43,6 +43,15 @@ class FrozenNorm(nn.Module):
         return x * scale + (self.bias.view(1, -1, 1, 1) - self.running_mean.view(1, -1, 1, 1) * scale)
 
 
+class FunctionalNorm(FrozenNorm):
+    """The same by torch's functions."""
+
+    def forward(self, x):
+        scale = (self.weight * (self.running_var + 1e-5).rsqrt()).view(1, -1, 1, 1)
+        shift = self.bias.view(1, -1, 1, 1) - self.running_mean.view(1, -1, 1, 1) * scale
+        return torch.add(torch.mul(x, scale), shift)
+
+
 class MyConv(nn.Conv2d):
     pass
 
@@ -66,7 +75,7 @@ def trained(model):
 
 
 @pytest.mark.parametrize("conv", [nn.Conv2d, MyConv, Standardised])
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, MyNorm, NormAct, FrozenNorm, nn.SyncBatchNorm])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, MyNorm, NormAct, FrozenNorm, FunctionalNorm, nn.SyncBatchNorm])
 def test_norms_of_images(norm, conv, tmp_path):
     torch.manual_seed(0)
 
