@@ -58,8 +58,10 @@ class FrozenModel(nn.Module):
         super().train(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():  # there is nothing in it to compile
-            return _uncompiled(self, args, kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            from .uncompiled import run  # here, because it imports torch._dynamo: seconds that most processes can save
+
+            return run(self, args, kwargs)
         inputs = self.call.flatten(args, kwargs)
         refuse_recording(inputs)
         self._check(inputs)
@@ -151,11 +153,6 @@ class FrozenModel(nn.Module):
             "sparsekd.FrozenModel: a frozen network is no data for pickle, its code is compiled; write it with "
             "save(path) and read it with sparsekd.load_frozen(path, model), also to hand it to another process"
         )
-
-
-@torch.compiler.disable
-def _uncompiled(frozen: FrozenModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return frozen(*args, **kwargs)
 
 
 def cast(values: Any, source: torch.dtype, target: torch.dtype) -> Any:
