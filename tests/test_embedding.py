@@ -310,7 +310,7 @@ def test_ids_outside_are_refused(wrong, dtype):
 
 def test_bad_input_is_refused_with_the_way_out():
     bag, layer = SparseEmbeddingBag(8, 4, density=0.5), SparseEmbedding(8, 4, density=0.5)
-    ids = torch.tensor([0, 1])
+    ids, short = torch.tensor([0, 1]), layer.table._replace(base=layer.base[:0])
     cases = [
         (TypeError, r"use .long\(\)", lambda: layer(ids.float())),
         (ValueError, "need 1-D offsets", lambda: bag(ids)),
@@ -328,6 +328,10 @@ def test_bad_input_is_refused_with_the_way_out():
         (ValueError, "'sum', 'mean' or 'max'", lambda: SparseEmbeddingBag(3, 4, mode="min")),
         (ValueError, "k must be positive", lambda: layer.top_k(torch.zeros(1, 4), 0)),
         (ValueError, r"queries must be \[n, 4\]", lambda: layer.top_k(torch.zeros(1, 5), 1)),
+        (ValueError, "excluded must rise from 0", lambda: layer.top_k(torch.zeros(1, 4), 1, (ids + 1, ids))),
+        (ValueError, r"\(begin \[3\], ids", lambda: layer.top_k(torch.zeros(2, 4), 1, (torch.tensor([0, 2]), ids))),
+        (ValueError, "base must be", lambda: ops.embedding_top_k(torch.zeros(1, 4), short, 1)),
+        (ValueError, r"rows, 2\] for 100", lambda: ops.embedding_absent_(*torch.zeros(2, 2, 100), layer.kept, ids)),
     ]
     for error, message, call in cases:
         with pytest.raises(error, match=message):

@@ -27,6 +27,7 @@ from ..ops.conv2d import (
     memory_format,
 )
 from ..ops.embedding import (
+    check_excluded,
     check_offsets,
     embedding_absent_reference,
     embedding_bag_reference,
@@ -325,6 +326,7 @@ def embedding_top_k(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if not _native(queries, values):
         return embedding_top_k_reference(queries, values, kept, base, counts, k, begin, excluded)
+    check_excluded(begin, excluded)
     queries, values, kept, base, counts = (t.contiguous() for t in (queries, values, kept, base, counts))
     begin, excluded = (None if t is None else t.contiguous() for t in (begin, excluded))
     scores = queries.new_empty(queries.shape[0], k)

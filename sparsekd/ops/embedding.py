@@ -104,7 +104,13 @@ def embedding_top_k(
             f"sparsekd.embedding_top_k: queries and values must have one dtype, got {queries.dtype} and "
             f"{table.values.dtype}"
         )
+    _check_table("embedding_top_k", table, queries.shape[1])
     begin, ids = (None, None) if excluded is None else (excluded[0].long(), excluded[1].long())
+    if begin is not None and ids is not None and (begin.shape != (queries.shape[0] + 1,) or ids.dim() != 1):
+        raise ValueError(
+            f"sparsekd.embedding_top_k: excluded must be (begin [{queries.shape[0] + 1}], ids [m]) for "
+            f"{queries.shape[0]} queries, got shapes {tuple(begin.shape)} and {tuple(ids.shape)}"
+        )
     return torch.ops.sparsekd.embedding_top_k(queries.detach(), table.values.detach(), *table[1:], k, begin, ids)
 
 
@@ -115,6 +121,12 @@ def embedding_absent_(total: Tensor, grad: Tensor, kept: Tensor, ids: Tensor, ab
         raise ValueError(
             f"sparsekd.embedding_absent_: total and grad must be [n, dim] and ids [n], got {tuple(total.shape)}, "
             f"{tuple(grad.shape)} and {tuple(ids.shape)}"
+        )
+    words = -(-grad.shape[1] // 64)
+    if kept.dtype != torch.int64 or kept.dim() != 2 or kept.shape[1] != words:
+        raise ValueError(
+            f"sparsekd.embedding_absent_: kept must be torch.int64 of shape [rows, {words}] for {grad.shape[1]} "
+            f"dimensions, got {kept.dtype} of shape {tuple(kept.shape)}"
         )
     torch.ops.sparsekd.embedding_absent_(total, grad, kept, ids.long(), absolute)
     return total
@@ -210,6 +222,7 @@ def embedding_top_k_reference(
     queries: Tensor, values: Tensor, kept: Tensor, base: Tensor, counts: Tensor, k: int, begin: Tensor | None,
     excluded: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_excluded(begin, excluded)
     count = queries.shape[0]
     scores = queries.new_full((count, k), float("-inf"))
     ids = torch.full((count, k), -1, dtype=torch.int64, device=queries.device)
@@ -239,14 +252,19 @@ def bag_of(offsets: Tensor, count: int) -> Tensor:
     return torch.searchsorted(offsets.contiguous(), place, right=True) - 1
 
 
-def check_offsets(offsets: Tensor, count: int) -> None:
+def check_offsets(offsets: Tensor, count: int, what: str = "embedding_bag: offsets") -> None:
     """Kernels follow offsets blindly."""
     if int(offsets[0]) != 0 or int(offsets[-1]) != count or bool((offsets[1:] < offsets[:-1]).any()):
         some = offsets[:8].tolist()
         raise ValueError(
-            f"sparsekd.embedding_bag: offsets must rise from 0 to the number of ids, {count}, got {some}"
+            f"sparsekd.{what} must rise from 0 to the number of ids, {count}, got {some}"
             f"{'' if offsets.shape[0] <= 8 else ' and more'}"
         )
+
+
+def check_excluded(begin: Tensor | None, excluded: Tensor | None) -> None:
+    if begin is not None and excluded is not None:
+        check_offsets(begin, excluded.shape[0], "embedding_top_k: the begin of excluded")
 
 
 def _check_range(ids: Tensor, rows: int) -> None:
@@ -256,9 +274,18 @@ def _check_range(ids: Tensor, rows: int) -> None:
 
 
 def _check(op: str, ids: Tensor, table: Table, dim: int, padding_idx: int | None) -> None:
-    values, kept, base, counts = table
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"sparsekd.{op}: ids must be int32 or int64, got {ids.dtype}; use .long()")
+    _check_table(op, table, dim)
+    if ids.device != table.values.device:
+        raise ValueError(_elsewhere(op, "ids", ids, table.values))
+    rows = table.kept.shape[0]
+    if padding_idx is not None and not 0 <= padding_idx < rows:
+        raise ValueError(f"sparsekd.{op}: padding_idx must lie in [0, {rows}), got {padding_idx}")
+
+
+def _check_table(op: str, table: Table, dim: int) -> None:
+    values, kept, base, counts = table
     if values.dim() != 1 or values.dtype not in FLOATS:
         raise TypeError(
             f"sparsekd.{op}: values must be floats of shape [n], got {values.dtype} of shape {tuple(values.shape)}"
@@ -272,14 +299,16 @@ def _check(op: str, ids: Tensor, table: Table, dim: int, padding_idx: int | None
                 f"sparsekd.{op}: {name} must be {dtype} of shape {shape} for {rows} rows of {dim} dimensions, "
                 f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
             )
-    for name, tensor in (("kept", kept), ("base", base), ("counts", counts), ("ids", ids)):
+    for name, tensor in (("kept", kept), ("base", base), ("counts", counts)):
         if tensor.device != values.device:
-            raise ValueError(
-                f"sparsekd.{op}: {name} must be on {values.device} like values, got {tensor.device}; "
-                "move the whole module with .to(device)"
-            )
-    if padding_idx is not None and not 0 <= padding_idx < rows:
-        raise ValueError(f"sparsekd.{op}: padding_idx must lie in [0, {rows}), got {padding_idx}")
+            raise ValueError(_elsewhere(op, name, tensor, values))
+
+
+def _elsewhere(op: str, name: str, tensor: Tensor, values: Tensor) -> str:
+    return (
+        f"sparsekd.{op}: {name} must be on {values.device} like values, got {tensor.device}; move the whole module "
+        "with .to(device)"
+    )
 
 
 # ---- Fakes and derivatives
