@@ -44,10 +44,11 @@ def score(name: str, task: Task, part: Rows, prediction: np.ndarray, setting: st
 
 
 def run(task: Task) -> list[Score]:
-    """Every baseline that the goal of the task names, on its test part; a task without users leaves out theirs."""
-    has_users = getattr(task.train, "users", None) is not None
+    """Every baseline that the goal of the task names, on its test part; without users, or a table of features, a task
+    leaves out those that need them."""
+    has = {name: getattr(task.train, name, None) is not None for name in ("users", "features")}
     named = [BASELINES[name] for name in task.goal.baselines]
-    return [baseline(task) for baseline in named if has_users or baseline not in NEED_USERS]
+    return [baseline(task) for baseline in named if has.get(NEEDS.get(baseline, ""), True)]
 
 
 def constant(task: Task) -> Score:
@@ -105,7 +106,7 @@ BASELINES: dict[str, Callable[[Task], Score]] = {
     "ridge": ridge,
     "boosting": boosting,
 }
-NEED_USERS = (biases, running_biases)
+NEEDS = {biases: "users", running_biases: "users", ridge: "features", boosting: "features"}  # fields of `Rows`
 
 
 def _best(name: str, task: Task, models: dict[str, Any]) -> Score:

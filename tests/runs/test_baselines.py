@@ -89,6 +89,15 @@ def test_row_weights_count():
     assert [s.name for s in baselines.run(task)] == ["constant", "ridge", "gradient boosting"]
 
 
+def test_what_the_rows_lack_leaves_out_who_needs_it():
+    task = ratings_task(count=400)
+    bare = dataclasses.replace(task.train, features=None, users=None, items=None)
+    assert [s.name for s in baselines.run(dataclasses.replace(task, train=bare))] == ["constant"]
+    bare = dataclasses.replace(task.train, features=None)
+    names = [s.name for s in baselines.run(dataclasses.replace(task, train=bare))]
+    assert names == ["constant", "user+item biases", "running biases"]
+
+
 def test_predictions_are_clipped_to_the_target_range():
     task = ratings_task()
     wild = np.full(len(task.test), 1e6)
