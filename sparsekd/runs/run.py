@@ -35,6 +35,7 @@ from torch import nn
 
 from .. import checkpoint, report
 from ..data import Task
+from ..pruning import CostTable
 from . import baselines, record, tasks
 from .config import RunConfig
 from .epochs import STATE, fit
@@ -69,6 +70,7 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[st
     runtime = start(config, entry.on_gpu, deadline)
     task = loaded.to(runtime.device)
     plan = tasks.plan_of(task, config)
+    _check_costs(plan)
     out = tasks.folder_of(config, task)
     out.mkdir(parents=True, exist_ok=True)  # raises now, not after the first epoch, where there can be no such folder
     if config.fresh and rank() == 0:
@@ -156,6 +158,14 @@ class _Run:
         if self.plan.published is not None:
             results["published"] = self.plan.published
         return results
+
+
+def _check_costs(plan: Plan) -> None:
+    """Raise FileNotFoundError or ValueError where a student cannot be pruned by its costs: now, not once the teacher is
+    trained."""
+    for network in plan.students:
+        if network.costs is not None:
+            CostTable.load(network.costs).check(network.make())
 
 
 def clear(out: Path) -> None:

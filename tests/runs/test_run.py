@@ -10,12 +10,16 @@ import pytest
 import torch
 
 from sparsekd import checkpoint, runs
+from sparsekd.backends import cpu
 from sparsekd.goals import predict
+from sparsekd.pruning import CostTable, LayerCost
+from sparsekd.pruning.cost import network_of
 from sparsekd.runs import OutOfTime, RunConfig, record
 from sparsekd.runs.state import StateFile
 from sparsekd.runs.tasks import plan_of
 
 from .made_up import errors, student_of, teacher_of, without_timings
+from .made_up import network as made_up_network
 
 run_module = importlib.import_module("sparsekd.runs.run")  # `runs.run` is the function in it
 
@@ -74,6 +78,33 @@ def test_units_and_costs_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=says):
             RunConfig(**fields)
+
+
+def test_costs_are_read_before_anything_is_trained(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "fit", None)
+    path, network = tmp_path / "costs.json", student_of(task)
+    config = RunConfig("synthetic", methods=("sp-sad",), unit="latency_us", costs=str(path), out=str(tmp_path / "out"))
+    with pytest.raises(FileNotFoundError, match=r"costs\.json does not exist"):
+        runs.run(config, lambda line: None)
+    isa = "none" if cpu.native is None else cpu.native.isa()
+    layers = {"cnn.stem.0": LayerCost("16x1", 10.0, (0.5,), (6.0,))}
+    shapes = network_of(teacher_of(task))  # not those of the student
+    CostTable("here", isa, 1, 1, ((1, 6),), "float32", "float32", shapes, 1.0, layers).save(path)
+    if cpu.native is not None:
+        with pytest.raises(ValueError, match="expected the costs of this network"):
+            runs.run(config, lambda line: None)
+    assert network_of(network) != shapes and not (tmp_path / "out").exists()
+
+
+def test_a_table_of_costs_goes_by_what_it_says(task, tmp_path):
+    """A run that was stopped does not go on with other costs, and does with the same ones from another place."""
+    places = [tmp_path / name for name in ("a.json", "b.json")]
+    for path in places:
+        path.write_text("the same")
+    first, elsewhere = (made_up_network("sp-sad", costs=str(path)).settings() for path in places)
+    assert first == elsewhere
+    places[0].write_text("another")
+    assert made_up_network("sp-sad", costs=str(places[0])).settings() != first
 
 
 def test_the_published_recipe_counts_weights(tiny, folder):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -70,6 +72,8 @@ class Network:
         """Everything but how it is made, for the file that says under which settings it was trained."""
         settings = dataclasses.asdict(dataclasses.replace(self, make=nn.Identity))
         del settings["make"]
+        if self.costs is not None:  # what the table says, not where it lies
+            settings["costs"] = hashlib.sha256(Path(self.costs).read_bytes()).hexdigest()
         for schedule in (settings["schedule"], settings["options"].get("initial")):
             if schedule is not None and schedule["unit"] == "weights":
                 del schedule["unit"]  # runs from before there were units go on
