@@ -103,6 +103,8 @@ def sparsify(
     if include is None:
         warn_of_unexpected(report(found))
     further = [] if density == 1.0 else _pruned_further(model, pattern, density, include, exclude)
+    if wanted or further:
+        _check_not_wrapped(model)
     for layer, keep in further:
         layer.keep_(keep)
     twins = (
@@ -184,11 +186,8 @@ def replace_layers(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]
     replaced: dict[int, nn.Module] = {}
     gone = []  # held, so that no id is used twice
     for old, new in pairs:
-        if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-            raise ValueError(
-                "sparsekd: the model is in DistributedDataParallel, which would go on with parameters of layers that "
-                "are replaced; convert the model first, then wrap it with sparsekd.distributed.data_parallel"
-            )
+        if not gone:
+            _check_not_wrapped(model)
         _carry_over(old, new)
         for name in names[id(old)]:
             model.set_submodule(name, new)
@@ -199,6 +198,14 @@ def replace_layers(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]
         for name, value in vars(module).items():
             if not name.startswith("_") and (other := _with_replaced(value, replaced)) is not value:
                 setattr(module, name, other)
+
+
+def _check_not_wrapped(model: nn.Module) -> None:
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "sparsekd: the model is in DistributedDataParallel, which would go on with parameters of layers that are "
+            "replaced or pruned; convert the model first, then wrap it with sparsekd.distributed.data_parallel"
+        )
 
 
 def _with_replaced(value: Any, replaced: dict[int, nn.Module]) -> Any:

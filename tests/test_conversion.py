@@ -367,6 +367,9 @@ def test_a_wrapped_model_is_refused():
     assert type(model.module[0]) is nn.Linear
     sparsekd.sparsify(model.module)
     sparsekd.sparsify(model)  # nothing to replace
+    with pytest.raises(ValueError, match="convert the model first, then wrap it"):
+        sparsekd.sparsify(model, density=0.5)  # blocks of a layer that is sparse already
+    assert model.module[0].density == 1.0
 
 
 def test_sparse_attention_is_saved_and_comes_back(tmp_path):
