@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.embedding import Table, bag_of, count_kept, pack_mask, places, row_index, unpack_mask
-from .layer import TracedWhole, _replace_data
+from .layer import TracedWhole, replace_data
 
 Layer = TypeVar("Layer", bound="SparseTable")
 _PIECE = 1 << 14  # rows that are made, or made dense, at once
@@ -172,7 +172,7 @@ class SparseTable(TracedWhole):
                     f"{prefix}values: kept names {int(count_kept(kept).sum())} entries, got shape {tuple(values.shape)}"
                 )
                 return
-            _replace_data(self.values, self.values.data.new_empty(values.shape))
+            replace_data(self.values, self.values.data.new_empty(values.shape))
             base, counts = row_index(kept.to(self.kept.device))
             self.base, self.counts = base, counts
         super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -199,7 +199,7 @@ class BlockSparseLayer(TracedWhole):
         kept_before[1:] = keep.cumsum(0)
         self.row_ptr = kept_before[self.row_ptr.long()]
         self.col_idx = self.col_idx[keep]
-        _replace_data(self.values, self.values.data[keep])
+        replace_data(self.values, self.values.data[keep])
 
     @torch.no_grad()
     def grow_(self, mask: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ class BlockSparseLayer(TracedWhole):
         after = before | mask.to(before.device)
         survives = tap_major(before)[tap_major(after)]
         self.row_ptr, self.col_idx = mask_to_index(after)
-        _replace_data(self.values, spread(self.values.data, survives))
+        replace_data(self.values, spread(self.values.data, survives))
         return survives
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
@@ -230,7 +230,7 @@ class BlockSparseLayer(TracedWhole):
             except (TypeError, ValueError) as error:
                 errors.append(f"{prefix[:-1]}: {error}")
                 return
-            _replace_data(self.values, self.values.data.new_empty(tensors[0].shape))
+            replace_data(self.values, self.values.data.new_empty(tensors[0].shape))
             self.col_idx = self.col_idx.new_empty(tensors[2].shape)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
@@ -271,7 +271,7 @@ def computes_as(layer: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def _replace_data(parameter: nn.Parameter, data: Tensor) -> None:
+def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
     """Give a parameter data of another shape; it stays the same object and loses its gradient.
 
     Autograd's gradient accumulator remembers the old shape for as long as some graph is alive (the loss of the last
