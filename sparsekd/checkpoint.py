@@ -215,10 +215,10 @@ def _read(path: Path_, expected: str) -> tuple[dict[str, Tensor], dict[str, Any]
         raise ValueError(
             f"sparsekd.checkpoint: {path} is corrupt or cut short ({error}); {_REMEDY[expected]}"
         ) from error
-    found = header.get("format") if isinstance(header, dict) else None
-    if found != expected:
+    named = header.get("format") if isinstance(header, dict) else None
+    if named != expected:
         raise ValueError(
-            f"sparsekd.checkpoint: expected a {expected} file, got {found or 'a safetensors file of another program'} "
+            f"sparsekd.checkpoint: expected a {expected} file, got {named or 'a safetensors file of another program'} "
             f"in {path}; models are read by load, training states by load_state"
         )
     if header["version"] > VERSION:

@@ -87,28 +87,28 @@ def survey(
     types = (*DENSE_TYPES, *SPARSE_TYPES)
     chosen = {name for name, _ in named_layers(model, types, include, exclude, alike=False)}
     shared = _shared_parameters(model)
-    found = []
+    surveyed = []
     for name, layer in model.named_modules():
         if isinstance(layer, BlockSparseLayer):
-            found.append(Found(name, layer))
+            surveyed.append(Found(name, layer))
         elif (kind := sparse_type(layer)) is None:
             if reason := _no_block_sparse_form(layer):
                 why, unexpected = reason
-                found.append(Found(name, layer, None, why, unexpected and name in not_excluded))
+                surveyed.append(Found(name, layer, None, why, unexpected and name in not_excluded))
         elif name not in chosen:
-            found.append(Found(name, layer, None, "left out by exclude or not named by include"))
+            surveyed.append(Found(name, layer, None, "left out by exclude or not named by include"))
         elif name in (include or ()) or not (why := _stays_dense(model, name, layer, kind)):
-            found.append(_fitting(name, layer, kind, pattern, shared, include is not None))
+            surveyed.append(_fitting(name, layer, kind, pattern, shared, include is not None))
         else:
-            found.append(Found(name, layer, None, why, unexpected=True))
-    return found
+            surveyed.append(Found(name, layer, None, why, unexpected=True))
+    return surveyed
 
 
-def report(found: Sequence[Found]) -> ConversionReport:
-    sparse = {each.name: repr(each.layer) for each in found if isinstance(each.layer, BlockSparseLayer)}
-    convertible = {each.name: repr(each.layer) for each in found if each.kind}
-    dense = {each.name: each.why for each in found if each.why}
-    return ConversionReport(sparse, convertible, dense, tuple(each.name for each in found if each.unexpected))
+def report(surveyed: Sequence[Found]) -> ConversionReport:
+    sparse = {each.name: repr(each.layer) for each in surveyed if isinstance(each.layer, BlockSparseLayer)}
+    convertible = {each.name: repr(each.layer) for each in surveyed if each.kind}
+    dense = {each.name: each.why for each in surveyed if each.why}
+    return ConversionReport(sparse, convertible, dense, tuple(each.name for each in surveyed if each.unexpected))
 
 
 def sparse_type(layer: nn.Module) -> type[BlockSparseLayer] | None:

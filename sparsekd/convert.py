@@ -92,8 +92,8 @@ def sparsify(
         raise ValueError(
             f"sparsekd.sparsify: a bare layer cannot be replaced in place; use {kind.__name__}.from_dense(layer)"
         )
-    found = survey(model, pattern, include, exclude)
-    wanted = [each for each in found if each.kind is not None]
+    surveyed = survey(model, pattern, include, exclude)
+    wanted = [each for each in surveyed if each.kind is not None]
     for each in wanted:
         if not torch.isfinite(each.layer.weight.detach()).all():
             raise ValueError(
@@ -101,7 +101,7 @@ def sparsify(
                 "load a checkpoint from before the divergence"
             )
     if include is None:
-        warn_of_unexpected(report(found))
+        warn_of_unexpected(report(surveyed))
     further = [] if density == 1.0 else _pruned_further(model, pattern, density, include, exclude)
     if wanted or further:
         _check_not_wrapped(model)

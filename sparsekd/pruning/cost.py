@@ -262,11 +262,11 @@ def _layers(plans: Mapping[float, Plan], patterns: Mapping[str, str]) -> dict[st
 
 def _rest(plans: Mapping[float, Plan], layers: Mapping[str, LayerCost]) -> float:
     """Time of the whole networks beyond that of their layers, in the middle."""
-    found = []
+    beyond = []
     for plan in plans.values():
         whole = min(us for name, us in plan.network_us.items() if name != "unfrozen")
-        found.append(whole - sum(layers[row.name].us(row.density) for row in plan if row.name in layers))
-    return max(sorted(found)[len(found) // 2], 0.0)
+        beyond.append(whole - sum(layers[row.name].us(row.density) for row in plan if row.name in layers))
+    return max(sorted(beyond)[len(beyond) // 2], 0.0)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -113,15 +113,15 @@ def sensitivity(
     scores: dict[str, tuple[float, ...]] = {}
     lost: dict[str, tuple[float, ...]] = {}
     for name, layer in layers.items():
-        found = []
+        measured = []
         for density in densities:
             pruned = copy.deepcopy(dense)
             sparsify(pruned, layer.pattern, density, include=[name])
             twin: Any = pruned.get_submodule(name)
             left = float(energies(twin.values).sum())
-            found.append((_finite(score(pruned), name), float(energies(layer.values).sum()) - left))
-        scores[name] = tuple(one for one, _ in found)
-        lost[name] = tuple(max(energy, torch.finfo(torch.float64).tiny) for _, energy in found)
+            measured.append((_finite(score(pruned), name), float(energies(layer.values).sum()) - left))
+        scores[name] = tuple(one for one, _ in measured)
+        lost[name] = tuple(max(energy, torch.finfo(torch.float64).tiny) for _, energy in measured)
     return Sensitivity(whole, tuple(densities), scores, lost)
 
 

@@ -288,15 +288,15 @@ def prunable_layers(
         warn_of_unexpected(report(surveyed))
         units: list[Units] = [WeightUnits(each.name, each.layer) for each in surveyed if each.kind]
     else:
-        found = dict(named_layers(model, (*DENSE_TYPES, *SPARSE_TYPES), include, exclude))
+        meant = dict(named_layers(model, (*DENSE_TYPES, *SPARSE_TYPES), include, exclude))
         if granularity == "filter":
             # The rows of a transposed convolution are its inputs: a row is no filter.
             across = (nn.ConvTranspose2d, SparseConvTranspose2d)
-            exclude = [*(exclude or ()), *(name for name, layer in found.items() if isinstance(layer, across))]
-            found = {name: layer for name, layer in found.items() if not isinstance(layer, across)}
-        _make_sparse(model, found, granularity, pattern, include, exclude)
+            exclude = [*(exclude or ()), *(name for name, layer in meant.items() if isinstance(layer, across))]
+            meant = {name: layer for name, layer in meant.items() if not isinstance(layer, across)}
+        _make_sparse(model, meant, granularity, pattern, include, exclude)
         kind = FilterUnits if granularity == "filter" else BlockUnits
-        layers = {name: model.get_submodule(name) for name in found}
+        layers = {name: model.get_submodule(name) for name in meant}
         units = [kind(name, layer, grouping) for name, layer in layers.items() if isinstance(layer, SPARSE_TYPES)]
     units = [each for each in units if each.num_kept]
     if not units:

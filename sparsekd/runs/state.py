@@ -52,12 +52,12 @@ class StateFile:
         return state["history"]
 
 
-def check_same_settings(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def check_same_settings(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ValueError where a file was written under other settings; one it does not name was not there yet."""
-    found, expected = (json.loads(json.dumps(settings)) for settings in (found, expected))
-    for key in found:
-        if found[key] != expected.get(key):
+    then, now = (json.loads(json.dumps(settings)) for settings in (then, now))
+    for key in then:
+        if then[key] != now.get(key):
             raise ValueError(
-                f"sparsekd run: {path} is of another run: its {key} is {found[key]}, now {expected.get(key)}; "
+                f"sparsekd run: {path} is of another run: its {key} is {then[key]}, now {now.get(key)}; "
                 "give another --out, or --fresh to begin anew"
             )
