@@ -41,6 +41,13 @@ def test_the_scripts_are_found():
     assert len(SCRIPTS) >= 13
 
 
+def test_the_readme_says_what_each_script_measures():
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("|")]
+    missing = [one for one in SCRIPTS if not any(f".{one.rpartition('.')[2]}" in row for row in rows)]
+    assert not missing
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_starts_and_explains_its_options(name, monkeypatch, capsys):
     if name.startswith("benchmarks.gpu.aot"):
