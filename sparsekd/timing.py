@@ -24,6 +24,7 @@ LOOP_SECONDS = 50e-6  # a sample of a faster call is a loop of at most
 MOST_CALLS = 100  # calls
 QUEUE_SECONDS = 200e-6  # of work between two events, in at most
 MOST_QUEUED = 20  # calls, and at least two
+MOST_QUEUED_ROUNDS = 15
 SLEEP_CYCLES = 200_000  # of the device, about 0.1 ms; doubled until the host is ahead
 MOST_SLEEP_CYCLES = SLEEP_CYCLES * 2**9
 
@@ -50,7 +51,7 @@ def samples(
         calls: name -> function without arguments; each is called twice before the first sample.
         seconds: the time to spend on all, about.
         rounds: so many samples of each, whose loops are long enough for ``seconds`` in all; None: loops of 50 us for
-            as long as ``seconds``, at least 5 rounds.
+            as long as ``seconds``, at least 5 rounds; of queues on a GPU at most 15.
         clock: of the CPU, default ``time.perf_counter``; ``time.thread_time`` leaves out what other processes took, and
             is right for single-threaded calls only.
         device: a CUDA device times by its own events on its current stream.
@@ -106,7 +107,7 @@ def _queued(
         once = {name: max(queue.sample(name, call, 2), 1e-7) for name, call in calls.items()}
         loops = {name: max(2, min(MOST_QUEUED, int(QUEUE_SECONDS / one))) for name, one in once.items()}
         turn = sum(once[name] * loops[name] for name in calls)
-        rounds = rounds or max(LEAST_ROUNDS, min(15, int(seconds * len(calls) / max(turn, 1e-7))))
+        rounds = rounds or max(LEAST_ROUNDS, min(MOST_QUEUED_ROUNDS, int(seconds / max(turn, 1e-7))))
         taken: dict[Name, list[float]] = {name: [] for name in calls}
         for names in in_turns(calls, rounds):
             for name in names:

@@ -116,6 +116,14 @@ def test_the_device_sleeps_until_the_host_is_ahead(monkeypatch):
     assert gpu.sleeps[0] == timing.SLEEP_CYCLES < max(gpu.sleeps) < timing.MOST_SLEEP_CYCLES
 
 
+def test_on_a_device_the_time_is_that_of_all_calls_too(monkeypatch):
+    """Two calls of 1 ms, two to a queue: a round takes 4 ms."""
+    gpu = Gpu(monkeypatch)
+    calls = {name: lambda: gpu.run(1e-3) for name in ("ours", "dense")}
+    taken = timing.samples(calls, 42e-3, device=CUDA)
+    assert [len(column) for column in taken.values()] == [10, 10]
+
+
 def test_a_call_that_waits_for_the_device_is_named(monkeypatch):
     gpu = Gpu(monkeypatch)
 

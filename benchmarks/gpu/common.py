@@ -122,7 +122,7 @@ def medians(functions: Sequence[Callable[[], object]]) -> list[float]:
     """Median microseconds of each, in turns: queued on the GPU, or once by the wall clock in a rehearsal."""
     calls = dict(enumerate(functions))
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
-    found = _rehearsed_medians(calls) if _override else timing.medians(calls, 0.1, device=device)
+    found = _rehearsed_medians(calls) if _override else timing.medians(calls, 0.1 * len(calls), device=device)
     return [1e6 * seconds for seconds in found.values()]
 
 

@@ -101,7 +101,8 @@ def _name(device: torch.device) -> str:
 
 def _times(calls: Mapping[str, Call], inputs: tuple[Tensor, ...]) -> dict[str, float]:
     given = clone(inputs)
-    taken = medians({name: partial(call, *given) for name, call in calls.items()}, 0.1, device=inputs[0].device)
+    bound = {name: partial(call, *given) for name, call in calls.items()}
+    taken = medians(bound, 0.1 * len(bound), device=inputs[0].device)
     return {name: 1e6 * seconds for name, seconds in taken.items()}
 
 

@@ -127,7 +127,7 @@ class Plan:
                 warnings.warn(f"sparsekd: {name} is left out of {key}: {why}", stacklevel=2)
             sound = [dense, *(choice for choice in others if str(choice) not in dropped)]
             calls = {choice: partial(run, choice) for choice in sound}
-            taken = medians(calls, SECONDS, device=device)
+            taken = medians(calls, SECONDS * len(calls), device=device)
             times = {choice: round(1e6 * seconds, 2) for choice, seconds in taken.items()}
             fastest = min(times, key=times.__getitem__)
             if times[fastest] > GAIN * times[dense]:
