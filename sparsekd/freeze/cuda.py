@@ -1,7 +1,7 @@
 """`freeze` on a GPU: folded and fused as on the CPU, each layer the fastest of some ways, all in a CUDA graph.
 
-What is left for a call: copy the inputs into the graph's own, replay, copy the outputs out. A graph knows one batch
-size; each size gets its own at its first call.
+What is left for a call: copy the inputs into the graph's own, replay, copy the outputs out. A graph knows one size of
+its inputs; each size gets its own at its first call, and the graphs of the sizes that came last are kept.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from .source import find_source, outputs_of
 from .trace import Trace
 
 Call = Callable[..., Any]
+MOST_GRAPHS = 32  # each holds memory of its own for all that the network computes
 TF32_TOLERANCE = 1e-2  # 10 bits of mantissa, as float16, in every layer
 
 
@@ -47,9 +48,20 @@ class FrozenCudaModel(FrozenModel):
         self._check(inputs)
         sizes = tuple(x.shape for x in inputs)
         with torch.no_grad(), on(self._device):
-            if sizes not in self._graphs:
-                self._graphs[sizes] = capture(self.result, inputs)
-            return self._graphs[sizes](*inputs)
+            graph = self._graphs.pop(sizes, None)
+            if graph is None:
+                self._make_room()
+                graph = capture(self.result, inputs)
+            self._graphs[sizes] = graph  # the last one is that of the last call
+            return graph(*inputs)
+
+    def _make_room(self) -> None:
+        if len(self._graphs) < MOST_GRAPHS:
+            return
+        if self._device.type == "cuda":  # a graph may still run
+            torch.cuda.synchronize(self._device)
+        while len(self._graphs) >= MOST_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
 
     def _on_device(self, x: Tensor) -> bool:
         return x.device == self._device

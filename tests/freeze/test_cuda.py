@@ -126,6 +126,16 @@ def test_each_batch_size_is_captured_once(captured):
     assert captured == [[(2, 3, 6, 6)], [(5, 3, 6, 6)]]
 
 
+def test_the_graphs_of_the_sizes_that_came_last_are_kept(captured, monkeypatch):
+    monkeypatch.setattr(on_cuda, "MOST_GRAPHS", 2)
+    net = network()
+    frozen = sparsekd.freeze(net, torch.randn(1, 3, 6, 6, device=DEVICE))
+    for count in (2, 1, 3, 1, 2):  # 3 takes the place of 2, and 2 that of 3
+        x = torch.randn(count, 3, 6, 6, device=DEVICE)
+        torch.testing.assert_close(frozen(x), net(x), rtol=1e-3, atol=1e-3)
+    assert [shapes[0][0] for shapes in captured] == [1, 2, 3, 2]
+
+
 def test_what_cannot_be_asked_of_a_gpu_is_refused(captured, tmp_path):
     net, x = network(), torch.randn(2, 3, 6, 6, device=DEVICE)
     for option in ({"threads": 2}, {"min_gain": 0.0}, {"memory_format": "contiguous"}):
