@@ -184,7 +184,7 @@ def replace_layers(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
     replaced: dict[int, nn.Module] = {}
-    gone = []  # held, so that no id is used twice
+    gone: list[nn.Module] = []  # held, so that no id is used twice
     for old, new in pairs:
         if not gone:
             _check_not_wrapped(model)

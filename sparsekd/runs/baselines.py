@@ -106,7 +106,12 @@ BASELINES: dict[str, Callable[[Task], Score]] = {
     "ridge": ridge,
     "boosting": boosting,
 }
-NEEDS = {biases: "users", running_biases: "users", ridge: "features", boosting: "features"}  # fields of `Rows`
+NEEDS: dict[Callable[[Task], Score], str] = {  # fields of `Rows`
+    biases: "users",
+    running_biases: "users",
+    ridge: "features",
+    boosting: "features",
+}
 
 
 def _best(name: str, task: Task, models: dict[str, Any]) -> Score:
