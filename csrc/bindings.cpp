@@ -12,7 +12,6 @@ void bind_machine(py::module_& m) {
   m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");
   m.def("use_isa", &use_isa, "name"_a, "Uses another instruction set from now on.");
   m.def("openmp", &openmp_name, "The OpenMP library in use and its thread limit.");
-  m.def("cpu_name", &cpu_name);
   m.def("peak_gflops", &peak_gflops, "threads"_a, "seconds"_a = 0.05, "dtype"_a = "float32",
         py::call_guard<py::gil_scoped_release>(),
         "Measured multiply-add peak of the kernels for `dtype` (float32, bfloat16 or int8) in the instruction set in "

@@ -2,7 +2,6 @@
 
 #include <atomic>
 #include <cstdlib>
-#include <fstream>
 #include <stdexcept>
 
 #ifdef _OPENMP
@@ -87,13 +86,6 @@ const KernelTable& kernels() {
 }
 
 void use_isa(const std::string& name) { active.store(&find(name, "use_isa"), std::memory_order_release); }
-
-std::string cpu_name() {
-  std::ifstream info("/proc/cpuinfo");
-  for (std::string line; std::getline(info, line);)
-    if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 2);
-  return "unknown CPU";
-}
 
 std::string openmp_name() {
 #ifdef _OPENMP

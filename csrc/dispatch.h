@@ -18,8 +18,6 @@ const KernelTable& kernels();
 // Uses another table from now on; throws like kernels().
 void use_isa(const std::string& name);
 
-std::string cpu_name();
-
 // The OpenMP library in this process and its thread limit, or why there is none.
 std::string openmp_name();
 

@@ -1,7 +1,6 @@
 """What the processor of this machine is called, for every report that must name it.
 
-It imports nothing of the package, so that `sparsekd doctor` can ask it where everything else is broken. The C++ kernels
-have a function of their own (csrc/dispatch.cpp), since they run without Python too.
+It imports nothing of the package, so that `sparsekd doctor` can ask it where everything else is broken.
 """
 
 from __future__ import annotations
