@@ -15,7 +15,10 @@ import sparsekd
 from sparsekd import BlockPattern
 from sparsekd.backends import cpu
 from sparsekd.pruning import CostTable, LayerCost, Pruner
-from sparsekd.pruning.cost import network_of
+from sparsekd.pruning.choice import Rule
+from sparsekd.pruning.cost import Timed, network_of
+from sparsekd.pruning.pruner import COST_FLOOR
+from sparsekd.pruning.units import prunable_layers
 
 from .common import IMAGE, Net, pruner_of, student
 
@@ -211,9 +214,10 @@ def test_allocation_of_a_large_network_takes_seconds_at_most():
     """As many blocks as a ResNet-50 has."""
     net = nn.Sequential(*[nn.Conv2d(512, 512, 3, padding=1, bias=False) for _ in range(10)])
     layers = {str(i): cost(20.0 + i, (0.1, 4.0), (0.5, 15.0), pattern="16x1") for i in range(10)}
-    pruner = Pruner(net, pattern=BlockPattern(16, 1), scope="cost", rewindable=False, costs=table_of(net, layers))
-    meter = pruner._meters.of("test", "latency_us")
-    best = min(_seconds(lambda: pruner._rule.kept(pruner._layers, meter, 100.0, None)) for _ in range(3))
+    units = prunable_layers(net, "block", BlockPattern(16, 1), None, None)
+    meter = Timed(table_of(net, layers), net, units, COST_FLOOR)
+    rule = Rule("cost", "lamp", COST_FLOOR, torch.Generator())
+    best = min(_seconds(lambda: rule.kept(units, meter, 100.0, None)) for _ in range(3))
     assert sum(layer.col_idx.numel() for layer in net) > 1.4e6 and best < 2.0  # other work slows a shared core down
 
 
