@@ -99,7 +99,8 @@ class Ranked(Protocol):
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and no gradients; every module is back in its own mode afterwards."""
-    with evaluation_mode(model), torch.inference_mode():
+    # Not inference_mode: autograd would refuse a tensor that the model makes now and keeps, a table of positions say.
+    with evaluation_mode(model), torch.no_grad():
         yield
 
 

@@ -102,6 +102,22 @@ def test_predictions_are_float32_in_evaluation_mode_and_leave_every_mode_as_it_w
     assert model.training and not model.inner.training
 
 
+def test_a_model_that_keeps_what_it_computes_trains_after_it_was_scored():
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.table = nn.Parameter(torch.ones(2)), None
+
+        def forward(self, x):
+            self.table = torch.arange(2.0) + 1 if self.table is None else self.table
+            return x * self.scale * self.table
+
+    model, x = Cached(), torch.tensor([1.0, 2.0])
+    assert Regression().scores(model, Part(x, x)) == {"mse": 2.0, "mae": 1.0}
+    model(x).sum().backward()
+    assert model.scale.grad.tolist() == [1.0, 4.0]
+
+
 # Regression
 
 
