@@ -105,6 +105,7 @@ def test_a_table_of_costs_goes_by_what_it_says(task, tmp_path):
     assert first == elsewhere
     places[0].write_text("another")
     assert made_up_network("sp-sad", costs=str(places[0])).settings() != first
+    assert "costs" not in made_up_network("sp-sad").settings()  # files are as large as before there were any
 
 
 def test_the_published_recipe_counts_weights(tiny, folder):

@@ -72,6 +72,7 @@ class Network:
         """Everything but how it is made, for the file that says under which settings it was trained."""
         settings = dataclasses.asdict(dataclasses.replace(self, make=nn.Identity))
         del settings["make"]
+        del settings["costs"]
         if self.costs is not None:  # what the table says, not where it lies
             settings["costs"] = hashlib.sha256(Path(self.costs).read_bytes()).hexdigest()
         for schedule in (settings["schedule"], settings["options"].get("initial")):
