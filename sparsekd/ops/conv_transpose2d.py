@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._schema import autocast, call, check_operands, check_weight
-
-Pair = Sequence[int]
+from .conv2d import Geometry, Pair
 
 
 def conv_transpose2d(
@@ -74,7 +71,7 @@ def conv_transpose2d(
     if any(further):
         x = F.pad(x, (0, further[1], 0, further[0]))
     shape = (x.shape[0], out_channels, *size)
-    geometry = (list(kernel_size), list(stride), list(padding), list(dilation), groups)
+    geometry = Geometry.of(kernel_size, stride, padding, dilation, groups)
     out = call("conv2d_grad_input", x, values, row_ptr, col_idx, shape, *geometry)
     return out if bias is None else out + bias[:, None, None]
 
