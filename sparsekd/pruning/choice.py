@@ -43,8 +43,8 @@ class Unreachable(Exception):
         stays += f", and {self.floor:.3g} of its weights" if self.floor else ""
         at_best = f"{self.least:.6g} weights" if budget is None else budget.amount(self.least, dense)
         return (
-            f"{budget or 'this'} cannot be reached: {stays}, so that {at_best} is the most that can be asked for; the "
-            f"largest part of it is {self.layer!r}; ask for less, lower floor, use smaller blocks, or exclude no layers"
+            f"{budget or 'this'} cannot be reached: {stays}, so that {at_best} is the smallest budget possible; the "
+            f"largest part of it is {self.layer!r}; ask for more, lower the floor, use smaller blocks, or exclude no layers"
         )
 
 
