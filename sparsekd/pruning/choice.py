@@ -44,7 +44,7 @@ class Unreachable(Exception):
         at_best = f"{self.least:.6g} weights" if budget is None else budget.amount(self.least, dense)
         return (
             f"{budget or 'this'} cannot be reached: {stays}, so that {at_best} is the smallest budget possible; the "
-            f"largest part of it is {self.layer!r}; ask for more, lower the floor, use smaller blocks, or exclude no layers"
+            f"largest part of it is {self.layer!r}; ask for more, lower floor, use smaller blocks, or exclude no layers"
         )
 
 
