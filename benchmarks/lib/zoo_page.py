@@ -17,7 +17,7 @@ def table(rows: Mapping[tuple[str, str], Row]) -> str:
     networks = list(dict.fromkeys(name for name, _ in rows))
     merged = {name: _merged(rows.get((name, "check"), {}), rows.get((name, "time"), {})) for name in networks}
     lines = [
-        "| network | layers | traced by | norms folded | dense, frozen / eager | .3, frozen / eager | .3, frozen / OpenVINO |",
+        "| network | layers | traced by | norms folded | dense / eager | .3 / eager | .3 / OpenVINO |",
         "|---" * 7 + "|",
         *(_line(name, row) for name, row in merged.items()),
     ]

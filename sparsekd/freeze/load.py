@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from ..backends import cpu
 from ..blocks import BlockPattern, BlockSparse
 from ..checkpoint import fingerprint
+from ..conversion import sparse_type
+from ..convert import replace_layers, sparse_layer
+from ..nn import BlockSparseLayer
 from .call import Call
 from .checked import dataclass_of
 from .file import Record, check_answer, check_same, nodes_of, read, record_of, weight_and_bias
@@ -72,6 +75,8 @@ def build(state: Mapping[str, Any], model: nn.Module, threads: int | None) -> Fr
     _check_tensors(state["model"], fingerprint(model))
     if plan.eager is not record.eager:
         raise ValueError("is damaged: its plan is of another network")
+    if not record.eager:
+        _take_over_blocks(model, _dict(state["rest"]))
     frozen = _dense(state, record, model, plan) if record.eager else _frozen(state, record, model, plan, threads)
     tolerance = 0.1 if record.in_bf16 or any("bytes" in one for one in state["layers"].values()) else None
     dtypes = [p.dtype for p in model.parameters()]
@@ -254,6 +259,32 @@ def _load_rest(network: nn.Module, rest: Any, frozen: set[str]) -> None:
         network.load_state_dict(ours)
     except Exception as error:  # of a module that reads its state itself
         raise ValueError(f"belongs to another model: {error}".splitlines()[0]) from error
+
+
+def _take_over_blocks(model: nn.Module, rest: Mapping[str, Any]) -> None:
+    """Makes the layers that freezing left as they are block-sparse or dense as in the file, in place."""
+    twins: list[tuple[nn.Module, nn.Module]] = []
+    for name, layer in model.named_modules():
+        parts = [rest.get(f"{name}.{part}") for part in ("values", "row_ptr", "col_idx")]
+        dense = layer.to_dense() if isinstance(layer, BlockSparseLayer) else layer
+        if all(isinstance(part, Tensor) for part in parts) and sparse_type(dense) is not None:
+            twins.append((layer, _damaged(_with_blocks, name, dense, *parts)))
+        elif dense is not layer and f"{name}.weight" in rest:
+            twins.append((layer, dense))
+    replace_layers(model, twins)
+
+
+def _with_blocks(name: str, dense: Any, values: Tensor, row_ptr: Tensor, col_idx: Tensor) -> BlockSparseLayer:
+    kind: Any = sparse_type(dense)
+    if values.dim() != 3 or not all(0 < size < 2**20 for size in values.shape[1:]):
+        raise ValueError(f"the blocks of {name} are of shape {tuple(values.shape)}")
+    pattern = BlockPattern(values.shape[1], values.shape[2])
+    blocks = BlockSparse(values, row_ptr, col_idx, kind.matrix_shape_of(dense.weight.shape), pattern)
+    try:
+        blocks.validate()
+        return sparse_layer(dense, pattern, mask=blocks.mask())
+    except TypeError as error:
+        raise ValueError(f"the blocks of {name} do not fit it: {error}") from error
 
 
 # ---- A network that runs as it is

@@ -1,8 +1,6 @@
 """The zoo: one network through every stage, rows that are kept, and a page that says what they say."""
 
 import argparse
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +8,6 @@ from torch import nn
 
 from benchmarks import zoo
 from benchmarks.lib import architectures, zoo_page
-
-RESULTS = Path(zoo.__file__).parent / "results/zoo.jsonl"
-PAGE = Path(zoo.__file__).parents[1] / "docs/zoo.md"
 
 
 @pytest.fixture

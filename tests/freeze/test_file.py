@@ -155,3 +155,34 @@ def test_a_sparse_file_loads_without_the_compiled_module(tmp_path, take_kernels_
     assert {layer.chosen for layer in loaded.plan} == {"dense"}
     assert "here is sparsekd._C is not there; freeze again on this machine" in loaded.plan.notes[-1]
     torch.testing.assert_close(loaded(x), frozen(x), rtol=1e-4, atol=1e-4)
+
+
+class Channels(nn.Module):
+    """Layers that freezing leaves as they are: a hook hangs on one."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.head = nn.Linear(32, 32), nn.Linear(32, 8)
+        self.mix.register_forward_hook(lambda module, inputs, y: y * 2)
+
+    def forward(self, x):
+        return self.head(self.mix(x).relu())
+
+
+@pytest.mark.parametrize("saved", ["sparse", "dense"])
+@pytest.mark.parametrize("given", ["sparse", "dense"])
+def test_a_layer_that_freezing_leaves_is_read_into_a_dense_or_block_sparse_model(tmp_path, saved, given):
+    """Its blocks were compared with the tensors of a dense layer: "belongs to another model"."""
+    torch.manual_seed(0)
+    model, x = Channels().eval(), torch.randn(3, 32)
+    if saved == "sparse":
+        sparsekd.sparsify(model, density=0.4)
+    frozen = quick(model, x)
+    assert "mix" not in [one.name for one in frozen.plan]
+    frozen.save(tmp_path / "frozen")
+    other = sparsekd.sparsify(Channels(), BlockPattern(8, 2), density=0.6) if given == "sparse" else Channels()
+    before = {name: x.clone() for name, x in other.state_dict().items()}
+    again = load_frozen(tmp_path / "frozen", other)
+    assert torch.equal(again(x), frozen(x))
+    assert again.plan == frozen.plan
+    assert all(torch.equal(before[name], x) for name, x in other.state_dict().items())
