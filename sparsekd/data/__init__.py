@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from . import cifar100, movielens, movies, movietweetings, sources
+from . import cifar100, movielens, movies, movietweetings, sources, streams
 from .parts import Pairs, Part, Period, Rows, histories, periods
 from .task import Task
 
-__all__ = ["NAMES", "Pairs", "Part", "Period", "Rows", "Task", "histories", "load", "periods"]
+__all__ = ["NAMES", "Pairs", "Part", "Period", "Rows", "Task", "histories", "load", "periods", "streams"]
 
 _READERS = {
     "movietweetings": movietweetings.load,

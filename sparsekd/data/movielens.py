@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,12 @@ FILES = ("ratings.csv", "movies.csv", "tags.csv")
 
 def load(root: Path | None) -> Task[Rows]:
     """Read the zip, or ratings.csv, movies.csv and (where it is there) tags.csv of the unpacked folder, in `root`."""
+    log, items, meta = read(root)
+    return ratings.build("movielens", log, items, target_range=(0.5, 5.0), meta=meta)
+
+
+def read(root: Path | None) -> tuple[ratings.Log, ratings.Items, dict[str, Any]]:
+    """The ratings, the films with their tags, and where they are from."""
     source = sources.find("movielens", root, "ml-latest-small", (ARCHIVE, FILES[0]))
     if source.suffix == ".zip":
         archive = source.read_bytes()
@@ -35,13 +42,8 @@ def load(root: Path | None) -> Task[Rows]:
         raise FileNotFoundError(
             f"sparsekd.data.load('movielens'): {source} comes without {', '.join(missing)}; fetch {ARCHIVE} again"
         )
-    return ratings.build(
-        "movielens",
-        _log(files["ratings.csv"]),
-        _items(files["movies.csv"], files.get("tags.csv")),
-        target_range=(0.5, 5.0),
-        meta={"source": source.name, "sha256": digests},
-    )
+    meta = {"source": source.name, "sha256": digests}
+    return _log(files["ratings.csv"]), _items(files["movies.csv"], files.get("tags.csv")), meta
 
 
 def _log(data: bytes) -> ratings.Log:

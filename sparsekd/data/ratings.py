@@ -213,6 +213,11 @@ def _rows_of(log: Log, items: Items) -> np.ndarray:
     return np.concatenate([[-1], order])[_index(items.ids[order], log.items)]
 
 
+def genres_of(log: Log, items: Items) -> np.ndarray:
+    """Multi-hot genres float32 [N, G] of every row, of a log that is not split."""
+    return _genres(log, items, np.ones(len(log), bool))
+
+
 def _genres(log: Log, items: Items, train: np.ndarray) -> np.ndarray:
     """Multi-hot genres float32 [N, G]; the genres are those of the train rows."""
     rows = _rows_of(log, items)

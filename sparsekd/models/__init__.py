@@ -1,18 +1,20 @@
-"""The networks: interaction-map CNNs for ratings, and classifiers of small images.
+"""The networks: interaction-map CNNs for ratings, classifiers of small images, and click models of streams.
 
     models.RatingCNN(task.sizes, models.STUDENT)          ratings by what is known of a user and of an item
     models.FeatureCNN(task.sizes, models.TEACHER, mean)   a number by one vector of features
     models.classifier("wrn-16-2", classes=100)            an image network by name
+    models.DLRM(numeric=13, ids=26)                       the logit of a click by numbers and ids; WideAndDeep, too
 
-Networks take sizes and numbers and know no task; they start from torch's global generator. All have `tap_names`, the
-modules whose outputs are the post-activation feature maps to distil, shallow to deep, and no data-dependent control
-flow, so that torch.fx and torch.compile take them whole.
+Networks take sizes and numbers and know no task; they start from torch's global generator. Those of
+ratings and images have `tap_names`, the modules whose outputs are the post-activation feature maps to distil, shallow
+to deep. None has data-dependent control flow, so that torch.fx and torch.compile take them whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from .click import DLRM, WideAndDeep
 from .layers import BasicBlock, Classifier
 from .maps import FeatureCNN, MapCNN, RatingCNN, Shape
 from .mobilenet import MobileNetV2
@@ -21,6 +23,7 @@ from .wrn import WideResNet
 
 __all__ = [
     "CLASSIFIERS",
+    "DLRM",
     "STUDENT",
     "TEACHER",
     "BasicBlock",
@@ -31,6 +34,7 @@ __all__ = [
     "RatingCNN",
     "ResNet",
     "Shape",
+    "WideAndDeep",
     "WideResNet",
     "classifier",
 ]

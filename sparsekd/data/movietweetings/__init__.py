@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,12 @@ from ..task import Task
 
 def load(root: Path | None) -> Task[Rows]:
     """Read ratings.dat and movies.dat (plain or .xz): the embedded copy, or those in `root`."""
+    log, items, meta = read(root)
+    return ratings.build("movietweetings", log, items, target_range=(0.0, 10.0), meta=meta)
+
+
+def read(root: Path | None) -> tuple[ratings.Log, ratings.Items, dict[str, Any]]:
+    """The ratings, the films, and where they are from."""
     files: dict[str, bytes] = {}
     source = "embedded" if root is None else root.name
     for stem in ("ratings.dat", "movies.dat"):
@@ -29,13 +36,8 @@ def load(root: Path | None) -> Task[Rows]:
             path = sources.find("movietweetings", root, "movietweetings", (stem + ".xz", stem))
             files[path.name] = path.read_bytes()
     rating_rows, movie_rows = (_fields(name, data, n) for (name, data), n in zip(files.items(), (4, 3), strict=True))
-    return ratings.build(
-        "movietweetings",
-        _log(next(iter(files)), rating_rows),
-        _items(movie_rows),
-        target_range=(0.0, 10.0),
-        meta={"source": source, "sha256": {name: sources.sha256(data) for name, data in files.items()}},
-    )
+    meta = {"source": source, "sha256": {name: sources.sha256(data) for name, data in files.items()}}
+    return _log(next(iter(files)), rating_rows), _items(movie_rows), meta
 
 
 def _fields(name: str, data: bytes, count: int) -> list[list[str]]:
