@@ -11,7 +11,8 @@ taps       FeatureTap: the outputs of inner modules
 distill    Distiller: the loss of a student, with its teacher or without
 pruning    scores, schedules, budgets, Pruner; sparsify
 distributed  one mask and one gradient on every rank
-methods    SP-SAD, LTH-SAD, SS-SAD
+serving    ServingModel: answers while it is replaced
+methods    SP-SAD, LTH-SAD, SS-SAD; D2S for streams
 freeze     the inference network: folded, fused, each layer as fast as this machine can run it
 energy     EnergyMeter: joules with the name of the counter they come from
 runs       the main job: distil, prune, freeze, measure (``sparsekd run``)
@@ -26,12 +27,14 @@ from .energy import EnergyMeter
 from .freeze import FrozenModel, freeze, load_frozen
 from .goals import Classification, Click, Ranking, Regression
 from .losses import SAD, attention_transfer_loss, kd_loss, kd_regression_loss
-from .methods import LTHSAD, SPSAD, SSSAD
+from .methods import D2S, LTHSAD, SPSAD, SSSAD
 from .pruning import CostTable, LinearSchedule, Pruner, sparsify
+from .serving import ServingModel
 from .taps import FeatureTap
 from .version import __version__
 
 __all__ = [
+    "D2S",
     "LTHSAD",
     "SAD",
     "SPSAD",
@@ -50,6 +53,7 @@ __all__ = [
     "Pruner",
     "Ranking",
     "Regression",
+    "ServingModel",
     "__version__",
     "attention_transfer_loss",
     "backends",

@@ -1,6 +1,7 @@
 """The command `sparsekd`: parses, calls one library function, prints what it returns.
 
 sparsekd run [TASK] ...                     train, prune, freeze, measure; see runs/
+sparsekd run stream ...                     learn a stream of clicks, and what serves it sparse; see runs/streaming.py
 sparsekd bench package.module:factory ...   your own networks, dense and frozen; see bench.py
 sparsekd report DIR ...                     one page about one or several runs
 sparsekd doctor                             what this machine offers, and why not more
@@ -22,23 +23,34 @@ if TYPE_CHECKING:
 
 # Bad input, or a machine that cannot: one line and exit code 2. Anything else is our fault and shows its traceback.
 _EXPECTED = (ValueError, RuntimeError, OSError)
+STREAM = "run stream"
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: --stop-after came first
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 for bad input, 75 when --stop-after came first, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(_joined(arguments))
+    commands = {"run": _run, STREAM: _stream, "bench": _bench, "report": _report, "doctor": _doctor}
     try:
-        return {"run": _run, "bench": _bench, "report": _report, "doctor": _doctor}[options.command](options, arguments)
+        return commands[options.command](options, arguments)
     except _EXPECTED as error:
         if options.debug:
             raise
         print(f"sparsekd: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nsparsekd: stopped. Finished epochs are kept: the same command goes on from there.", file=sys.stderr)
+        kept = "windows" if options.command == STREAM else "epochs"
+        print(f"\nsparsekd: stopped. Finished {kept} are kept: the same command goes on from there.", file=sys.stderr)
         return 130
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """`run stream` as one word: it has options of its own."""
+    place = next((i for i, word in enumerate(arguments) if not word.startswith("-")), 0)
+    if list(arguments[place : place + 2]) == STREAM.split():
+        return [*arguments[:place], STREAM, *arguments[place + 2 :]]
+    return list(arguments)
 
 
 def configs(arguments: Sequence[str]) -> list[RunConfig]:
@@ -53,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_run(commands)
+    _add_stream(commands)
     bench = commands.add_parser("bench", help="time your own networks: dense, dense frozen, block-sparse frozen")
     bench.add_argument("models", nargs="+", metavar="MODEL", help="package.module:factory, called without arguments")
     bench.add_argument(
@@ -154,6 +167,71 @@ def _add_run(commands: Any) -> None:
         action="store_true",
         help="score and time the finished networks again, without training; with --no-measure the test scores alone",
     )
+
+
+def _add_stream(commands: Any) -> None:
+    """The arguments of `run stream`: the fields of StreamConfig and Columns, which have the defaults."""
+    from .data.streams import STREAMS, Columns
+    from .pruning import UNITS
+    from .runs.streaming import ARMS, MODELS, StreamConfig
+
+    usual, columns = StreamConfig(), Columns()
+    run = commands.add_parser(
+        STREAM, help="learn a stream of clicks, and what serves it sparse", argument_default=argparse.SUPPRESS
+    )
+    run.add_argument("--data", nargs="+", metavar="FILE", help="CSV or Parquet files and directories, in time order")
+    run.add_argument("--stream", choices=STREAMS, help=f"a known stream instead ({usual.stream})")
+    run.add_argument("--data-dir", metavar="DIR", help="folder of its files, where none are embedded")
+    for name in ("user", "item", "timestamp", "label"):
+        run.add_argument(f"--{name}", metavar="COLUMN", help=f"its column ({getattr(columns, name)})")
+    run.add_argument("--no-label", dest="label", action="store_const", const=None, help="every row is a click")
+    run.add_argument("--click-at", type=float, metavar="N", help="labels from this number on are a click")
+    run.add_argument("--numeric", nargs="*", metavar="COLUMN", help="features that are numbers (all further ones)")
+    run.add_argument("--categorical", nargs="*", metavar="COLUMN", help="features that are ids (all further ones)")
+    run.add_argument("--of-item", nargs="+", metavar="COLUMN", help="features that belong to the item")
+    run.add_argument("--missing", type=float, metavar="N", help="what stands for an empty number (an error)")
+    run.add_argument("--window", type=float, metavar="SECONDS", help="length of a window of files, or with --rows ...")
+    run.add_argument("--rows", type=int, metavar="N", help="events of a window (10 000 of files)")
+    run.add_argument("--negatives", type=int, metavar="N", help=f"rows for each click without ({usual.negatives})")
+    run.add_argument("--follow", type=float, metavar="SECONDS", help="wait for further files in the last directory")
+    run.add_argument("--limit", type=int, metavar="N", help="stop after so many windows")
+    run.add_argument("--model", choices=MODELS, help=f"({usual.model})")
+    run.add_argument("--widths", nargs="+", type=int, metavar="N", help="hidden layers of its network (512 512)")
+    run.add_argument("--table", choices=("dense", "sparse"), help=f"tables of ids ({usual.table})")
+    run.add_argument("--ids", choices=("hashed", "listed"), help=f"rows of ids ({usual.ids})")
+    run.add_argument("--table-rows", type=int, metavar="N", help=f"rows of each table ({usual.table_rows})")
+    run.add_argument(
+        "--arms", nargs="+", choices=ARMS, metavar="ARM", help=f"{', '.join(ARMS)} ({' '.join(usual.arms)})"
+    )
+    run.add_argument("--remove", nargs="+", type=float, metavar="SHARE", help="shares to be gone (0.9)")
+    run.add_argument("--unit", choices=list(UNITS), help=f"what they count ({usual.unit})")
+    run.add_argument("--start", type=int, metavar="N", help=f"window after which is pruned ({usual.start})")
+    run.add_argument("--batch-size", type=int, metavar="N", help=f"({usual.batch_size})")
+    run.add_argument("--lr", type=float, help=f"learning rate ({usual.lr:g})")
+    run.add_argument("--seed", type=int, metavar="N")
+    run.add_argument("--pattern", metavar="RxC", help=f"blocks to prune, outputs x inputs ({usual.pattern})")
+    run.add_argument("--out", metavar="DIR", help="folder for everything that is written (runs/stream-<name>)")
+    run.add_argument("--threads", type=int, metavar="N", help="threads of torch and of the kernels")
+    run.add_argument("--fresh", action="store_true", help="begin anew instead of going on with what --out holds")
+
+
+def _stream(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from . import report
+    from .data.streams import Columns
+    from .runs import streaming
+
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(options).items()}
+    fields = {
+        kind: {field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given}
+        for kind in (streaming.StreamConfig, Columns)
+    }
+    of_run = {name: value for name, value in fields[streaming.StreamConfig].items() if name != "command"}
+    command = shlex.join(["sparsekd", *(a for a in arguments if a != "--fresh")])
+    config = streaming.StreamConfig(**of_run, columns=Columns(**fields[Columns]), command=command)
+    results, folder = streaming.run(config)
+    if results["windows"]:
+        print(f"\n{report.result_tables(results)}\n\nresults.json, report.md and report.html: {folder}")
+    return 0
 
 
 def _own_options() -> dict[str, str]:

@@ -20,6 +20,7 @@ FLOORS = [
     ["convert", "data", "distill", "distributed", "models"],
     ["checkpoint"],
     ["freeze"],
+    ["serving"],  # swaps what answers
     ["pruning"],  # measures what layers cost when they are frozen
     ["methods"],
     ["sparsekd"],  # the door: sparsekd/__init__.py

@@ -1,7 +1,9 @@
 """Methods that distil and prune together, each in one file, all used alike in any training loop (see ``Method``)."""
 
 from .base import Method, PruneEvent
+from .d2s import D2S
 from .lth_sad import LTHSAD
+from .online import OnlinePruned
 from .paper import PAPER, PaperRecipe
 from .sp_sad import SPSAD
 from .ss_sad import SSSAD
@@ -10,12 +12,14 @@ from .staged import Round, Stage, Staged
 METHODS: dict[str, type[Staged]] = {method.name: method for method in (SPSAD, LTHSAD, SSSAD)}
 
 __all__ = [
+    "D2S",
     "LTHSAD",
     "METHODS",
     "PAPER",
     "SPSAD",
     "SSSAD",
     "Method",
+    "OnlinePruned",
     "PaperRecipe",
     "PruneEvent",
     "Round",

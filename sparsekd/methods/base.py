@@ -66,6 +66,11 @@ class Method:
     def student(self) -> nn.Module:
         return self.distiller.student
 
+    @property
+    def serving_student(self) -> nn.Module:
+        """What is scored and serves while the student learns: the student, unless a method serves another network."""
+        return self.student
+
     def __str__(self) -> str:
         return f"{self.name}: {type(self.distiller).__name__}"
 

@@ -1,6 +1,7 @@
 """The report of a run: `results.json` first, then everything else from it alone (terminal, Markdown, HTML).
 
-summary.py takes means over seeds, tables.py puts them into Markdown, page.py with charts.py into HTML.
+summary.py takes means over seeds, tables.py puts them into Markdown, page.py with charts.py into HTML; streams.py is
+the report of `sparsekd run stream`.
 
     results.json
       schema, command, task, protocol   what was run, on which data (sha256), how, on which machine
@@ -23,9 +24,10 @@ from typing import Any
 
 from .. import checkpoint
 from ..goals import Classification, Regression
-from . import page
+from . import page, streams
 from .summary import label, metrics_of, summarise
-from .tables import NOT_MEASURED, document, markdown_table, result_tables
+from .tables import NOT_MEASURED, document, markdown_table
+from .tables import result_tables as _tables_of_networks
 
 __all__ = [
     "NOT_MEASURED",
@@ -44,10 +46,22 @@ __all__ = [
 SCHEMA = 1
 
 
+def result_tables(results: Mapping[str, Any]) -> str:
+    """The result tables of a run, or of a stream, as Markdown."""
+    return streams.tables(results) if results.get("kind") == streams.KIND else _tables_of_networks(results)
+
+
 def write(results: Mapping[str, Any], folder: str | Path) -> list[Path]:
     """Write results.json (with a fresh summary), report.md and report.html; returns their paths."""
-    results = {**results, "schema": SCHEMA, "summary": summarise(results["rows"], metrics_of(results)[0])}
     path = Path(folder) / "results.json"
+    if results.get("kind") == streams.KIND:
+        results = {**results, "schema": SCHEMA}
+        checkpoint.write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
+        return [
+            path,
+            *_written({"report.md": streams.document(results), "report.html": streams.html(results)}, Path(folder)),
+        ]
+    results = {**results, "schema": SCHEMA, "summary": summarise(results["rows"], metrics_of(results)[0])}
     checkpoint.write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
     return [path, *_render([results], Path(folder))]
 
@@ -58,6 +72,8 @@ def merge(sources: Sequence[str | Path], folder: str | Path) -> list[Path]:
     Raises what `read` does.
     """
     runs = [read(source) for source in sources]
+    if any(run.get("kind") == streams.KIND for run in runs):
+        raise ValueError("sparsekd report: streams have a report each, they are not merged; give one folder")
     runs = [{**run, "summary": summarise(run["rows"], metrics_of(run)[0])} for run in runs]
     path = Path(folder) / "merged.json"
     checkpoint.write_atomically(path, (json.dumps({"schema": SCHEMA, "runs": runs}, indent=1) + "\n").encode())
@@ -65,7 +81,10 @@ def merge(sources: Sequence[str | Path], folder: str | Path) -> list[Path]:
 
 
 def _render(runs: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    files = {"report.md": "\n".join(map(document, runs)), "report.html": page.html(runs)}
+    return _written({"report.md": "\n".join(map(document, runs)), "report.html": page.html(runs)}, folder)
+
+
+def _written(files: Mapping[str, str], folder: Path) -> list[Path]:
     for name, text in files.items():
         checkpoint.write_atomically(folder / name, text.encode())
     return [folder / name for name in files]
@@ -79,6 +98,8 @@ def read(folder: str | Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text())
         schema = results["schema"]
+        if results.get("kind") == streams.KIND and schema == SCHEMA and {"arms", "windows", "stream"} <= results.keys():
+            return results
         missing = [key for key in ("task", "protocol", "baselines", "rows") if key not in results]
         missing += [] if "name" in results.get("task", ["name"]) else ["the name of its task"]
     except (ValueError, KeyError, TypeError) as error:

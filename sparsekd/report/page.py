@@ -18,7 +18,7 @@ from .charts import Chart, Series, pareto
 from .summary import label, metrics_of
 from .tables import NOT_MEASURED, accuracy_table, inline, speed_table, validation_heading
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1.2rem;
   background: Canvas; color: CanvasText; }
@@ -53,7 +53,7 @@ def html(runs: Sequence[Mapping[str, Any]]) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>sparsekd: {escape(title)}</title><style>{_STYLE}{charts.STYLE}</style></head>"
+        f"<title>sparsekd: {escape(title)}</title><style>{STYLE}{charts.STYLE}</style></head>"
         f"<body><h1>Distilled, pruned, frozen</h1>{sections}</body></html>\n"
     )
 
@@ -93,17 +93,17 @@ def _tables(run: Mapping[str, Any]) -> str:
     first = len(accuracy[1]) - len(run["summary"])  # baselines come before the networks
     chosen = {first + index for index, entry in enumerate(run["summary"]) if entry["selected"]}
     note = " Shaded: the density of a method that did best on the validation part." if chosen else ""
-    parts = [f"<p class=small>Mean ± standard deviation over seeds, test part.{note}</p>", _table(*accuracy, chosen)]
+    parts = [f"<p class=small>Mean ± standard deviation over seeds, test part.{note}</p>", table(*accuracy, chosen)]
     if any(entry["mean"].get("latency_ms_frozen") is not None for entry in run["summary"]):
         shaded = {index - first for index in chosen}
-        parts += ["<h3>Inference: dense and eager against frozen</h3>", _table(*speed, shaded)]
+        parts += ["<h3>Inference: dense and eager against frozen</h3>", table(*speed, shaded)]
     else:
         parts.append("<p class=small>Inference times: not measured.</p>")
     energy = sorted({row["energy_note"] for row in run["rows"] if row.get("energy_note")})
     return "".join([*parts, *(f"<p class=small>Energy: {escape(note)}.</p>" for note in energy)])
 
 
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]], shaded: set[int]) -> str:
+def table(heading: Sequence[str], rows: Sequence[Sequence[str]], shaded: set[int]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in heading)
     body = ""
     for index, row in enumerate(rows):
@@ -134,7 +134,7 @@ def _against_density(run: Mapping[str, Any], colours: Mapping[str, int]) -> str:
         if metric in score:
             chart.levels.append((f"{score['name']}: {scale * score[metric]:.4g}", 6, scale * score[metric]))
     caption = "Dense networks are rings with a dashed line; bars are one standard deviation over seeds."
-    return _figure("Quality against density", chart, caption, colours)
+    return figure("Quality against density", chart, caption, colours)
 
 
 def _against_cost(run: Mapping[str, Any], colours: Mapping[str, int], cost: str, axis: str, cost_scale: float) -> str:
@@ -161,7 +161,7 @@ def _against_cost(run: Mapping[str, Any], colours: Mapping[str, int], cost: str,
     title = f"Quality against {'latency' if cost.startswith('latency') else 'energy'}"
     if not known:
         return f"<figure><h3>{title}</h3><p>{NOT_MEASURED}: {escape(_why_not(run))}</p></figure>"
-    return _figure(title, chart, "Dashed: the Pareto front, what no other network beats in both.", colours)
+    return figure(title, chart, "Dashed: the Pareto front, what no other network beats in both.", colours)
 
 
 def _why_not(run: Mapping[str, Any]) -> str:
@@ -169,7 +169,7 @@ def _why_not(run: Mapping[str, Any]) -> str:
     return notes[0].removeprefix("not measured: ") if notes else "the networks were not timed (--remeasure does)"
 
 
-def _figure(title: str, chart: Chart, caption: str, colours: Mapping[str, int]) -> str:
+def figure(title: str, chart: Chart, caption: str, colours: Mapping[str, int]) -> str:
     legend = "".join(f'<span class="s{colours[series.name]}">{escape(series.name)}</span>' for series in chart.series)
     return (
         f"<figure><h3>{escape(title)}</h3><div class=legend>{legend}</div>{chart.svg()}"

@@ -22,6 +22,7 @@ class Events:
     """N rows of a stream, in the order in which they came.
 
     times float64 [N] in seconds, clicks float32 [N], numeric float32 [N, F], ids int64 [N, C]: user, item, the others.
+    Without any number there is one column of zeros, so that every network has two inputs.
     """
 
     times: np.ndarray
@@ -112,7 +113,7 @@ class Columns:
         return Events(
             times,
             self._clicks(where, first, table),
-            np.stack(numbers, 1).astype(np.float32) if numbers else np.zeros((len(times), 0), np.float32),
+            np.stack(numbers or [np.zeros(len(times))], 1).astype(np.float32),
             np.stack(ids, 1),
         )
 

@@ -98,7 +98,7 @@ class EventStream:
 
     @property
     def sizes(self) -> dict[str, int]:
-        return {"numeric": len(self.settled.numeric or ()), "ids": 2 + len(self.settled.categorical or ())}
+        return {"numeric": max(1, len(self.settled.numeric or ())), "ids": 2 + len(self.settled.categorical or ())}
 
     def describe(self) -> dict[str, Any]:
         columns = self.settled
