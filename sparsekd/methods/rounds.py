@@ -25,16 +25,17 @@ def prune_in_rounds(
 ) -> None:
     """Prune by the scores of the moment to the target of each round, and take its part of the steps after each."""
     for place, target in enumerate(_targets(budget, rounds)):
-        pruner.prune_to(target, scores())
+        if target is not None:
+            pruner.prune_to(target, scores())
         for _ in range(steps * (place + 1) // rounds - steps * place // rounds):
             learn()
 
 
-def _targets(budget: Budget, rounds: int) -> list[Budget]:
+def _targets(budget: Budget, rounds: int) -> list[Budget | None]:
     """The budgets of the rounds: what is kept falls by the same factor in each. An absolute one is reached at once,
     and keeps the steps of all rounds."""
     if not budget.is_share:
-        return [budget] * rounds
+        return [budget, *[None] * (rounds - 1)]
     kept = 1.0 - budget.number if budget.removed else budget.number
     shares = [1.0 - kept ** (place / rounds) for place in range(1, rounds)]
     return [*(Budget(budget.unit, share, removed=True) for share in shares), budget]
