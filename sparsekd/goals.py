@@ -299,6 +299,8 @@ class Ranking(Goal):
 
     recall@k  share of a user's held-out items among the first k.
     ndcg@k    sum of 1 / log2(1 + rank) over the held-out items among the first k, divided by what it could be at most.
+    hr@k      share of the users with a held-out item among the first k.
+    mrr@k     1 / rank of the first held-out item, 0 where it is not among the first k.
     """
 
     cutoffs: tuple[int, ...] = (5, 10, 20)
@@ -312,10 +314,10 @@ class Ranking(Goal):
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """NDCG at the last cutoff judges; the other cutoffs follow from large to small, then recall."""
+        """NDCG at the last cutoff judges; the other cutoffs follow from large to small, then the other metrics."""
         return tuple(
             Metric(f"{name}@{cutoff}", f"test {heading}@{cutoff}", higher_is_better=True)
-            for name, heading in (("ndcg", "NDCG"), ("recall", "recall"))
+            for name, heading in (("ndcg", "NDCG"), ("recall", "recall"), ("hr", "HR"), ("mrr", "MRR"))
             for cutoff in reversed(self.cutoffs)
         )
 
@@ -369,9 +371,8 @@ class Ranking(Goal):
                 _check_not_seen(relevant, block, seen)
                 scores = score_items(block.to(part.users.device))
                 _check_scores(scores, relevant)
-                order = ranks.best_first(scores, seen)
-                hits = relevant.gather(1, order)[:, : self.cutoffs[-1]]
-                for name, total in ranks.recall_and_ndcg(hits, counts[begin:end], self.cutoffs).items():
+                hits = relevant.gather(1, ranks.best_first(scores, seen, self.cutoffs[-1]))
+                for name, total in ranks.of_hits(hits, counts[begin:end], self.cutoffs).items():
                     sums[name] += total
                 begin = end
         return {name: total / len(users) for name, total in sums.items()}

@@ -1,4 +1,4 @@
-"""Metrics that only look at the order of scores: AUC, and recall and NDCG of a full sort.
+"""Metrics that only look at the order of scores: AUC, and recall, NDCG, hit rate and MRR of a full sort.
 
 Names in this file: N rows, U users, I items.
 """
@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["auc", "best_first", "recall_and_ndcg", "segments"]
+__all__ = ["auc", "best_first", "of_hits", "segments"]
 
 
 def auc(score: Tensor, target: Tensor) -> float:
@@ -34,16 +34,26 @@ def segments(offsets: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Ten
     return places, values[begin[places] + within]
 
 
-def best_first(scores: Tensor, seen: tuple[Tensor, Tensor]) -> Tensor:
-    """All items of each user, the best first, what was seen (row, item) last: int64 [U, I] on the CPU, of [U, I]."""
+def best_first(scores: Tensor, seen: tuple[Tensor, Tensor], count: int) -> Tensor:
+    """The first `count` items of each user, the best first and the smaller number first among equals; what was seen
+    (row, item) comes last: int64 [U, min(count, I)] on the CPU, of [U, I]."""
     unseen = scores.float().cpu().index_put(seen, torch.tensor(-math.inf))
-    # A stable sort leaves ties in the order of item numbers; topk does not promise any.
-    return unseen.sort(dim=1, descending=True, stable=True).indices
+    count = min(count, unseen.shape[1])
+    values, items = unseen.topk(count, dim=1)
+    # topk promises no order among equals. Those that it took are sorted by number, then by score, which keeps that
+    # order; where it left an equal of the last one out, it may have taken the wrong ones: all are sorted.
+    items = items.sort(dim=1).values
+    order = unseen.gather(1, items).sort(dim=1, descending=True, stable=True).indices
+    best = items.gather(1, order)
+    cut = ((unseen >= values[:, -1:]).sum(1) > count).nonzero().flatten()
+    best[cut] = unseen[cut].sort(dim=1, descending=True, stable=True).indices[:, :count]
+    return best
 
 
-def recall_and_ndcg(hits: Tensor, counts: Tensor, cutoffs: tuple[int, ...]) -> dict[str, float]:
-    """recall@k and ndcg@k summed over users, of hits bool [U, ranks] and counts of held-out items [U]."""
-    discounts = 1 / torch.arange(2, max(cutoffs) + 2, dtype=torch.float64).log2()  # of the ranks 1, 2, ...
+def of_hits(hits: Tensor, counts: Tensor, cutoffs: tuple[int, ...]) -> dict[str, float]:
+    """recall@k, ndcg@k, hr@k and mrr@k summed over users, of hits bool [U, ranks] and counts of held-out items [U]."""
+    ranks = torch.arange(1, max(cutoffs) + 1, dtype=torch.float64)
+    discounts = 1 / (ranks + 1).log2()
     best = discounts.cumsum(0)  # DCG of a user whose first items are all hits
     sums = {}
     for cutoff in cutoffs:
@@ -51,4 +61,6 @@ def recall_and_ndcg(hits: Tensor, counts: Tensor, cutoffs: tuple[int, ...]) -> d
         gains = (first * discounts[: first.shape[1]]).sum(1)
         sums[f"recall@{cutoff}"] = float((first.sum(1) / counts).sum())
         sums[f"ndcg@{cutoff}"] = float((gains / best[counts.clamp(max=cutoff) - 1]).sum())
+        sums[f"hr@{cutoff}"] = float(first.amax(1).sum())
+        sums[f"mrr@{cutoff}"] = float((first / ranks[: first.shape[1]]).amax(1).sum())
     return sums

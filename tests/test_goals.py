@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsekd import goals
+from sparsekd import goals, ranks
 from sparsekd.goals import Classification, Click, Metric, Ranking, Regression
 from sparsekd.losses import kd_loss, kd_regression_loss
 
@@ -60,7 +60,7 @@ def test_a_metric_knows_its_direction():
         (Regression(), "regression", "mse", ["mae"]),
         (Classification(), "classification", "accuracy", ["cross_entropy"]),
         (Click(), "click", "normalised_entropy", ["log_loss", "auc", "calibration"]),
-        (Ranking((1, 3)), "ranking", "ndcg@3", ["ndcg@1", "recall@3", "recall@1"]),
+        (Ranking((1, 3)), "ranking", "ndcg@3", ["ndcg@1", "recall@3", "recall@1", "hr@3", "hr@1", "mrr@3", "mrr@1"]),
     ],
 )
 def test_a_goal_describes_itself_in_json(goal, name, judge, others):
@@ -298,6 +298,12 @@ def test_ranking_scores_of_a_hand_made_table(batch_size):
             "ndcg@1": 0.0,
             "ndcg@2": ((second / (1 + second)) + 0 + second) / 3,
             "ndcg@3": ((second / (1 + second)) + third + second) / 3,
+            "hr@1": 0.0,
+            "hr@2": 2 / 3,
+            "hr@3": 1.0,
+            "mrr@1": 0.0,
+            "mrr@2": (1 / 2 + 0 + 1 / 2) / 3,
+            "mrr@3": (1 / 2 + 1 / 3 + 1 / 2) / 3,
         }
     )
     assert [user for block in model.blocks for user in block] == [0, 1, 3]
@@ -319,7 +325,20 @@ def test_fewer_items_than_the_cutoff():
 
 def test_a_perfect_order_has_ndcg_one():
     got = Ranking((1, 3)).scores(Table([[3.0, 2.0, 1.0, 0.0]]), held_out([(0, 0), (0, 1)], [[3]], 4))
-    assert got == {"ndcg@3": 1.0, "ndcg@1": 1.0, "recall@3": 1.0, "recall@1": 0.5}
+    alone = {"ndcg@3": 1.0, "ndcg@1": 1.0, "recall@3": 1.0, "recall@1": 0.5}
+    assert got == {**alone, **dict.fromkeys(("hr@3", "hr@1", "mrr@3", "mrr@1"), 1.0)}
+
+
+@pytest.mark.parametrize("count", [1, 3, 20, 50])
+def test_the_best_come_as_a_stable_sort_has_them(count):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 12, (40, 30), generator=generator).float()  # ties at every rank
+    scores[0] = 0.0
+    seen = torch.tensor([1, 1, 5]), torch.tensor([3, 29, 0])
+    struck = scores.clone()
+    struck[seen] = -math.inf
+    want = struck.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    assert torch.equal(ranks.best_first(scores, seen, count), want)
 
 
 def test_bpr_loss():
