@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from . import cifar100, movielens, movies, movietweetings, sources, streams
+from . import cifar100, movielens, movies, movietweetings, rankings, sources, streams
 from .parts import Pairs, Part, Period, Rows, histories, periods
 from .task import Task
 
@@ -16,13 +16,16 @@ _READERS = {
     "movielens": movielens.load,
     "movies": movies.load,
     "cifar100": cifar100.load,
+    "rankings": rankings.load,
 }
 NAMES = tuple(_READERS)
+_EMBEDDED = ("movietweetings", "rankings")
 
 
-def load(name: str, data_dir: str | os.PathLike[str] | None = None, **options: Any) -> Task[Rows]:
-    """Read a task: "movietweetings" (ships with sparsekd), "movielens", "movies" (`group=` picks its features) or
-    "cifar100" (see `cifar100.load` for its options).
+def load(name: str, data_dir: str | os.PathLike[str] | None = None, **options: Any) -> Task[Any]:
+    """Read a task: "movietweetings" (ships with sparsekd), "movielens", "movies" (`group=` picks its features),
+    "cifar100" (see `cifar100.load` for its options) or "rankings" (see `rankings.load`: who chose what, in any usual
+    format; without a folder the MovieTweetings that ship with sparsekd).
 
     data_dir  folder with the files, or with the set's own folder (ml-latest-small/, imdb5000/ and tmdb5000/,
               cifar-100-binary/ or cifar-100-python/); default $SPARSEKD_DATA_<NAME>, then $SPARSEKD_DATA, then the
@@ -36,4 +39,4 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None, **options: A
     """
     if name not in _READERS:
         raise ValueError(f"sparsekd.data.load: name must be one of {', '.join(NAMES)}, got {name!r}")
-    return _READERS[name](sources.root_of(name, data_dir, embedded=name == "movietweetings"), **options)
+    return _READERS[name](sources.root_of(name, data_dir, embedded=name in _EMBEDDED), **options)

@@ -144,6 +144,7 @@ class Pairs:
                               seen_items[seen_offsets[u] : seen_offsets[u + 1]], each item once, in rising order. int64
                               [U + 1] and [number of entries]; `histories` makes them.
     negatives                 K, negatives of each pair.
+    user_ids, item_ids        what the source calls user 0, 1, ... and item 0, 1, ...; None where it is not known.
 
     Raises ValueError for numbers out of range, histories out of order and users who have seen everything.
     """
@@ -154,6 +155,8 @@ class Pairs:
     seen_offsets: Tensor
     seen_items: Tensor
     negatives: int = 1
+    user_ids: np.ndarray | None = None
+    item_ids: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.users.shape != self.items.shape or self.users.dim() != 1:
