@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from . import cifar100, movielens, movies, movietweetings, rankings, sources, streams
@@ -11,7 +12,7 @@ from .task import Task
 
 __all__ = ["NAMES", "Pairs", "Part", "Period", "Rows", "Task", "histories", "load", "periods", "streams"]
 
-_READERS = {
+_READERS: dict[str, Callable[..., Task[Any]]] = {
     "movietweetings": movietweetings.load,
     "movielens": movielens.load,
     "movies": movies.load,

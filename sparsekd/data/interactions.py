@@ -185,7 +185,7 @@ def _recbole(by_name: Mapping[str, Path], columns: Mapping[str, str]) -> Source 
 def _movielens(by_name: Mapping[str, Path], columns: Mapping[str, str]) -> Source | None:
     files = _Files()
     archives = [path for name, path in by_name.items() if name.startswith("ml-") and name.endswith(".zip")]
-    packed = sources.unzip(archives[0].name, files.bytes(archives[0]), _MOVIELENS) if archives else {}
+    packed = sources.unzip(archives[0].name, files.bytes(archives[0]), list(_MOVIELENS)) if archives else {}
     for name, delimiter in _MOVIELENS.items():
         if name not in packed and (name not in by_name or columns or name.endswith(".csv")):
             continue  # a plain table, which `_table` reads
@@ -226,7 +226,7 @@ def _named(name: str, data: bytes, columns: Mapping[str, str], delimiters: str, 
     found = _found(name, headings, columns)
     plain = delimiter.join(headings).encode() + newline + rest
     table = sources.table(name, plain, list(found.values()), delimiter)
-    return _columns(name, *(table[found[what]] if what in found else None for what in COLUMNS))
+    return _columns(name, *(table[found[what]] if what in found else () for what in COLUMNS))
 
 
 def _parquet(path: Path, files: _Files, columns: Mapping[str, str]) -> Interactions:
@@ -251,7 +251,7 @@ def _parquet(path: Path, files: _Files, columns: Mapping[str, str]) -> Interacti
             row = column.index(None) + 1
             raise ValueError(f"sparsekd.data: {path.name} row {row}: {found[what]} is empty; fill it or leave it out")
     texts = {what: [_text(value) for value in column] for what, column in values.items()}
-    return _columns(path.name, *(texts.get(what) for what in COLUMNS))
+    return _columns(path.name, *(texts.get(what, ()) for what in COLUMNS))
 
 
 def _text(value: Any) -> str:
@@ -290,11 +290,12 @@ def _columns(
     name: str,
     users: Sequence[str],
     items: Sequence[str],
-    ratings: Sequence[str] | None = None,
-    times: Sequence[str] | None = None,
+    ratings: Sequence[str] = (),
+    times: Sequence[str] = (),
 ) -> Interactions:
-    numbers = None if ratings is None else _floats(name, "rating", ratings)
-    seconds = None if times is None else _floats(name, "time", times)
+    """From columns of text; () where there is none."""
+    numbers = _floats(name, "rating", ratings) if len(ratings) else None
+    seconds = _floats(name, "time", times) if len(times) else None
     return Interactions(_ids(name, "user", users), _ids(name, "item", items), numbers, seconds)
 
 

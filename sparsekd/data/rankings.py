@@ -67,8 +67,8 @@ def load(
     kept, below = _rated(source.parts, least)
     numbered, user_ids, item_ids = _numbered(kept, source.numbered)
     counts: dict[str, Any] = {"below_the_rating": below, **_count_duplicates(numbered, len(item_ids))}
-    parts, split = _split(kept, numbered, len(item_ids), seed)
-    parts, left_out = _cleaned(parts, len(user_ids), len(item_ids))
+    coded, split = _split(kept, numbered, len(item_ids), seed)
+    parts, left_out = _cleaned(coded, len(user_ids), len(item_ids))
     counts |= left_out
     _check_not_empty(name, parts)
     rated = "" if least is None else f"ratings of {least:g} and more; "
@@ -205,18 +205,16 @@ def _check_not_empty(name: str, parts: _Parts) -> None:
 
 def _pairs(parts: _Parts, user_ids: np.ndarray, item_ids: np.ndarray, negatives: int) -> dict[str, Pairs]:
     """Train and validation have seen train, test has seen both."""
-    sizes = len(user_ids), len(item_ids)
-    train_seen = histories(*parts["train"], *sizes)
-    both = (torch.cat([parts["train"][column], parts["val"][column]]) for column in (0, 1))
-    ids = {"user_ids": user_ids, "item_ids": item_ids}
-    can_learn = train_seen[0].diff()[parts["train"][0]] < sizes[1]
-    judged = {"train": tuple(column[can_learn] for column in parts["train"]), "val": parts["val"]}
-    made = {name: Pairs(*pairs, sizes[1], *train_seen, negatives=negatives, **ids) for name, pairs in judged.items()}
-    return {**made, "test": replace(made["val"], users=parts["test"][0], items=parts["test"][1], **_seen(both, sizes))}
-
-
-def _seen(pairs: Any, sizes: tuple[int, int]) -> dict[str, Tensor]:
-    return dict(zip(("seen_offsets", "seen_items"), histories(*pairs, *sizes), strict=True))
+    num_users, num_items = len(user_ids), len(item_ids)
+    users, items = parts["train"]
+    offsets, seen = histories(users, items, num_users, num_items)
+    can_learn = offsets.diff()[users] < num_items
+    train = Pairs(users[can_learn], items[can_learn], num_items, offsets, seen, negatives, user_ids, item_ids)
+    val = replace(train, users=parts["val"][0], items=parts["val"][1])
+    both = [torch.cat([parts["train"][column], parts["val"][column]]) for column in (0, 1)]
+    offsets, seen = histories(both[0], both[1], num_users, num_items)
+    test = replace(train, users=parts["test"][0], items=parts["test"][1], seen_offsets=offsets, seen_items=seen)
+    return {"train": train, "val": val, "test": test}
 
 
 def _digest(parts: _Parts) -> str:

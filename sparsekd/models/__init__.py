@@ -1,9 +1,10 @@
-"""The networks: interaction-map CNNs for ratings, classifiers of small images, and click models of streams.
+"""The networks: CNNs for ratings, classifiers of small images, click models of streams, and recommenders by tables.
 
     models.RatingCNN(task.sizes, models.STUDENT)          ratings by what is known of a user and of an item
     models.FeatureCNN(task.sizes, models.TEACHER, mean)   a number by one vector of features
     models.classifier("wrn-16-2", classes=100)            an image network by name
     models.DLRM(numeric=13, ids=26)                       the logit of a click by numbers and ids; WideAndDeep, too
+    models.MF(task.sizes, dim=64, density=0.1)            scores of items for users; NeuMF and LightGCN, too
 
 Networks take sizes and numbers and know no task; they start from torch's global generator. Those of
 ratings and images have `tap_names`, the modules whose outputs are the post-activation feature maps to distil, shallow
@@ -18,20 +19,25 @@ from .click import DLRM, WideAndDeep
 from .layers import BasicBlock, Classifier
 from .maps import FeatureCNN, MapCNN, RatingCNN, Shape
 from .mobilenet import MobileNetV2
+from .recommenders import MF, LightGCN, NeuMF, Recommender
 from .resnet import ResNet
 from .wrn import WideResNet
 
 __all__ = [
     "CLASSIFIERS",
     "DLRM",
+    "MF",
     "STUDENT",
     "TEACHER",
     "BasicBlock",
     "Classifier",
     "FeatureCNN",
+    "LightGCN",
     "MapCNN",
     "MobileNetV2",
+    "NeuMF",
     "RatingCNN",
+    "Recommender",
     "ResNet",
     "Shape",
     "WideAndDeep",

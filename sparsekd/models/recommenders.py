@@ -1,0 +1,210 @@
+"""Recommenders by tables of users and items, dense or sparse: MF, NeuMF and LightGCN, all trained on pairs.
+
+    model = models.MF(task.sizes, dim=64)                         # nn.Embedding
+    model = models.MF(task.sizes, dim=64, density=0.1)            # nn.SparseEmbedding: a tenth of the entries, packed
+    model = models.LightGCN(task.sizes, (task.train.users, task.train.items), density=0.1)
+
+`model(users [B], items [B], negatives [B, K])` returns the scores of the items [B] and of the negatives [B, K], and
+`model.score_items(users [U])` those of all items [U, I]: what `goals.Ranking` asks for. `model.tables` are the tables,
+each of users beside that of items with the same dimensions.
+
+Names in this file: B pairs, K negatives, U users, I items, D dimensions, N = U + I.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import SparseEmbedding
+
+__all__ = ["MF", "LightGCN", "NeuMF", "Recommender"]
+
+START = 0.1  # deviation of a table's entries before training, as in LightGCN's code
+_PIECE = 1 << 14  # rows of a table that are looked up at once
+_AT_ONCE = 1 << 22  # numbers of an intermediate result
+
+
+def table(rows: int, dim: int, density: float | None) -> nn.Embedding | SparseEmbedding:
+    """A dense table, or one that keeps the share `density` of its entries; they start from N(0, 0.1)."""
+    made = nn.Embedding(rows, dim) if density is None else SparseEmbedding(rows, dim, density=density)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(START)
+    return made
+
+
+class Recommender(nn.Module):
+    """What recommenders share: sizes, the table of users and that of items."""
+
+    def __init__(self, sizes: Mapping[str, int], dim: int, density: float | None) -> None:
+        super().__init__()
+        self.num_users, self.num_items, self.dim = sizes["users"], sizes["items"], dim
+        self.users = table(self.num_users, dim, density)
+        self.items = table(self.num_items, dim, density)
+
+    @property
+    def tables(self) -> tuple[tuple[Any, Any], ...]:
+        """(users, items) of every pair of tables whose dimensions belong together."""
+        return ((self.users, self.items),)
+
+    def forward(self, users: Tensor, items: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def score_items(self, users: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class MF(Recommender):
+    """Matrix factorisation: the score is the product of two rows (BPR-MF: Rendle et al., UAI 2009)."""
+
+    def __init__(self, sizes: Mapping[str, int], dim: int = 64, density: float | None = None) -> None:
+        super().__init__(sizes, dim, density)
+
+    def forward(self, users: Tensor, items: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
+        return _products(self.users(users), self.items(items), self.items(negatives))
+
+    def score_items(self, users: Tensor) -> Tensor:
+        mine = self.users(users)
+        return torch.cat([mine @ self.items(some).T for some in _all(self.num_items, users).split(_PIECE)], 1)
+
+
+class NeuMF(Recommender):
+    """A product of two rows and a small network on two others, summed with learnt weights (He et al., Neural
+    Collaborative Filtering, WWW 2017, equation 12); trained on pairs as the others here, not on single labels."""
+
+    def __init__(self, sizes: Mapping[str, int], dim: int = 64, density: float | None = None) -> None:
+        super().__init__(sizes, dim, density)
+        self.mlp_users = table(self.num_users, dim, density)
+        self.mlp_items = table(self.num_items, dim, density)
+        self.left, self.right = nn.Linear(dim, dim), nn.Linear(dim, dim, bias=False)
+        self.mlp = nn.Sequential(nn.ReLU(), nn.Linear(dim, dim // 2), nn.ReLU())
+        self.head = nn.Linear(dim + dim // 2, 1, bias=False)
+
+    @property
+    def tables(self) -> tuple[tuple[Any, Any], ...]:
+        return (self.users, self.items), (self.mlp_users, self.mlp_items)
+
+    def forward(self, users: Tensor, items: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
+        candidates = torch.cat([items[:, None], negatives], 1)
+        of_items = self.items(candidates), self.right(self.mlp_items(candidates))
+        scores = self._scores(*(side[:, None] for side in self._of_users(users)), *of_items)
+        return scores[:, 0], scores[:, 1:]
+
+    def score_items(self, users: Tensor) -> Tensor:
+        size = max(1, _AT_ONCE // (self.dim * self.num_items))
+        ids = _all(self.num_items, users)
+        of_items = self.items(ids), self.right(self.mlp_items(ids))
+        some = [[side[:, None] for side in self._of_users(block)] for block in users.split(size)]
+        return torch.cat([self._scores(*of_users, *of_items) for of_users in some])
+
+    def _of_users(self, users: Tensor) -> tuple[Tensor, Tensor]:
+        return self.users(users), self.left(self.mlp_users(users))
+
+    def _scores(self, mine: Tensor, my_half: Tensor, theirs: Tensor, their_half: Tensor) -> Tensor:
+        """The first layer of the network is a sum of two halves, so that each row is multiplied once."""
+        return self.head(torch.cat([mine * theirs, self.mlp(my_half + their_half)], -1)).squeeze(-1)
+
+
+class LightGCN(Recommender):
+    """Rows averaged over neighbours of the graph of interactions (He et al., LightGCN, SIGIR 2020, equations 3 and 4).
+
+    interactions  who chose what, in training: (users [M], items [M]); they are the graph.
+    layers        times that every row becomes the average of its neighbours.
+    combine       "mean" of the rows before and after each time, as in LightGCN's code, or their "sum".
+
+    One propagation serves a batch, whatever its size: large batches cost little more than small ones. In evaluation it
+    is kept for as long as the tables stay as they are.
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        interactions: tuple[Tensor, Tensor],
+        dim: int = 64,
+        density: float | None = None,
+        layers: int = 3,
+        combine: str = "mean",
+    ) -> None:
+        super().__init__(sizes, dim, density)
+        if combine not in ("mean", "sum"):
+            raise ValueError(f"sparsekd.models.LightGCN: combine must be 'mean' or 'sum', got {combine!r}")
+        if layers < 1:
+            raise ValueError(f"sparsekd.models.LightGCN: layers must be at least 1, got {layers}")
+        self.layers, self.combine = layers, combine
+        users, items = interactions
+        begin, neighbours, weights = _graph(users.cpu(), items.cpu(), self.num_users, self.num_items)
+        # Three plain buffers: a sparse tensor would not go into a state dict of safetensors. Made anew with the model.
+        self.register_buffer("graph_begin", begin, persistent=False)
+        self.register_buffer("graph_neighbours", neighbours, persistent=False)
+        self.register_buffer("graph_weights", weights, persistent=False)
+        self._kept: tuple[tuple, Tensor] | None = None
+
+    def forward(self, users: Tensor, items: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self.propagated()
+        return _products(rows[users], rows[self.num_users + items], rows[self.num_users + negatives])
+
+    def score_items(self, users: Tensor) -> Tensor:
+        rows = self.propagated()
+        return rows[users] @ rows[self.num_users :].T
+
+    def propagated(self) -> Tensor:
+        """The rows that are multiplied, users before items: [N, D]."""
+        if torch.is_grad_enabled():
+            return self._propagated()
+        now = tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
+        if self._kept is None or self._kept[0] != now:
+            self._kept = now, self._propagated()
+        return self._kept[1]
+
+    def _propagated(self) -> Tensor:
+        begin: Any = self.graph_begin
+        ids = [_all(rows, begin) for rows in (self.num_users, self.num_items)]
+        rows = torch.cat([self.users(ids[0]), self.items(ids[1])])
+        size = self.num_users + self.num_items
+        graph = torch.sparse_csr_tensor(
+            begin, self.graph_neighbours, self.graph_weights, (size, size), check_invariants=False
+        )
+        total = rows
+        for _ in range(self.layers):
+            rows = _Averaged.apply(graph, rows)
+            total = total + rows
+        return total / (self.layers + 1) if self.combine == "mean" else total
+
+
+class _Averaged(torch.autograd.Function):
+    """graph @ rows of a symmetric graph, whose gradient is the same product."""
+
+    @staticmethod
+    def forward(ctx: Any, graph: Tensor, rows: Tensor) -> Tensor:
+        ctx.graph = graph
+        return graph @ rows
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.graph @ grads[0].contiguous()
+
+
+def _graph(users: Tensor, items: Tensor, num_users: int, num_items: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(begin [N + 1], neighbours, weights) in CSR form: 1 / sqrt(degree of both ends) for every pair, both ways."""
+    size = num_users + num_items
+    once = torch.unique(users * num_items + items)
+    left, right = once // num_items, num_users + once % num_items
+    ends = torch.unique(torch.cat([left * size + right, right * size + left]))
+    row, column = ends // size, ends % size
+    degree = torch.bincount(row, minlength=size)
+    begin = torch.cat([degree.new_zeros(1), degree.cumsum(0)])
+    weights = (degree[row].double() * degree[column].double()).rsqrt().float()
+    return begin, column, weights
+
+
+def _products(mine: Tensor, chosen: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores [B] and [B, K] of rows [B, D], [B, D] and [B, K, D]."""
+    return (mine * chosen).sum(1), (others @ mine[:, :, None]).squeeze(2)
+
+
+def _all(rows: int, like: Tensor) -> Tensor:
+    return torch.arange(rows, device=like.device)
