@@ -43,6 +43,7 @@ class Recommender(nn.Module):
     def __init__(self, sizes: Mapping[str, int], dim: int, density: float | None) -> None:
         super().__init__()
         self.num_users, self.num_items, self.dim = sizes["users"], sizes["items"], dim
+        self.dim_of_dense = dim  # a smaller model that stands for a larger one is counted against that
         self.users = table(self.num_users, dim, density)
         self.items = table(self.num_items, dim, density)
 
@@ -91,21 +92,26 @@ class NeuMF(Recommender):
     def forward(self, users: Tensor, items: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
         candidates = torch.cat([items[:, None], negatives], 1)
         of_items = self.items(candidates), self.right(self.mlp_items(candidates))
-        scores = self._scores(*(side[:, None] for side in self._of_users(users)), *of_items)
+        mine, my_half = (side[:, None] for side in self._of_users(users))
+        scores = self._scores((mine, my_half), of_items)
         return scores[:, 0], scores[:, 1:]
 
     def score_items(self, users: Tensor) -> Tensor:
         size = max(1, _AT_ONCE // (self.dim * self.num_items))
         ids = _all(self.num_items, users)
         of_items = self.items(ids), self.right(self.mlp_items(ids))
-        some = [[side[:, None] for side in self._of_users(block)] for block in users.split(size)]
-        return torch.cat([self._scores(*of_users, *of_items) for of_users in some])
+        scores = []
+        for block in users.split(size):
+            mine, my_half = (side[:, None] for side in self._of_users(block))
+            scores.append(self._scores((mine, my_half), of_items))
+        return torch.cat(scores)
 
     def _of_users(self, users: Tensor) -> tuple[Tensor, Tensor]:
         return self.users(users), self.left(self.mlp_users(users))
 
-    def _scores(self, mine: Tensor, my_half: Tensor, theirs: Tensor, their_half: Tensor) -> Tensor:
+    def _scores(self, of_users: tuple[Tensor, Tensor], of_items: tuple[Tensor, Tensor]) -> Tensor:
         """The first layer of the network is a sum of two halves, so that each row is multiplied once."""
+        (mine, my_half), (theirs, their_half) = of_users, of_items
         return self.head(torch.cat([mine * theirs, self.mlp(my_half + their_half)], -1)).squeeze(-1)
 
 
@@ -119,6 +125,10 @@ class LightGCN(Recommender):
     One propagation serves a batch, whatever its size: large batches cost little more than small ones. In evaluation it
     is kept for as long as the tables stay as they are.
     """
+
+    graph_begin: Tensor
+    graph_neighbours: Tensor
+    graph_weights: Tensor
 
     def __init__(
         self,
@@ -161,7 +171,7 @@ class LightGCN(Recommender):
         return self._kept[1]
 
     def _propagated(self) -> Tensor:
-        begin: Any = self.graph_begin
+        begin = self.graph_begin
         ids = [_all(rows, begin) for rows in (self.num_users, self.num_items)]
         rows = torch.cat([self.users(ids[0]), self.items(ids[1])])
         size = self.num_users + self.num_items

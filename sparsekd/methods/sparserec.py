@@ -1,0 +1,315 @@
+"""SparseRec: embedding tables of recommenders that are sparse from the first step to the last (arXiv 2411.12205).
+
+    model = sparsekd.models.MF(task.sizes, dim=64, density=0.1)
+    method = SparseRec(Plain(model, task.goal), (task.train.users, task.train.items), steps=5000)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    method.attach(optimizer)
+    for inputs, target in batches:
+        optimizer.zero_grad()
+        method.loss(inputs, target).total.backward()
+        optimizer.step()
+        method.after_step()
+
+Three ideas of the paper, each of which can be left out: masks start from a non-negative matrix factorisation of who
+chose what; absent entries come back by their gradients summed over many batches; gradients are taken for a sample of
+important rows alone. The paper's abstract says no more: sizes, intervals and what is important are ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..distill import Distiller, Plain
+from ..nn.embedding import SparseTable
+from ..ops.embedding import embedding_absent_
+from .base import part_of
+from .nmf import nmf
+from .tables import TableMethod, budget_of_bytes, largest, rekeep, row_of_each
+
+__all__ = ["SparseRec"]
+
+START = 0.1  # deviation of the entries that the masks of the factorisation begin with
+
+
+class SparseRec(TableMethod):
+    """Dynamic sparse training of the tables of a recommender, at an equal number of entries in every step.
+
+    Args:
+        distiller: ``Plain``, or a ``Distiller`` of a dense teacher's scores with beta=0. Its student has ``tables``.
+        interactions: (users [M], items [M]) that the student learns from; init="nmf" and sampling need them.
+        steps: of the whole training: the exchange shrinks along a cosine over the share ``until`` of them.
+        density, size_bytes: the budget: share of the entries, or bytes of the tables with their masks; by default the
+            entries that the tables keep as they are. Over all tables together, at least one in every row.
+        init: "nmf", or "random": the masks that the tables have.
+        sweeps: of the factorisation.
+        accumulate: "signed" or "absolute" sums of the gradients of absent entries since the last exchange, or "last":
+            those of the last batch alone, as RigL does.
+        every: steps between two exchanges.
+        exchanged: share of the entries that the first exchange would drop; 0 leaves the masks as they start.
+        sample: share of the rows of a batch that get a gradient, drawn by importance without replacement; 1: all.
+            A row is as important as it has interactions.
+
+    Raises ValueError for options out of range and a budget too small for one entry in every row.
+    """
+
+    name: ClassVar[str] = "sparserec"
+
+    def __init__(
+        self,
+        distiller: Distiller | Plain,
+        interactions: tuple[Tensor, Tensor] | None = None,
+        *,
+        steps: int,
+        density: float | None = None,
+        size_bytes: float | None = None,
+        init: str = "nmf",
+        sweeps: int = 30,
+        accumulate: str = "signed",
+        every: int = 100,
+        exchanged: float = 0.3,
+        until: float = 0.75,
+        sample: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(distiller)
+        _check(interactions, steps, init, accumulate, every, exchanged, until, sample)
+        self.steps, self.every, self.exchanged, self.until = steps, every, exchanged, until
+        self.accumulate, self.sample, self.step = accumulate, sample, 0
+        self._settings: dict[str, Any] = {"init": init, "sweeps": sweeps, "seed": seed}
+        self._settings |= {"density": density, "size_bytes": size_bytes}
+        self.budget = self._budget(density, size_bytes)
+        self._generator = torch.Generator().manual_seed(seed)
+        if init == "nmf" and interactions is not None:
+            self._start_from(interactions, sweeps, seed)
+        elif self.budget != self.num_kept:
+            self.drop_to(self.budget, [torch.rand(table.values.shape) for table in self.tables])
+        self._absent = [_Absent(table) for table in self.tables]
+        self._importance = self._degrees(interactions) if sample < 1 and interactions is not None else None
+        self._hooks = [
+            table.register_forward_hook(partial(self._watch, place)) for place, table in enumerate(self.tables)
+        ]
+
+    def after_step(self) -> None:
+        """Count the step; exchange entries where it is time to."""
+        self.step += 1
+        last = self.until * self.steps
+        if self.exchanged and self.step % self.every == 0 and self.step < last:
+            share = self.exchanged / 2 * (1 + math.cos(math.pi * self.step / last))
+            self._exchange(round(share * self.budget))
+        if self.num_kept != self.budget:
+            raise RuntimeError(
+                f"SparseRec: the tables keep {self.num_kept} entries, not the {self.budget} of the budget; something "
+                "else prunes them too"
+            )
+
+    def level(self, epoch: int) -> float:
+        density = self._settings["density"]
+        return super().level(epoch) if density is None else round(density, 6)
+
+    def close(self) -> None:
+        """Take the hooks off the tables: after training, where the model lives on."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {**super().state_dict(), "step": self.step, "sampling": self._generator.get_state()}
+        for place, absent in enumerate(self._absent):
+            state |= {f"absent.{place}.{name}": value for name, value in absent.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.step = state["step"]
+        self._generator.set_state(state["sampling"])
+        for place, absent in enumerate(self._absent):
+            absent.load_state_dict(part_of(state, f"absent.{place}."))
+
+    def _describe_plan(self) -> dict[str, Any]:
+        own = ("steps", "every", "exchanged", "until", "accumulate", "sample", "budget")
+        return {**super()._describe_plan(), **{name: getattr(self, name) for name in own}, **self._settings}
+
+    def _budget(self, density: float | None, size_bytes: float | None) -> int:
+        if density is not None and size_bytes is not None:
+            raise ValueError(f"SparseRec: expected density or size_bytes, got both, {density} and {size_bytes}")
+        if size_bytes is not None:
+            return budget_of_bytes(self.tables, size_bytes)
+        if density is None:
+            return self.num_kept
+        rows = sum(table.num_embeddings for table in self.tables)
+        if not 0 < density <= 1 or round(density * self.num_entries) < rows:
+            raise ValueError(
+                f"SparseRec: density must lie in [{rows / self.num_entries:.4g}, 1], where every row keeps an entry, "
+                f"got {density}"
+            )
+        return round(density * self.num_entries)
+
+    @torch.no_grad()
+    def _start_from(self, interactions: tuple[Tensor, Tensor], sweeps: int, seed: int) -> None:
+        """Masks of the largest entries of factors whose rows have length 1, and new values."""
+        factors = []
+        for place, (users, items) in enumerate(self.pairs):
+            sizes = users.num_embeddings, items.num_embeddings, users.embedding_dim
+            factors += list(nmf(*interactions, *sizes, sweeps=sweeps, seed=seed + place))
+        scores = [nn.functional.normalize(factor).to(self.tables[0].values.device) for factor in factors]
+        for table, mask in zip(self.tables, largest(scores, self.budget), strict=True):
+            rekeep(table, mask, self.optimizers)
+            table.values.copy_(START * torch.randn(table.values.shape, generator=self._generator))
+
+    def _degrees(self, interactions: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """How often each row of each table is in the interactions; at least once, so that all can be drawn."""
+        return [
+            torch.bincount(ids.cpu(), minlength=table.num_embeddings).clamp(min=1).float()
+            for pair in self.pairs
+            for table, ids in zip(pair, interactions, strict=True)
+        ]
+
+    def _watch(self, place: int, table: nn.Module, args: tuple, rows: Tensor) -> None:
+        """See the gradient of the rows that a table has given out."""
+        if table.training and rows.requires_grad:
+            rows.register_hook(partial(self._seen, place, args[0].reshape(-1)))
+
+    @torch.no_grad()
+    def _seen(self, place: int, ids: Tensor, grad: Tensor) -> Tensor | None:
+        """Sum up what absent entries would do, and leave the rows that are not in the sample without a gradient."""
+        table = self.tables[place]
+        flat = grad.reshape(-1, grad.shape[-1])
+        rows, of_row = torch.unique(ids, return_inverse=True)
+        drawn = self._draw(place, rows)
+        if self._sums_now():
+            sums = flat.new_zeros(len(rows), flat.shape[1]).index_add_(0, of_row, flat)
+            if drawn is not None:
+                rows, sums = rows[drawn], sums[drawn]
+            self._absent[place].add(table, rows, sums, self.accumulate == "absolute")
+        return None if drawn is None else (flat * drawn[of_row][:, None]).view_as(grad)
+
+    def _sums_now(self) -> bool:
+        if not self.exchanged or self.step >= self.until * self.steps:
+            return False
+        return self.accumulate != "last" or (self.step + 1) % self.every == 0
+
+    def _draw(self, place: int, rows: Tensor) -> Tensor | None:
+        """Bool [rows]: those in the sample; None where all are."""
+        if self._importance is None:
+            return None
+        weights = self._importance[place][rows.cpu()]
+        # The largest of u^(1/w) are a draw without replacement by weight (Efraimidis & Spirakis 2006).
+        keys = torch.rand(len(weights), generator=self._generator).log() / weights
+        drawn = torch.zeros(len(rows), dtype=torch.bool)
+        drawn[keys.topk(max(1, round(self.sample * len(rows)))).indices] = True
+        return drawn.to(rows.device)
+
+    @torch.no_grad()
+    def _exchange(self, moves: int) -> None:
+        """Drop the `moves` smallest entries and bring back as many absent ones of the largest sums, as zeros."""
+        worth, where = zip(*(absent.candidates(table) for absent, table in self._counted()), strict=True)
+        worths = torch.cat(worth)
+        weakest = torch.cat([_magnitudes(table) for table in self.tables])
+        moves = min(moves, len(worths), int(weakest.isfinite().sum()))
+        goes = torch.zeros_like(weakest, dtype=torch.bool)
+        goes[weakest.topk(moves, largest=False).indices] = True
+        comes = torch.zeros_like(worths, dtype=torch.bool)
+        comes[worths.topk(moves).indices] = True
+        parts = zip(
+            self.tables,
+            where,
+            goes.split([len(table.values) for table in self.tables]),
+            comes.split([len(scores) for scores in worth]),
+            strict=True,
+        )
+        for table, (rows, dims), gone, came in parts:
+            mask = table.mask()
+            mask[mask.clone()] = ~gone
+            mask[rows[came], dims[came]] = True
+            rekeep(table, mask, self.optimizers)
+        for absent in self._absent:
+            absent.clear()
+
+    def _counted(self) -> list[tuple[_Absent, SparseTable]]:
+        return list(zip(self._absent, self.tables, strict=True))
+
+
+class _Absent:
+    """Summed gradients of the absent entries of the rows that were seen since the last exchange, and of no others."""
+
+    def __init__(self, table: SparseTable) -> None:
+        self._dim, self._like = table.embedding_dim, table.values
+        self._slot_of = torch.full((table.num_embeddings,), -1, dtype=torch.int32, device=table.values.device)
+        self.clear()
+
+    def clear(self) -> None:
+        self._slot_of.fill_(-1)
+        self.rows = torch.empty(0, dtype=torch.int64, device=self._like.device)
+        self.sums = self._like.detach().new_zeros(0, self._dim)
+
+    def add(self, table: SparseTable, rows: Tensor, grads: Tensor, absolute: bool) -> None:
+        """The gradients [m, dim] of `rows [m]`, each once."""
+        new = rows[self._slot_of[rows] < 0]
+        self._slot_of[new] = torch.arange(len(self.rows), len(self.rows) + len(new), device=new.device).int()
+        self.rows = torch.cat([self.rows, new])
+        self.sums = torch.cat([self.sums, self.sums.new_zeros(len(new), self._dim)])
+        slots = self._slot_of[rows].long()
+        total = self.sums[slots]
+        embedding_absent_(total, grads.to(total.dtype), table.kept, rows, absolute)
+        self.sums[slots] = total
+
+    def candidates(self, table: SparseTable) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """What absent entries are worth, those of 0 left out; and their rows and dimensions."""
+        place, dims = self.sums.nonzero(as_tuple=True)
+        return self.sums[place, dims].abs(), (self.rows[place], dims)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"rows": self.rows, "sums": self.sums}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.clear()
+        self.rows, self.sums = state["rows"].to(self.rows.device), state["sums"].to(self.sums.device)
+        self._slot_of[self.rows] = torch.arange(len(self.rows), device=self.rows.device).int()
+
+
+def _magnitudes(table: SparseTable) -> Tensor:
+    """Of every entry; infinity for the first of the largest of every row, which stays."""
+    magnitude = table.values.detach().abs().float()
+    rows = row_of_each(table)
+    most = magnitude.new_zeros(table.num_embeddings).scatter_reduce_(0, rows, magnitude, "amax")
+    places = torch.arange(len(rows), device=rows.device)
+    first = torch.full_like(most, len(rows), dtype=torch.int64)
+    is_most = magnitude == most[rows]
+    first.scatter_reduce_(0, rows[is_most], places[is_most], "amin")
+    return magnitude.index_fill(0, first, math.inf)
+
+
+def _check(
+    interactions: Sequence[Tensor] | None,
+    steps: int,
+    init: str,
+    accumulate: str,
+    every: int,
+    exchanged: float,
+    until: float,
+    sample: float,
+) -> None:
+    for name, value, choices in (
+        ("init", init, ("nmf", "random")),
+        ("accumulate", accumulate, ("signed", "absolute", "last")),
+    ):
+        if value not in choices:
+            raise ValueError(f"SparseRec: {name} must be one of {', '.join(choices)}, got {value!r}")
+    for name, number in (("steps", steps), ("every", every)):
+        if number < 1:
+            raise ValueError(f"SparseRec: {name} must be at least 1, got {number}")
+    if not 0 <= exchanged < 1 or not 0 <= until <= 1 or not 0 < sample <= 1:
+        raise ValueError(
+            f"SparseRec: exchanged must lie in [0, 1), until in [0, 1] and sample in (0, 1], got {exchanged}, {until} "
+            f"and {sample}"
+        )
+    if interactions is None and (init == "nmf" or sample < 1):
+        raise ValueError(
+            "SparseRec: init='nmf' and sample < 1 need interactions=(users, items); give them, or init='random' and "
+            "sample=1"
+        )

@@ -1,0 +1,145 @@
+"""What methods that prune embedding tables share: one budget over several tables, entries that go and come, rewinding.
+
+A budget counts entries over all tables together, and every row keeps one entry at least. What goes and what comes is
+chosen over all of them too: an entry of a table of items competes with one of a table of users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..distill import Distiller, Plain
+from ..nn.embedding import SparseTable
+from ..nn.layer import replace_data
+from ..ops.embedding import count_kept, pack_mask, row_index
+from ..pruning.surgery import check_optimizer, state_slots
+from .base import Method, PruneEvent
+
+__all__ = ["TableMethod", "budget_of_bytes", "bytes_of", "largest", "rekeep", "tables_of"]
+
+
+def tables_of(model: Any) -> tuple[tuple[SparseTable, SparseTable], ...]:
+    """The (users, items) pairs of a recommender.  TypeError where it has none, or dense ones."""
+    pairs = getattr(model, "tables", None)
+    if not pairs or any(not isinstance(table, SparseTable) for pair in pairs for table in pair):
+        raise TypeError(
+            f"sparsekd.methods: {type(model).__name__} must have `tables`, pairs (users, items) of SparseEmbedding; "
+            "make a recommender with density=, or convert its tables with SparseEmbedding.from_dense"
+        )
+    return tuple(tuple(pair) for pair in pairs)
+
+
+def bytes_of(tables: Sequence[SparseTable]) -> int:
+    """What tables take in memory: values, masks of kept dimensions and where rows begin."""
+    return sum(t.numel() * t.element_size() for table in tables for t in table.table)
+
+
+def budget_of_bytes(tables: Sequence[SparseTable], number: float) -> int:
+    """Entries that fit into `number` bytes, beside masks and row positions.  ValueError for fewer than one a row."""
+    size = tables[0].values.element_size()
+    rows = sum(table.num_embeddings for table in tables)
+    fixed = bytes_of(tables) - sum(table.values.numel() * size for table in tables)
+    entries = int(number - fixed) // size
+    if entries < rows:
+        raise ValueError(
+            f"sparsekd.methods: {number:.0f} bytes hold {max(entries, 0)} entries beside {fixed} bytes of masks and "
+            f"positions, fewer than the {rows} rows; every row keeps one at least, so give {fixed + rows * size}"
+        )
+    return min(entries, sum(table.num_embeddings * table.embedding_dim for table in tables))
+
+
+def largest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Masks of the largest entry of every row and of the largest others, `count` over all [rows, dim] together."""
+    masks = [torch.zeros_like(score, dtype=torch.bool) for score in scores]
+    for mask, score in zip(masks, scores, strict=True):
+        mask.scatter_(1, score.argmax(1, keepdim=True), True)
+    rest = count - sum(mask.shape[0] for mask in masks)
+    flat = torch.cat([score.masked_fill(mask, -1).flatten() for mask, score in zip(masks, scores, strict=True)])
+    chosen = torch.zeros_like(flat, dtype=torch.bool)
+    chosen[flat.topk(rest).indices] = True
+    parts = chosen.split([score.numel() for score in scores])
+    return [mask | part.view_as(mask) for mask, part in zip(masks, parts, strict=True)]
+
+
+@torch.no_grad()
+def rekeep(table: SparseTable, mask: Tensor, optimizers: Sequence[Optimizer] = ()) -> Callable[[Tensor, float], Tensor]:
+    """Keep the entries of `mask [rows, dim]` instead; new ones are zero, with fresh optimizer state.
+
+    `values` stays the same Parameter and loses its gradient. Returns what takes a tensor that lies as the values did to
+    where they lie now.
+    """
+    before = table.mask()
+    stays, stayed = mask[before], before[mask]
+
+    def carry(packed: Tensor, fresh: float) -> Tensor:
+        moved = packed.new_full((len(stayed),), fresh)
+        moved[stayed] = packed[stays]
+        return moved
+
+    slots = list(state_slots(table.values, optimizers))
+    replace_data(table.values, carry(table.values.data, 0.0))
+    table.kept = pack_mask(mask)
+    table.base, table.counts = row_index(table.kept)
+    for slot in slots:
+        slot.write(carry(slot.tensor, slot.fresh))
+    return carry
+
+
+class TableMethod(Method):
+    """A method over the tables of a recommender: `student.tables`, pairs of SparseEmbedding."""
+
+    def __init__(self, distiller: Distiller | Plain) -> None:
+        super().__init__(distiller)
+        self.pairs = tables_of(self.student)
+        self.tables = [table for pair in self.pairs for table in pair]
+        self.optimizers: list[Optimizer] = []
+
+    def attach(self, optimizer: Optimizer) -> None:
+        self.optimizers.append(check_optimizer(optimizer))
+
+    @property
+    def num_kept(self) -> int:
+        """Entries over all tables."""
+        return sum(table.values.shape[0] for table in self.tables)
+
+    @property
+    def num_entries(self) -> int:
+        """Entries over all tables if they were dense."""
+        return sum(table.num_embeddings * table.embedding_dim for table in self.tables)
+
+    def level(self, epoch: int) -> float:
+        """The share of the entries that the method means to keep during an epoch."""
+        return round(self.num_kept / self.num_entries, 6)
+
+    def drop_to(self, count: int, scores: Sequence[Tensor] | None = None) -> None:
+        """Keep the `count` entries of largest magnitude, or of largest `scores [n]` of each table; survivors keep their
+        values and optimizer state."""
+        packed = [table.values.detach().abs() for table in self.tables] if scores is None else scores
+        spread = []
+        for table, values in zip(self.tables, packed, strict=True):
+            full = values.new_full((table.num_embeddings, table.embedding_dim), -1.0)
+            full[table.mask()] = values.clamp(min=0)
+            spread.append(full)
+        for table, mask in zip(self.tables, largest(spread, count), strict=True):
+            rekeep(table, mask, self.optimizers)
+
+    def forget_moments(self) -> None:
+        """Optimizer state of the tables as if they had never been stepped."""
+        for optimizer in self.optimizers:
+            for table in self.tables:
+                optimizer.state.pop(table.values, None)
+
+    def event(self, boundary: int, stage: str, rewound: bool) -> PruneEvent:
+        removed = 1 - self.num_kept / self.num_entries
+        return PruneEvent(boundary, stage, removed, removed, self.num_kept, 0, rewound)
+
+
+def row_of_each(table: SparseTable) -> Tensor:
+    """The row of every value."""
+    rows = torch.arange(table.num_embeddings, device=table.values.device)
+    return rows.repeat_interleave(count_kept(table.kept))
