@@ -21,43 +21,73 @@ void check_ids(const EmbeddingTable& table, const int64_t* ids, int64_t count) {
                               std::to_string(ids[i]) + " at place " + std::to_string(i));
 }
 
+// Steps that go astray would write to memory of others; steps out of order would divide a row between two workers.
+void check_places(const EmbeddingUpdate& args) {
+  int64_t before = -1;
+  for (int64_t i = 0; i < args.count; before = args.places[i++])
+    if (args.places[i] <= before || args.places[i] >= args.num_values)
+      throw std::out_of_range("sparsekd.optim: places must ascend in [0, " + std::to_string(args.num_values) +
+                              "), got " + std::to_string(args.places[i]) + " behind " + std::to_string(before));
+}
+
+// The kernel of a table of T.
+template <class T, class F, class B, class H, class I>
+auto of_type(F f32, B bf16, H f16, I i8) {
+  if constexpr (std::is_same_v<T, float>)
+    return f32;
+  else if constexpr (std::is_same_v<T, Bfloat16>)
+    return bf16;
+  else if constexpr (std::is_same_v<T, Float16>)
+    return f16;
+  else
+    return i8;
+}
+
 }  // namespace
 
 template <class T>
 void embedding(const EmbeddingLookup<T>& args) {
   check_ids(args.table, args.ids, args.count);
   const EmbeddingKernels& table = kernels().embedding;
-  if constexpr (std::is_same_v<T, float>)
-    table.lookup_f32(args);
-  else if constexpr (std::is_same_v<T, Bfloat16>)
-    table.lookup_bf16(args);
-  else
-    table.lookup_f16(args);
+  of_type<T>(table.lookup_f32, table.lookup_bf16, table.lookup_f16, table.lookup_i8)(args);
 }
 
 template void embedding(const EmbeddingLookup<float>&);
 template void embedding(const EmbeddingLookup<Bfloat16>&);
 template void embedding(const EmbeddingLookup<Float16>&);
+template void embedding(const EmbeddingLookup<int8_t>&);
 
 template <class T>
 void embedding_bag(const EmbeddingBag<T>& args) {
   if (args.bags > 0) check_ids(args.table, args.ids, args.offsets[args.bags]);
   const EmbeddingKernels& table = kernels().embedding;
-  if constexpr (std::is_same_v<T, float>)
-    table.bag_f32(args);
-  else if constexpr (std::is_same_v<T, Bfloat16>)
-    table.bag_bf16(args);
-  else
-    table.bag_f16(args);
+  of_type<T>(table.bag_f32, table.bag_bf16, table.bag_f16, table.bag_i8)(args);
 }
 
 template void embedding_bag(const EmbeddingBag<float>&);
 template void embedding_bag(const EmbeddingBag<Bfloat16>&);
 template void embedding_bag(const EmbeddingBag<Float16>&);
+template void embedding_bag(const EmbeddingBag<int8_t>&);
+
+template <class T>
+void embedding_top_k(const EmbeddingTopK<T>& args) {
+  const EmbeddingKernels& table = kernels().embedding;
+  of_type<T>(table.top_k_f32, table.top_k_bf16, table.top_k_f16, table.top_k_i8)(args);
+}
+
+template void embedding_top_k(const EmbeddingTopK<float>&);
+template void embedding_top_k(const EmbeddingTopK<Bfloat16>&);
+template void embedding_top_k(const EmbeddingTopK<Float16>&);
+template void embedding_top_k(const EmbeddingTopK<int8_t>&);
 
 void embedding_grad(const EmbeddingGrad& args) {
   check_ids(args.table, args.ids, args.count);
   kernels().embedding.grad(args);
+}
+
+void embedding_rows_grad(const EmbeddingRowsGrad& args) {
+  check_ids(args.table, args.rows, args.count);
+  kernels().embedding.rows_grad(args);
 }
 
 void embedding_absent(const EmbeddingAbsent& args) {
@@ -65,6 +95,23 @@ void embedding_absent(const EmbeddingAbsent& args) {
   kernels().embedding.absent(args);
 }
 
-void embedding_top_k(const EmbeddingTopK& args) { kernels().embedding.top_k(args); }
+void embedding_update(EmbeddingOptimizer optimizer, const EmbeddingUpdate& args) {
+  check_places(args);
+  const EmbeddingKernels& table = kernels().embedding;
+  switch (optimizer) {
+    case EmbeddingOptimizer::kSgd:
+      return table.sgd(args);
+    case EmbeddingOptimizer::kAdagrad:
+      return table.adagrad(args);
+    case EmbeddingOptimizer::kAdagradRows:
+      return table.adagrad_rows(args);
+    case EmbeddingOptimizer::kAdam:
+      return table.adam(args);
+  }
+}
+
+void embedding_magnitudes(const EmbeddingMagnitudes& args) { kernels().embedding.magnitudes(args); }
+void embedding_thin(const EmbeddingThin& args) { kernels().embedding.thin(args); }
+void embedding_repack(const EmbeddingRepack& args) { kernels().embedding.repack(args); }
 
 }  // namespace sparsekd

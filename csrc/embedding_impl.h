@@ -14,7 +14,6 @@ using sparsekd::EmbeddingBag;
 using sparsekd::EmbeddingGrad;
 using sparsekd::EmbeddingLookup;
 using sparsekd::EmbeddingTable;
-using sparsekd::EmbeddingTopK;
 
 constexpr uint8_t kManyKept = 255;  // that and more
 
@@ -45,6 +44,12 @@ inline int64_t row_begin(const EmbeddingTable& t, int64_t row) {
   if (many == 0) return begin + static_cast<int64_t>(sum);
   for (int64_t i = first; i < row; ++i) begin += count_kept(t, i);
   return begin;
+}
+
+inline Vec16 load16_first(const int8_t* p, int n) {
+  float lane[16] = {};
+  for (int i = 0; i < n; ++i) lane[i] = p[i];
+  return Vec16::load(lane);
 }
 
 inline Vec16 expand(const float* values, uint32_t kept) { return Vec16::expand_load(values, kept); }
@@ -85,6 +90,9 @@ inline void prefetch_rows(const EmbeddingTable& t, const T* values, const int64_
   }
 }
 
+template <class T>
+constexpr bool kScaled = sizeof(T) == 1;  // int8_t, which has a scale for each row
+
 constexpr int64_t kIdsOfPiece = 256;  // of one piece of work: some microseconds
 
 template <class T>
@@ -94,9 +102,12 @@ void embedding_lookup(const EmbeddingLookup<T>& args) {
     const int64_t end = min64(args.count, (piece + 1) * kIdsOfPiece);
     for (int64_t i = piece * kIdsOfPiece; i < end; ++i) {
       prefetch_rows(t, args.values, args.ids, i, end);
-      T* out = args.out + i * t.dim;
+      auto* out = args.out + i * t.dim;
+      Vec16 scale = Vec16::zero();
+      if constexpr (kScaled<T>) scale = Vec16::broadcast(args.row_scale + args.ids[i]);
       each_group(t, args.ids[i], row_begin(t, args.ids[i]), [&](int64_t d, uint32_t bits, int64_t begin) {
-        const Vec16 row = expand(args.values + begin, bits);
+        Vec16 row = expand(args.values + begin, bits);
+        if constexpr (kScaled<T>) row = Vec16::mul(row, scale);
         if (d + 16 <= t.dim)
           store16(out + d, row);
         else
@@ -119,8 +130,9 @@ void embedding_bag(const EmbeddingBag<T>& args) {
       for (int64_t i = args.offsets[bag]; i < args.offsets[bag + 1]; ++i) {
         prefetch_rows(t, args.values, args.ids, i, end);
         if (args.ids[i] == args.padding) continue;
-        const float one = 1.0f;
-        const Vec16 scale = Vec16::broadcast(args.scale != nullptr ? args.scale + i : &one);
+        float weight = args.scale != nullptr ? args.scale[i] : 1.0f;
+        if constexpr (kScaled<T>) weight *= args.row_scale[args.ids[i]];
+        const Vec16 scale = Vec16::broadcast(&weight);
         each_group(t, args.ids[i], row_begin(t, args.ids[i]), [&](int64_t d, uint32_t bits, int64_t begin) {
           Vec16::fma(scale, expand(args.values + begin, bits), Vec16::load(sum + d)).store(sum + d);
         });
@@ -173,162 +185,5 @@ void embedding_absent(const EmbeddingAbsent& args) {
     }
   });
 }
-
-constexpr int kQueryVectors = 4;                  // queries of a tile: as many accumulators hide the latency of fma
-constexpr int64_t kQueries = 16 * kQueryVectors;  // a tile's queries of 64 dimensions are 16 KiB: half the L1 cache
-constexpr int64_t kRowsOfTile = 64;
-
-// The k best of one query so far, the worst in front (a heap).
-struct Best {
-  float* score;
-  int64_t* id;
-  int64_t k;
-
-  bool worse(int64_t a, int64_t b) const { return score[a] < score[b] || (score[a] == score[b] && id[a] > id[b]); }
-  void swap(int64_t a, int64_t b) const {
-    const float s = score[a];
-    const int64_t i = id[a];
-    score[a] = score[b];
-    id[a] = id[b];
-    score[b] = s;
-    id[b] = i;
-  }
-  void sink(int64_t at, int64_t size) const {
-    for (;;) {
-      int64_t child = 2 * at + 1;
-      if (child >= size) return;
-      if (child + 1 < size && worse(child + 1, child)) ++child;
-      if (!worse(child, at)) return;
-      swap(child, at);
-      at = child;
-    }
-  }
-  // Ids must come in ascending order, or an equal score of a smaller id would be lost.
-  void offer(float s, int64_t i) const {
-    if (!(s > score[0])) return;
-    score[0] = s;
-    id[0] = i;
-    sink(0, k);
-  }
-  void sort() const {  // the best first
-    for (int64_t size = k; size > 1; --size) {
-      swap(0, size - 1);
-      sink(0, size - 1);
-    }
-  }
-};
-
-inline bool is_excluded(const EmbeddingTopK& args, int64_t query, int64_t row) {
-  if (args.excluded_begin == nullptr) return false;
-  int64_t low = args.excluded_begin[query], high = args.excluded_begin[query + 1];
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    if (args.excluded[middle] == row) return true;
-    if (args.excluded[middle] < row)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  return false;
-}
-
-// products [kQueries] of one row with the queries of a tile, which lie [dim][kQueries].
-inline void row_products(const EmbeddingTable& t, int64_t row, const float* values, const float* queries,
-                         float* products) {
-  Vec16 acc[kQueryVectors];
-#pragma GCC unroll 4
-  for (int v = 0; v < kQueryVectors; ++v) acc[v] = Vec16::zero();
-  const uint64_t* kept = kept_of(t, row);
-  for (int64_t word = 0; word < ceil_div(t.dim, 64); ++word)
-    for (uint64_t bits = kept[word]; bits != 0; bits &= bits - 1, ++values) {
-      const float* query = queries + (64 * word + __builtin_ctzll(bits)) * kQueries;
-      const Vec16 value = Vec16::broadcast(values);
-#pragma GCC unroll 4
-      for (int v = 0; v < kQueryVectors; ++v) acc[v] = Vec16::fma(value, Vec16::load(query + 16 * v), acc[v]);
-    }
-#pragma GCC unroll 4
-  for (int v = 0; v < kQueryVectors; ++v) acc[v].store(products + 16 * v);
-}
-
-// A tile's queries against the rows of a range; best [queries] are heaps.
-inline void top_k_rows(const EmbeddingTopK& args, const float* queries, int64_t first, int64_t count, Range rows,
-                       const Best* best) {
-  const EmbeddingTable& t = args.table;
-  alignas(64) float products[kQueries], worst[kQueries];
-  for (int64_t q = 0; q < kQueries; ++q) worst[q] = q < count ? best[q].score[0] : __builtin_inff();
-  if (rows.begin >= rows.end) return;
-  int64_t begin = row_begin(t, rows.begin);
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
-    row_products(t, row, args.values + begin, queries, products);
-    begin += count_kept(t, row);
-    int better = 0;
-    for (int64_t q = 0; q < kQueries; ++q) better |= products[q] > worst[q];
-    if (!better) continue;
-    for (int64_t q = 0; q < count; ++q) {
-      if (!(products[q] > worst[q]) || is_excluded(args, first + q, row)) continue;
-      best[q].offer(products[q], row);
-      worst[q] = best[q].score[0];
-    }
-  }
-}
-
-// Tiles of queries are dealt out; where they are fewer than threads, parts of the rows are, too. The order of scores and
-// ids is total, so the parts' best together hold the best, whatever the parts are.
-void embedding_top_k(const EmbeddingTopK& args) {
-  const EmbeddingTable& t = args.table;
-  const int64_t tiles = ceil_div(args.count, kQueries);
-  if (tiles == 0 || args.k == 0) return;
-  const int64_t parts = max64(1, min64(ceil_div(args.threads, tiles), ceil_div(t.rows, kRowsOfTile)));
-  const int64_t places = args.count * parts * args.k;
-  float* scores;
-  int64_t* ids;
-  Arena::carve(sparsekd::kScratchCall, [&](Arena& arena) {
-    scores = arena.take<float>(places);
-    ids = arena.take<int64_t>(places);
-  });
-  const auto best_of = [&](int64_t query, int64_t part) {
-    const int64_t at = (query * parts + part) * args.k;
-    return Best{.score = scores + at, .id = ids + at, .k = args.k};
-  };
-  parallel(args.threads, tiles * parts, [&](int64_t item) {
-    const int64_t first = item / parts * kQueries, part = item % parts, count = min64(kQueries, args.count - first);
-    float* queries = scratch_of<float>(sparsekd::kScratchInput, t.dim * kQueries);
-    for (int64_t d = 0; d < t.dim; ++d)
-      for (int64_t q = 0; q < kQueries; ++q)
-        queries[d * kQueries + q] = q < count ? args.queries[(first + q) * t.dim + d] : 0.0f;
-    Best best[kQueries];
-    for (int64_t q = 0; q < count; ++q) {
-      best[q] = best_of(first + q, part);
-      for (int64_t i = 0; i < args.k; ++i) {
-        best[q].score[i] = -__builtin_inff();
-        best[q].id[i] = -1;
-      }
-    }
-    top_k_rows(args, queries, first, count, share(t.rows, parts, part), best);
-  });
-  parallel(args.threads, args.count, [&](int64_t query) {
-    const Best all{.score = args.scores + query * args.k, .id = args.ids + query * args.k, .k = args.k};
-    for (int64_t i = 0; i < args.k; ++i) {
-      all.score[i] = -__builtin_inff();
-      all.id[i] = -1;
-    }
-    for (int64_t part = 0; part < parts; ++part) {  // in the order of rows
-      const Best best = best_of(query, part);
-      best.sort();
-      for (int64_t i = 0; i < args.k && best.id[i] >= 0; ++i) all.offer(best.score[i], best.id[i]);
-    }
-    all.sort();
-  });
-}
-
-constexpr sparsekd::EmbeddingKernels kEmbedding = {.lookup_f32 = embedding_lookup<float>,
-                                                   .lookup_bf16 = embedding_lookup<Bfloat16>,
-                                                   .lookup_f16 = embedding_lookup<Float16>,
-                                                   .bag_f32 = embedding_bag<float>,
-                                                   .bag_bf16 = embedding_bag<Bfloat16>,
-                                                   .bag_f16 = embedding_bag<Float16>,
-                                                   .grad = embedding_grad,
-                                                   .absent = embedding_absent,
-                                                   .top_k = embedding_top_k};
 
 }  // namespace

@@ -3,7 +3,7 @@
 
 #include "attention_impl.h"
 #include "conv2d_impl.h"
-#include "embedding_impl.h"
+#include "embedding_update_impl.h"
 #include "int8_impl.h"
 #include "kernel_table.h"
 #include "pool_impl.h"

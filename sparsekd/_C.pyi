@@ -124,30 +124,59 @@ class EmbeddingTable:
 
     def __init__(self, rows: int, dim: int, kept: int, base: int, counts: int) -> None: ...
 
-def embedding_f32(table: EmbeddingTable, values: int, ids: int, count: int, out: int, threads: int) -> None: ...
+def embedding_f32(
+    table: EmbeddingTable, values: int, row_scale: int, ids: int, count: int, out: int, threads: int
+) -> None: ...
 
 embedding_bf16 = embedding_f32
 embedding_f16 = embedding_f32
+embedding_i8 = embedding_f32  # writes float32; only this one has a scale for each row
 
 def embedding_bag_f32(
-    table: EmbeddingTable, values: int, ids: int, offsets: int, scale: int, bags: int, padding: int, out: int,
-    threads: int
+    table: EmbeddingTable, values: int, row_scale: int, ids: int, offsets: int, scale: int, bags: int, padding: int,
+    out: int, threads: int
 ) -> None: ...  # fmt: skip
 
 embedding_bag_bf16 = embedding_bag_f32  # the scale is float32 in all types
 embedding_bag_f16 = embedding_bag_f32
+embedding_bag_i8 = embedding_bag_f32
+
+def embedding_top_k_f32(
+    table: EmbeddingTable, values: int, row_scale: int, queries: int, count: int, k: int, excluded_begin: int,
+    excluded: int, scores: int, ids: int, threads: int
+) -> None: ...  # fmt: skip
+
+embedding_top_k_bf16 = embedding_top_k_f32  # queries and scores are float32 in all types
+embedding_top_k_f16 = embedding_top_k_f32
+embedding_top_k_i8 = embedding_top_k_f32
 
 def embedding_grad(
     table: EmbeddingTable, grad: int, ids: int, source: int, scale: int, count: int, padding: int, num_values: int,
     grad_values: int, threads: int
 ) -> None: ...  # fmt: skip
+def embedding_rows_grad(
+    table: EmbeddingTable, grad: int, rows: int, first: int, order: int, source: int, scale: int, begin: int,
+    count: int, places: int, sums: int, threads: int
+) -> None: ...  # fmt: skip
 def embedding_absent(
     table: EmbeddingTable, grad: int, ids: int, count: int, absolute: bool, total: int, threads: int
 ) -> None: ...
-def embedding_top_k(
-    table: EmbeddingTable, values: int, queries: int, count: int, k: int, excluded_begin: int, excluded: int,
-    scores: int, ids: int, threads: int
+
+# All take everything; what an optimizer does not have is 0.
+def embedding_sgd(
+    table: EmbeddingTable, places: int, grad: int, count: int, num_values: int, values: int, mean: int, square: int,
+    occurred: int, lr: float, beta1: float, beta2: float, eps: float, decay: float, threads: int
 ) -> None: ...  # fmt: skip
+
+embedding_adagrad = embedding_sgd
+embedding_adagrad_rows = embedding_sgd
+embedding_adam = embedding_sgd
+
+def embedding_magnitudes(table: EmbeddingTable, values: int, magnitudes: int, threads: int) -> None: ...
+def embedding_thin(table: EmbeddingTable, stays: int, target: int, threads: int) -> None: ...
+def embedding_repack(
+    from_table: EmbeddingTable, to_table: EmbeddingTable, source: int, target: int, bytes: int, threads: int
+) -> None: ...
 
 class Pool:
     def __init__(self, shape: Conv2dShape, mean: bool, dtype: str) -> None: ...

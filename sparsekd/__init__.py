@@ -11,6 +11,7 @@ taps       FeatureTap: the outputs of inner modules
 distill    Distiller: the loss of a student, with its teacher or without
 pruning    scores, schedules, budgets, Pruner; sparsify
 distributed  one mask and one gradient on every rank
+optim      SGD, Adagrad and Adam that touch the rows of a batch alone
 serving    ServingModel: answers while it is replaced
 methods    SP-SAD, LTH-SAD, SS-SAD; D2S for streams
 freeze     the inference network: folded, fused, each layer as fast as this machine can run it
@@ -18,7 +19,7 @@ energy     EnergyMeter: joules with the name of the counter they come from
 runs       the main job: distil, prune, freeze, measure (``sparsekd run``)
 """
 
-from . import backends, nn, ops
+from . import backends, nn, ops, optim
 from .blocks import BlockPattern, BlockSparse
 from .conversion import ConversionReport
 from .convert import conversion_report, densify
@@ -65,5 +66,6 @@ __all__ = [
     "load_frozen",
     "nn",
     "ops",
+    "optim",
     "sparsify",
 ]

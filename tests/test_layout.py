@@ -16,7 +16,7 @@ FLOORS = [
     ["ops", "energy"],  # what an op means; joules
     ["backends", "features", "outputs", "taps"],  # what runs an op here; what a student can look at
     ["losses", "nn"],  # what it can learn; layers
-    ["conversion", "goals"],  # which layers are converted; what a network learns and how it is judged
+    ["conversion", "goals", "optim"],  # which layers are converted; what a network learns and by which steps
     ["convert", "data", "distill", "distributed", "models"],
     ["checkpoint"],
     ["freeze"],

@@ -104,6 +104,7 @@ void check_rows(const std::string& name, const Table& t, const Guarded& values, 
   const Guarded some = guarded(ids, set.side), rows(sizeof(T) * static_cast<size_t>(count * t.dim), set.side);
   embedding<T>({.table = t.table(),
                 .values = at<T>(values),
+                .row_scale = nullptr,
                 .ids = at<int64_t>(some),
                 .count = count,
                 .out = at<T>(rows),
@@ -123,6 +124,7 @@ void check_rows(const std::string& name, const Table& t, const Guarded& values, 
     const Guarded out(sizeof(T) * static_cast<size_t>(bags * t.dim), set.side);
     embedding_bag<T>({.table = t.table(),
                       .values = at<T>(values),
+                      .row_scale = nullptr,
                       .ids = at<int64_t>(some),
                       .offsets = at<int64_t>(offsets),
                       .scale = weighted ? scale.floats() : nullptr,
@@ -213,16 +215,17 @@ void check_top_k(const std::string& name, const Table& t, int64_t count, int64_t
                 out = guarded(excluded, set.side);
   const Guarded scores(sizeof(float) * static_cast<size_t>(count * k), set.side),
       ids(sizeof(int64_t) * static_cast<size_t>(count * k), set.side);
-  embedding_top_k({.table = t.table(),
-                   .values = t.values.floats(),
-                   .queries = queries.floats(),
-                   .count = count,
-                   .k = k,
-                   .excluded_begin = at<int64_t>(begins),
-                   .excluded = at<int64_t>(out),
-                   .scores = scores.floats(),
-                   .ids = at<int64_t>(ids),
-                   .threads = set.threads});
+  embedding_top_k<float>({.table = t.table(),
+                          .values = t.values.floats(),
+                          .row_scale = nullptr,
+                          .queries = queries.floats(),
+                          .count = count,
+                          .k = k,
+                          .excluded_begin = at<int64_t>(begins),
+                          .excluded = at<int64_t>(out),
+                          .scores = scores.floats(),
+                          .ids = at<int64_t>(ids),
+                          .threads = set.threads});
   for (int64_t q = 0; q < count; ++q) {
     std::vector<std::pair<double, int64_t>> all;
     const auto first = excluded.begin() + begin[static_cast<size_t>(q)],

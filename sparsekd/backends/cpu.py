@@ -26,24 +26,11 @@ from ..ops.conv2d import (
     conv2d_reference,
     memory_format,
 )
-from ..ops.embedding import (
-    check_excluded,
-    check_offsets,
-    embedding_absent_reference,
-    embedding_bag_reference,
-    embedding_grad_reference,
-    embedding_reference,
-    embedding_top_k_reference,
-)
 from ..ops.linear import linear_grad_input_reference, linear_grad_values_reference, linear_reference
+from . import cpu_embedding
+from .native import missing, native
 
-native: Any
-try:
-    from .. import _C as native
-
-    missing = ""
-except ImportError as error:
-    native, missing = None, f"sparsekd._C is not importable ({error}); pip install sparsekd builds it"
+__all__ = ["describe", "isa", "missing", "native", "register"]
 
 
 def isa() -> str | None:
@@ -56,7 +43,7 @@ def describe(op: str) -> str:
     if native is None:
         return f"pure-torch reference: {missing}"
     dtypes = "float32"
-    if op.startswith("feature_stats") or op in ("embedding", "embedding_bag"):
+    if op.startswith("feature_stats") or op in ("embedding", "embedding_bag", "embedding_top_k"):
         dtypes = "float32, bfloat16 and float16"
     elif op == "embedding_grad":
         dtypes = "float32, bfloat16 and float16 as float32"
@@ -75,7 +62,7 @@ def register() -> None:
     layers: list[Callable[..., Tensor]]
     layers = [linear, linear_grad_input, linear_grad_values, conv2d, conv2d_grad_input, conv2d_grad_values]
     ops: list[Callable] = [*map(_halves_in_float32, layers), feature_stats, feature_stats_grad, match_maps, kd]
-    ops += [embedding, embedding_bag, embedding_grad, embedding_absent_, embedding_top_k]
+    ops += cpu_embedding.OPS
     for op in ops:
         # Not register_kernel: its wrapper imports torch._dynamo at the first call, seconds most processes can save.
         torch.library.impl(f"sparsekd::{op.__name__}", "cpu", op)
@@ -258,95 +245,6 @@ def kd(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Te
         loss.data_ptr(), grad.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return loss, grad
-
-
-def embedding(
-    values: Tensor, kept: Tensor, base: Tensor, counts: Tensor, ids: Tensor, dim: int, padding: int
-) -> Tensor:
-    kernel = _rows_kernel("embedding", values)
-    if kernel is None:
-        return embedding_reference(values, kept, base, counts, ids, dim, padding)
-    values, kept, base, counts, ids = (t.contiguous() for t in (values, kept, base, counts, ids))
-    out = values.new_empty(*ids.shape, dim)
-    table = _table(kept, base, counts, dim)
-    kernel(table, values.data_ptr(), ids.data_ptr(), ids.numel(), out.data_ptr(), torch.get_num_threads())
-    return out
-
-
-def embedding_bag(
-    values: Tensor, kept: Tensor, base: Tensor, counts: Tensor, ids: Tensor, offsets: Tensor, scale: Tensor | None,
-    dim: int, padding: int,
-) -> Tensor:  # fmt: skip
-    kernel = _rows_kernel("embedding_bag", values)
-    if kernel is None:
-        return embedding_bag_reference(values, kept, base, counts, ids, offsets, scale, dim, padding)
-    check_offsets(offsets, ids.shape[0])
-    bags = offsets.shape[0] - 1
-    values, kept, base, counts, ids, offsets = (t.contiguous() for t in (values, kept, base, counts, ids, offsets))
-    scale = None if scale is None else scale.float().contiguous()
-    out = values.new_empty(bags, dim)
-    kernel(
-        _table(kept, base, counts, dim), values.data_ptr(), ids.data_ptr(), offsets.data_ptr(),
-        0 if scale is None else scale.data_ptr(), bags, padding, out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return out
-
-
-def embedding_grad(
-    grad: Tensor, kept: Tensor, base: Tensor, counts: Tensor, ids: Tensor, source: Tensor | None, scale: Tensor | None,
-    num_values: int, padding: int,
-) -> Tensor:  # fmt: skip
-    if grad.dtype == torch.float64:
-        return embedding_grad_reference(grad, kept, base, counts, ids, source, scale, num_values, padding)
-    rows, scale = grad.float().contiguous(), None if scale is None else scale.float().contiguous()
-    kept, base, counts, ids = (t.contiguous() for t in (kept, base, counts, ids))
-    source = None if source is None else source.contiguous()
-    out = rows.new_empty(num_values)
-    native.embedding_grad(
-        _table(kept, base, counts, grad.shape[1]), rows.data_ptr(), ids.data_ptr(),
-        0 if source is None else source.data_ptr(), 0 if scale is None else scale.data_ptr(),
-        ids.shape[0], padding, num_values, out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return out.to(grad.dtype)
-
-
-def embedding_absent_(total: Tensor, grad: Tensor, kept: Tensor, ids: Tensor, absolute: bool) -> None:
-    if not _native(total, grad) or not total.is_contiguous():
-        return embedding_absent_reference(total, grad, kept, ids, absolute)
-    grad, kept, ids = grad.contiguous(), kept.contiguous(), ids.contiguous()
-    table = native.EmbeddingTable(kept.shape[0], grad.shape[1], kept.data_ptr(), 0, 0)
-    native.embedding_absent(
-        table, grad.data_ptr(), ids.data_ptr(), ids.shape[0], absolute, total.data_ptr(), torch.get_num_threads()
-    )
-
-
-def embedding_top_k(
-    queries: Tensor, values: Tensor, kept: Tensor, base: Tensor, counts: Tensor, k: int, begin: Tensor | None,
-    excluded: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if not _native(queries, values):
-        return embedding_top_k_reference(queries, values, kept, base, counts, k, begin, excluded)
-    check_excluded(begin, excluded)
-    queries, values, kept, base, counts = (t.contiguous() for t in (queries, values, kept, base, counts))
-    begin, excluded = (None if t is None else t.contiguous() for t in (begin, excluded))
-    scores = queries.new_empty(queries.shape[0], k)
-    ids = torch.empty(queries.shape[0], k, dtype=torch.int64)
-    native.embedding_top_k(
-        _table(kept, base, counts, queries.shape[1]), values.data_ptr(), queries.data_ptr(), queries.shape[0], k,
-        0 if begin is None else begin.data_ptr(), 0 if excluded is None else excluded.data_ptr(),
-        scores.data_ptr(), ids.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return scores, ids
-
-
-def _table(kept: Tensor, base: Tensor, counts: Tensor, dim: int) -> Any:
-    return native.EmbeddingTable(kept.shape[0], dim, kept.data_ptr(), base.data_ptr(), counts.data_ptr())
-
-
-def _rows_kernel(op: str, values: Tensor) -> Any:
-    """The compiled ``op`` for the dtype of the values, or None."""
-    suffix = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}.get(values.dtype)
-    return None if suffix is None else getattr(native, f"{op}_{suffix}")
 
 
 def _native_maps(features: Sequence[Tensor]) -> bool:

@@ -9,7 +9,7 @@ State: ``values [n]`` (Parameter) and ``kept`` (int64 buffer); where rows begin 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,27 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.embedding import Table, bag_of, count_kept, pack_mask, places, row_index, unpack_mask
+from ..ops.embedding_rows import embedding_bag_rows, embedding_rows
 from .layer import TracedWhole, replace_data
 
 Layer = TypeVar("Layer", bound="SparseTable")
 _PIECE = 1 << 14  # rows that are made, or made dense, at once
+
+
+class Repacking(NamedTuple):
+    """From the places of one set of kept entries to those of another."""
+
+    kept: Tensor
+    base: Tensor
+    counts: Tensor
+    new_kept: Tensor
+    new_base: Tensor
+    new_counts: Tensor
+    num_values: int
+
+    def __call__(self, packed: Tensor, fresh: float = 0.0) -> Tensor:
+        """``[n]`` that lies as the values did to ``[num_values]`` as they do now; ``fresh`` where an entry is new."""
+        return torch.ops.sparsekd.embedding_repack(packed, *self[:6], self.num_values, fresh)
 
 
 class SparseTable(TracedWhole):
@@ -28,7 +45,7 @@ class SparseTable(TracedWhole):
 
     dense_type: ClassVar[type[nn.Module]]
     # Arguments of the torch layer that are not taken, and what they must be.
-    untaken: ClassVar[dict[str, Any]] = {"max_norm": None, "scale_grad_by_freq": False, "sparse": False}
+    untaken: ClassVar[dict[str, Any]] = {"max_norm": None, "scale_grad_by_freq": False}
 
     values: nn.Parameter
     kept: Tensor
@@ -37,6 +54,7 @@ class SparseTable(TracedWhole):
     num_embeddings: int
     embedding_dim: int
     padding_idx: int | None
+    sparse: bool
 
     def __init__(
         self,
@@ -46,10 +64,12 @@ class SparseTable(TracedWhole):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        sparse: bool = False,
         density: float | None = None,
         mask: Tensor | None = None,
     ) -> None:
         super().__init__()
+        self.sparse = sparse
         kind = type(self).__name__
         if num_embeddings < 1 or embedding_dim < 1:
             raise ValueError(
@@ -94,6 +114,7 @@ class SparseTable(TracedWhole):
         nn.Module.__init__(layer)
         layer._adopt(rows, dim, source.padding_idx, weight[mask], pack_mask(mask))
         layer.values.requires_grad_(source.weight.requires_grad)
+        layer.sparse = source.sparse
         layer._adopt_options(source)
         return layer.train(source.training)
 
@@ -130,9 +151,37 @@ class SparseTable(TracedWhole):
             )
         return ops.embedding_top_k(queries, self.table, k, excluded)
 
+    @torch.no_grad()
+    def rekeep_(self, kept: Tensor) -> Repacking:
+        """Keep the entries that ``kept [rows, words]`` names instead; new ones are zero, the others keep their bits.
+        ``values`` stays the same Parameter and loses its gradient.
+
+        Returns:
+            what takes any tensor that lies as the values did, such as the state of an optimizer, to where they lie now.
+            ``sparsekd.pruning.exchange_entries`` does so for optimizers, and chooses the entries.
+        """
+        if kept.dtype != torch.int64 or kept.shape != self.kept.shape:
+            raise ValueError(
+                f"{type(self).__name__}.rekeep_: expected int64 of shape {tuple(self.kept.shape)}, got {kept.dtype} of "
+                f"shape {tuple(kept.shape)}"
+            )
+        if _names_too_much(kept, self.embedding_dim):
+            raise ValueError(
+                f"{type(self).__name__}.rekeep_: kept names dimensions beyond the {self.embedding_dim} of this table"
+            )
+        repacking = Repacking(*self.table[1:], kept, *row_index(kept), int(count_kept(kept).sum()))
+        replace_data(self.values, repacking(self.values.data))
+        self.kept, self.base, self.counts = repacking.new_kept, repacking.new_base, repacking.new_counts
+        return repacking
+
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
-        return f"{self.num_embeddings}, {self.embedding_dim}{padding}, density={self.density:.3g}"
+        sparse = ", sparse=True" if self.sparse else ""
+        return f"{self.num_embeddings}, {self.embedding_dim}{padding}{sparse}, density={self.density:.3g}"
+
+    def _own_gradient(self, learns: Tensor | None) -> bool:
+        """Whether the gradient is another one than that of the plain op, which is what a graph of inference holds."""
+        return (learns is not None or self.sparse) and not torch.compiler.is_exporting()
 
     def _adopt(self, rows: int, dim: int, padding_idx: int | None, values: Tensor, kept: Tensor) -> None:
         if padding_idx is not None:
@@ -147,7 +196,7 @@ class SparseTable(TracedWhole):
         self.register_buffer("counts", counts, persistent=False)
 
     def _options(self) -> dict[str, Any]:
-        return {"padding_idx": self.padding_idx}
+        return {"padding_idx": self.padding_idx, "sparse": self.sparse}
 
     def _adopt_options(self, dense: Any) -> None:
         """What a subclass takes over beside the table."""
@@ -163,8 +212,7 @@ class SparseTable(TracedWhole):
                     f"got {kept.dtype} of shape {tuple(kept.shape)}"
                 )
                 return
-            spare = -self.embedding_dim % 64
-            if spare and bool((kept[:, -1] >> (64 - spare) & ((1 << spare) - 1)).any()):
+            if _names_too_much(kept, self.embedding_dim):
                 errors.append(f"{prefix}kept: names dimensions beyond the {self.embedding_dim} of this table")
                 return
             if values.shape != (int(count_kept(kept).sum()),):
@@ -183,13 +231,19 @@ class SparseEmbedding(SparseTable):
 
     Args:
         num_embeddings, embedding_dim, padding_idx, device, dtype: as ``nn.Embedding``; kept entries start from N(0, 1).
+        sparse: as ``nn.Embedding``: whether the gradient is a sparse tensor, of the rows that a batch touched alone.
+            The optimizers of ``sparsekd.optim`` take it; a step then costs what the batch touches. ``torch.compile``
+            leaves the graph for it.
         density: share of the entries to keep, in (0, 1], drawn at random in every row; or
         mask: bool ``[num_embeddings, embedding_dim]``.
     """
 
     dense_type = nn.Embedding
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, learns: Tensor | None = None) -> Tensor:
+        """Rows ``[*input.shape, embedding_dim]``; ``learns``: a bool for each id: whether its gradient is wanted."""
+        if self._own_gradient(learns):
+            return embedding_rows(input, self.table, self.embedding_dim, self.padding_idx, learns, self.sparse)
         return ops.embedding(input, self.table, self.embedding_dim, self.padding_idx)
 
 
@@ -214,15 +268,25 @@ class SparseEmbeddingBag(SparseTable):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        sparse: bool = False,
         density: float | None = None,
         mask: Tensor | None = None,
     ) -> None:
         if mode not in ("sum", "mean", "max"):
             raise ValueError(f"SparseEmbeddingBag: mode must be 'sum', 'mean' or 'max', got {mode!r}")
-        super().__init__(num_embeddings, embedding_dim, padding_idx, device, dtype, density=density, mask=mask)
+        super().__init__(
+            num_embeddings, embedding_dim, padding_idx, device, dtype, sparse=sparse, density=density, mask=mask
+        )
         self.mode, self.include_last_offset = mode, include_last_offset
 
-    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+        learns: Tensor | None = None,
+    ) -> Tensor:
+        """Bags ``[bags, embedding_dim]``; ``learns``: a bool for each id: whether its gradient is wanted."""
         if per_sample_weights is not None:
             if self.mode != "sum":
                 raise ValueError(f"SparseEmbeddingBag: per_sample_weights need mode='sum', got {self.mode!r}")
@@ -233,14 +297,21 @@ class SparseEmbeddingBag(SparseTable):
                 )
             per_sample_weights = per_sample_weights.reshape(-1)
         ids, offsets = self._bags(input, offsets)
+        own = self._own_gradient(learns)
+        if learns is not None and learns.shape == input.shape:
+            learns = learns.reshape(-1)
         if self.mode == "max":
-            return self._maximum(ids, offsets)
+            return self._maximum(ids, offsets, learns, own)
         scale = per_sample_weights
         if self.mode == "mean":
             bag = bag_of(offsets, ids.shape[0]).clamp(0, offsets.shape[0] - 2)  # the op refuses offsets that need it
             real = torch.ones_like(ids) if self.padding_idx is None else (ids != self.padding_idx).long()
             sizes = torch.zeros_like(offsets[1:]).index_add(0, bag, real)
             scale = sizes.clamp(min=1).reciprocal()[bag]
+        if own:
+            return embedding_bag_rows(
+                ids, offsets, self.table, self.embedding_dim, scale, self.padding_idx, learns, self.sparse
+            )
         return ops.embedding_bag(ids, offsets, self.table, self.embedding_dim, scale, self.padding_idx)
 
     def extra_repr(self) -> str:
@@ -263,13 +334,17 @@ class SparseEmbeddingBag(SparseTable):
             offsets = torch.cat([offsets, offsets.new_tensor([input.shape[0]])])
         return input, offsets
 
-    def _maximum(self, ids: Tensor, offsets: Tensor) -> Tensor:
+    def _maximum(self, ids: Tensor, offsets: Tensor, learns: Tensor | None, own: bool) -> Tensor:
         """By torch's own bags over the rows that were looked up, the padding left out."""
         if self.padding_idx is not None:
             real = ids != self.padding_idx
             before = torch.cat([real.new_zeros(1, dtype=torch.int64), real.long().cumsum(0)])
             ids, offsets = ids[real], before[offsets]
-        rows = ops.embedding(ids, self.table, self.embedding_dim)
+            learns = None if learns is None else learns[real]
+        if own:
+            rows = embedding_rows(ids, self.table, self.embedding_dim, None, learns, self.sparse)
+        else:
+            rows = ops.embedding(ids, self.table, self.embedding_dim)
         if not ids.shape[0]:
             return rows.new_zeros(offsets.shape[0] - 1, self.embedding_dim)
         place = torch.arange(ids.shape[0], device=ids.device)
@@ -294,6 +369,12 @@ def _budget(kind: str, rows: int, dim: int, density: float | None) -> int:
             f"at least, so ask for {1 / dim:.4g} or more"
         )
     return budget
+
+
+def _names_too_much(kept: Tensor, dim: int) -> bool:
+    """Whether a row keeps dimensions that the table does not have."""
+    spare = -dim % 64
+    return bool(spare) and bool((kept[:, -1] >> (64 - spare) & ((1 << spare) - 1)).any())
 
 
 def _checked_mask(kind: str, mask: Tensor, rows: int, dim: int, density: float | None) -> Tensor:

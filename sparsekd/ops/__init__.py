@@ -1,5 +1,6 @@
 """One file per op: what it means on any device (schema, checks, fake, reference, autograd). Kernels: backends/."""
 
+from . import embedding_int8, embedding_rows, embedding_update  # noqa: F401 (their ops)
 from .attention import feature_stats
 from .conv2d import conv2d
 from .conv_transpose2d import conv_transpose2d

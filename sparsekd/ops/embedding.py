@@ -46,7 +46,7 @@ def embedding(ids: Tensor, table: Table, dim: int, padding_idx: int | None = Non
     Returns:
         ``[*ids.shape, dim]`` in the dtype of the values.
     """
-    _check("embedding", ids, table, dim, padding_idx)
+    check_lookup("embedding", ids, table, dim, padding_idx)
     padding = -1 if padding_idx is None else padding_idx
     return call("embedding", *table, ids.long(), dim, padding)
 
@@ -64,7 +64,15 @@ def embedding_bag(
     Equivalent to ``F.embedding_bag(ids, dense, offsets, mode="sum", per_sample_weights=scale, include_last_offset=True,
     padding_idx=padding_idx)`` of the table made dense. ``offsets [bags + 1]`` rise from 0 to the number of ids.
     """
-    _check("embedding_bag", ids, table, dim, padding_idx)
+    check_bags(ids, offsets, table, dim, scale, padding_idx)
+    padding = -1 if padding_idx is None else padding_idx
+    return call("embedding_bag", *table, ids.long(), offsets.long(), scale, dim, padding)
+
+
+def check_bags(
+    ids: Tensor, offsets: Tensor, table: Table, dim: int, scale: Tensor | None, padding_idx: int | None
+) -> None:
+    check_lookup("embedding_bag", ids, table, dim, padding_idx)
     if ids.dim() != 1 or offsets.dim() != 1 or not offsets.shape[0]:
         raise ValueError(
             f"sparsekd.embedding_bag: ids must be [n] and offsets [bags + 1], got {tuple(ids.shape)} and "
@@ -75,8 +83,6 @@ def embedding_bag(
             f"sparsekd.embedding_bag: scale must have one number for each of the {ids.shape[0]} ids, "
             f"got shape {tuple(scale.shape)}"
         )
-    padding = -1 if padding_idx is None else padding_idx
-    return call("embedding_bag", *table, ids.long(), offsets.long(), scale, dim, padding)
 
 
 def embedding_top_k(
@@ -273,7 +279,7 @@ def _check_range(ids: Tensor, rows: int) -> None:
         raise IndexError(f"sparsekd.embedding: ids must lie in [0, {rows}), got {int(outside)}")
 
 
-def _check(op: str, ids: Tensor, table: Table, dim: int, padding_idx: int | None) -> None:
+def check_lookup(op: str, ids: Tensor, table: Table, dim: int, padding_idx: int | None) -> None:
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"sparsekd.{op}: ids must be int32 or int64, got {ids.dtype}; use .long()")
     _check_table(op, table, dim)

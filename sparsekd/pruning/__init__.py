@@ -16,6 +16,7 @@ pruned convolutions and linear layers (no biases, no batch norm), shares are of 
 from .budget import UNITS, Budget, check_unit
 from .choice import SCOPES
 from .cost import CostTable, LayerCost
+from .entries import drop_entries, exchange_entries, grow_entries
 from .gradients import DenseGradients
 from .grouping import Grouping
 from .observe import count_macs, count_weights
@@ -44,7 +45,10 @@ __all__ = [
     "count_macs",
     "count_weights",
     "drop_blocks",
+    "drop_entries",
+    "exchange_entries",
     "grow_blocks",
+    "grow_entries",
     "lamp_scores",
     "layer_ranks",
     "magnitude_scores",

@@ -66,7 +66,7 @@ class Slot:
     def __init__(self, optimizer: Optimizer, parameter: Tensor, key: str):
         self._state, self.key = optimizer.state[parameter], key
         # The one state whose start its constructor is told.
-        self.fresh = optimizer.defaults["initial_accumulator_value"] if isinstance(optimizer, Adagrad) else 0.0
+        self.fresh = optimizer.defaults.get("initial_accumulator_value", 0.0) if key == "sum" else 0.0
 
     @property
     def tensor(self) -> Tensor:
@@ -83,6 +83,8 @@ def state_slots(parameter: Tensor, optimizers: Iterable[Optimizer]) -> Iterator[
         for key, value in state.items():
             if not isinstance(value, (Tensor, list)) or (isinstance(value, Tensor) and value.dim() == 0):
                 continue
+            if key in getattr(optimizer, "state_of_rows", ()):
+                continue  # one number for each row of a table, which stays
             if isinstance(value, list) or value.shape != parameter.shape:
                 raise TypeError(
                     f"sparsekd.pruning: the state {key!r} of {type(optimizer).__name__} does not have the parameter's "
