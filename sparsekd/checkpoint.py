@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from .blocks import BlockPattern, BlockSparse
 from .convert import replace_layers, sparse_layer
-from .nn import BlockSparseLayer
+from .nn import BlockSparseLayer, SparseEmbedding, SparseEmbeddingBag
+from .nn.embedding import SparseTable
 
 __all__ = ["load", "load_state", "metadata", "save", "save_state", "write_atomically"]
 
@@ -67,7 +68,8 @@ def save(model: nn.Module, path: Path_, **json_metadata: Any) -> None:
                 f"sparsekd.checkpoint.save: {name} is a quantised tensor; save the model before it is quantised"
             )
     header = {"format": _MODEL, "model": fingerprint(model), "sparse": sparse, "metadata": json_metadata}
-    header |= {name: value for name, value in (("extra", extra), ("versions", _own_versions(model))) if value}
+    optional = (("extra", extra), ("versions", _own_versions(model)), ("tables", sorted(_tables(model))))
+    header |= {name: value for name, value in optional if value}
     _write(path, {**tensors, **{_EXTRA + name: tensor for name, tensor in inside.items()}}, header)
 
 
@@ -88,6 +90,8 @@ def load(model: nn.Module, path: Path_) -> nn.Module:
             twin = layer.to_dense()
         if wanted is not None and not isinstance(twin, BlockSparseLayer):
             twin = sparse_layer(twin, wanted)
+        if isinstance(layer, (SparseTable, *_OF_DENSE)):
+            twin = _as_table(layer, name in header.get("tables", ()))
         if isinstance(twin, BlockSparseLayer):
             parts = [tensors[f"{name}.{part}".lstrip(".")] for part in ("values", "row_ptr", "col_idx")]
             BlockSparse(parts[0], parts[1], parts[2], twin.matrix_shape, twin.pattern).validate()
@@ -106,10 +110,13 @@ def metadata(path: Path_) -> dict[str, Any]:
 def fingerprint(model: nn.Module) -> dict[str, list[int]]:
     """Name -> shape of every tensor of the state dict of the model when dense."""
     shapes: dict[str, list[int]] = {}
-    sparse = _sparse_layers(model)
+    sparse, tables = _sparse_layers(model), _tables(model)
     for name, tensor in model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
         if not isinstance(tensor, Tensor):
+            continue
+        if owner in tables:
+            shapes[f"{owner}.weight"] = [tables[owner].num_embeddings, tables[owner].embedding_dim]
             continue
         if owner not in sparse or leaf == "bias":
             shapes[name] = list(tensor.shape)
@@ -122,6 +129,25 @@ def _sparse_layers(model: nn.Module) -> dict[str, BlockSparseLayer]:
     """The block-sparse layers by name, one that has several names under each."""
     modules = model.named_modules(remove_duplicate=False)
     return {name: module for name, module in modules if isinstance(module, BlockSparseLayer)}
+
+
+_OF_DENSE: dict[type[nn.Module], type[SparseTable]] = {
+    nn.Embedding: SparseEmbedding,
+    nn.EmbeddingBag: SparseEmbeddingBag,
+}
+
+
+def _tables(model: nn.Module) -> dict[str, SparseTable]:
+    """The packed embedding tables by name."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if isinstance(module, SparseTable)}
+
+
+def _as_table(layer: Any, packed: bool) -> nn.Module:
+    """The same layer, packed or dense; which entries it keeps is in the file."""
+    if packed == isinstance(layer, SparseTable):
+        return layer
+    return _OF_DENSE[type(layer)].from_dense(layer) if packed else layer.to_dense()
 
 
 def _own_versions(model: nn.Module) -> dict[str, int]:

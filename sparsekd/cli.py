@@ -3,6 +3,7 @@
 sparsekd run [TASK] ...                     train, prune, freeze, measure; see runs/
 sparsekd run stream ...                     learn a stream of clicks, and what serves it sparse; see runs/streaming.py
 sparsekd bench package.module:factory ...   your own networks, dense and frozen; see bench.py
+sparsekd recommend --model FILE --user ID   the best items for a user, from the file of a recommender
 sparsekd report DIR ...                     one page about one or several runs
 sparsekd doctor                             what this machine offers, and why not more
 """
@@ -31,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 for bad input, 75 when --stop-after came first, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(_joined(arguments))
-    commands = {"run": _run, STREAM: _stream, "bench": _bench, "report": _report, "doctor": _doctor}
+    commands = {"run": _run, STREAM: _stream, "bench": _bench, "report": _report}
+    commands |= {"recommend": _recommend, "doctor": _doctor}
     try:
         return commands[options.command](options, arguments)
     except _EXPECTED as error:
@@ -100,6 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("report", help="one page (HTML, Markdown, JSON) of one or several finished runs")
     show.add_argument("folders", nargs="+", metavar="DIR", help="folders of runs, or their results.json")
     show.add_argument("--out", metavar="DIR", help="where to write (the folder of a single run; report)")
+    best = commands.add_parser("recommend", help="the best items for a user, from the file of a recommender")
+    best.add_argument("--model", required=True, metavar="FILE", help="recommender*.safetensors of a run of sparserec")
+    best.add_argument("--user", required=True, metavar="ID", help="as the data has it")
+    best.add_argument("--top", type=int, default=20, metavar="N", help="how many items (20)")
     commands.add_parser("doctor", help="what this machine offers sparsekd, and why not more")
     return parser
 
@@ -108,7 +114,7 @@ def _add_run(commands: Any) -> None:
     """The arguments of `run`, under the names of the fields of RunConfig, which has the defaults."""
     from .pruning import SCOPES, UNITS
     from .runs import TASKS, RunConfig
-    from .runs.plans.network import KNOWN_METHODS
+    from .runs.plans.network import KNOWN_METHODS, RANKING_METHODS_ALL
 
     usual = RunConfig()
     run = commands.add_parser(
@@ -123,7 +129,8 @@ def _add_run(commands: Any) -> None:
         dest="methods",
         nargs="+",
         metavar="NAME",
-        help=f"{', '.join(KNOWN_METHODS)}; all: those that the task is usually run with (all)",
+        help=f"{', '.join(KNOWN_METHODS)}; of sparserec {', '.join(RANKING_METHODS_ALL)}; all: those that the task is "
+        "usually run with (all)",
     )
     run.add_argument(
         "--density",
@@ -319,6 +326,16 @@ def _report(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         paths = report.merge(options.folders, options.out or "report")
     tables = "\n\n".join(report.result_tables(run) for run in runs)
     print(f"{tables}\n\nwritten: {', '.join(map(str, paths))}")
+    return 0
+
+
+def _recommend(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from . import recommend
+
+    answer = recommend.Served(options.model).best(options.user, options.top)
+    print(f"user {options.user}, by {answer.rule}")
+    for item, score in zip(answer.items, answer.scores, strict=True):
+        print(f"{item}\t{score:.6g}")
     return 0
 
 

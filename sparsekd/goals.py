@@ -306,6 +306,7 @@ class Ranking(Goal):
     cutoffs: tuple[int, ...] = (5, 10, 20)
 
     name: ClassVar[str] = "ranking"
+    baselines: ClassVar[tuple[str, ...]] = ("popular", "item_knn", "ease")
     takes_tensor: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -44,7 +44,7 @@ def failure(capsys, *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["netflix"], "name must be one of movietweetings, movielens, movies, cifar100, got 'netflix'"),
+        (["netflix"], "name must be one of movietweetings, movielens, movies, cifar100, sparserec, got 'netflix'"),
         (["movielens", "--data", "/no/such/folder"], "/no/such/folder"),
         (["movies", "--group", "colour"], "group must be one of"),
         (["movietweetings", "--group", "social"], "--group social belongs to the task movies, got movietweetings"),

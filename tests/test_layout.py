@@ -24,7 +24,7 @@ FLOORS = [
     ["pruning"],  # measures what layers cost when they are frozen
     ["methods"],
     ["sparsekd"],  # the door: sparsekd/__init__.py
-    ["bench", "doctor", "report"],
+    ["bench", "doctor", "recommend", "report"],
     ["runs"],
     ["cli"],
     ["__main__"],

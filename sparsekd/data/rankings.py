@@ -46,6 +46,7 @@ def load(
     min_rating: float | None = None,
     negatives: int = 1,
     seed: int = 0,
+    most_items: int | None = None,
 ) -> Task[Pairs]:
     """Read interactions (formats: see `interactions`) from `root`; None: the embedded MovieTweetings.
 
@@ -53,6 +54,7 @@ def load(
     min_rating  ratings from it on count as chosen; None: 4 of 5 stars, 7 of 10; 0 takes all.
     negatives   items a user has not seen, drawn for each pair in training.
     seed        of the split, where the data has neither parts nor times.
+    most_items  only so many items, those chosen most often; None: all.
 
     Where there are no parts, a tenth of each user's pairs (one at least) is test and as much before it validation, the
     latest by time; users with fewer than 5 give none. Where there is no validation part, a tenth of train is drawn.
@@ -65,7 +67,9 @@ def load(
         source, name = interactions.read(root, columns), root.name.partition(".")[0] or "interactions"
     least = source.likes if min_rating is None else min_rating
     kept, below = _rated(source.parts, least)
-    numbered, user_ids, item_ids = _numbered(kept, source.numbered)
+    if most_items is not None:
+        kept = _of_top_items(kept, most_items)
+    numbered, user_ids, item_ids = _numbered(kept, source.numbered and most_items is None)
     counts: dict[str, Any] = {"below_the_rating": below, **_count_duplicates(numbered, len(item_ids))}
     coded, split = _split(kept, numbered, len(item_ids), seed)
     parts, left_out = _cleaned(coded, len(user_ids), len(item_ids))
@@ -96,6 +100,12 @@ def _rated(parts: Mapping[str, Interactions], least: float | None) -> tuple[dict
         return dict(parts), 0
     kept = {name: log if log.ratings is None else log.take(log.ratings >= least) for name, log in parts.items()}
     return kept, sum(map(len, parts.values())) - sum(map(len, kept.values()))
+
+
+def _of_top_items(parts: Mapping[str, Interactions], count: int) -> dict[str, Interactions]:
+    items, times = np.unique(np.concatenate([log.items for log in parts.values()]), return_counts=True)
+    top = items[np.argsort(-times, kind="stable")[:count]]
+    return {name: log.take(np.isin(log.items, top)) for name, log in parts.items()}
 
 
 def _numbered(parts: Mapping[str, Interactions], as_they_are: bool) -> tuple[_Parts, np.ndarray, np.ndarray]:

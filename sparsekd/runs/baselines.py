@@ -1,4 +1,5 @@
-"""Predictors that a network has to beat: constant, user+item biases, running biases, ridge, gradient boosting.
+"""Predictors that a network has to beat: constant, user+item biases, running biases, ridge, gradient boosting; and of
+rankings popularity, item neighbours and EASE (neighbours.py).
 
 All are deterministic, fitted on train; their one setting is chosen by the squared error on val.
 """
@@ -16,6 +17,7 @@ import torch
 
 from ..data import Rows, Task
 from ..goals import Regression
+from . import neighbours
 
 BIAS_SHRINKS = (2.0, 5.0, 10.0, 20.0, 40.0)
 RIDGE_ALPHAS = (1e-1, 1e0, 1e1, 1e2, 1e3, 1e4)
@@ -98,6 +100,21 @@ def boosting(task: Task) -> Score:
     return score("gradient boosting", task, task.test, best[2], best[1])
 
 
+def popular(task: Task) -> Score:
+    """The same items for everybody."""
+    return Score("popularity", *neighbours.popular(task))
+
+
+def item_knn(task: Task) -> Score:
+    """Items chosen together."""
+    return Score("ItemKNN", *neighbours.item_knn(task))
+
+
+def ease(task: Task) -> Score:
+    """Linear weights between items."""
+    return Score("EASE", *neighbours.ease(task))
+
+
 # By the names that goals call them.
 BASELINES: dict[str, Callable[[Task], Score]] = {
     "constant": constant,
@@ -105,6 +122,9 @@ BASELINES: dict[str, Callable[[Task], Score]] = {
     "running_biases": running_biases,
     "ridge": ridge,
     "boosting": boosting,
+    "popular": popular,
+    "item_knn": item_knn,
+    "ease": ease,
 }
 NEEDS: dict[Callable[[Task], Score], str] = {  # fields of `Rows`
     biases: "users",

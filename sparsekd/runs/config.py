@@ -7,7 +7,7 @@ from typing import Any
 
 from ..blocks import BlockPattern, check_density
 from ..pruning import SCOPES, check_unit
-from .plans.network import KNOWN_METHODS
+from .plans.network import KNOWN_METHODS, RANKING_METHODS_ALL
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,10 @@ class RunConfig:
         if self.scope not in (None, *SCOPES):
             raise ValueError(f"sparsekd run: scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
         BlockPattern.parse(self.pattern)
+        known = (*RANKING_METHODS_ALL, *KNOWN_METHODS)
         for method in self.methods or ():
-            if method not in KNOWN_METHODS:
-                raise ValueError(f"sparsekd run: method must be one of {', '.join(KNOWN_METHODS)}, got {method!r}")
+            if method not in known:
+                raise ValueError(f"sparsekd run: method must be one of {', '.join(known)}, got {method!r}")
         for name, number in (("seeds", self.seeds), ("threads", self.threads)):
             if number is not None and number < 1:
                 raise ValueError(f"sparsekd run: {name} must be at least 1, got {number}")

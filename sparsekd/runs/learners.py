@@ -11,7 +11,7 @@ from ..blocks import BlockPattern
 from ..data import Task
 from ..distill import Distiller, Plain
 from ..losses import AttentionTransfer
-from ..methods import METHODS, Method
+from ..methods import METHODS, TABLE_METHODS, Method, SparseRec
 from ..modes import evaluation_mode
 from ..pruning import CostTable
 from ..taps import FeatureTap
@@ -24,6 +24,8 @@ def learner_of(model: nn.Module, task: Task, network: Network, teacher: nn.Modul
     torch.manual_seed(1_000 + seed)  # the SAD meta-network
     examples = task.train.examples(2)
     distiller = _distiller(model, task, network, teacher, examples)
+    if network.method in TABLE_METHODS:
+        return _over_tables(distiller, task, network, seed)
     if network.method is None or network.schedule is None:
         return Method(distiller)
     return METHODS[network.method](
@@ -39,12 +41,22 @@ def learner_of(model: nn.Module, task: Task, network: Network, teacher: nn.Modul
     )
 
 
+def _over_tables(distiller: Distiller | Plain, task: Task, network: Network, seed: int) -> Method:
+    """A method that prunes the tables of a recommender."""
+    if network.method == SparseRec.name:
+        steps = network.recipe.epochs * task.train.steps(network.recipe.batch_size)
+        chosen = task.train.users, task.train.items
+        return SparseRec(distiller, chosen, steps=steps, seed=seed, **network.options)
+    return TABLE_METHODS[str(network.method)](distiller, **network.options)
+
+
 def _distiller(
     model: nn.Module, task: Task, network: Network, teacher: nn.Module | None, examples: tuple[Tensor, ...]
 ) -> Distiller | Plain:
     if teacher is None or network.alpha == network.beta == 0:
         return Plain(model, task.goal)
-    taps: Any = (teacher.tap_names, model.tap_names)
+    # Recommenders have no feature maps; their scores are distilled.
+    taps: Any = (teacher.tap_names, model.tap_names) if network.beta else ((), ())
     matching = None
     if network.features == "at":
         taps, matching = _pairs(teacher, model, examples), AttentionTransfer()

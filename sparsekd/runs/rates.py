@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..methods import Method, Staged
+from ..methods import Method, Staged, TableMethod
 from .plans.recipe import Recipe
 
 
@@ -29,5 +29,7 @@ def cycle_of(method: Method, epoch: int, recipe: Recipe) -> tuple[int, int]:
 
 def level_of(method: Method, epoch: int) -> float:
     """Density that the schedule asks for during `epoch`."""
+    if isinstance(method, TableMethod):
+        return method.level(epoch)
     prunes = method.prunes() if isinstance(method, Staged) else []
     return round(1 - max((share for prune, share in prunes if prune < epoch), default=0.0), 6)

@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from .. import backends, checkpoint, processor
+from .. import backends, checkpoint, processor, recommend
 from ..convert import SPARSE_TYPES, named_layers
 from ..data import Task
-from ..goals import predict
+from ..goals import Ranking, predict
+from ..models import MF, LightGCN
 from ..pruning import count_macs
 from ..version import __version__
 from .config import RunConfig
 from .epochs import picked_epoch
-from .evaluate import count_parameters, freeze_for, kept_share, not_pruned, speed
+from .evaluate import count_parameters, freeze_for, kept_share, not_pruned, served, speed
 from .plans.network import Network, Plan
 from .runtime import Runtime
 
@@ -68,7 +69,10 @@ def rows_of(
     for place, density in enumerate(finished.densities):
         model = finished.load(density)
         row = _described(finished, density, model, task, runtime)
-        if config.measure:
+        if config.measure and isinstance(task.goal, Ranking):
+            measured, note = served(model.cpu(), task.to("cpu"), config.quick)
+            layers: dict[str, Any] = {}
+        elif config.measure:
             measured, note, layers = _frozen(model.cpu(), task, finished.network.name, plan, config.quick)
         elif before:
             measured, note, layers = (before[place][key] for key in ("metrics", "energy_note", "plan"))
@@ -113,6 +117,15 @@ def _described(finished: Finished, density: float | None, model: nn.Module, task
         "epochs": epochs if density in (None, *network.densities[:1]) else [],  # of a sweep once
         "settings": finished.settings,
     }
+
+
+def write_for_serving(finished: Finished, task: Task) -> None:
+    """Of a ranking: the file of every density that `sparsekd recommend` reads, where a score is a product of rows."""
+    for density in finished.densities if isinstance(task.goal, Ranking) else ():
+        model = finished.load(density)
+        if isinstance(model, (MF, LightGCN)):
+            name = finished.network.file(density).replace("model", "recommender", 1)
+            recommend.save(model, task.to("cpu"), finished.folder / name)
 
 
 def _frozen(

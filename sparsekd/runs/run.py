@@ -10,6 +10,7 @@ in evaluate.py, and what is written down of it in record.py.
       seed0/<network>/model.safetensors  the picked epoch; sparse layers as their kept blocks, a file a density
       seed0/<network>/state.safetensors  where to go on after a kill, while it trains
       seed0/<network>/rows.json          its rows of the report, once finished
+      seed0/<network>/recommender.safetensors  of a ranking: for sparsekd recommend
 
 A later call with other methods or fewer seeds adds to the report: what else has finished in the folder stays in it.
 A run that was stopped goes on after the last finished epoch of the network in training, with the same numbers as if it
@@ -140,6 +141,7 @@ class _Run:
     def _write_rows(self, finished: Finished, path: Path, before: list[Row]) -> None:
         rows = record.rows_of(finished, self.task, self.plan, self.config, self.runtime, before)
         checkpoint.write_atomically(path, json.dumps(rows, indent=1).encode())
+        record.write_for_serving(finished, self.task)
         (finished.folder / STATE).unlink(missing_ok=True)
         for row in rows:
             self.say(record.in_one_line(row, self.task))

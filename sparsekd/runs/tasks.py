@@ -17,8 +17,8 @@ from ..data import Task
 from ..data.movies import GROUPS
 from ..methods import METHODS
 from .config import RunConfig
-from .plans import images, ratings
-from .plans.network import KNOWN_METHODS, Plan
+from .plans import images, rankings, ratings
+from .plans.network import KNOWN_METHODS, RANKING_METHODS, RANKING_METHODS_ALL, Plan
 from .plans.recipe import Recipe
 
 __all__ = ["TASKS", "Entry", "Option", "check_is_one", "complete", "entry_of", "folder_of", "plan_of", "several"]
@@ -53,6 +53,7 @@ class Entry:
     plan       the networks to train.
     options    settings of its own.
     methods    what is trained unless the call names methods.
+    known      the methods that it can be trained by.
     densities  what is kept unless the call names densities, by the options.
     on_gpu     whether training is on CUDA, and there in bf16, unless the call says otherwise.
     """
@@ -61,6 +62,7 @@ class Entry:
     plan: Callable[[Task, RunConfig], Plan]
     options: tuple[Option, ...] = ()
     methods: tuple[str, ...] = tuple(METHODS)
+    known: tuple[str, ...] = KNOWN_METHODS
     densities: Callable[[Mapping[str, Any]], tuple[float, ...]] = _usual_densities
     on_gpu: bool = False
 
@@ -100,6 +102,14 @@ TASKS: dict[str, Entry] = {
         densities=_image_densities,
         on_gpu=True,
     ),
+    "sparserec": Entry(
+        load=rankings.load,
+        plan=rankings.of_rankings,
+        options=(Option("model", "mf", rankings.MODELS, "mf, neumf or lightgcn", in_folder=True),),
+        methods=RANKING_METHODS,
+        known=RANKING_METHODS_ALL,
+        densities=lambda options: (0.2, 0.1, 0.05),
+    ),
 }
 
 
@@ -123,6 +133,9 @@ def complete(config: RunConfig) -> RunConfig:
         if value not in own[name].choices:
             choices = ", ".join(own[name].choices)
             raise ValueError(f"sparsekd run: {name} must be one of {choices}, got {value!r}")
+    for method in config.methods or ():
+        if method not in entry.known:
+            raise ValueError(f"sparsekd run: {config.task} is trained by {', '.join(entry.known)}, got {method!r}")
     options = {option.name: option.default for option in entry.options} | config.options
     methods = entry.methods if config.methods is None else config.methods
     densities = entry.densities(options) if config.densities is None else config.densities

@@ -1,0 +1,153 @@
+"""Rankings: recommenders over dense tables, and at equal bytes over tables that SparseRec and its rivals made sparse.
+
+The teacher is the dense model, and its row is that of "dense"; students of `sparserec-kd` learn its scores.
+
+    small            fewer dimensions for every row, as many as the bytes of the packed table allow
+    random-mask      a random mask that stays
+    one-shot         trained dense, the largest entries kept, trained again from the same start
+    imp              the same in many rounds, a tenth of the entries at once
+    rigl             dynamic, random start, growth by the gradient of the last batch (RigL; DSL for recommenders)
+    pep              learnt thresholds, then trained again from the same start
+    sparserec        SparseRec; -random starts from random masks, -last grows by the last batch alone, -absolute by
+                     sums of magnitudes, -sampled learns half of the rows of a batch, -kd the teacher's scores too
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from ... import data, models
+from ...data import Task
+from ...methods.tickets import imp_rounds
+from ..config import RunConfig
+from .network import Network, Plan
+from .recipe import Recipe
+
+MODELS = ("mf", "neumf", "lightgcn")
+DIM = 64
+# Found on the validation part of ml-1m with dense MF; all models and methods learn alike. The rate is constant, so that
+# every round of a ticket is trained as the others; the epoch is chosen on the validation part.
+RECIPE = Recipe(lr=2e-2, weight_decay=0.1, epochs=30, batch_size=8192, milestones=(), select="best", recalibrate=False)
+IMP: dict[str, Any] = {"epochs": 5, "removed": 0.1}  # of a round that only looks for the next mask
+QUICK: dict[str, Any] = {"most_items": 300}
+QUICK_RECIPE: dict[str, Any] = {"epochs": 3, "batch_size": 1024}
+QUICK_IMP: dict[str, Any] = {"epochs": 1, "removed": 0.5}
+EVERY = 50  # steps between two exchanges
+SWITCHES: dict[str, dict[str, Any]] = {
+    "sparserec": {},
+    "sparserec-kd": {},
+    "sparserec-random": {"init": "random"},
+    "sparserec-last": {"accumulate": "last"},
+    "sparserec-absolute": {"accumulate": "absolute"},
+    "sparserec-sampled": {"sample": 0.5},
+    "rigl": {"init": "random", "accumulate": "last"},
+    "random-mask": {"init": "random", "exchanged": 0.0},
+}
+
+
+def load(config: RunConfig) -> Task:
+    """Who chose what in the folder of the run, or in MovieTweetings; a quick run has the top items alone."""
+    return data.load("rankings", config.data_dir, **(QUICK if config.quick else {}))
+
+
+def of_rankings(task: Task, config: RunConfig) -> Plan:
+    recipe = dataclasses.replace(RECIPE, **(QUICK_RECIPE if config.quick else {}))
+    kind = config.options["model"]
+    teacher = Network(name="dense", folder="dense", make=partial(recommender, kind, task, DIM, None), recipe=recipe)
+    return Plan(
+        teacher=teacher,
+        students=tuple(_students(task, config, kind, recipe)),
+        about={
+            "model": f"{kind}, {DIM} dimensions",
+            "budget": "tables of one density have as many entries; `small` has as many bytes, masks and row positions "
+            "counted",
+            "selection": "epoch of the best validation NDCG@20 at the final density; the test part is used once, for "
+            "that epoch",
+            "serving": "dense: product with all items and topk; frozen: the best 20 straight from the packed table",
+        },
+    )
+
+
+def recommender(
+    kind: str, task: Task, dim: int, density: float | None, dim_of_dense: int | None = None
+) -> models.Recommender:
+    """A model for the users and items of a task."""
+    model: models.Recommender
+    if kind == "lightgcn":
+        model = models.LightGCN(task.sizes, (task.train.users, task.train.items), dim, density)
+    else:
+        model = {"mf": models.MF, "neumf": models.NeuMF}[kind](task.sizes, dim, density)
+    model.dim_of_dense = dim if dim_of_dense is None else dim_of_dense
+    return model
+
+
+def small_dim(density: float, dim: int = DIM, value_bytes: int = 4) -> int:
+    """Dimensions of dense rows that take no more bytes than packed ones: values, a bit for every dimension in words of
+    64, a byte of count and an eighth of a base."""
+    packed = density * dim * value_bytes + 8 * -(-dim // 64) + 1 + 8 / 64
+    return max(1, int(packed / value_bytes))
+
+
+def _students(task: Task, config: RunConfig, kind: str, recipe: Recipe) -> Iterator[Network]:
+    assert config.methods is not None and config.densities is not None  # `tasks.complete` has filled them in
+    densities = sorted((density for density in config.densities if density < 1), reverse=True)
+    full: dict[str, Any] = {"make": partial(recommender, kind, task, DIM, 1.0), "recipe": recipe}
+    for method in config.methods if densities else ():
+        if method == "imp":
+            rounds = imp_rounds(densities, **(QUICK_IMP if config.quick else IMP), last_epochs=recipe.epochs)
+            yield _tickets("IMP", "imp", tuple(densities), rounds, full)
+            continue
+        for density in densities:
+            if method == "small":
+                yield _small(task, kind, density, recipe)
+            elif method == "one-shot":
+                rounds = [(1.0, recipe.epochs), (density, recipe.epochs)]
+                yield _tickets("one-shot", f"one-shot-{density:g}", (density,), rounds, full)
+            elif method == "pep":
+                yield _pep(density, recipe, full)
+            else:
+                yield _dynamic(method, task, kind, density, recipe)
+
+
+def _tickets(
+    name: str, folder: str, densities: tuple[float, ...], rounds: list[tuple[float, int]], full: dict[str, Any]
+) -> Network:
+    recipe = dataclasses.replace(full["recipe"], epochs=sum(epochs for _, epochs in rounds))
+    options = {"rounds": rounds}
+    learning: dict[str, Any] = {**full, "recipe": recipe, "method": "table-tickets", "options": options}
+    return Network(name=name, folder=folder, densities=densities, **learning)
+
+
+def _small(task: Task, kind: str, density: float, recipe: Recipe) -> Network:
+    dim = small_dim(density)
+    make = partial(recommender, kind, task, dim, None, DIM)
+    return Network(name=f"dense, {dim} dimensions", folder=f"small-{density:g}", make=make, recipe=recipe)
+
+
+def _pep(density: float, recipe: Recipe, full: dict[str, Any]) -> Network:
+    search = max(1, recipe.epochs // 2)
+    longer = dataclasses.replace(recipe, epochs=search + recipe.epochs)
+    options = {"density": density, "search": search}
+    learning: dict[str, Any] = {**full, "recipe": longer, "method": "pep", "options": options}
+    return Network(name="PEP", folder=f"pep-{density:g}", densities=(density,), **learning)
+
+
+def _dynamic(method: str, task: Task, kind: str, density: float, recipe: Recipe) -> Network:
+    """SparseRec, or what is left of it without one of its parts."""
+    make = partial(recommender, kind, task, DIM, density)
+    options = {"density": density, "every": EVERY, **SWITCHES[method]}
+    return Network(
+        name={"sparserec": "SparseRec", "rigl": "RigL", "random-mask": "random mask"}.get(
+            method, method.replace("sparserec-", "SparseRec, ")
+        ),
+        folder=f"{method}-{density:g}",
+        make=make,
+        recipe=recipe,
+        alpha=1.0 if method == "sparserec-kd" else 0.0,
+        method="sparserec",
+        densities=(density,),
+        options=options,
+    )

@@ -1,0 +1,140 @@
+"""The task of rankings in runs: baselines against tables by hand, equal bytes, a small run and its resumption."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from sparsekd import checkpoint, data, models, report, runs
+from sparsekd.data import Pairs, Task, histories
+from sparsekd.goals import Ranking
+from sparsekd.methods.tables import bytes_of
+from sparsekd.runs import RunConfig, neighbours, record, tasks
+from sparsekd.runs.plans import rankings
+from sparsekd.runs.plans.network import RANKING_METHODS_ALL
+
+
+def part(chosen, seen, num_items=6):
+    users, items = (torch.tensor(column) for column in zip(*chosen, strict=True))
+    return Pairs(users, items, num_items, *histories(*(torch.tensor(c) for c in zip(*seen, strict=True)), 4, num_items))
+
+
+TRAIN = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 3), (2, 4), (3, 3)]
+
+
+def small_task():
+    train, val, test = part(TRAIN, TRAIN), part([(0, 2)], TRAIN), part([(3, 4), (0, 2)], TRAIN)
+    return Task("small", train, val, test, Ranking((1, 2)), {"users": 4, "items": 6}, 0.0, "by hand", {})
+
+
+def test_popularity_and_neighbours_by_hand():
+    task = small_task()
+    # Chosen 2 2 1 2 1 0 times: user 3 (saw 3) gets 0, 1; user 0 (saw 0, 1) gets 3, 2.
+    scores, _ = neighbours.popular(task)
+    assert scores["recall@1"] == 0 and scores["recall@2"] == 0.5
+    scores, setting = neighbours.item_knn(task)
+    assert scores["recall@1"] == scores["hr@1"] == 1 and setting.endswith("neighbours")
+
+
+def test_ease_solves_its_least_squares():
+    task = small_task()
+    together = neighbours._together(task.train)
+    dense = torch.zeros(4, 6)
+    for user, item in TRAIN:
+        dense[user, item] = 1
+    assert torch.equal(together, dense.T @ dense)
+    weights = neighbours._weights(together, 2.0)
+    assert bool((weights.diagonal() == 0).all())
+    for item in range(6):  # ridge regression of each column on the others
+        others = [other for other in range(6) if other != item]
+        x = dense[:, others].double()
+        want = torch.linalg.solve(x.T @ x + 2 * torch.eye(5, dtype=torch.float64), x.T @ dense[:, item].double())
+        torch.testing.assert_close(weights[others, item].double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_too_many_items_are_said_not_left_out(monkeypatch):
+    monkeypatch.setattr(neighbours, "MOST_ITEMS", 5)
+    for of in (neighbours.ease, neighbours.item_knn):
+        scores, setting = of(small_task())
+        assert scores == {} and setting.startswith("not run: more than")
+
+
+@pytest.mark.parametrize("density", [0.2, 0.1, 0.05])
+def test_the_smaller_model_takes_no_more_bytes(density):
+    sizes = {"users": 640, "items": 1280}
+    packed = models.MF(sizes, rankings.DIM, density)
+    budget = bytes_of([packed.users, packed.items])
+    rows, dim = 1920, rankings.small_dim(density)
+    assert 4 * rows * dim <= budget < 4 * rows * (dim + 1)
+
+
+def planned(methods=RANKING_METHODS_ALL, **options):
+    config = tasks.complete(RunConfig("sparserec", methods=methods, quick=True, densities=(0.2, 0.1), **options))
+    return rankings.of_rankings(small_task(), config)
+
+
+def test_every_method_has_its_networks_and_they_start_alike():
+    plan = planned()
+    folders = [network.folder for network in plan.students]
+    assert len(set(folders)) == len(folders) == 2 * (len(RANKING_METHODS_ALL) - 1) + 1
+    (imp,) = (network for network in plan.students if network.folder == "imp")
+    assert imp.densities == (0.2, 0.1) and imp.recipe.epochs == sum(epochs for _, epochs in imp.options["rounds"])
+    full = {network.folder: record.fresh(network, 0) for network in plan.students if network.method != "sparserec"}
+    assert torch.equal(full["imp"].users.rows(), full["one-shot-0.1"].users.rows())
+    json.dumps([network.settings() for network in plan.students])
+
+
+def test_methods_of_other_tasks_are_refused():
+    with pytest.raises(ValueError, match=r"sparserec is trained by small, .*, got 'sp-sad'"):
+        tasks.complete(RunConfig("sparserec", methods=("sp-sad",)))
+    with pytest.raises(ValueError, match=r"cifar100 is trained by .*, got 'imp'"):
+        tasks.complete(RunConfig("cifar100", methods=("imp",)))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(rankings, "DIM", 16)
+    monkeypatch.setattr(rankings, "QUICK", {"most_items": 40})
+    monkeypatch.setattr(rankings, "QUICK_RECIPE", {"epochs": 2, "batch_size": 512})
+
+
+def test_a_run_writes_its_report_and_goes_on_where_it_stopped(tiny, tmp_path):
+    config = {"task": "sparserec", "quick": True, "densities": (0.25,), "out": str(tmp_path)}
+    results, folder = runs.run(RunConfig(methods=("sparserec", "imp"), **config), say=lambda line: None)
+    rows = {row["name"]: row for row in results["rows"]}
+    assert set(rows) == {"dense", "SparseRec", "IMP"}
+    for name in ("SparseRec", "IMP"):
+        assert rows[name]["metrics"]["weights_kept"] == pytest.approx(0.25, abs=1e-3)
+        assert rows[name]["target_density"] == 0.25 and rows[name]["metrics"]["latency_ms_frozen"] > 0
+    assert {score["name"] for score in results["baselines"]} == {"popularity", "ItemKNN", "EASE"}
+    assert results["task"]["split_sha256"] and results["task"]["pairs"]["test"] > 0
+    page = (folder / "report.html").read_text()
+    assert "NDCG@20" in page and "SparseRec" in page
+    again, _ = runs.run(RunConfig(methods=("sparserec", "imp"), **config), say=lambda line: pytest.fail(line))
+    assert [row["metrics"] for row in again["rows"]] == [row["metrics"] for row in results["rows"]]
+    with pytest.raises(runs.OutOfTime):
+        runs.run(RunConfig(methods=("pep",), stop_after=1e-9, **config), say=lambda line: None)
+    results, _ = runs.run(RunConfig(methods=("pep",), **config), say=lambda line: None)
+    assert {row["name"] for row in results["rows"]} == {"dense", "SparseRec", "IMP", "PEP"}
+    assert "PEP" in report.result_tables(results)
+
+
+def test_a_sparse_file_is_read_into_a_dense_model_and_back(tmp_path):
+    sizes = {"users": 5, "items": 7}
+    sparse, dense = models.MF(sizes, 8, 0.3), models.MF(sizes, 8)
+    checkpoint.save(sparse, tmp_path / "sparse")
+    checkpoint.save(dense, tmp_path / "dense")
+    loaded = checkpoint.load(models.MF(sizes, 8), tmp_path / "sparse")
+    assert torch.equal(loaded.users.rows(), sparse.users.rows()) and torch.equal(loaded.users.kept, sparse.users.kept)
+    loaded = checkpoint.load(models.MF(sizes, 8, 0.5), tmp_path / "sparse")
+    assert torch.equal(loaded.items.rows(), sparse.items.rows())
+    loaded = checkpoint.load(models.MF(sizes, 8, 0.5), tmp_path / "dense")
+    assert isinstance(loaded.users, torch.nn.Embedding) and torch.equal(loaded.users.weight, dense.users.weight)
+    with pytest.raises(ValueError, match=r"users.weight is \[5, 8\] in the file and \[6, 8\]"):
+        checkpoint.load(models.MF({"users": 6, "items": 7}, 8), tmp_path / "sparse")
+
+
+def test_only_the_items_chosen_most_are_kept():
+    task = data.load("rankings", most_items=50)
+    assert task.sizes["items"] == 50 and len(np.unique(task.train.item_ids)) == 50
