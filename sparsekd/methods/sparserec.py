@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from ..distill import Distiller, Plain
 from ..nn.embedding import SparseTable
-from ..ops.embedding import embedding_absent_
+from ..ops.embedding import embedding_absent_, pack_mask
 from .base import part_of
 from .nmf import nmf
-from .tables import TableMethod, budget_of_bytes, largest, rekeep, row_of_each
+from .tables import TableMethod, budget_of_bytes, largest, rekeep
 
 __all__ = ["SparseRec"]
 
@@ -91,9 +91,13 @@ class SparseRec(TableMethod):
             self.drop_to(self.budget, [torch.rand(table.values.shape) for table in self.tables])
         self._absent = [_Absent(table) for table in self.tables]
         self._importance = self._degrees(interactions) if sample < 1 and interactions is not None else None
-        self._hooks = [
-            table.register_forward_hook(partial(self._watch, place)) for place, table in enumerate(self.tables)
-        ]
+        self._drawn: list[Tensor | None] = [None] * len(self.tables)  # of the lookup that is under way
+        self._hooks: list[Any] = []
+        for place, table in enumerate(self.tables):
+            self._hooks.append(table.register_forward_hook(partial(self._watch, place)))
+            if self._importance is not None:
+                before = partial(self._sample, place)
+                self._hooks.append(table.register_forward_pre_hook(before, with_kwargs=True))
 
     def after_step(self) -> None:
         """Count the step; exchange entries where it is time to."""
@@ -158,7 +162,7 @@ class SparseRec(TableMethod):
             factors += list(nmf(*interactions, *sizes, sweeps=sweeps, seed=seed + place))
         scores = [nn.functional.normalize(factor).to(self.tables[0].values.device) for factor in factors]
         for table, mask in zip(self.tables, largest(scores, self.budget), strict=True):
-            rekeep(table, mask, self.optimizers)
+            rekeep(table, pack_mask(mask), self.optimizers)
             table.values.copy_(START * torch.randn(table.values.shape, generator=self._generator))
 
     def _degrees(self, interactions: tuple[Tensor, Tensor]) -> list[Tensor]:
@@ -169,34 +173,38 @@ class SparseRec(TableMethod):
             for table, ids in zip(pair, interactions, strict=True)
         ]
 
+    def _sample(self, place: int, table: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Say which ids of a lookup are to have a gradient."""
+        if not table.training or not torch.is_grad_enabled():
+            return None
+        rows, of_row = torch.unique(args[0], return_inverse=True)
+        drawn = self._draw(place, rows)
+        self._drawn[place] = drawn
+        return args, {**kwargs, "learns": drawn[of_row]}
+
     def _watch(self, place: int, table: nn.Module, args: tuple, rows: Tensor) -> None:
         """See the gradient of the rows that a table has given out."""
-        if table.training and rows.requires_grad:
-            rows.register_hook(partial(self._seen, place, args[0].reshape(-1)))
+        if table.training and rows.requires_grad and self._sums_now():
+            rows.register_hook(partial(self._sum_up, place, args[0].reshape(-1), self._drawn[place]))
 
     @torch.no_grad()
-    def _seen(self, place: int, ids: Tensor, grad: Tensor) -> Tensor | None:
-        """Sum up what absent entries would do, and leave the rows that are not in the sample without a gradient."""
-        table = self.tables[place]
+    def _sum_up(self, place: int, ids: Tensor, drawn: Tensor | None, grad: Tensor) -> None:
+        """Add what the entries that are absent would have learnt, of rows in the sample."""
         flat = grad.reshape(-1, grad.shape[-1])
         rows, of_row = torch.unique(ids, return_inverse=True)
-        drawn = self._draw(place, rows)
-        if self._sums_now():
-            sums = flat.new_zeros(len(rows), flat.shape[1]).index_add_(0, of_row, flat)
-            if drawn is not None:
-                rows, sums = rows[drawn], sums[drawn]
-            self._absent[place].add(table, rows, sums, self.accumulate == "absolute")
-        return None if drawn is None else (flat * drawn[of_row][:, None]).view_as(grad)
+        sums = flat.new_zeros(len(rows), flat.shape[1]).index_add_(0, of_row, flat)
+        if drawn is not None:
+            rows, sums = rows[drawn], sums[drawn]
+        self._absent[place].add(self.tables[place], rows, sums, self.accumulate == "absolute")
 
     def _sums_now(self) -> bool:
         if not self.exchanged or self.step >= self.until * self.steps:
             return False
         return self.accumulate != "last" or (self.step + 1) % self.every == 0
 
-    def _draw(self, place: int, rows: Tensor) -> Tensor | None:
-        """Bool [rows]: those in the sample; None where all are."""
-        if self._importance is None:
-            return None
+    def _draw(self, place: int, rows: Tensor) -> Tensor:
+        """Bool [rows]: those in the sample."""
+        assert self._importance is not None
         weights = self._importance[place][rows.cpu()]
         # The largest of u^(1/w) are a draw without replacement by weight (Efraimidis & Spirakis 2006).
         keys = torch.rand(len(weights), generator=self._generator).log() / weights
@@ -211,22 +219,23 @@ class SparseRec(TableMethod):
         worths = torch.cat(worth)
         weakest = torch.cat([_magnitudes(table) for table in self.tables])
         moves = min(moves, len(worths), int(weakest.isfinite().sum()))
-        goes = torch.zeros_like(weakest, dtype=torch.bool)
-        goes[weakest.topk(moves, largest=False).indices] = True
+        stays = torch.ones_like(weakest, dtype=torch.bool)
+        stays[weakest.topk(moves, largest=False).indices] = False
         comes = torch.zeros_like(worths, dtype=torch.bool)
         comes[worths.topk(moves).indices] = True
         parts = zip(
             self.tables,
             where,
-            goes.split([len(table.values) for table in self.tables]),
+            stays.split([len(table.values) for table in self.tables]),
             comes.split([len(scores) for scores in worth]),
             strict=True,
         )
-        for table, (rows, dims), gone, came in parts:
-            mask = table.mask()
-            mask[mask.clone()] = ~gone
-            mask[rows[came], dims[came]] = True
-            rekeep(table, mask, self.optimizers)
+        for table, (rows, dims), stay, come in parts:
+            kept = torch.ops.sparsekd.embedding_thin(*table.table[1:], stay)
+            # An absent entry has its bit at zero, and each is named once: adding sets it.
+            words = rows[come] * kept.shape[1] + dims[come] // 64
+            kept.view(-1).index_add_(0, words, torch.ones_like(words) << dims[come] % 64)
+            rekeep(table, kept, self.optimizers)
         for absent in self._absent:
             absent.clear()
 
@@ -273,15 +282,8 @@ class _Absent:
 
 
 def _magnitudes(table: SparseTable) -> Tensor:
-    """Of every entry; infinity for the first of the largest of every row, which stays."""
-    magnitude = table.values.detach().abs().float()
-    rows = row_of_each(table)
-    most = magnitude.new_zeros(table.num_embeddings).scatter_reduce_(0, rows, magnitude, "amax")
-    places = torch.arange(len(rows), device=rows.device)
-    first = torch.full_like(most, len(rows), dtype=torch.int64)
-    is_most = magnitude == most[rows]
-    first.scatter_reduce_(0, rows[is_most], places[is_most], "amin")
-    return magnitude.index_fill(0, first, math.inf)
+    """Of every entry; infinity for the largest of every row, which stays."""
+    return torch.ops.sparsekd.embedding_magnitudes(table.values.detach(), *table.table[1:])
 
 
 def _check(

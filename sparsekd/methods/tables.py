@@ -6,7 +6,7 @@ chosen over all of them too: an entry of a table of items competes with one of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,7 @@ from torch.optim import Optimizer
 
 from ..distill import Distiller, Plain
 from ..nn.embedding import SparseTable
-from ..nn.layer import replace_data
-from ..ops.embedding import count_kept, pack_mask, row_index
+from ..ops.embedding import pack_mask
 from ..pruning.surgery import check_optimizer, state_slots
 from .base import Method, PruneEvent
 
@@ -67,27 +66,12 @@ def largest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def rekeep(table: SparseTable, mask: Tensor, optimizers: Sequence[Optimizer] = ()) -> Callable[[Tensor, float], Tensor]:
-    """Keep the entries of `mask [rows, dim]` instead; new ones are zero, with fresh optimizer state.
-
-    `values` stays the same Parameter and loses its gradient. Returns what takes a tensor that lies as the values did to
-    where they lie now.
-    """
-    before = table.mask()
-    stays, stayed = mask[before], before[mask]
-
-    def carry(packed: Tensor, fresh: float) -> Tensor:
-        moved = packed.new_full((len(stayed),), fresh)
-        moved[stayed] = packed[stays]
-        return moved
-
+def rekeep(table: SparseTable, kept: Tensor, optimizers: Sequence[Optimizer] = ()) -> None:
+    """Keep the entries of `kept [rows, words]` instead; new ones are zero, with fresh optimizer state."""
     slots = list(state_slots(table.values, optimizers))
-    replace_data(table.values, carry(table.values.data, 0.0))
-    table.kept = pack_mask(mask)
-    table.base, table.counts = row_index(table.kept)
+    carry = table.rekeep_(kept)
     for slot in slots:
         slot.write(carry(slot.tensor, slot.fresh))
-    return carry
 
 
 class TableMethod(Method):
@@ -126,7 +110,7 @@ class TableMethod(Method):
             full[table.mask()] = values.clamp(min=0)
             spread.append(full)
         for table, mask in zip(self.tables, largest(spread, count), strict=True):
-            rekeep(table, mask, self.optimizers)
+            rekeep(table, pack_mask(mask), self.optimizers)
 
     def forget_moments(self) -> None:
         """Optimizer state of the tables as if they had never been stepped."""
@@ -137,9 +121,3 @@ class TableMethod(Method):
     def event(self, boundary: int, stage: str, rewound: bool) -> PruneEvent:
         removed = 1 - self.num_kept / self.num_entries
         return PruneEvent(boundary, stage, removed, removed, self.num_kept, 0, rewound)
-
-
-def row_of_each(table: SparseTable) -> Tensor:
-    """The row of every value."""
-    rows = torch.arange(table.num_embeddings, device=table.values.device)
-    return rows.repeat_interleave(count_kept(table.kept))
