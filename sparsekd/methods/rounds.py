@@ -12,7 +12,7 @@ from .base import PruneEvent
 
 Batch = tuple[Sequence[Any], Tensor]
 T = TypeVar("T")
-_SCORED = 16  # batches whose gradients judge the blocks
+_SCORED = 8  # batches whose gradients judge the blocks
 
 
 def prune_in_rounds(

@@ -1,6 +1,6 @@
 """Click models: the logit of a click by numbers and ids, as a DLRM-like network and as Wide&Deep.
 
-`model(numeric [B, F], ids [B, C]) -> [B]`. Ids are any int64: each column has a table, whose rows are
+`model(numeric [B, F], ids [B, C]) -> [B]`. Ids are any int64: each column has rows in a table, which are
 hashed to or listed. Numbers are taken as sign(x) log(1 + |x|), at mean 0 and variance 1.
 
 Names in this file: B batch, F numbers, C columns of ids, D dimensions of a table.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..nn import SparseEmbedding
 
-__all__ = ["DLRM", "HashedIds", "IdTable", "ListedIds", "WideAndDeep"]
+__all__ = ["DLRM", "HashedIds", "ListedIds", "WideAndDeep"]
 
 _EMPTY = torch.iinfo(torch.int64).max  # no id: sorts behind all others
 
@@ -91,40 +91,40 @@ def _first_places(ids: Tensor) -> tuple[Tensor, Tensor]:
     return distinct, first.scatter_reduce(0, place, torch.arange(len(ids), device=ids.device), "amin")
 
 
-class IdTable(nn.Module):
-    """ids [B] -> [B, D]: a table whose rows ids are hashed to, or listed in.
+class IdRows(nn.Module):
+    """ids [B, C] -> rows [B, C] of one table for all columns, in which each column has `rows` rows."""
 
-    table: "dense" is `nn.Embedding`, "sparse" a `SparseEmbedding` that keeps `density` of its entries.
-    """
+    offsets: Tensor
 
-    def __init__(
-        self,
-        rows: int,
-        dim: int,
-        ids: Literal["hashed", "listed"] = "hashed",
-        table: Literal["dense", "sparse"] = "dense",
-        density: float = 0.25,
-        std: float = 0.05,
-    ) -> None:
+    def __init__(self, columns: int, rows: int, by: Literal["hashed", "listed"]) -> None:
         super().__init__()
-        if rows < 2 or dim < 1:
-            raise ValueError(f"sparsekd.models.IdTable: expected 2 rows of 1 dimension or more, got {rows}, {dim}")
-        if ids not in ("hashed", "listed") or table not in ("dense", "sparse"):
-            raise ValueError(
-                f"sparsekd.models.IdTable: ids must be hashed or listed, and the table dense or sparse, got {ids!r} "
-                f"and {table!r}"
-            )
-        self.index = HashedIds(rows) if ids == "hashed" else ListedIds(rows)
-        if table == "dense":
-            self.table: nn.Module = nn.Embedding(rows, dim)
-        else:
-            self.table = SparseEmbedding(rows, dim, density=max(density, 1 / dim))
-        with torch.no_grad():
-            for parameter in self.table.parameters():
-                parameter.mul_(std)
+        if by not in ("hashed", "listed"):
+            raise ValueError(f"sparsekd.models: ids must be hashed or listed, got {by!r}")
+        if rows < 2:
+            raise ValueError(f"sparsekd.models: a column of ids needs 2 rows or more, got {rows}")
+        self.hashed = HashedIds(rows) if by == "hashed" else None
+        self.lists = nn.ModuleList(ListedIds(rows) for _ in range(columns if by == "listed" else 0))
+        self.register_buffer("offsets", torch.arange(columns) * rows, persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.table(self.index(ids))
+        if self.hashed is not None:
+            return self.hashed(ids) + self.offsets
+        return torch.stack([index(ids[:, place]) for place, index in enumerate(self.lists)], 1) + self.offsets
+
+
+def table_of(
+    rows: int, dim: int, kind: Literal["dense", "sparse"] = "dense", density: float = 0.25, std: float = 0.05
+) -> nn.Module:
+    """A table of ids: `nn.Embedding`, or a `SparseEmbedding` that keeps `density` of its entries."""
+    if kind not in ("dense", "sparse"):
+        raise ValueError(f"sparsekd.models: a table must be dense or sparse, got {kind!r}")
+    table: Any = (
+        nn.Embedding(rows, dim) if kind == "dense" else SparseEmbedding(rows, dim, density=max(density, 1 / dim))
+    )
+    with torch.no_grad():
+        for parameter in table.parameters():
+            parameter.mul_(std)
+    return table
 
 
 class Scaled(nn.Module):
@@ -144,7 +144,9 @@ class DLRM(nn.Module):
 
     Args:
         numeric, ids: F and C, the columns of the inputs.
-        rows, dim: of every table. ids_by, table, density: as `ids`, `table` and `density` of `IdTable`.
+        rows, dim: of every column of ids: so many rows of so many numbers.
+        ids_by: "hashed", or "listed" as `ListedIds`.
+        table: "dense", or "sparse", which keeps `density` of the entries (`SparseEmbedding`).
         bottom, top: widths of the hidden layers.
     """
 
@@ -167,7 +169,8 @@ class DLRM(nn.Module):
         _check_inputs("DLRM", numeric, ids)
         self.scaled = Scaled(numeric)
         self.bottom = _layers(numeric, [*bottom, dim])
-        self.tables = nn.ModuleList(IdTable(rows, dim, ids_by, table, density) for _ in range(ids))
+        self.rows = IdRows(ids, rows, ids_by)
+        self.table = table_of(ids * rows, dim, table, density)
         count = ids + 1
         first, second = torch.triu_indices(count, count, 1)
         self.register_buffer("pairs", first * count + second, persistent=False)
@@ -179,10 +182,10 @@ class DLRM(nn.Module):
 
     def forward(self, numeric: Tensor, ids: Tensor) -> Tensor:
         scaled = self.scaled(numeric)
-        vectors = [self.bottom(scaled), *(table(ids[:, place]) for place, table in enumerate(self.tables))]
-        stacked = torch.stack(vectors, dim=1)  # [B, C + 1, D]
-        products = torch.bmm(stacked, stacked.transpose(1, 2)).flatten(1)[:, self.pairs]
-        return self.head(self.top(torch.cat([scaled, vectors[0], products], dim=1))).squeeze(1)
+        bottom = self.bottom(scaled)
+        vectors = torch.cat([bottom.unsqueeze(1), self.table(self.rows(ids))], dim=1)  # [B, C + 1, D]
+        products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)[:, self.pairs]
+        return self.head(self.top(torch.cat([scaled, bottom, products], dim=1))).squeeze(1)
 
 
 class WideAndDeep(nn.Module):
@@ -206,8 +209,9 @@ class WideAndDeep(nn.Module):
         super().__init__()
         _check_inputs("WideAndDeep", numeric, ids)
         self.scaled = Scaled(numeric)
-        self.tables = nn.ModuleList(IdTable(rows, dim, ids_by, table, density) for _ in range(ids))
-        self.wide = nn.ModuleList(IdTable(rows, 1, ids_by, "dense") for _ in range(ids))
+        self.rows = IdRows(ids, rows, ids_by)
+        self.table = table_of(ids * rows, dim, table, density)
+        self.wide = table_of(ids * rows, 1)
         self.linear = nn.Linear(numeric, 1)
         self.deep = _layers(numeric + ids * dim, list(hidden))
         self.head = nn.Linear(hidden[-1], 1)
@@ -215,9 +219,9 @@ class WideAndDeep(nn.Module):
 
     def forward(self, numeric: Tensor, ids: Tensor) -> Tensor:
         scaled = self.scaled(numeric)
-        rows = [table(ids[:, place]) for place, table in enumerate(self.tables)]
-        wide = self.linear(scaled) + sum(table(ids[:, place]) for place, table in enumerate(self.wide))
-        return (wide + self.head(self.deep(torch.cat([scaled, *rows], dim=1)))).squeeze(1)
+        rows = self.rows(ids)
+        wide = self.linear(scaled) + self.wide(rows).sum(1)
+        return (wide + self.head(self.deep(torch.cat([scaled, self.table(rows).flatten(1)], dim=1)))).squeeze(1)
 
 
 def _check_inputs(kind: str, numeric: int, ids: int) -> None:

@@ -178,3 +178,42 @@ def test_divergence_names_the_window():
     windows[1] = dataclasses.replace(windows[1], rows=rows)
     with pytest.raises(RuntimeError, match=r"diverged in window 2, 1\.\.2 .*lower the learning rate \(0\.01\)"):
         stream.learn(method_of("plain", goal), windows, goal, ONLINE)
+
+
+def test_windows_that_are_added_are_learnt_behind_those_of_before(tmp_path):
+    goal = Click()
+    windows = windows_of(goal)
+    whole = stream.learn(method_of("plain", goal), windows, goal, ONLINE)
+    stream.learn(method_of("plain", goal), windows[:2], goal, ONLINE, state=tmp_path / "state")
+    again = stream.learn(method_of("plain", goal), windows, goal, ONLINE, state=tmp_path / "state")
+    assert untimed(again) == untimed(whole)
+    moved = [windows[0], dataclasses.replace(windows[1], end=1.5), *windows[2:]]
+    with pytest.raises(ValueError, match="its windows is"):
+        stream.learn(method_of("plain", goal), moved, goal, ONLINE, state=tmp_path / "state")
+
+
+def test_windows_may_come_one_by_one():
+    goal = Click()
+    windows = windows_of(goal)
+    whole = stream.learn(method_of("plain", goal), windows, goal, ONLINE)
+    assert untimed(stream.learn(method_of("plain", goal), iter(windows), goal, ONLINE)) == untimed(whole)
+    with pytest.raises(ValueError, match=r"window 2 must not start before the end of the one before it, got 0 < 2"):
+        stream.learn(method_of("plain", goal), iter([windows[1], windows[0]]), goal, ONLINE)
+
+
+def test_windows_of_one_class_of_no_row_and_of_nan():
+    goal = Click()
+    windows = windows_of(goal)
+    rows = dataclasses.replace(windows[1].rows, target=torch.zeros(96))
+    history = stream.learn(
+        method_of("plain", goal), [windows[0], dataclasses.replace(windows[1], rows=rows)], goal, ONLINE
+    )
+    assert history[1]["normalised_entropy"] is None and history[1]["cumulated"]["normalised_entropy"] > 0
+    empty = dataclasses.replace(windows[1], rows=windows[1].rows.take(slice(0, 0)))
+    with pytest.raises(ValueError, match=r"window 2, 1\.\.2, has no row; join it to one beside it"):
+        stream.learn(method_of("plain", goal), [windows[0], empty], goal, ONLINE)
+    x = windows[1].rows.inputs[0].clone()
+    x[7, 3] = float("nan")
+    broken = dataclasses.replace(windows[1], rows=dataclasses.replace(windows[1].rows, inputs=(x,)))
+    with pytest.raises(ValueError, match="window 2 has NaN or infinity in input 0 of row 7"):
+        stream.learn(method_of("plain", goal), [windows[0], broken], goal, ONLINE)
