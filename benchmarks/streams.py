@@ -73,7 +73,8 @@ def serving(options: argparse.Namespace) -> list[Row]:
 
 def cost(options: argparse.Namespace) -> list[Row]:
     count, size = (2, 1_000) if options.quick else (options.windows, options.rows)
-    rows, seconds = [], dict[str, float]()
+    rows: list[Row] = []
+    seconds: dict[str, float] = {}
     for name, share in (("full", None), *((f"d2s-4 @ {share:g}", share) for share in options.remove)):
         stream = DriftingClicks("none", windows=count + 1, rows=size)
         learner = _learner(stream, (512, 512), share)
@@ -83,7 +84,7 @@ def cost(options: argparse.Namespace) -> list[Row]:
         for number, window in enumerate(windows[1:], 2):
             learner.learn(number, window)
         seconds[name] = time.perf_counter() - began
-        row = {"arm": name, "windows": count, "rows": size, "seconds": seconds[name], "bytes": _bytes(learner)}
+        row: Row = {"arm": name, "windows": count, "rows": size, "seconds": seconds[name], "bytes": _bytes(learner)}
         rows.append(
             {**row, "over_full": seconds[name] / seconds["full"], "bytes_over_full": row["bytes"] / _first(rows, row)}
         )
@@ -132,7 +133,8 @@ def memory(options: argparse.Namespace) -> list[Row]:
 
 
 def _watched(name: str, learner: Learner | None, windows: Iterable[Period], count: int) -> list[Row]:
-    rows, events = [], 0
+    rows: list[Row] = []
+    events = 0
     for number, window in enumerate(windows, 1):
         events += len(window)
         if learner is not None:

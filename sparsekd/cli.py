@@ -227,8 +227,10 @@ def _stream(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from .data.streams import Columns
     from .runs import streaming
 
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(options).items()}
-    fields = {
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in vars(options).items()
+    }
+    fields: dict[type, dict[str, Any]] = {
         kind: {field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given}
         for kind in (streaming.StreamConfig, Columns)
     }
