@@ -34,13 +34,15 @@ inline Blocks blocks(Address row_ptr, Address col_idx, int64_t nnzb) {
   return {.row_ptr = in<int32_t>(row_ptr), .col_idx = in<int32_t>(col_idx), .nnzb = nnzb};
 }
 
-inline constexpr const char* kActivationNames[] = {"none", "relu", "relu6", "silu"};  // in the order of Activation
+// In the order of Activation.
+inline constexpr const char* kActivationNames[] = {"none",        "relu",    "relu6", "silu",     "hardswish",
+                                                   "hardsigmoid", "sigmoid", "gelu",  "gelu_tanh"};
 
 inline Activation to_activation(int activation) {
   if (activation >= 0 && activation < static_cast<int>(std::size(kActivationNames)))
     return static_cast<Activation>(activation);
-  throw py::value_error("sparsekd._C: activation must be one of ACTIVATIONS.values(), 0 to 3, got " +
-                        std::to_string(activation));
+  throw py::value_error("sparsekd._C: activation must be one of ACTIVATIONS.values(), 0 to " +
+                        std::to_string(std::size(kActivationNames) - 1) + ", got " + std::to_string(activation));
 }
 
 template <class Layer>

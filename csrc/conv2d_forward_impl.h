@@ -279,10 +279,10 @@ inline void forward_strips(const ForwardCall<Words>& call, const Band& band, con
     tile.start = call.start + s * kStripRows;
     tile.scale = call.scale + s * kStripRows;
     tile.bias = call.bias + s * kStripRows;
-    // SiLU goes through the buffer: 28 inlined exponentials in each of the tiles would be mostly code.
+    // SiLU and the like go through the buffer: 28 inlined exponentials in each of the tiles would be mostly code.
     constexpr bool stored = std::is_same<typename Words::Y, typename Words::Sums::Stored>::value;
     const bool direct = stored && call.args.y_channels_last && strip.rows == nullptr && strip.lanes == kStripRows &&
-                        call.args.activation != Activation::kSilu;
+                        is_bounded(call.args.activation);
     tile.buffer = direct ? nullptr : buffer;
     tile.stream = call.stream && strip.row % kStripRows == 0;
     if constexpr (stored)
@@ -330,7 +330,9 @@ template <IsWords Words>
 inline Source choose_source(const Conv2dForward<typename Words::X, typename Words::Y>& args, const Conv2dGeometry& g,
                             const ForwardInput<Words>& in) {
   if (!in.in_place()) return Source::kPacked;
-  if (Words::kDepth == 1 && is_pointwise(g) && !args.x_channels_last) return Source::kChannels;
+  // Offsets of channels are 32-bit integers: a larger image is packed, band by band.
+  const bool near = g.c * g.h * g.w <= INT32_MAX;
+  if (Words::kDepth == 1 && is_pointwise(g) && !args.x_channels_last && near) return Source::kChannels;
   const bool single_tap = g.r == 1 && g.s == 1 && g.pad_h == 0 && g.pad_w == 0;
   if (!single_tap || !args.x_channels_last) return Source::kPacked;
   constexpr int64_t kUses = 2, kManyChannels = 128, kFewPixels = 16;

@@ -37,8 +37,8 @@ struct Conv2dGeometry {
   int64_t r = 1, s = 1, stride_h = 1, stride_w = 1, pad_h = 0, pad_w = 0, dilation_h = 1, dilation_w = 1, groups = 1;
 };
 
-// What follows bias and residual. `_C.ACTIVATIONS` names them to Python.
-enum class Activation : int32_t { kNone, kRelu, kRelu6, kSilu };
+// What follows bias and residual. `_C.ACTIVATIONS` names them to Python. kGelu is exact, kGeluTanh its approximation.
+enum class Activation : int32_t { kNone, kRelu, kRelu6, kSilu, kHardswish, kHardsigmoid, kSigmoid, kGelu, kGeluTanh };
 
 // Real values of an int8 layer: x = (x_u8 - x_zero) * x_scale, y = (y_u8 - y_zero) / y_inverse.
 struct Quantized {

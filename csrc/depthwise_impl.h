@@ -32,16 +32,23 @@ inline void depthwise_tile(const Depthwise& d, const Conv2dGeometry& g, int64_t 
 #pragma GCC unroll 8
       for (int b = 0; b < B; ++b) acc[b] = Vec16::fma(weight, load(p + b * step), acc[b]);
     }
+  if (d.residual != nullptr)
 #pragma GCC unroll 8
-  for (int b = 0; b < B; ++b) {
-    const int64_t i = at + b * g.c + c;
-    if (d.residual != nullptr) acc[b] = Vec16::add(acc[b], load(d.residual + i));
-    const Vec16 y = activate(acc[b], d.activation);
-    if (kWhole)
-      y.store(d.y + i);
-    else
-      y.store_first(d.y + i, lanes);
+    for (int b = 0; b < B; ++b) acc[b] = Vec16::add(acc[b], load(d.residual + at + b * g.c + c));
+  const auto finish = [&](int b, Vec16 v) {
+    float* const y = d.y + at + b * g.c + c;
+    kWhole ? v.store(y) : v.store_first(y, lanes);
+  };
+  if (is_bounded(d.activation)) {
+    const Bounds bounds = bounds_of(d.activation);
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) finish(b, bounds.clamp(acc[b]));
+    return;
   }
+  Vec16 all[B];
+  for (int b = 0; b < B; ++b) all[b] = acc[b];
+  activate_all(all, B, d.activation);
+  for (int b = 0; b < B; ++b) finish(b, all[b]);
 }
 
 template <int B>

@@ -149,3 +149,19 @@ def random_weight(case: Conv | Linear, dtype: torch.dtype = torch.float64) -> tu
     dense = torch.randn(case.weight_shape, generator=generator, dtype=dtype)
     blocks = BlockSparse.from_dense(dense, case.pattern, mask=random_mask(case, generator))
     return blocks, blocks.to_dense()
+
+
+def activations64(v):
+    """What `_C.ACTIVATIONS` mean, in fp64; by erfc, since 1 + erf loses all digits far below zero."""
+    steps = (v + 3).clamp(0, 6)
+    return {
+        "none": v,
+        "relu": v.relu(),
+        "relu6": v.clamp(0, 6),
+        "silu": v / (1 + (-v).exp()),
+        "hardswish": v * steps / 6,
+        "hardsigmoid": steps / 6,
+        "sigmoid": 1 / (1 + (-v).exp()),
+        "gelu": v * torch.special.erfc(-v / 2**0.5) / 2,
+        "gelu_tanh": v / (1 + (-((8 / torch.pi) ** 0.5) * (v + 0.044715 * v**3)).exp()),
+    }

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
 from sparsekd import _C
 
-from .cases import ISA_CONVS
+from .cases import ISA_CONVS, activations64
 
 KNOWN_ISAS = ("avx512_bf16", "avx512_vnni", "avx512", "avx2", "neon", "scalar")
 
@@ -177,36 +177,6 @@ def test_gradient_of_the_values_is_the_same_every_time():
                                   dvalues.data_ptr(), 2)  # fmt: skip
         runs.append(dvalues)
     assert all(torch.equal(runs[0], run) for run in runs[1:])
-
-
-def activations64(v):
-    """What `_C.ACTIVATIONS` mean, in fp64."""
-    return {"none": v, "relu": v.relu(), "relu6": v.clamp(0, 6), "silu": v / (1 + (-v).exp())}
-
-
-@pytest.mark.parametrize("block", [(16, 1), (1, 2)], ids=["16x1", "filters"])
-@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("isa", KNOWN_ISAS)
-def test_activations(isa, channels_last, block, isa_restored):
-    """Zero weights leave the residual alone in front of the activation, on full, ragged and scattered strips."""
-    if isa not in _C.isas():
-        pytest.skip(f"this CPU has no {isa}")
-    _C.use_isa(isa)
-    blocks = Blocks(40, 2, 1, 1, *block, 1.0, seed=6, dead_rows=block == (1, 2))
-    blocks.values.zero_()
-    inf, nan = float("inf"), float("nan")
-    special = torch.tensor([0.0, -0.0, 6.0, inf, -inf, nan, -87.5, -88.5, -104, -1e30, 88.8, 1e30, 1e-30, -1e-30, 6.5])
-    random = 40 * torch.randn(40 * 77 - len(special), generator=torch.Generator().manual_seed(0))
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    residual = torch.cat([special, random]).reshape(1, 40, 7, 11).contiguous(memory_format=layout)
-    shape = _C.Conv2dShape((1, 2, 7, 11), 40, (1, 1), block=block)
-    x = torch.zeros(1, 2, 7, 11)
-    for name, want in activations64(residual.double()).items():
-        y = unwritten(*residual.shape, channels_last=channels_last)
-        _C.conv2d_f32(shape, x.data_ptr(), channels_last, *blocks.pointers, 0, residual.data_ptr(), y.data_ptr(),
-                      channels_last, _C.ACTIVATIONS[name], 1)  # fmt: skip
-        exact = {"rtol": 3e-7, "atol": 1e-35} if name == "silu" else {"rtol": 0, "atol": 0}
-        torch.testing.assert_close(y.double(), want, equal_nan=True, **exact)
 
 
 def guarded(tensor):

@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends import cpu
 from ..blocks import BlockSparse
-from .dense import IN_PLACE
 from .layer import FrozenLayer, Run
 from .measure import Options, measure
 from .network import FrozenModel
@@ -65,6 +63,8 @@ def check_int8(int8: FrozenModel, frozen: FrozenModel, inputs: Sequence[Tensor],
 
 def _takes_bytes(layer: FrozenLayer) -> bool:
     values = dict(layer.named_buffers()).get("values")
+    if layer.geometry.kind == "conv_transpose2d":
+        return False
     return values is not None and values.dtype == torch.float32 and longest_row(_weight_of(layer)) <= MOST_TERMS
 
 
@@ -133,11 +133,9 @@ def give_bytes(layer: FrozenLayer, scale: ByteScale, threads: int | None) -> Non
 def _int8_run(layer: FrozenLayer, scale: ByteScale, threads: int | None) -> Run:
     bias = dict(layer.named_buffers()).get("bias")
     weight = _weight_of(layer)
-    known = layer.geometry.activation in cpu.native.ACTIVATIONS
-    activate = IN_PLACE["none" if known else layer.geometry.activation]
 
     def make(geometry: Geometry) -> Run:
-        options: dict[str, Any] = {"activation": geometry.activation if known else "none", "threads": threads}
+        options: dict[str, Any] = {"activation": geometry.activation, "threads": threads}
         if geometry.kind == "conv2d":
             options |= {"image": geometry.padded_image, "groups": geometry.groups}
             options |= {name: getattr(geometry, name) for name in ("stride", "padding", "dilation")}
@@ -148,7 +146,7 @@ def _int8_run(layer: FrozenLayer, scale: ByteScale, threads: int | None) -> Run:
         def run(x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
             if image and x.dim() == 4 and x.shape[2:] != size:
                 return elsewhere(x, residual)
-            return activate(call(x if pad is None else F.pad(x, pad, pad_mode), residual))
+            return call(x if pad is None else F.pad(x, pad, pad_mode), residual)
 
         return run
 

@@ -8,8 +8,8 @@ pytest.importorskip("sparsekd._C", reason="the compiled module is not built")
 from sparsekd import _C, BlockPattern, BlockSparse
 from sparsekd.freeze import quantize
 
-from ..cases import CONVS, LINEARS, random_weight
-from ..test_isa import activations64, guarded, isa_restored  # noqa: F401
+from ..cases import CONVS, LINEARS, activations64, random_weight
+from ..test_isa import guarded, isa_restored  # noqa: F401
 
 CASES = [case for case in CONVS if case.id != "depthwise"]
 
@@ -46,9 +46,10 @@ def test_conv2d_is_exact_integer_arithmetic(case, channels_last, isa_restored): 
         options = {"image": case.image, **case.geometry}
         want = by_hand(case, weight, bias, x, scale, None, "none")
         residual = torch.randn(want.shape, generator=generator).contiguous(memory_format=layout)
-        y = quantize.quantize_layer(weight, bias, scale, activation="silu", **options)(x, residual)
-        exact = by_hand(case, weight, bias, x, scale, residual, "silu")
-        torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=2e-5)
+        for activation in ("silu", "gelu"):
+            y = quantize.quantize_layer(weight, bias, scale, activation=activation, **options)(x, residual)
+            exact = by_hand(case, weight, bias, x, scale, residual, activation)
+            torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=2e-5)
         y = quantize.quantize_layer(weight, bias, scale, y=y_scale, activation="relu6", **options)(x)
         steps = want.clamp(0, 6) / y_scale.scale + y_scale.zero
         assert y.dtype == torch.uint8
