@@ -24,7 +24,7 @@ inline void pool_tile(const Conv2dGeometry& g, const T* x, int64_t rows, int64_t
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         const Vec16 value = lanes == 16 * V ? load16(p + 16 * v) : load16_first(p, lanes);
-        acc[v] = kMean ? Vec16::add(acc[v], value) : Vec16::max(acc[v], value);
+        acc[v] = kMean ? Vec16::add(acc[v], value) : Vec16::max_nan(acc[v], value);
       }
     }
   for (int v = 0; v < V; ++v) {
@@ -51,7 +51,7 @@ inline void pool_pixel(const Pool<T>& d, const Conv2dGeometry& g, int64_t image,
     pool_tile<T, kMean, 1>(g, x + c, height, width, scale, y + c, static_cast<int>(min64(16, channels.end - c)));
 }
 
-// A mean counts padding as zeros. A maximum loses a NaN that a number follows in its window.
+// A mean counts padding as zeros. NaN in a window is NaN of it, as in torch.
 template <class T, bool kMean>
 void pool(const Pool<T>& d) {
   const Conv2dGeometry& g = d.geometry;

@@ -88,6 +88,12 @@ struct Vec16 {
   static Vec16 div(Vec16 a, Vec16 b) { return {{_mm256_div_ps(a.v[0], b.v[0]), _mm256_div_ps(a.v[1], b.v[1])}}; }
   // Of a number and NaN, the second operand.
   static Vec16 max(Vec16 a, Vec16 b) { return {{_mm256_max_ps(a.v[0], b.v[0]), _mm256_max_ps(a.v[1], b.v[1])}}; }
+  // NaN where either is.
+  static Vec16 max_nan(Vec16 a, Vec16 b) {
+    for (int i = 0; i < 2; ++i)
+      b.v[i] = _mm256_blendv_ps(_mm256_max_ps(a.v[i], b.v[i]), a.v[i], _mm256_cmp_ps(a.v[i], a.v[i], _CMP_UNORD_Q));
+    return b;
+  }
   static Vec16 min(Vec16 a, Vec16 b) { return {{_mm256_min_ps(a.v[0], b.v[0]), _mm256_min_ps(a.v[1], b.v[1])}}; }
   // 2^n of whole numbers -127 <= n <= 128, the first of which is rounded to 0 and the last is infinity.
   static Vec16 pow2(Vec16 n) {

@@ -63,6 +63,10 @@ struct Vec16 {
   static Vec16 div(Vec16 a, Vec16 b) { return {_mm512_div_ps(a.v, b.v)}; }
   // Of a number and NaN, the second operand.
   static Vec16 max(Vec16 a, Vec16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+  // NaN where either is.
+  static Vec16 max_nan(Vec16 a, Vec16 b) {
+    return {_mm512_mask_mov_ps(_mm512_max_ps(a.v, b.v), _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), a.v)};
+  }
   static Vec16 min(Vec16 a, Vec16 b) { return {_mm512_min_ps(a.v, b.v)}; }
   // 2^n of whole numbers -127 <= n <= 128, the first of which is rounded to 0 and the last is infinity.
   static Vec16 pow2(Vec16 n) {

@@ -31,6 +31,7 @@ concept IsVec16 = requires(V a, V (&rows)[16], const V (&some)[8], const float* 
   { V::mul(a, a) } -> std::same_as<V>;
   { V::div(a, a) } -> std::same_as<V>;
   { V::max(a, a) } -> std::same_as<V>;
+  { V::max_nan(a, a) } -> std::same_as<V>;
   { V::min(a, a) } -> std::same_as<V>;
   { V::pow2(a) } -> std::same_as<V>;
   // Between lanes.

@@ -89,6 +89,7 @@ struct Vec16 {
     for (int i = 0; i < 4; ++i) a.v[i] = vmaxq_f32(a.v[i], b.v[i]);
     return a;
   }
+  static Vec16 max_nan(Vec16 a, Vec16 b) { return max(a, b); }
   static Vec16 min(Vec16 a, Vec16 b) {
     for (int i = 0; i < 4; ++i) a.v[i] = vminq_f32(a.v[i], b.v[i]);
     return a;

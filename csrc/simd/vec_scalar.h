@@ -83,6 +83,12 @@ struct Vec16 {
     for (int i = 0; i < 4; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
     return a;
   }
+  // NaN where either is.
+  static Vec16 max_nan(Vec16 a, Vec16 b) {
+    const Vec16 larger = max(a, b);
+    for (int i = 0; i < 4; ++i) a.v[i] = a.v[i] == a.v[i] ? larger.v[i] : a.v[i];
+    return a;
+  }
   static Vec16 min(Vec16 a, Vec16 b) {
     for (int i = 0; i < 4; ++i) a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
     return a;

@@ -1,5 +1,7 @@
 """Pooling: every spelling that is ours to compute, those that are not, and the kernels."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from sparsekd.freeze import measure
 from sparsekd.freeze.packed import cpu_layer
 from sparsekd.freeze.sites import Site
 
+from ..test_isa import KNOWN_ISAS, isa_restored  # noqa: F401
 from .networks import assert_frozen_equals, quick
 
 IMAGE = (2, 5, 9, 8)
@@ -98,3 +101,19 @@ def test_kernels_compute_what_torch_does(name, channels, dtype, isa):
         assert got.dtype == dtype
         error = {torch.float32: 1e-6, torch.bfloat16: 0 if kind == "max" else 2**-8}[dtype]
         torch.testing.assert_close(got.double(), want, rtol=error, atol=error)
+
+
+@pytest.mark.parametrize("channels", [5, 16, 70])
+@pytest.mark.parametrize("isa", KNOWN_ISAS)
+def test_nan_in_a_window_is_nan_of_it(isa, channels, isa_restored):  # noqa: F811
+    """In every place of the window, as in torch."""
+    if cpu.native is None or isa not in cpu.native.isas():
+        pytest.skip(f"no kernels of {isa} here")
+    cpu.native.use_isa(isa)
+    x = torch.randn(9, channels, 3, 3).contiguous(memory_format=torch.channels_last)
+    for place in range(9):
+        x[place, place % channels, place // 3, place % 3] = math.nan
+    site = Site("pool", "pool", tuple(x.shape), pool=("max", (3, 3, 3, 3, 0, 0, 1, 1), "float32", False))
+    layer = cpu_layer(measure.geometry_of(site, None), torch.empty(0), None, chosen="native",
+                      memory_format="channels_last", threads=1)  # fmt: skip
+    torch.testing.assert_close(layer(x), F.max_pool2d(x, 3), equal_nan=True, rtol=0, atol=0)
