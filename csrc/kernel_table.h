@@ -6,6 +6,7 @@
 #pragma once
 
 #include "attention_kernels.h"
+#include "between_kernels.h"
 #include "conv2d_kernels.h"
 #include "embedding_kernels.h"
 #include "pool_kernels.h"
@@ -19,6 +20,7 @@ struct KernelTable {
   void (*conv2d_grad_values_f32)(const Conv2dGradValues<float>&);
   void (*depthwise_f32)(const Depthwise&);
   PoolKernels pool;
+  BetweenKernels between;
   AttentionKernels attention;
   EmbeddingKernels embedding;
   // Multiply-adds on registers, `rounds` times a fixed amount, seeded from and written to sink [32]; returns the number

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_impl.h"
+#include "between_impl.h"
 #include "conv2d_impl.h"
 #include "embedding_update_impl.h"
 #include "int8_impl.h"
@@ -20,6 +21,10 @@ constexpr sparsekd::KernelTable kKernels = {
              .mean_f32 = pool<float, true>,
              .max_bf16 = pool<Bfloat16, false>,
              .mean_bf16 = pool<Bfloat16, true>},
+    .between = {.gate_f32 = gate<float>,
+                .gate_bf16 = gate<Bfloat16>,
+                .layer_norm_f32 = layer_norm<float>,
+                .layer_norm_bf16 = layer_norm<Bfloat16>},
     .attention = kAttention,
     .embedding = kEmbedding,
     .fma_burst = madd_burst<FloatSums, 1>,

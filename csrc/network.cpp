@@ -1,5 +1,8 @@
 #include "network.h"
 
+#include <algorithm>
+#include <cstring>
+#include <numeric>
 #include <stdexcept>
 #include <type_traits>
 #include <utility>
@@ -9,11 +12,17 @@
 
 namespace sparsekd {
 
+namespace {
+
+constexpr int64_t kJoinBytes = 16384;  // of a piece of work
+
+}  // namespace
+
 Network::Network(std::vector<NetworkValue> values, int64_t buffer_bytes)
     : values_(std::move(values)), buffer_bytes_(buffer_bytes) {}
 
-void Network::add(NetworkLayer layer, int64_t x, int64_t residual, int64_t y) {
-  steps_.push_back({std::move(layer), x, residual, y});
+void Network::add(NetworkLayer layer, std::vector<int64_t> operands, int64_t y) {
+  steps_.push_back({std::move(layer), std::move(operands), y});
 }
 
 void Network::run_slice(const std::vector<std::uintptr_t>& pointers, int64_t first, int64_t n, int threads) const {
@@ -24,7 +33,12 @@ void Network::run_slice(const std::vector<std::uintptr_t>& pointers, int64_t fir
     if (v.pointer < 0) return buffer + v.offset * n;
     return reinterpret_cast<char*>(pointers[static_cast<size_t>(v.pointer)]) + v.bytes * first;
   };
-  for (const Step& step : steps_) step.layer(n, address(step.x), address(step.residual), address(step.y), threads);
+  std::vector<const void*> operands;
+  for (const Step& step : steps_) {
+    operands.clear();
+    for (const int64_t operand : step.operands) operands.push_back(address(operand));
+    step.layer(n, operands.data(), address(step.y), threads);
+  }
 }
 
 void Network::run(const std::vector<std::uintptr_t>& pointers, int64_t n, int64_t images, int threads) const {
@@ -47,13 +61,12 @@ void Network::run(const std::vector<std::uintptr_t>& pointers, int64_t n, int64_
 
 template <class T>
 NetworkLayer conv2d_layer(const PackedConv2d<T>& layer, bool x_channels_last, bool y_channels_last) {
-  return
-      [&layer, x_channels_last, y_channels_last](int64_t n, const void* x, const void* residual, void* y, int threads) {
-        Conv2dGeometry geometry = layer.shape().geometry;
-        geometry.n = n;
-        layer.run(geometry, {static_cast<const T*>(x), x_channels_last}, static_cast<const T*>(residual),
-                  {static_cast<T*>(y), y_channels_last}, threads);
-      };
+  return [&layer, x_channels_last, y_channels_last](int64_t n, const void* const* in, void* y, int threads) {
+    Conv2dGeometry geometry = layer.shape().geometry;
+    geometry.n = n;
+    layer.run(geometry, {static_cast<const T*>(in[0]), x_channels_last}, static_cast<const T*>(in[1]),
+              {static_cast<T*>(y), y_channels_last}, threads);
+  };
 }
 
 template NetworkLayer conv2d_layer(const PackedConv2d<float>&, bool, bool);
@@ -61,9 +74,9 @@ template NetworkLayer conv2d_layer(const PackedConv2d<Bfloat16>&, bool, bool);
 
 template <class T>
 NetworkLayer linear_layer(const PackedLinear<T>& layer, int64_t rows) {
-  return [&layer, rows](int64_t n, const void* x, const void* residual, void* y, int threads) {
-    layer.run(with_batch(layer.shape().geometry, n * rows), {static_cast<const T*>(x), true},
-              static_cast<const T*>(residual), {static_cast<T*>(y), true}, threads);
+  return [&layer, rows](int64_t n, const void* const* in, void* y, int threads) {
+    layer.run(with_batch(layer.shape().geometry, n * rows), {static_cast<const T*>(in[0]), true},
+              static_cast<const T*>(in[1]), {static_cast<T*>(y), true}, threads);
   };
 }
 
@@ -71,8 +84,8 @@ template NetworkLayer linear_layer(const PackedLinear<float>&, int64_t);
 template NetworkLayer linear_layer(const PackedLinear<Bfloat16>&, int64_t);
 
 NetworkLayer depthwise_layer(const PackedDepthwise& layer) {
-  return [&layer](int64_t n, const void* x, const void* residual, void* y, int threads) {
-    layer.run(n, static_cast<const float*>(x), static_cast<const float*>(residual), static_cast<float*>(y), threads);
+  return [&layer](int64_t n, const void* const* in, void* y, int threads) {
+    layer.run(n, static_cast<const float*>(in[0]), static_cast<const float*>(in[1]), static_cast<float*>(y), threads);
   };
 }
 
@@ -86,14 +99,86 @@ NetworkLayer pool_layer(const Conv2dShape& shape, bool mean) {
     kernel = mean ? table.mean_f32 : table.max_f32;
   else
     kernel = mean ? table.mean_bf16 : table.max_bf16;
-  return [=](int64_t n, const void* x, const void*, void* y, int threads) {
+  return [=](int64_t n, const void* const* in, void* y, int threads) {
     Conv2dGeometry geometry = shape.geometry;
     geometry.n = n;
-    kernel({.geometry = geometry, .x = static_cast<const T*>(x), .y = static_cast<T*>(y), .threads = threads});
+    kernel({.geometry = geometry, .x = static_cast<const T*>(in[0]), .y = static_cast<T*>(y), .threads = threads});
   };
 }
 
 template NetworkLayer pool_layer<float>(const Conv2dShape&, bool);
 template NetworkLayer pool_layer<Bfloat16>(const Conv2dShape&, bool);
+
+template <class T>
+NetworkLayer gate_layer(int64_t pixels, int64_t channels, bool channels_last, Activation activation) {
+  const BetweenKernels& table = kernels().between;
+  void (*kernel)(const Gate<T>&);
+  if constexpr (std::is_same_v<T, float>)
+    kernel = table.gate_f32;
+  else
+    kernel = table.gate_bf16;
+  return [=](int64_t n, const void* const* in, void* y, int threads) {
+    kernel({.images = n,
+            .pixels = pixels,
+            .channels = channels,
+            .channels_last = channels_last,
+            .x = static_cast<const T*>(in[0]),
+            .gate = static_cast<const T*>(in[1]),
+            .residual = static_cast<const T*>(in[2]),
+            .y = static_cast<T*>(y),
+            .activation = activation,
+            .threads = threads});
+  };
+}
+
+template NetworkLayer gate_layer<float>(int64_t, int64_t, bool, Activation);
+template NetworkLayer gate_layer<Bfloat16>(int64_t, int64_t, bool, Activation);
+
+template <class T>
+NetworkLayer layer_norm_layer(int64_t rows, int64_t channels, const float* weight, const float* bias, float epsilon) {
+  const BetweenKernels& table = kernels().between;
+  void (*kernel)(const LayerNorm<T>&);
+  if constexpr (std::is_same_v<T, float>)
+    kernel = table.layer_norm_f32;
+  else
+    kernel = table.layer_norm_bf16;
+  return [=, w = std::vector<float>(weight, weight + channels), b = std::vector<float>(bias, bias + channels)](
+             int64_t n, const void* const* in, void* y, int threads) {
+    kernel({.rows = n * rows,
+            .channels = channels,
+            .x = static_cast<const T*>(in[0]),
+            .weight = w.data(),
+            .bias = b.data(),
+            .epsilon = epsilon,
+            .y = static_cast<T*>(y),
+            .threads = threads});
+  };
+}
+
+template NetworkLayer layer_norm_layer<float>(int64_t, int64_t, const float*, const float*, float);
+template NetworkLayer layer_norm_layer<Bfloat16>(int64_t, int64_t, const float*, const float*, float);
+
+NetworkLayer join_layer(int64_t rows, std::vector<int64_t> widths) {
+  const int64_t all = std::accumulate(widths.begin(), widths.end(), int64_t{0});
+  return [=, widths = std::move(widths)](int64_t n, const void* const* in, void* y, int threads) {
+    struct Work {
+      const std::vector<int64_t>& widths;
+      const void* const* in;
+      char* y;
+      int64_t all, rows, block;
+    } work{widths, in,       static_cast<char*>(y),
+           all,    n * rows, std::max<int64_t>(1, kJoinBytes / std::max<int64_t>(1, all))};
+    const auto body = [](void* context, int64_t item, bool) {
+      const Work& w = *static_cast<const Work*>(context);
+      for (int64_t row = item * w.block; row < std::min(w.rows, (item + 1) * w.block); ++row) {
+        char* to = w.y + row * w.all;
+        for (size_t i = 0; i < w.widths.size(); to += w.widths[i++])
+          memcpy(to, static_cast<const char*>(w.in[i]) + row * w.widths[i], static_cast<size_t>(w.widths[i]));
+      }
+    };
+    parallel_for(work.rows * all < 4 * kJoinBytes ? 1 : threads, (work.rows + work.block - 1) / work.block, body,
+                 &work);
+  };
+}
 
 }  // namespace sparsekd

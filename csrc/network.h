@@ -14,16 +14,16 @@ struct NetworkValue {
   int64_t pointer, offset, bytes;
 };
 
-// Of one layer: images, x, residual (or null), y, threads.
-using NetworkLayer = std::function<void(int64_t, const void*, const void*, void*, int)>;
+// Of one layer: images, what it reads (null: not there), y, threads. Layers read x and a residual if not said otherwise.
+using NetworkLayer = std::function<void(int64_t, const void* const*, void*, int)>;
 
 class Network {
  public:
   // buffer_bytes: of one image.
   Network(std::vector<NetworkValue> values, int64_t buffer_bytes);
 
-  // The layer behind those that were added before; x, residual (-1: none) and y number values.
-  void add(NetworkLayer layer, int64_t x, int64_t residual, int64_t y);
+  // The layer behind those that were added before; operands (-1: none) and y number values.
+  void add(NetworkLayer layer, std::vector<int64_t> operands, int64_t y);
 
   // May be called from several threads at once. With 0 < images < n, the images go through the network in slices of at
   // most so many, which stay in cache, and while there is a slice for every thread each takes one alone. Slices depend
@@ -33,7 +33,8 @@ class Network {
  private:
   struct Step {
     NetworkLayer layer;
-    int64_t x, residual, y;
+    std::vector<int64_t> operands;
+    int64_t y;
   };
 
   void run_slice(const std::vector<std::uintptr_t>& pointers, int64_t first, int64_t n, int threads) const;
@@ -53,5 +54,16 @@ NetworkLayer depthwise_layer(const PackedDepthwise& layer);
 // Pooling as a layer; tensors are channels_last. Throws std::invalid_argument where outputs are not the channels.
 template <class T>
 NetworkLayer pool_layer(const Conv2dShape& shape, bool mean);
+
+// x * gate + residual: reads x, the gate and the residual. Images are of `channels` maps of `pixels`.
+template <class T>
+NetworkLayer gate_layer(int64_t pixels, int64_t channels, bool channels_last, Activation activation);
+
+// Layer norm of `rows` rows for every image; keeps copies of weight and bias.
+template <class T>
+NetworkLayer layer_norm_layer(int64_t rows, int64_t channels, const float* weight, const float* bias, float epsilon);
+
+// Side by side what lies in the operands: in each of `rows` rows of an image widths[i] bytes of operand i.
+NetworkLayer join_layer(int64_t rows, std::vector<int64_t> widths);
 
 }  // namespace sparsekd

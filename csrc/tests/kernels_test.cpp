@@ -27,10 +27,30 @@ int64_t flat(const Problem& l, int64_t n, int64_t k, int64_t y, int64_t x) {
   return ((n * l.k + k) * l.p() + y) * l.q() + x;
 }
 
+constexpr Activation kActivations[] = {Activation::kNone,    Activation::kRelu,      Activation::kRelu6,
+                                       Activation::kSilu,    Activation::kHardswish, Activation::kHardsigmoid,
+                                       Activation::kSigmoid, Activation::kGelu,      Activation::kGeluTanh};
+
 double activate(double v, Activation activation) {
-  if (activation == Activation::kSilu) return v / (1 + std::exp(-v));
-  if (activation == Activation::kNone) return v;
-  return std::fmin(std::fmax(v, 0), activation == Activation::kRelu6 ? 6 : HUGE_VAL);
+  const double steps = std::fmin(std::fmax(v + 3, 0), 6);
+  switch (activation) {
+    case Activation::kNone:
+      return v;
+    case Activation::kSilu:
+      return v / (1 + std::exp(-v));
+    case Activation::kHardswish:
+      return v * steps / 6;
+    case Activation::kHardsigmoid:
+      return steps / 6;
+    case Activation::kSigmoid:
+      return 1 / (1 + std::exp(-v));
+    case Activation::kGelu:
+      return v * std::erfc(-v / std::sqrt(2.0)) / 2;
+    case Activation::kGeluTanh:
+      return v * (1 + std::tanh(0.7978845608028654 * (v + 0.044715 * v * v * v))) / 2;
+    default:
+      return std::fmin(std::fmax(v, 0), activation == Activation::kRelu6 ? 6 : HUGE_VAL);
+  }
 }
 
 struct Check {
@@ -99,7 +119,7 @@ struct Check {
       conv2d<float>(l.shape(), x.in(), weight.values.floats(), weight.blocks(), {}, y.out(), set.threads);
       expect(" forward", bare, y);
     }
-    for (const Activation activation : {Activation::kNone, Activation::kRelu, Activation::kRelu6, Activation::kSilu}) {
+    for (const Activation activation : kActivations) {
       const Image y(l.n, l.k, l.p(), l.q(), set.y_last, set.side);
       if (activation == Activation::kRelu) {
         const PackedConv2d<float> packed(l.shape(), weight.values.floats(), weight.blocks(), bias.floats(), activation);
@@ -120,7 +140,7 @@ struct Check {
     weight.each([&](int64_t v, int64_t k, int64_t r, int64_t s, int64_t) {
       dense.floats()[(k * l.r + r) * l.s + s] = weight.values.floats()[v];
     });
-    for (const Activation activation : {Activation::kNone, Activation::kRelu6, Activation::kSilu}) {
+    for (const Activation activation : kActivations) {
       const Image y(l.n, l.k, l.p(), l.q(), true, set.side);
       const PackedDepthwise packed(l.shape(), dense.floats(), bias.floats(), activation);
       packed.run(l.n, x.in().data, dy.in().data, y.out().data, set.threads);
@@ -153,12 +173,56 @@ struct Check {
       });
       const Image y(l.n, l.k, l.p(), l.q(), true, set.side);
       Network network({{0, 0, in_bytes}, {1, 0, out_bytes}, {-1, 0, 0}}, (out_bytes + 63) / 64 * 64);
-      network.add(pool_layer<float>(l.shape(), mean), 0, -1, 2);
-      network.add(pool_layer<float>(pixel, false), 2, -1, 1);
+      network.add(pool_layer<float>(l.shape(), mean), {0}, 2);
+      network.add(pool_layer<float>(pixel, false), {2}, 1);
       const auto address = [](const float* p) { return reinterpret_cast<std::uintptr_t>(p); };
       network.run({address(x.in().data), address(y.out().data)}, l.n, 1, set.threads);
       expect(mean ? " mean" : " max", exact, y);
     }
+  }
+
+  // A gate for every channel of dy with dy as the residual too, a layer norm of its pixels, and both side by side.
+  void between() const {
+    const int64_t pixels = l.p() * l.q(), maps = l.n * l.k;
+    const auto address = [](const float* p) { return reinterpret_cast<std::uintptr_t>(p); };
+    const Guarded gates(sizeof(float) * static_cast<size_t>(maps), set.side);
+    for (int64_t i = 0; i < maps; ++i) gates.floats()[i] = bias.floats()[i % l.k];
+    for (const Activation activation : {Activation::kNone, Activation::kGelu}) {
+      const Image y(l.n, l.k, l.p(), l.q(), set.y_last, set.side);
+      Network network({{0, 0, l.k * pixels * 4}, {1, 0, l.k * 4}, {2, 0, l.k * pixels * 4}}, 0);
+      network.add(gate_layer<float>(pixels, l.k, set.y_last, activation), {0, 1, 0}, 2);
+      network.run({address(dy.in().data), address(gates.floats()), address(y.out().data)}, l.n, 0, set.threads);
+      Exact exact(maps * pixels);
+      each_output([&](int64_t n, int64_t k, int64_t oy, int64_t ox) {
+        const double x = dy.at(n, k, oy, ox);
+        exact.add(flat(l, n, k, oy, ox), x * bias.floats()[k]);
+        exact.add(flat(l, n, k, oy, ox), x);
+        double& value = exact.value[static_cast<size_t>(flat(l, n, k, oy, ox))];
+        value = activate(value, activation);
+      });
+      expect(" gate", exact, y);
+    }
+    if (!set.y_last) return;
+    const Image y(l.n, l.k, l.p(), l.q(), true, set.side);
+    const Guarded joined(2 * y.memory().bytes(), set.side);
+    const int64_t bytes = l.k * pixels * 4;
+    Network network({{0, 0, bytes}, {1, 0, bytes}, {2, 0, 2 * bytes}}, 0);
+    network.add(layer_norm_layer<float>(pixels, l.k, bias.floats(), bias.floats(), 0.5f), {0}, 1);
+    network.add(join_layer(pixels, {l.k * 4, l.k * 4}), {1, 0}, 2);
+    network.run({address(dy.in().data), address(y.out().data), address(joined.floats())}, l.n, 0, set.threads);
+    Exact exact(maps * pixels);
+    each_output([&](int64_t n, int64_t k, int64_t oy, int64_t ox) {
+      double mean = 0, variance = 0.5;
+      for (int64_t i = 0; i < l.k; ++i) mean += dy.at(n, i, oy, ox) / double(l.k);
+      for (int64_t i = 0; i < l.k; ++i) variance += std::pow(dy.at(n, i, oy, ox) - mean, 2) / double(l.k);
+      const int64_t i = flat(l, n, k, oy, ox), pixel = (n * l.p() + oy) * l.q() + ox;
+      exact.add(i, (dy.at(n, k, oy, ox) - mean) / std::sqrt(variance) * bias.floats()[k]);
+      exact.add(i, bias.floats()[k]);
+      exact.magnitude[static_cast<size_t>(i)] += 1;
+      const float* const both = joined.floats() + pixel * 2 * l.k + k;
+      if (both[0] != y.at(n, k, oy, ox) || both[l.k] != dy.at(n, k, oy, ox)) compare(name + " join", exact, i, NAN);
+    });
+    expect(" layer norm", exact, y);
   }
 
   // y, dx and the gradients of the values in bf16. What the kernels are given is rounded, so exact answers are taken
@@ -278,6 +342,7 @@ void check_problem(const Problem& problem, const char* isa) {
     check.forward_int8();
     check.depthwise();
     check.pools();
+    check.between();
     check.grad_input();
     check.grad_values();
   }
