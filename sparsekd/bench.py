@@ -163,7 +163,7 @@ def _compare(
             "dense_frozen_ms": ms["dense"],
             "frozen_ms": ms[asked],
             "sparse": sum(layer.chosen == "sparse" for layer in network.plan),
-            "layers": sum(not layer.geometry.pool for layer in network.plan),
+            "layers": sum(not (layer.geometry.pool or layer.geometry.between) for layer in network.plan),
             "left_out": {} if why_not is None else {"channels_last": why_not},
         }
         for asked, network in frozen.items()

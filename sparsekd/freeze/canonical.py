@@ -29,9 +29,17 @@ _NORM_KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _ATEN_BATCH_NORM = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn")
 _LINEAR = ("input", "weight", "bias")
+_LAYER_NORM = ("input", "normalized_shape", "weight", "bias", "eps")
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _MULTIPLIES = (operator.mul, torch.mul, aten.mul.Tensor, "mul")
 _ADDS = (operator.add, torch.add, aten.add.Tensor, "add")
+
+_SIDES: dict[Any, int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+_CONVS: dict[Any, Any] = {
+    **dict.fromkeys((F.conv1d, torch.conv1d, aten.conv1d.default, aten.conv1d.padding), nn.Conv1d),
+    **dict.fromkeys((F.conv2d, torch.conv2d, aten.conv2d.default, aten.conv2d.padding), nn.Conv2d),
+    **dict.fromkeys((F.conv3d, torch.conv3d, aten.conv3d.default, aten.conv3d.padding), nn.Conv3d),
+}
 
 Shapes = dict[fx.Node, tuple[tuple[int, ...], torch.dtype]]
 
@@ -55,8 +63,10 @@ class _Writer:
             return False
         if node.target in (F.linear, aten.linear.default):
             return self._linear(node, arguments_of(node, _LINEAR))
-        if node.target in (F.conv2d, torch.conv2d, aten.conv2d.default, aten.conv2d.padding):
-            return self._conv2d(node, arguments_of(node, _CONV))
+        if node.target in _CONVS:
+            return self._conv(node, arguments_of(node, _CONV), _CONVS[node.target])
+        if node.target in (F.layer_norm, torch.layer_norm, aten.layer_norm.default):
+            return self._layer_norm(node, arguments_of(node, _LAYER_NORM))
         return False
 
     def _linear(self, node: fx.Node, given: dict[str, Any]) -> bool:
@@ -70,18 +80,35 @@ class _Writer:
             owner = self._add(given["weight"], node, _with_tensors(dense, weight, bias))
         return self._call(node, owner, given["input"])
 
-    def _conv2d(self, node: fx.Node, given: dict[str, Any]) -> bool:
+    def _layer_norm(self, node: fx.Node, given: dict[str, Any]) -> bool:
+        shape, x = given.get("normalized_shape"), given.get("input")
+        weight, bias = (self._tensor(given.get(name)) for name in ("weight", "bias"))
+        known = [tensor is None for tensor in (weight, bias)] == [
+            given.get(name) is None for name in ("weight", "bias")
+        ]
+        whole = isinstance(shape, (list, tuple)) and len(shape) == 1 and isinstance(shape[0], int)
+        if not known or not whole or not isinstance(x, fx.Node) or (weight is None and bias is not None):
+            return False
+        affine = weight is not None
+        norm: Any = nn.LayerNorm(shape[0], given.get("eps", 1e-5), affine, bias is not None, device="meta")  # type: ignore
+        reads = str(given["weight"].meta.get("reads", "")) if affine else ""
+        name = self._free(reads.rpartition(".")[0] or node.name)
+        _add_module(self.network, name, norm.eval() if weight is None else _with_tensors(norm, weight, bias).eval())
+        return self._call(node, name, x)
+
+    def _conv(self, node: fx.Node, given: dict[str, Any], kind: Any) -> bool:
         tensors = self._weight_and_bias(given)
-        if tensors is None or not isinstance(given.get("input"), fx.Node) or self._dims(given["input"]) != 4:
+        sides = _SIDES[kind]
+        if tensors is None or not isinstance(given.get("input"), fx.Node) or self._dims(given["input"]) != sides + 2:
             return False
         weight, bias = tensors
         groups = given.get("groups", 1)
-        options: dict[str, Any] = {"stride": _pair(given.get("stride", 1)), "dilation": _pair(given.get("dilation", 1))}
+        options: dict[str, Any] = {name: _sides(given.get(name, 1), sides) for name in ("stride", "dilation")}
         padding = given.get("padding", 0)
-        options["padding"] = padding if isinstance(padding, str) else _pair(padding)
+        options["padding"] = padding if isinstance(padding, str) else _sides(padding, sides)
         if None in options.values() or not isinstance(groups, int):
             return False
-        owner = self._owner(given, nn.Conv2d)
+        owner = self._owner(given, kind)
         if owner is not None:
             conv: Any = self.model.get_submodule(owner)
             same = {name: getattr(conv, name) for name in options} == options and conv.groups == groups
@@ -89,7 +116,7 @@ class _Writer:
                 owner = None
         if owner is None:
             sizes = (weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]))
-            dense = nn.Conv2d(*sizes, **options, groups=groups, bias=bias is not None, device="meta")  # type: ignore
+            dense = kind(*sizes, **options, groups=groups, bias=bias is not None, device="meta")
             owner = self._add(given["weight"], node, _with_tensors(dense, weight, bias))
         return self._call(node, owner, given["input"])
 
@@ -270,12 +297,12 @@ def _add_module(network: nn.Module, path: str, module: nn.Module) -> None:
     place.add_module(leaf, module)
 
 
-def _pair(size: Any) -> tuple[int, int] | None:
-    pair = (size, size) if isinstance(size, int) else size
-    whole = isinstance(pair, (tuple, list)) and all(isinstance(one, int) for one in pair)
-    if not whole or len(pair) not in (1, 2):
+def _sides(size: Any, count: int) -> tuple[int, ...] | None:
+    """One number for each side of an image."""
+    given = (size,) if isinstance(size, int) else size
+    if not isinstance(given, (tuple, list)) or not all(isinstance(one, int) for one in given):
         return None
-    return (pair[0], pair[-1])
+    return tuple(given) if len(given) == count else tuple(given) * count if len(given) == 1 else None
 
 
 __all__ = ["NORMS", "computes_as_norm", "spell_out"]

@@ -19,19 +19,26 @@ from .layer import FORMATS, FrozenLayer, Samples, Step
 
 @dataclass(frozen=True)
 class Link:
-    """One call of a layer in a chain; x, residual and y are the nodes that compute them."""
+    """One call of a layer in a chain: nodes that compute what it reads, and its own."""
 
     layer: FrozenLayer
     step: Step
-    x: fx.Node
-    residual: fx.Node | None
+    reads: tuple[fx.Node, ...]
     reuse: bool  # the result may take the residual's memory
     y: fx.Node
 
     @property
     def operands(self) -> list[tuple[fx.Node, Samples]]:
         """What is read, and as what."""
-        return [(self.x, self.step.x), *([] if self.residual is None else [(self.residual, self.step.y)])]
+        return list(zip(self.reads, self.step.reads, strict=False))
+
+    @property
+    def x(self) -> fx.Node:
+        return self.reads[0]
+
+    @property
+    def residual(self) -> fx.Node | None:
+        return self.reads[-1] if self.layer.geometry.residual else None
 
 
 def find_chains(graph: fx.Graph, layers: Mapping[str, FrozenLayer]) -> list[list[Link]]:
@@ -44,8 +51,7 @@ def find_chains(graph: fx.Graph, layers: Mapping[str, FrozenLayer]) -> list[list
         if layer is None or layer.step is None:
             known = None
             continue
-        x, residual = (*node.args, None)[:2]
-        link = Link(layer, layer.step, x, residual, bool(node.kwargs.get("reuse")), node)  # type: ignore[arg-type]
+        link = Link(layer, layer.step, node.args, bool(node.kwargs.get("reuse")), node)  # type: ignore[arg-type]
         if known is None or any(known.get(operand, want) != want for operand, want in link.operands):
             chains.append([])
             known = {}
@@ -97,8 +103,8 @@ class Chain:
 
     def _other_format(self, node: fx.Node) -> torch.memory_format | None:
         """The second memory format in which an input may come, if all that read it take both."""
-        readers = [link for link in self.links if node in (link.x, link.residual)]
-        if not all(link.step.any_format and node is not link.residual for link in readers):
+        readers = [link for link in self.links if node in link.reads]
+        if not all(link.step.any_format and node not in link.reads[1:] for link in readers):
             return None
         return next(layout for layout in FORMATS.values() if layout is not self.samples[node].layout)
 
@@ -111,8 +117,8 @@ class Chain:
         number = {node: i for i, node in enumerate(values)}
         network = cpu.native.Network(list(values.values()), buffer_bytes)
         for link in self.links:
-            last = (link.step.x.layout is torch.channels_last) is not (link.x in foreign)
-            link.step.add(network, number[link.x], last, number.get(link.residual, -1), number[link.y])  # type: ignore
+            last = (link.step.reads[0].layout is torch.channels_last) is not (link.x in foreign)
+            link.step.add(network, [number[node] for node in link.reads], last, number[link.y])
         return network
 
     def places(self) -> tuple[dict[fx.Node, int], int]:
@@ -154,16 +160,18 @@ def _round_up(size: int) -> int:
     return (size + 63) // 64 * 64
 
 
-def alone(layer: FrozenLayer, x: Tensor, residual: Tensor | None) -> Callable[[], None]:
+def alone(layer: FrozenLayer, operands: Sequence[Tensor]) -> Callable[[], Tensor]:
     """A call of one layer as a chain makes it, to measure it."""
     assert layer.step is not None
+    x = operands[0]
     y = layer.step.y.empty(x.shape[0])
-    tensors = [x, y, *([] if residual is None else [residual])]
-    network = cpu.native.Network([(i, 0, 0) for i in range(3)], 0)
+    tensors = [*operands, y]
+    network = cpu.native.Network([(i, 0, 0) for i in range(len(tensors))], 0)
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    layer.step.add(network, 0, last, len(tensors) - 1 if residual is not None else -1, 1)
+    layer.step.add(network, range(len(operands)), last, len(operands))
 
-    def call() -> None:
+    def call() -> Tensor:
         network.run([tensor.data_ptr() for tensor in tensors], x.shape[0], 0, layer.threads or torch.get_num_threads())
+        return y
 
     return call

@@ -16,6 +16,9 @@ from .plan import Geometry
 def torch_run(geometry: Geometry, weight: Tensor, bias: Tensor | None, memory_format: str) -> Run:
     if geometry.kind == "linear":
         return dense_linear(geometry, weight, bias)
+    if geometry.kind == "conv_transpose2d":
+        sizes = (geometry.stride, geometry.padding, geometry.output_padding, geometry.groups, geometry.dilation)
+        return with_epilogue(geometry, lambda x: F.conv_transpose2d(x, weight, bias, *sizes))
     if geometry.kind == "norm":
         return dense_norm(geometry, weight, bias)
     if geometry.pool:
@@ -131,10 +134,16 @@ def torch_pool(geometry: Geometry) -> Run:
 
 
 def dense_linear(geometry: Geometry, weight: Tensor, bias: Tensor | None) -> Run:
-    activate, linear = IN_PLACE[geometry.activation], F.linear
+    linear = F.linear
+    return with_epilogue(geometry, lambda x: linear(x, weight, bias))
+
+
+def with_epilogue(geometry: Geometry, compute: Callable[[Tensor], Tensor]) -> Run:
+    """What ``compute`` gives, a fresh tensor, plus the residual, activated in place."""
+    activate = IN_PLACE[geometry.activation]
 
     def run(x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
-        y = linear(x, weight, bias)
+        y = compute(x)
         if residual is not None:
             y.add_(residual)
         return activate(y)

@@ -65,13 +65,16 @@ class PlainLayer(nn.Module):
         super().__init__()
         self.geometry: Geometry = layer.geometry
         bias = dict(layer.named_buffers()).get("bias")
-        if not self.geometry.pool:
+        if not self.geometry.bare:
             weight = layer.dense_weight()
             self.weight = nn.Parameter(weight.detach().clone().contiguous(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
-        y = self._compute(x)
+    def forward(self, x: Tensor, *others: Tensor | None, reuse: bool = False) -> Tensor:
+        if self.geometry.kind == "cat":
+            return torch.cat((x, *others), 1)  # type: ignore[arg-type]
+        gate, residual = (*others, None)[:2] if self.geometry.kind == "gate" else (None, (*others, None)[0])
+        y = self._compute(x) if gate is None else x * gate
         if residual is not None:
             y = y + residual
         return ACTIVATIONS[self.geometry.activation](y)
@@ -80,11 +83,16 @@ class PlainLayer(nn.Module):
         geometry = self.geometry
         if geometry.kind == "linear":
             return F.linear(x, self.weight, self.bias)
+        if geometry.kind == "layer_norm":
+            return F.layer_norm(x, geometry.weight, self.weight, self.bias, geometry.epsilon)
         if geometry.kind == "norm":
             assert self.bias is not None
             return x * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
         if geometry.pool:
             return self._pool(x)
+        if geometry.kind == "conv_transpose2d":
+            sizes = (geometry.stride, geometry.padding, geometry.output_padding, geometry.groups, geometry.dilation)
+            return F.conv_transpose2d(x, self.weight, self.bias, *sizes)
         if geometry.pad is not None:
             x = F.pad(x, geometry.pad, geometry.pad_mode)
         return F.conv2d(x, self.weight, self.bias, *geometry.walk.steps)

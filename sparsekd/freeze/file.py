@@ -7,7 +7,6 @@ with what that model gives, and last of all the answer to a sample of the exampl
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -255,9 +254,9 @@ def weight_and_bias(place: LayerPlan, held: Mapping[str, Any]) -> tuple[Tensor |
             weight.validate()
         except (TypeError, ValueError) as error:
             raise ValueError(f"is damaged: the blocks of {place.name} do not fit {geometry} ({error})") from error
-    channels = math.prod(geometry.weight[1:2]) * geometry.groups
-    fits = weight.shape == ((0,) if geometry.pool else geometry.weight)
-    whole = fits and geometry.input[-1 if geometry.kind == "linear" else 1] == channels
-    if not whole or (bias is not None and (bias.shape, bias.dtype) != (geometry.weight[:1], values.dtype)):
+    fits = weight.shape == ((0,) if geometry.bare else geometry.weight)
+    axis = -1 if geometry.kind in ("linear", "layer_norm") else 1
+    whole = fits and geometry.input[axis] == geometry.in_channels
+    if not whole or (bias is not None and (bias.shape, bias.dtype) != ((geometry.out_channels,), values.dtype)):
         raise ValueError(f"is damaged: the tensors of {place.name} do not fit {geometry}")
     return weight, bias

@@ -2,6 +2,8 @@
 
 1. torch.fx or torch.export traces the model (trace.py). Every convolution and linear layer, with the batch norm,
    residual add and activation behind it, becomes a `Site`, and that one call: ``act(conv(x) + bias + residual)``.
+   Conv1d and 1x1x1 Conv3d become Conv2d first (lift.py), nn.MultiheadAttention two projections around one call
+   (attention.py); gates of channels, concatenations and layer norms are sites too (between.py).
 2. BatchNorm is folded into weight and bias, exactly.
 3. Each layer is timed dense (torch) and by ``sparsekd._C``, on its kept blocks or on all it has, at its input shape.
    Ours is kept only where it is faster by more than the noise. Everything else stays with torch.
@@ -50,8 +52,12 @@ def freeze(
     calibration: Iterable[Tensor | Sequence[Tensor]] | None = None,
     percentile: float = 100.0,
 ) -> FrozenModel:
-    """A copy of ``model`` for inference where it is: BatchNorm folded, bias, residual add and ReLU fused, and every
+    """A copy of ``model`` for inference where it is: BatchNorm folded, bias, residual add and activation fused, every
     block-sparse layer run sparse where, and only where, that measured faster than torch's dense layer.
+
+    Fused activations are ReLU, ReLU6, SiLU, Hardswish, Hardsigmoid, Sigmoid and both GELUs. Layers are Conv2d, Conv1d,
+    1x1x1 Conv3d, ConvTranspose2d, Linear, pooling, and on the CPU what stands between them: ``x * gate`` with a number
+    for each channel (squeeze and excitation), concatenations of channels, layer norms.
 
     Args:
         model: any module, with or without block-sparse layers; left as it is. One that neither torch.fx nor

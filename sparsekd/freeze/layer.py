@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,12 @@ Run = Callable[..., Tensor]  # run(x, residual=None, reuse=False)
 class Step:
     """A layer of ours as a part of ``_C.Network``.
 
-    add(network, x, x_channels_last, residual, y) appends it; the operands number values. any_format: it reads maps in
-    either memory format.
+    add(network, operands, x_channels_last, y) appends it; operands and y number values. reads: what each operand has to
+    be, a residual the last one, which may be missing. any_format: it reads maps in either memory format.
     """
 
-    add: Callable[[Any, int, bool, int, int], None]
-    x: Samples
+    add: Callable[[Any, Sequence[int], bool, int], None]
+    reads: tuple[Samples, ...]
     y: Samples
     any_format: bool = False
 
@@ -53,8 +53,9 @@ class FrozenLayer(nn.Module):
     """``act(conv(x) + bias + residual)``, or pooling: buffers for files, ``run`` for speed, and ``step``, where it is
     of ``sparsekd._C``, for chains of layers (chain.py). Built for the CPU in packed.py, for a GPU in cuda_layer.py.
 
-    ``run(x, residual=None, reuse=False)`` is a closure over all it needs: attribute look-ups of nn.Module would cost
-    more than the call itself. reuse: nobody reads the residual again, so the result may take its memory.
+    ``run(x, residual=None, reuse=False)`` (or more operands, see between.py) is a closure over all it needs: attribute
+    look-ups of nn.Module would cost more than the call itself. reuse: nobody reads the residual again, so the result
+    may take its memory.
     """
 
     def __init__(
@@ -79,8 +80,8 @@ class FrozenLayer(nn.Module):
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
-        return self.run(input, residual, reuse)
+    def forward(self, input: Tensor, *others: Tensor | None, reuse: bool = False) -> Tensor:
+        return self.run(input, *others, reuse=reuse)
 
     def stand_in_for(self, module: nn.Module) -> FrozenLayer:
         """The layer for a network that keeps its own forward, which may read what it likes of its layers."""

@@ -24,7 +24,7 @@ from .call import Call
 from .checked import dataclass_of
 from .file import Record, check_answer, check_same, nodes_of, read, record_of, weight_and_bias
 from .int8 import give_bytes
-from .kinds import is_conv, kind_of
+from .kinds import is_conv, is_transposed, kind_of
 from .layer import FORMATS, FrozenLayer
 from .measure import density_of, geometry_of, why_dense
 from .network import FrozenModel, assemble, cast
@@ -194,7 +194,7 @@ def _check_eager_site(site: Site, model: nn.Module) -> None:
     modules = dict(model.named_modules())
     layer = modules.get(site.target)
     plain = site == Site(site.target, site.target, site.input) and site.name == site.target
-    if not plain or layer is None or kind_of(layer) is None:
+    if not plain or layer is None or kind_of(layer) is None or is_transposed(layer):
         raise ValueError(f"belongs to another model: it has no layer {site.target!r} to freeze")
     channels = weight_shape(layer)[1] * getattr(layer, "groups", 1)
     fits = len(site.input) == 4 and site.input[1] == channels if is_conv(layer) else site.input[-1:] == (channels,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +17,9 @@ from ..backends import cpu
 from ..blocks import BlockSparse
 from ..nn import BlockSparseLayer, split_padding
 from ..timing import samples
+from .between import between_geometry, between_operands
 from .chain import alone
-from .kinds import is_conv
+from .kinds import is_conv, is_transposed
 from .layer import FORMATS, FrozenLayer
 from .packed import DTYPES, cpu_layer
 from .plan import Geometry, LayerPlan
@@ -60,9 +62,12 @@ def choose_all(
     for site, module in zip(sites, modules, strict=True):
         geometry = geometry_of(site, module)
         folded = fold(site, module, None if site.norm is None else source.get_submodule(site.norm))
+        if site.scale is not None:
+            folded = _scaled(*folded, operator.attrgetter(site.scale)(source).detach())
         for layout in layouts:
             first = choices.get(layouts[0], [])
-            measured = geometry.kind == "linear" and layout != layouts[0]  # its memory has one format only
+            one_format = geometry.kind in ("linear", "layer_norm")  # of its memory
+            measured = one_format and layout != layouts[0]
             chosen = first[-1] if measured else _choose(site, geometry, *folded, layout, options)
             choices.setdefault(layout, []).append(chosen)
     variants = {layout: Variant(layout, [best for best, _ in choices.get(layout, [])]) for layout in layouts}
@@ -84,7 +89,7 @@ def _choose(
     """The faster of the dense and the sparse layer in one memory format, and what was measured; and ours, if the other
     one is not much faster."""
     build = partial(cpu_layer, geometry, weight, bias, memory_format=layout, threads=options.threads)
-    x, residual = random_operands(geometry, weight, layout, "contiguous" if site.contiguous else layout)
+    operands = _operands(site, geometry, weight, layout)
     layers = {"dense": build(chosen="dense")}
     ours = "sparse" if isinstance(weight, BlockSparse) else "native"
     why = why_dense(geometry, weight, layout)
@@ -93,9 +98,9 @@ def _choose(
     # In a network that was traced a layer of ours is part of a chain, without Python around it.
     chained = bool(site.nodes) and ours in layers and layers[ours].step is not None
     calls: dict[str, Callable[[], object]]
-    calls = {name: partial(layer.run, x, residual) for name, layer in layers.items()}
+    calls = {name: partial(layer.run, *operands) for name, layer in layers.items()}
     if chained:
-        calls[ours] = alone(layers[ours], x, residual)
+        calls[ours] = alone(layers[ours], operands)
     # A layer with nothing to choose is timed for the reader of the plan only.
     taken = measure(calls, options.seconds if len(calls) == 2 else options.seconds / 8)
     medians = {name: statistics.median(us) for name, us in taken.items()}
@@ -116,11 +121,25 @@ def _choose(
     return best, (layers[ours], replace(plan, chosen=ours, why=f"{why}; faster between its neighbours"))
 
 
+def _operands(site: Site, geometry: Geometry, weight: Tensor | BlockSparse, layout: str) -> list[Tensor]:
+    if geometry.between:
+        assert isinstance(weight, Tensor)
+        return between_operands(geometry, weight.dtype, layout)
+    x, residual = random_operands(geometry, weight, layout, "contiguous" if site.contiguous else layout)
+    return [x] if residual is None else [x, residual]
+
+
 def why_dense(geometry: Geometry, weight: Tensor | BlockSparse, memory_format: str) -> str:
     """Why ``sparsekd._C`` cannot run a layer, or ""."""
     if cpu.native is None:
         return cpu.missing
     dtype = weight.values.dtype if isinstance(weight, BlockSparse) else weight.dtype
+    if geometry.between:
+        return (
+            "" if dtype in DTYPES else f"kernels take float32 and bfloat16, this is {str(dtype).removeprefix('torch.')}"
+        )
+    if geometry.kind == "conv_transpose2d" and isinstance(weight, Tensor):
+        return "not block-sparse, and transposed"
     single = geometry.depthwise and isinstance(weight, Tensor)
     if dtype not in ((torch.float32,) if single else DTYPES):
         takes = "float32" if single else "float32 and bfloat16"
@@ -172,6 +191,8 @@ def geometry_of(site: Site, module: Any) -> Geometry:
         walk: Any = dict(zip(("stride", "padding", "dilation"), steps, strict=True))
         weight = (channels, 1, *kernel)
         return Geometry(kind, site.input, weight, **walk, groups=channels, flat=flat, whole=not window)
+    if site.between is not None:
+        return between_geometry(site.between, site.input, residual=site.add is not None, activation=site.activation)
     if type(module) is nn.BatchNorm2d:
         channels = module.num_features
         return Geometry("norm", site.input, (channels,), groups=channels, activation=site.activation)
@@ -179,8 +200,10 @@ def geometry_of(site: Site, module: Any) -> Geometry:
         return Geometry("linear", site.input, weight_shape(module), **fused)
     padding, pad = split_padding(module)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    if is_transposed(module):
+        fused["output_padding"] = tuple(module.output_padding)
     return Geometry(
-        "conv2d",
+        "conv_transpose2d" if is_transposed(module) else "conv2d",
         site.input,
         weight_shape(module),
         tuple(module.stride),
@@ -202,6 +225,15 @@ def fold(site: Site, layer: Any, norm: Any) -> tuple[Tensor | BlockSparse, Tenso
     bias: Tensor | None
     if site.pool is not None:
         return torch.empty(0, dtype=getattr(torch, site.pool[2])), None  # says what it pools
+    if site.between is not None:
+        dtype = getattr(torch, site.between.dtype)
+        if site.between.kind != "layer_norm":
+            return torch.empty(0, dtype=dtype), None
+        ones = torch.ones(layer.normalized_shape, dtype=dtype)
+        return (
+            ones if layer.weight is None else layer.weight.detach(),
+            None if layer.bias is None else layer.bias.detach(),
+        )
     if type(layer) is nn.BatchNorm2d:
         dtype = layer.running_mean.dtype  # type: ignore[union-attr]
         weight, bias = (x.to(dtype) for x in _scale_and_shift(layer, None))
@@ -211,7 +243,8 @@ def fold(site: Site, layer: Any, norm: Any) -> tuple[Tensor | BlockSparse, Tenso
     if norm is not None:
         dtype = layer.values.dtype if isinstance(layer, BlockSparseLayer) else layer.weight.dtype
         scale, shift = _scale_and_shift(norm, bias)
-        weight, bias = _scale_rows(weight, scale), shift.to(dtype)
+        scaled = _scale_outputs(weight, scale, layer.groups) if is_transposed(layer) else _scale_rows(weight, scale)
+        weight, bias = scaled, shift.to(dtype)
     for tensor in (weight.values if isinstance(weight, BlockSparse) else weight, bias):
         if tensor is not None and not torch.isfinite(tensor).all():
             raise ValueError(
@@ -221,12 +254,26 @@ def fold(site: Site, layer: Any, norm: Any) -> tuple[Tensor | BlockSparse, Tenso
     return weight, bias
 
 
+def _scaled(weight: Tensor | BlockSparse, bias: Tensor | None, scale: Tensor) -> tuple[Any, Tensor | None]:
+    """scale * (Wx + b), computed in float64."""
+    shift = None if bias is None else (bias.double() * scale.double()).to(bias.dtype)
+    return _scale_rows(weight, scale.double()), shift
+
+
 def _scale_and_shift(norm: Any, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     ones, zeros = torch.ones_like(norm.running_mean), torch.zeros_like(norm.running_mean)
     gamma, shift = (ones, zeros) if norm.weight is None else (norm.weight.detach(), norm.bias.detach())
     scale = gamma.double() / (norm.running_var.double() + norm.eps).sqrt()
     centre = (0.0 if bias is None else bias.double()) - norm.running_mean.double()
     return scale, shift.double() + scale * centre
+
+
+def _scale_outputs(weight: Tensor | BlockSparse, scale: Tensor, groups: int) -> Tensor | BlockSparse:
+    """The weight ``[C, K/groups, R, S]`` of a transposed convolution with output k times ``scale[k]`` (float64)."""
+    dense = weight if isinstance(weight, Tensor) else weight.to_dense()
+    of_inputs = scale.view(groups, -1).repeat_interleave(dense.shape[0] // groups, 0)
+    scaled = (dense.double() * of_inputs[:, :, None, None]).to(dense.dtype)
+    return scaled if isinstance(weight, Tensor) else BlockSparse.from_dense(scaled, weight.pattern, mask=weight.mask())
 
 
 def _scale_rows(weight: Tensor | BlockSparse, scale: Tensor) -> Tensor | BlockSparse:

@@ -21,6 +21,7 @@ from .export import PlainNetwork, plain, refuse_recording
 from .layer import FrozenLayer
 from .outputs import allowed, deviation, difference, map_tensors
 from .plan import Plan
+from .simplify import drop_unread
 from .sites import Recorder, Site, clone
 from .trace import Trace
 
@@ -223,16 +224,18 @@ def assemble(source: nn.Module, sites: Sequence[Site], layers: Mapping[str, Froz
     named = {old.name: new for old, new in copies.items()}
     for site in sites:
         chain = [named[name] for name in site.nodes]
-        arguments = [chain[0].args[0]]
+        arguments = [named[name] for name in site.between.operands] if site.between else [chain[0].args[0]]
         if site.add is not None:
             add = named[site.add]
             arguments += [arg for arg in add.args if arg is not chain[chain.index(add) - 1]]
         with graph.inserting_after(chain[-1]):
             fused = graph.call_module(site.name, tuple(arguments))
         fused.meta["replaces"] = site.nodes[-1]
+        named[site.nodes[-1]] = fused
         chain[-1].replace_all_uses_with(fused)
         for node in reversed(chain):
             graph.erase_node(node)
+    drop_unread(graph)
     _reuse_residuals(graph, source, layers)
     used = [node.target for node in graph.nodes if node.op in ("call_module", "get_attr")]
     parts = {name: layers[name] if name in layers else operator.attrgetter(name)(source) for name in used}
@@ -252,10 +255,10 @@ def _reuse_residuals(graph: fx.Graph, source: nn.Module, layers: Mapping[str, Fr
         )
 
     for node in graph.nodes:
-        if node.op != "call_module" or node.target not in layers or len(node.args) < 2:
+        if node.op != "call_module" or node.target not in layers or not layers[node.target].geometry.residual:
             continue
-        x, residual = node.args
-        if x is residual or not is_fresh(residual) or not all(map(is_fresh, residual.users)):
+        *others, residual = node.args
+        if residual in others or not is_fresh(residual) or not all(map(is_fresh, residual.users)):
             continue
         if max(residual.users, key=position.__getitem__) is node:
             node.kwargs = {"reuse": True}

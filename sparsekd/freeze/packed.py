@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops
 from ..backends import cpu
 from ..blocks import BlockPattern, BlockSparse
-from .dense import IN_PLACE, torch_run
+from .between import between_step, torch_between
+from .dense import torch_run, with_epilogue
 from .layer import FORMATS, FrozenLayer, Run, Samples, Step
 from .plan import Geometry
 
@@ -41,9 +43,13 @@ def cpu_layer(
         run, step = _packed(geometry, replace(blocks, **tensors), bias, memory_format, threads)
     else:
         dense = weight.to_dense() if isinstance(weight, BlockSparse) else weight
-        layout = FORMATS[memory_format] if geometry.kind == "conv2d" else torch.contiguous_format
+        image = geometry.kind in ("conv2d", "conv_transpose2d")
+        layout = FORMATS[memory_format] if image else torch.contiguous_format
         buffers["weight"] = laid_out = dense.contiguous(memory_format=layout)
-        if chosen == "native":
+        if geometry.between:
+            run = torch_between(geometry, laid_out, bias)
+            step = between_step(geometry, laid_out, bias, memory_format) if chosen == "native" else None
+        elif chosen == "native":
             run, step = _packed(geometry, dense.contiguous(), bias, memory_format, threads)
         else:
             run = torch_run(geometry, laid_out, bias, memory_format)
@@ -53,21 +59,12 @@ def cpu_layer(
 def _packed(
     geometry: Geometry, weight: Tensor | BlockSparse, bias: Tensor | None, memory_format: str, threads: int | None
 ) -> tuple[Run, Step | None]:
-    """An activation that the kernels do not know follows in place."""
-    if geometry.activation in cpu.native.ACTIVATIONS:
-        return _packed_call(geometry, weight, bias, memory_format, threads)
-    plain, _ = _packed_call(replace(geometry, activation="none"), weight, bias, memory_format, threads)
-    activate = IN_PLACE[geometry.activation]
-    return lambda x, residual=None, reuse=False: activate(plain(x, residual, reuse)), None
-
-
-def _packed_call(
-    geometry: Geometry, weight: Tensor | BlockSparse, bias: Tensor | None, memory_format: str, threads: int | None
-) -> tuple[Run, Step | None]:
     """A dense weight is a block-sparse one that has every block, unless it is that of a depthwise convolution."""
     single = geometry.pool or (geometry.depthwise and isinstance(weight, Tensor))
     if isinstance(weight, Tensor) and not single:
         weight = BlockSparse.from_dense(weight, BlockPattern.for_device("cpu", weight.dtype))
+    if isinstance(weight, BlockSparse) and geometry.kind == "conv_transpose2d":
+        return _transposed(geometry, weight, bias), None
     if isinstance(weight, BlockSparse) and geometry.kind == "linear":
         return _packed_linear(geometry, weight, bias, threads)
 
@@ -82,6 +79,16 @@ def _packed_call(
     return _packed_conv2d(geometry, kernel_of, dtype, memory_format, threads)
 
 
+def _transposed(geometry: Geometry, weight: BlockSparse, bias: Tensor | None) -> Run:
+    """On the kernel of a convolution's gradient to its input, which has no epilogue: that follows in place."""
+    sizes: dict[str, Any] = {
+        name: getattr(geometry, name) for name in ("stride", "padding", "output_padding", "dilation")
+    }
+    tensors = (weight.values, weight.row_ptr, weight.col_idx, bias)
+    sizes |= {"out_channels": geometry.out_channels, "kernel_size": geometry.weight[2:], "groups": geometry.groups}
+    return with_epilogue(geometry, lambda x: ops.conv_transpose2d(x, *tensors, **sizes))
+
+
 def _shape(geometry: Geometry, block: tuple[int, int] = (1, 1)) -> Any:
     return cpu.native.Conv2dShape(
         (1, geometry.input[1], *geometry.padded_image), geometry.weight[0], geometry.weight[2:] or (1, 1),
@@ -94,7 +101,7 @@ class Kernel:
     """A packed layer of ``_C`` behind one signature: run(x, x_channels_last, residual, y, threads, n), add as Step."""
 
     run: Callable[[int, bool, int, int, int, int], None]
-    add: Callable[[Any, int, bool, int, int], None]
+    add: Callable[[Any, Sequence[int], bool, int], None]
     any_format: bool = False
 
 
@@ -104,7 +111,7 @@ def _sparse_kernel(geometry: Geometry, weight: BlockSparse, bias: Tensor | None,
     run = packed.run
     return Kernel(
         lambda x, x_last, residual, y, threads, n: run(x, x_last, residual, y, last, threads, n),
-        lambda network, x, x_last, residual, y: network.add(packed, x, x_last, residual, y, last),
+        lambda network, operands, x_last, y: network.add(packed, operands[0], x_last, _residual(operands), y, last),
         any_format=True,
     )
 
@@ -116,8 +123,12 @@ def _depthwise_kernel(geometry: Geometry, weight: Tensor, bias: Tensor | None) -
     run = packed.run
     return Kernel(
         lambda x, x_last, residual, y, threads, n: run(x, residual, y, threads, n),
-        lambda network, x, x_last, residual, y: network.add(packed, x, residual, y),
+        lambda network, operands, x_last, y: network.add(packed, operands[0], _residual(operands), y),
     )
+
+
+def _residual(operands: Sequence[int]) -> int:
+    return operands[1] if len(operands) > 1 else -1
 
 
 def _pool_kernel(geometry: Geometry, dtype: torch.dtype) -> Kernel:
@@ -125,7 +136,7 @@ def _pool_kernel(geometry: Geometry, dtype: torch.dtype) -> Kernel:
     run = packed.run
     return Kernel(
         lambda x, x_last, residual, y, threads, n: run(x, y, threads, n),
-        lambda network, x, x_last, residual, y: network.add(packed, x, y),
+        lambda network, operands, x_last, y: network.add(packed, operands[0], y),
     )
 
 
@@ -202,7 +213,8 @@ def _packed_conv2d(
 
     if pad is not None:
         return run, None
-    return run, Step(kernel.add, Samples(image, dtype, layout), Samples(out, dtype, out_layout), any_format)
+    y_samples = Samples(out, dtype, out_layout)
+    return run, Step(kernel.add, (Samples(image, dtype, layout), y_samples), y_samples, any_format)
 
 
 def _packed_linear(
@@ -231,10 +243,11 @@ def _packed_linear(
     rows = math.prod(sample[:-1])
     if not sample:  # a vector alone, not a batch
         return run, None
+    y_samples = Samples(geometry.output, dtype)
     return run, Step(
-        lambda network, x, x_last, residual, y: network.add(packed, rows, x, residual, y),
-        Samples(sample, dtype),
-        Samples(geometry.output, dtype),
+        lambda network, operands, x_last, y: network.add(packed, rows, operands[0], _residual(operands), y),
+        (Samples(sample, dtype), y_samples),
+        y_samples,
     )
 
 

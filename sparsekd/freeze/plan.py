@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..ops.conv2d import Geometry as Walk
+from ..ops.conv_transpose2d import output_size as transposed_size
 
 
 @dataclass(frozen=True)
 class Geometry:
     """One frozen call ``act(conv(pad(x)) + bias + residual)``; sizes as torch names them.
 
-    kind: "conv2d", "linear", "norm" (a batch norm that no layer takes in), or of pooling "max" or "mean". input: shape
-    in the example, batch included. weight: ``[K, C/groups, R, S]``, ``[out, in]`` or ``[C]``; pooling has the shape of
-    a depthwise one. pad: an explicit ``F.pad`` of mode ``pad_mode`` before the op, or None. flat: the output is
-    ``[N, C]``. whole: it pools whole images, of any size.
+    kind: "conv2d", "conv_transpose2d", "linear", "norm" (a batch norm that no layer takes in), of pooling "max" or
+    "mean", or what stands between layers: "gate" (``x * gate``, a number for each channel of a sample), "cat" (of
+    channels), "layer_norm". input: shape in the example, batch included. weight: ``[K, C/groups, R, S]`` (transposed:
+    ``[C, K/groups, R, S]``), ``[out, in]`` or ``[C]``; pooling has the shape of a depthwise one, a concatenation the
+    channels of each operand. pad: an explicit ``F.pad`` of mode ``pad_mode`` before the op, or None. flat: the output
+    is ``[N, C]``. whole: it pools whole images, of any size.
     """
 
     kind: str
@@ -33,12 +37,16 @@ class Geometry:
     activation: str = "none"
     flat: bool = False
     whole: bool = False
+    epsilon: float = 0.0
+    output_padding: tuple[int, ...] = (0, 0)
 
     def __str__(self) -> str:
         text = "x".join(map(str, self.weight[2:] if self.pool else self.weight))
         if max(self.stride) > 1:
             text += " /" + "x".join(map(str, sorted(set(self.stride))))
-        return f"{self.kind} {text}" if self.pool else text + (f" g{self.groups}" if self.groups > 1 else "")
+        if self.pool or self.between:
+            return f"{self.kind} {text}"
+        return text + (f" g{self.groups}" if self.groups > 1 else "")
 
     @property
     def fused(self) -> str:
@@ -49,6 +57,16 @@ class Geometry:
     @property
     def pool(self) -> bool:
         return self.kind in ("max", "mean")
+
+    @property
+    def between(self) -> bool:
+        """It is no layer, but stands between some."""
+        return self.kind in ("gate", "cat", "layer_norm")
+
+    @property
+    def bare(self) -> bool:
+        """It has no tensors of its own."""
+        return self.pool or self.kind in ("gate", "cat")
 
     @property
     def depthwise(self) -> bool:
@@ -70,6 +88,9 @@ class Geometry:
     @property
     def output_image(self) -> tuple[int, int]:
         """(P, Q)."""
+        if self.kind == "conv_transpose2d":
+            sizes = (self.weight[2:], self.stride, self.padding, self.output_padding, self.dilation)
+            return transposed_size(self.padded_image, *sizes)  # type: ignore[arg-type]
         return self.walk.output_size(self.padded_image)
 
     def of_image(self, size: tuple[int, int]) -> Geometry:
@@ -78,11 +99,27 @@ class Geometry:
         return replace(self, input=(*self.input[:2], *size), weight=weight)
 
     @property
+    def in_channels(self) -> int:
+        if self.kind in ("cat", "conv_transpose2d"):
+            return self.weight[0]
+        return math.prod(self.weight[1:2]) * self.groups
+
+    @property
+    def out_channels(self) -> int:
+        if self.kind == "cat":
+            return sum(self.weight)
+        return self.weight[1] * self.groups if self.kind == "conv_transpose2d" else self.weight[0]
+
+    @property
     def output(self) -> tuple[int, ...]:
         """Shape of one sample of the output."""
         if self.kind == "linear":
             return (*self.input[1:-1], self.weight[0])
-        return self.weight[:1] if self.flat else (self.weight[0], *self.output_image)
+        if self.kind == "layer_norm":
+            return self.input[1:]
+        if self.kind == "cat":
+            return (self.out_channels, *self.input[2:])
+        return self.weight[:1] if self.flat else (self.out_channels, *self.output_image)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from .kinds import LAYERS
+from .kinds import LAYERS, LIFTED
 
 
 def prepare(model: nn.Module) -> nn.Module:
@@ -19,7 +19,7 @@ def prepare(model: nn.Module) -> nn.Module:
     for module in copied.modules():
         if not isinstance(module, torch.jit.ScriptModule):
             _compute_weights(module)
-    return nn.Sequential(copied) if isinstance(copied, LAYERS) else copied
+    return nn.Sequential(copied) if isinstance(copied, (*LAYERS, *LIFTED)) else copied
 
 
 def _copy(model: nn.Module) -> nn.Module:

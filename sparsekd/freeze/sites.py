@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..nn import BlockSparseLayer
-from .kinds import LAYERS, hooked, is_conv, kind_of
+from .between import MULTIPLIES, Between, between_of
+from .kinds import LAYERS, hooked, is_conv, is_transposed, kind_of
 from .mutation import mutates
 from .pools import Window, is_flatten, window_of
 from .simplify import module_of
@@ -22,13 +23,15 @@ from .simplify import module_of
 
 @dataclass(frozen=True)
 class Site:
-    """One convolution, linear or pooling layer (or batch norm no layer takes in) and what is computed in the same call.
+    """One convolution, linear or pooling layer (or batch norm no layer takes in, or what stands between layers), and
+    what is computed in the same call.
 
     name: in the plan and in the frozen network. target: the layer's module. nodes: its chain in the trace, from the
     layer to the last node it replaces (empty in a model that cannot be traced). norm: the BatchNorm's module.
     add: the node in the chain that adds the residual. activation: as the kernels name it. input: shape in the example.
     contiguous: the example gives this input of the network in that format. pool: "max" or "mean", its window, its dtype
-    and whether pixels are no dimension of its output.
+    and whether pixels are no dimension of its output. between: what it is where it is no layer. scale: path of the
+    tensor [C] that the output of a linear layer is multiplied with.
     """
 
     name: str
@@ -40,6 +43,8 @@ class Site:
     activation: str = "none"
     contiguous: bool = False
     pool: tuple[str, Window, str, bool] | None = None
+    between: Between | None = None
+    scale: str | None = None
 
 
 class Recorder(fx.Interpreter):
@@ -68,17 +73,20 @@ def shapes_in(network: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Shapes:
 
 def find_sites(network: fx.GraphModule, inputs: tuple[Tensor, ...], pools: bool = True) -> list[Site]:
     """The sites of a traced model, in order. Where two layers meet in an add, the larger one takes it in."""
-    finder = _SiteFinder(network, shapes_in(network, inputs))
+    finder = _SiteFinder(network, shapes_in(network, inputs), pools)
     layers = [node for node in network.graph.nodes if finder.is_layer(node)]
+    layers = [node for node in layers if pools or not is_transposed(finder.module(node))]
     sites = {node: finder.grow(node) for node in sorted(layers, key=finder.work, reverse=True)}
     sites |= {node: finder.grow(node) for node in network.graph.nodes if finder.is_norm(node)}
     pooling = {node: finder.pool_of(node) for node in network.graph.nodes if pools}
     sites |= {node: finder.grow_pool(node, *found) for node, found in pooling.items() if found}
+    standing = {node: finder.between(node) for node in network.graph.nodes if pools}
+    sites |= {node: finder.grow_between(node, found) for node, found in standing.items() if found}
     contiguous = _contiguous_inputs(network, inputs)
     calls: dict[str, int] = {}
     named = []
     for node in filter(sites.__contains__, network.graph.nodes):
-        site = replace(sites[node], contiguous=node.args[0] in contiguous)
+        site = replace(sites[node], contiguous=any(one is node.args[0] for one in contiguous))
         calls[site.name] = calls.get(site.name, 0) + 1
         named.append(site if calls[site.name] == 1 else replace(site, name=f"{site.name}@{calls[site.name]}"))
     return named
@@ -94,11 +102,12 @@ def _contiguous_inputs(network: fx.GraphModule, inputs: tuple[Tensor, ...]) -> s
 class _SiteFinder:
     """Grows sites in one graph. A chain grows only along values that nothing else reads."""
 
-    def __init__(self, network: fx.GraphModule, shapes: Shapes) -> None:
-        self.network, self.shapes = network, shapes
+    def __init__(self, network: fx.GraphModule, shapes: Shapes, pools: bool) -> None:
+        self.network, self.shapes, self.pools = network, shapes, pools
         self.nodes = list(network.graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.taken: set[fx.Node] = set()
+        self.named = {node.name: node for node in self.nodes}
         self.modules = {name for name, _ in network.named_modules()}
         self.of_inputs: set[fx.Node] = set()  # the others have the same batch at every call
         for node in self.nodes:
@@ -124,25 +133,49 @@ class _SiteFinder:
         return math.prod(weight_shape(self.module(node))) * math.prod(self.shapes[node][0][2:])
 
     def grow(self, layer: fx.Node) -> Site:
-        chain, norm, add, activation = [layer], None, None, "none"
+        scaled = self.scaled(layer)
+        chain, norm, add, activation = self.chain_of(layer if scaled is None else scaled[0], layer)
+        chain = chain if scaled is None else [layer, *chain]
+        self.taken.update(chain)
+        shape = self.shapes[layer.args[0]][0]  # type: ignore[index]
+        target, nodes = str(layer.target), tuple(node.name for node in chain)
+        scale = None if scaled is None else scaled[1]
+        return Site(target, target, shape, nodes, norm, add, activation, scale=scale)
+
+    def scaled(self, layer: fx.Node) -> tuple[fx.Node, str] | None:
+        """(the product, the path of the factors) where a linear layer is scaled by a constant for each output."""
+        (user,) = layer.users if len(layer.users) == 1 else (None,)
+        module = self.module(layer)
+        if user is None or user in self.taken or not self.pools or kind_of(module) is None or is_conv(module):
+            return None
+        shape, dtype = self.shapes[layer]
+        for factor in user.args if user.target in MULTIPLIES and len(user.args) == 2 and not user.kwargs else ():
+            if (
+                isinstance(factor, fx.Node)
+                and factor.op == "get_attr"
+                and self.shapes.get(factor) == (shape[-1:], dtype)
+            ):
+                return user, str(factor.target)
+        return None
+
+    def chain_of(self, first: fx.Node, layer: fx.Node) -> tuple[list[fx.Node], str | None, str | None, str]:
+        """(what a call of a layer computes from ``first`` on, the norm, the add and the activation among them)."""
+        chain, norm, add, activation = [first], None, None, "none"
         while activation == "none":
             (user,) = chain[-1].users if len(chain[-1].users) == 1 else (None,)
             if user is None or user in self.taken or self.moves_past_a_mutation(chain[-1], user):
                 break
-            is_layer = kind_of(self.module(layer)) is not None
+            is_layer, is_gate = kind_of(self.module(layer)) is not None, self.module(layer) is None
             if is_layer and norm is None and add is None and self.is_norm_of(user, layer):
                 norm = str(user.target)
-            elif is_layer and add is None and self.adds_a_residual(user, chain[-1]):
+            elif (is_layer or is_gate) and add is None and self.adds_a_residual(user, chain[-1]):
                 add = user.name
             else:
                 activation = activation_of(user, self.module(user))
                 if activation == "none":
                     break
             chain.append(user)
-        self.taken.update(chain)
-        shape = self.shapes[layer.args[0]][0]  # type: ignore[index]
-        target = str(layer.target)
-        return Site(target, target, shape, tuple(node.name for node in chain), norm, add, activation)
+        return chain, norm, add, activation
 
     def pool_of(self, node: fx.Node) -> tuple[str, Window] | None:
         """Of a node that pools maps."""
@@ -159,12 +192,37 @@ class _SiteFinder:
         if flattens and not self.moves_past_a_mutation(pool, user):  # type: ignore[arg-type]
             chain.append(user)  # type: ignore[arg-type]
         self.taken.update(chain)
-        target, flat = str(pool.target) if pool.op == "call_module" else "", len(self.shapes[chain[-1]][0]) == 2
+        name, target = self.name_of(pool)
         nodes, dtype_name = tuple(node.name for node in chain), str(dtype).removeprefix("torch.")
-        name = target or pool.name
+        flat = len(self.shapes[chain[-1]][0]) == 2
+        return Site(name, target, shape, nodes, pool=(kind, window, dtype_name, flat))
+
+    def name_of(self, node: fx.Node) -> tuple[str, str]:
+        """(name, target) of a site that need not be a module."""
+        target = str(node.target) if node.op == "call_module" else ""
+        name = target or node.name
         while not target and name in self.modules:  # a layer may have the name of a method
             name += "_"
-        return Site(name, target, shape, nodes, pool=(kind, window, dtype_name, flat))
+        return name, target
+
+    def between(self, node: fx.Node) -> Between | None:
+        found = None if node in self.taken else between_of(node, self.module(node), self.shapes)
+        if found is None or self.of_inputs.isdisjoint(node.all_input_nodes):
+            return None
+        operands = [self.named[name] for name in found.operands]
+        if mutates(node, self.module(node)) and not (operands[0] is node.args[0] and self.is_private(operands[0])):
+            return None
+        return found if self.of_inputs.issuperset(operands) else None
+
+    def grow_between(self, node: fx.Node, found: Between) -> Site:
+        """A gate takes in the residual and the activation behind it."""
+        chain, add, activation = [node], None, "none"
+        if found.kind == "gate":
+            chain, _, add, activation = self.chain_of(node, node)
+        self.taken.update(chain)
+        name, target = self.name_of(node)
+        shape, nodes = self.shapes[self.named[found.operands[0]]][0], tuple(one.name for one in chain)
+        return Site(name, target, shape, nodes, add=add, activation=activation, between=found)
 
     def is_norm_of(self, node: fx.Node, layer: fx.Node) -> bool:
         norm = self.module(node)
@@ -177,7 +235,7 @@ class _SiteFinder:
         return same and free and norm.running_mean is not None and not norm.training  # type: ignore[union-attr]
 
     def adds_a_residual(self, node: fx.Node, tail: fx.Node) -> bool:
-        if node.op not in ("call_function", "call_method") or node.target not in _ADDS:
+        if node.op not in ("call_function", "call_method") or node.target not in ADDS:
             return False
         if node.kwargs or len(node.args) != 2 or not all(arg in self.shapes for arg in node.args):
             return False
@@ -205,7 +263,7 @@ class _SiteFinder:
 
 
 aten = torch.ops.aten
-_ADDS = (operator.add, operator.iadd, torch.add, aten.add.Tensor, aten.add_.Tensor, "add", "add_")
+ADDS = (operator.add, operator.iadd, torch.add, aten.add.Tensor, aten.add_.Tensor, "add", "add_")
 _ACTIVATIONS: dict[Any, str] = {
     **dict.fromkeys((nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
     **dict.fromkeys((aten.relu.default, aten.relu_.default), "relu"),
@@ -258,6 +316,7 @@ def find_eager_sites(model: nn.Module, run: Callable[..., Any], inputs: tuple[Te
         seen.setdefault(name, set()).add(tuple(given.shape) if isinstance(given, Tensor) else ())
 
     layers = {name: module for name, module in model.named_modules() if kind_of(module) is not None}
+    layers = {name: module for name, module in layers.items() if not is_transposed(module)}  # may be called with a size
     hooks = [one.register_forward_pre_hook(partial(record, name), with_kwargs=True) for name, one in layers.items()]
     try:
         run(*clone(inputs))

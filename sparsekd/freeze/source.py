@@ -15,6 +15,7 @@ from .call import Call
 from .canonical import computes_as_norm, spell_out
 from .file import describe
 from .kinds import LAYERS, hooked, kind_of
+from .lift import is_liftable, lift
 from .outputs import check_no_nan, deviation
 from .simplify import simplify
 from .sites import Site, clone, find_eager_sites, find_sites, shapes_in
@@ -68,7 +69,9 @@ class Source:
                 f"hooks of {', '.join(with_hooks)}: what they do to tensors is in the frozen network, layers that have "
                 "some are left as they are; what else hooks inside the network do happened once, when it was traced"
             )
-        left = [name for name, one in named.items() if isinstance(one, LAYERS) and name not in found]
+        lifted = self.trace is not None
+        left = [name for name, one in named.items() if isinstance(one, LAYERS) or (lifted and is_liftable(one))]
+        left = [name for name in left if name not in found]
         left = [name for name in left if name not in with_hooks]
         if left:
             why = "not called, or called without a batch"
@@ -136,7 +139,9 @@ def trace_by(method: str, model: nn.Module, call: Call, inputs: tuple[Tensor, ..
         if name == method:
             found = make()
             simplify(found.network)
-            spell_out(found.network, model, shapes_in(found.network, inputs))
+            shapes = shapes_in(found.network, inputs)
+            spell_out(found.network, model, shapes)
+            lift(found.network, shapes)
             return found
     raise TypeError("a scripted module has no Python code to trace")
 

@@ -115,6 +115,22 @@ class BlockSparseLayer(TracedWhole):
     def matrix_shape_of(cls, weight_shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(weight_shape)
 
+    @classmethod
+    def over(cls: type[Layer], blocks: BlockSparse, bias: Tensor | None, dense: Any) -> Layer:
+        """A layer over these very tensors, which copies nothing. dense: a ``dense_type`` that describes it; what its
+        weight holds is not read."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.pattern, layer.weight_shape, layer.matrix_shape = blocks.pattern, tuple(dense.weight.shape), blocks.shape
+        layer.values = nn.Parameter(blocks.values, requires_grad=False)
+        layer.register_buffer("row_ptr", blocks.row_ptr)
+        layer.register_buffer("col_idx", blocks.col_idx)
+        held = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        layer.register_parameter("bias", held)
+        for name in cls.geometry:
+            setattr(layer, name, getattr(dense, name))
+        return layer.eval()
+
     def _adopt(self, dense: Any, pattern: BlockPattern | None, density: float | None, mask: Tensor | None) -> None:
         """Become the block-sparse twin of a dense layer. A parameter shares no memory with the dense one."""
         kind = type(self).__name__

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparsekd.freeze import load_frozen, measure
+from sparsekd.freeze import export, load_frozen, measure
 from sparsekd.freeze.packed import cpu_layer
 from sparsekd.freeze.sites import Site
 from sparsekd.nn import SparseConv2d, SparseLinear
@@ -114,6 +114,11 @@ ACTIVATIONS = {
     "torch.clamp_": lambda y: torch.clamp_(y, min=0, max=6),
     "F.silu": F.silu,
     "module SiLU in place": nn.SiLU(inplace=True),
+    "F.hardswish": F.hardswish,
+    "module Hardsigmoid in place": nn.Hardsigmoid(inplace=True),
+    "method sigmoid": lambda y: y.sigmoid(),
+    "F.gelu": F.gelu,
+    "module GELU of tanh": nn.GELU("tanh"),
 }
 ADDS = {
     "+": lambda y, x: y + x,
@@ -322,7 +327,7 @@ DEPTHWISE = [
 
 @needs_kernels
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("activation", ["none", "relu6", "silu"])
+@pytest.mark.parametrize("activation", ["none", "relu6", "silu", "hardswish", "gelu"])
 @pytest.mark.parametrize(("layer", "h", "w"), DEPTHWISE, ids=str)
 def test_native_kernels_compute_what_torch_does(layer, h, w, activation, residual):
     layer = trained(nn.Sequential(layer))[0].eval()
@@ -347,5 +352,5 @@ def test_native_kernels_compute_what_torch_does(layer, h, w, activation, residua
             frozen = cpu_layer(geometry, weight, bias, chosen=chosen, memory_format=layout, threads=2)
             got = frozen(x, None if add is None else add.clone())
             summed = want.double() if add is None else want.double() + add
-            expected = {"none": summed, "relu6": F.relu6(summed), "silu": F.silu(summed)}[activation]
+            expected = export.ACTIVATIONS[activation](summed)
             torch.testing.assert_close(got, expected.float(), rtol=1e-4, atol=1e-4)

@@ -93,8 +93,8 @@ def test_norms_of_images(norm, conv, tmp_path):
 
 
 def test_a_norm_that_no_layer_takes_in_is_named():
-    model = trained(nn.Sequential(nn.Conv1d(8, 16, 3), nn.BatchNorm1d(16), nn.Flatten(), nn.Linear(96, 4)))
-    x = torch.randn(2, 8, 8)
+    model = trained(nn.Sequential(nn.Conv3d(4, 8, 3), nn.BatchNorm3d(8), nn.Flatten(), nn.Linear(64, 4)))
+    x = torch.randn(2, 4, 4, 4, 4)
     frozen = quick(model, x)
     assert "batch norms that no layer takes in: 1" in frozen.plan.notes
     assert_frozen_equals(model, frozen, x)
