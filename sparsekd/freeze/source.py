@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..convert import SPARSE_TYPES
+from .attention import join_attention
 from .call import Call
 from .canonical import computes_as_norm, spell_out
 from .file import describe
@@ -141,6 +142,7 @@ def trace_by(method: str, model: nn.Module, call: Call, inputs: tuple[Tensor, ..
             simplify(found.network)
             shapes = shapes_in(found.network, inputs)
             spell_out(found.network, model, shapes)
+            join_attention(found.network)
             lift(found.network, shapes)
             return found
     raise TypeError("a scripted module has no Python code to trace")
