@@ -261,3 +261,37 @@ def test_what_it_is_compared_with_prunes_once_and_resumes(options, tmp_path):
         not torch.equal(a, b) for a, b in zip(first.pruner.masks().values(), whole.pruner.masks().values(), strict=True)
     )
     assert moved == bool(options.get("exchange"))
+
+
+def test_the_copy_learns_what_the_full_model_says_where_it_is_to():
+    method = method_of(imitation=1.0)
+    history = stream.learn(method, clicks(windows=3), Click(), ONLINE)
+    assert history[1]["kd"] > 0
+    pair = next(next(iter(clicks())).batches(100))
+    before = method.serving_student.train()(*pair[0]).detach()
+    optimizer = torch.optim.SGD(method.student.parameters(), lr=0.05)
+    method.attach(optimizer)
+    said = method.student(*pair[0]).detach()
+    for _ in range(20):  # with labels that say the opposite
+        method.loss(pair[0], (said < 0).float())
+        copied = method._copy_loss(method.serving_student, pair[0], (said < 0).float(), said)[0]
+        copied.backward()
+        method.after_step()
+    after = method.serving_student(*pair[0]).detach()
+    assert (after - said).square().mean() < 0.8 * (before - said).square().mean()
+
+
+def test_an_output_that_is_no_tensor_is_refused():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.head = nn.Linear(4, 32), nn.Linear(32, 1)
+
+        def forward(self, x):
+            return self.head(self.hidden(x)).squeeze(1), x
+
+    x = torch.randn(8, 4)
+    with pytest.raises(TypeError, match="D2S: the goal takes one tensor, but the model returns a tuple of 2"):
+        D2S(Plain(Two(), Click()), 0.5, exclude=["head"], example_inputs=(x,)).loss((x,), torch.ones(8))
+    named = D2S(Plain(Two(), Click(), output=0), 0.5, exclude=["head"], example_inputs=(x,))
+    assert torch.isfinite(named.loss((x,), torch.ones(8)).total)

@@ -37,7 +37,7 @@ from ..distill import Losses, Plain
 from ..freeze import freeze
 from ..modes import evaluation_mode
 from ..nn import BlockSparseLayer, SparseEmbedding, SparseEmbeddingBag
-from ..outputs import pick
+from ..outputs import check_tensor, pick
 from ..pruning import Budget, CostTable, Grouping, Pruner
 from ..pruning.cost import network_of
 from ..serving import ServingModel
@@ -260,15 +260,15 @@ class D2S(Method):
         return {**super()._describe_plan(), "budget": str(self.budget), "remember": self._recent.maxlen, **plan}
 
     def _output(self, model: nn.Module, inputs: Sequence[Any]) -> Any:
-        return pick("D2S", model(*inputs), self.distiller.output)
+        return check_tensor("D2S", pick("D2S", model(*inputs), self.distiller.output))
 
     def _copy_loss(
-        self, model: nn.Module, inputs: Sequence[Any], target: Tensor, taught: Tensor
+        self, model: nn.Module, inputs: Sequence[Any], target: Tensor, taught: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(what the copy lowers, its task loss, how far it is from the full model); only the first has a graph."""
         goal, output = self.distiller.goal, self._output(model, inputs)
         task = goal.loss(output, target)
-        if not self.imitation:
+        if taught is None or not self.imitation:
             return task, task.detach(), task.new_zeros(())
         kd = goal.imitation(output, taught, 1.0)
         return (1 - self.imitation) * task + self.imitation * kd, task.detach(), kd.detach()
@@ -292,8 +292,10 @@ class D2S(Method):
         if evolve and self.sparse is not None:
             candidate.adopt(self.sparse)
         batches = list(self._recent)
-        with evaluation_mode(self.student), torch.no_grad():
-            taught = [self._output(self.student, inputs) for inputs, _ in batches]
+        taught: list[Tensor | None] = [None] * len(batches)
+        if self.imitation:
+            with evaluation_mode(self.student), torch.no_grad():
+                taught = [self._output(self.student, inputs) for inputs, _ in batches]
         lessons = in_turn([(*batch, said) for batch, said in zip(batches, taught, strict=True)])
 
         def learn() -> None:
