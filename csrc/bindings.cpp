@@ -12,6 +12,13 @@ void bind_machine(py::module_& m) {
   m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");
   m.def("use_isa", &use_isa, "name"_a, "Uses another instruction set from now on.");
   m.def("openmp", &openmp_name, "The OpenMP library in use and its thread limit.");
+  m.def(
+      "random_lines",
+      [](Address memory, int64_t bytes, int threads, double seconds) {
+        py::gil_scoped_release release;
+        return random_lines(in<uint8_t>(memory), bytes, threads, seconds);
+      },
+      "memory"_a, "bytes"_a, "threads"_a, "seconds"_a = 0.2);
   m.def("peak_gflops", &peak_gflops, "threads"_a, "seconds"_a = 0.05, "dtype"_a = "float32",
         py::call_guard<py::gil_scoped_release>(),
         "Measured multiply-add peak of the kernels for `dtype` (float32, bfloat16 or int8) in the instruction set in "

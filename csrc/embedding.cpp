@@ -21,6 +21,17 @@ void check_ids(const EmbeddingTable& table, const int64_t* ids, int64_t count) {
                               std::to_string(ids[i]) + " at place " + std::to_string(i));
 }
 
+// Scores are taken of all dimensions that a row names, the queries having those of the table alone.
+void check_dimensions(const EmbeddingTable& table) {
+  const int64_t words = (table.dim + 63) / 64;
+  if (table.dim % 64 == 0) return;
+  const uint64_t beyond = ~uint64_t{0} << table.dim % 64;
+  for (int64_t row = 0; row < table.rows; ++row)
+    if (table.kept[(row + 1) * words - 1] & beyond)
+      throw std::invalid_argument("sparsekd.embedding_top_k: kept names dimensions beyond the " +
+                                  std::to_string(table.dim) + " of the queries in row " + std::to_string(row));
+}
+
 // Steps that go astray would write to memory of others; steps out of order would divide a row between two workers.
 void check_places(const EmbeddingUpdate& args) {
   int64_t before = -1;
@@ -71,6 +82,7 @@ template void embedding_bag(const EmbeddingBag<int8_t>&);
 
 template <class T>
 void embedding_top_k(const EmbeddingTopK<T>& args) {
+  check_dimensions(args.table);
   const EmbeddingKernels& table = kernels().embedding;
   of_type<T>(table.top_k_f32, table.top_k_bf16, table.top_k_f16, table.top_k_i8)(args);
 }

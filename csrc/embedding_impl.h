@@ -71,24 +71,46 @@ inline void each_group(const EmbeddingTable& t, int64_t row, int64_t begin, cons
   }
 }
 
-// Asks ahead for the row of a later id, in two steps: its bits and where it begins, then its values.
-constexpr int64_t kBitsAhead = 16, kValuesAhead = 8;
+// Goes through ids and asks ahead for the rows of later ones, in two steps: their bits and where they begin, then their
+// values. `at` must be asked for every i from `begin` on, in order.
 template <class T>
-inline void prefetch_rows(const EmbeddingTable& t, const T* values, const int64_t* ids, int64_t i, int64_t end) {
-  if (i + kBitsAhead < end) {
-    const int64_t row = ids[i + kBitsAhead];
-    __builtin_prefetch(kept_of(t, row));
-    __builtin_prefetch(t.counts + row / sparsekd::kRowsOfBase * sparsekd::kRowsOfBase);
-    __builtin_prefetch(t.base + row / sparsekd::kRowsOfBase);
+class RowStream {
+ public:
+  RowStream(const EmbeddingTable& t, const T* values, const int64_t* ids, int64_t begin, int64_t end)
+      : t_(t), values_(values), ids_(ids), end_(end) {
+    for (int64_t i = begin; i < min64(end, begin + kValuesAhead); ++i) ask_for_values(i);
   }
-  if (i + kValuesAhead < end) {
-    const int64_t row = ids[i + kValuesAhead];
-    const char* first = reinterpret_cast<const char*>(values + row_begin(t, row));
-    const int64_t bytes = static_cast<int64_t>(sizeof(T)) * count_kept(t, row);
+
+  // Where the values of row ids[i] begin.
+  int64_t at(int64_t i) {
+    if (i + kBitsAhead < end_) {
+      const int64_t row = ids_[i + kBitsAhead];
+      __builtin_prefetch(kept_of(t_, row));
+      __builtin_prefetch(t_.counts + row / sparsekd::kRowsOfBase * sparsekd::kRowsOfBase);
+      __builtin_prefetch(t_.base + row / sparsekd::kRowsOfBase);
+    }
+    const int64_t begin = begins_[i % kBitsAhead];
+    if (i + kValuesAhead < end_) ask_for_values(i + kValuesAhead);
+    return begin;
+  }
+
+ private:
+  static constexpr int64_t kBitsAhead = 16, kValuesAhead = 8;
+
+  void ask_for_values(int64_t i) {
+    const int64_t row = ids_[i], begin = row_begin(t_, row);
+    begins_[i % kBitsAhead] = begin;
+    const char* first = reinterpret_cast<const char*>(values_ + begin);
+    const int64_t bytes = static_cast<int64_t>(sizeof(T)) * count_kept(t_, row);
     for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(first + byte);
     if (bytes > 0) __builtin_prefetch(first + bytes - 1);
   }
-}
+
+  const EmbeddingTable& t_;
+  const T* values_;
+  const int64_t* ids_;
+  int64_t end_, begins_[kBitsAhead];
+};
 
 template <class T>
 constexpr bool kScaled = sizeof(T) == 1;  // int8_t, which has a scale for each row
@@ -100,12 +122,12 @@ void embedding_lookup(const EmbeddingLookup<T>& args) {
   const EmbeddingTable& t = args.table;
   parallel(args.threads, ceil_div(args.count, kIdsOfPiece), [&](int64_t piece) {
     const int64_t end = min64(args.count, (piece + 1) * kIdsOfPiece);
+    RowStream<T> rows(t, args.values, args.ids, piece * kIdsOfPiece, end);
     for (int64_t i = piece * kIdsOfPiece; i < end; ++i) {
-      prefetch_rows(t, args.values, args.ids, i, end);
       auto* out = args.out + i * t.dim;
       Vec16 scale = Vec16::zero();
       if constexpr (kScaled<T>) scale = Vec16::broadcast(args.row_scale + args.ids[i]);
-      each_group(t, args.ids[i], row_begin(t, args.ids[i]), [&](int64_t d, uint32_t bits, int64_t begin) {
+      each_group(t, args.ids[i], rows.at(i), [&](int64_t d, uint32_t bits, int64_t begin) {
         Vec16 row = expand(args.values + begin, bits);
         if constexpr (kScaled<T>) row = Vec16::mul(row, scale);
         if (d + 16 <= t.dim)
@@ -125,15 +147,16 @@ void embedding_bag(const EmbeddingBag<T>& args) {
   parallel(args.threads, ceil_div(args.bags, bags), [&](int64_t piece) {
     float* sum = scratch_of<float>(sparsekd::kScratchSum, padded);
     const int64_t end_bag = min64(args.bags, (piece + 1) * bags), end = args.offsets[end_bag];
+    RowStream<T> rows(t, args.values, args.ids, args.offsets[piece * bags], end);
     for (int64_t bag = piece * bags; bag < end_bag; ++bag) {
       zero_floats(sum, padded);
       for (int64_t i = args.offsets[bag]; i < args.offsets[bag + 1]; ++i) {
-        prefetch_rows(t, args.values, args.ids, i, end);
+        const int64_t begin_of_row = rows.at(i);
         if (args.ids[i] == args.padding) continue;
         float weight = args.scale != nullptr ? args.scale[i] : 1.0f;
         if constexpr (kScaled<T>) weight *= args.row_scale[args.ids[i]];
         const Vec16 scale = Vec16::broadcast(&weight);
-        each_group(t, args.ids[i], row_begin(t, args.ids[i]), [&](int64_t d, uint32_t bits, int64_t begin) {
+        each_group(t, args.ids[i], begin_of_row, [&](int64_t d, uint32_t bits, int64_t begin) {
           Vec16::fma(scale, expand(args.values + begin, bits), Vec16::load(sum + d)).store(sum + d);
         });
       }

@@ -41,7 +41,47 @@ double best_burst(Burst burst, double seconds) {
   return best;
 }
 
+// Reads `lines` lines at random and returns what keeps the compiler from leaving them out.
+uint64_t read_lines(const uint64_t* memory, uint64_t of, int64_t lines, uint64_t& state) {
+  uint64_t sum = 0;
+  for (int64_t i = 0; i < lines; ++i) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    sum += memory[((state >> 32) * of >> 32) * 8];
+  }
+  return sum;
+}
+
 }  // namespace
+
+double random_lines(const void* memory, int64_t bytes, int threads, double seconds) {
+  struct Work {
+    const uint64_t* memory;
+    uint64_t lines;
+    double seconds;
+    std::vector<double> rate;
+    std::vector<uint64_t> sink;
+  } work{static_cast<const uint64_t*>(memory), static_cast<uint64_t>(bytes) / 64, seconds,
+         std::vector<double>(static_cast<size_t>(threads)), std::vector<uint64_t>(static_cast<size_t>(threads))};
+  parallel_for(
+      threads, threads,
+      [](void* context, int64_t item, bool) {
+        constexpr int64_t kLines = 1 << 16;
+        Work& work = *static_cast<Work*>(context);
+        const size_t at = static_cast<size_t>(item);
+        uint64_t state = 1 + at;
+        const auto begin = Clock::now();
+        double taken = 0;
+        for (int64_t lines = kLines; taken < work.seconds; lines += kLines) {
+          work.sink[at] += read_lines(work.memory, work.lines, kLines, state);
+          taken = std::chrono::duration<double>(Clock::now() - begin).count();
+          work.rate[at] = static_cast<double>(lines) / taken;
+        }
+      },
+      &work);
+  double total = 0;
+  for (const double rate : work.rate) total += rate;
+  return total;
+}
 
 double peak_gflops(int threads, double seconds, const std::string& dtype) {
   struct Work {

@@ -21,6 +21,17 @@ struct ExpandTable {
 };
 alignas(64) constexpr ExpandTable kExpand;
 
+// Of eight lanes and a byte of kept ones: the lane that comes to each place.
+struct CompressTable {
+  uint8_t lane[256][8];
+  constexpr CompressTable() : lane{} {
+    for (int kept = 0; kept < 256; ++kept)
+      for (int i = 0, rank = 0; i < 8; ++i)
+        if (kept >> i & 1) lane[kept][rank++] = static_cast<uint8_t>(i);
+  }
+};
+alignas(64) constexpr CompressTable kCompress;
+
 struct Vec16 {
   __m256 v[2];
 
@@ -58,9 +69,10 @@ struct Vec16 {
   }
   // The lanes whose bit of `kept` is set, side by side; the lanes behind them hold anything.
   static Vec16 compress(Vec16 a, uint32_t kept) {
-    float lane[16], packed[16] = {};
-    a.store(lane);
-    for (int i = 0; kept != 0; kept &= kept - 1) packed[i++] = lane[__builtin_ctz(kept)];
+    const uint32_t low = kept & 0xffu, high = kept >> 8;
+    float packed[16] = {};
+    _mm256_storeu_ps(packed, compress8(a.v[0], low));
+    _mm256_storeu_ps(packed + __builtin_popcount(low), compress8(a.v[1], high));
     return load(packed);
   }
   void store(float* p) const {
@@ -151,6 +163,10 @@ struct Vec16 {
     const __m256 packed = _mm256_maskload_ps(p, first(__builtin_popcount(kept), 0));
     const __m128i places = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kExpand.place[kept]));
     return _mm256_permutevar8x32_ps(packed, _mm256_cvtepu8_epi32(places));
+  }
+  static __m256 compress8(__m256 a, uint32_t kept) {
+    const __m128i lanes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kCompress.lane[kept]));
+    return _mm256_permutevar8x32_ps(a, _mm256_cvtepu8_epi32(lanes));
   }
   static void transpose8(__m256 (&r)[8]) {
     __m256 t[8], u[8];

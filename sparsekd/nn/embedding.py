@@ -21,7 +21,8 @@ from ..ops.embedding_rows import embedding_bag_rows, embedding_rows
 from .layer import TracedWhole, replace_data
 
 Layer = TypeVar("Layer", bound="SparseTable")
-_PIECE = 1 << 14  # rows that are made, or made dense, at once
+_PIECE = 1 << 14  # rows that are made dense at once
+_PIECE_OF_RANDOM = 1 << 10  # rows that are drawn at once, so that what is needed meanwhile is small
 
 
 class Repacking(NamedTuple):
@@ -400,8 +401,10 @@ def _random_rows(rows: int, dim: int, budget: int) -> Tensor:
     each, more = divmod(budget, rows)
     sizes = torch.full((rows,), each)
     sizes[torch.randperm(rows)[:more]] += 1
-    pieces = []
-    for some in sizes.split(_PIECE):
-        rank = torch.rand(some.shape[0], dim).argsort(1).argsort(1)
-        pieces.append(pack_mask(rank < some[:, None]))
-    return torch.cat(pieces)
+    most = int(sizes.max())
+    kept = torch.empty(rows, -(-dim // 64), dtype=torch.int64)
+    for some, target in zip(sizes.split(_PIECE_OF_RANDOM), kept.split(_PIECE_OF_RANDOM), strict=True):
+        first = torch.rand(some.shape[0], dim).topk(most, largest=False).indices
+        mask = torch.zeros(some.shape[0], dim, dtype=torch.bool)
+        target.copy_(pack_mask(mask.scatter_(1, first, torch.arange(most) < some[:, None])))
+    return kept

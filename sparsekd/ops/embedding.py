@@ -22,7 +22,7 @@ from ._schema import call, define, differentiate
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ROWS_OF_BASE = 64
-_PIECE = 1 << 16  # rows whose bits are spread out at once
+_PIECE = 1 << 12  # rows whose bits are spread out at once
 
 
 class Table(NamedTuple):
