@@ -4,8 +4,9 @@
     checkpoint.load(student, "student.safetensors")  # a dense one: layers become sparse where those of the file are
 
 A model file holds the tensors of `state_dict()`, so a sparse layer is its kept blocks: `<name>.values [nnzb, bh, bw]`,
-`<name>.row_ptr` and `<name>.col_idx`. The header says which layers are sparse, what the model looks like when dense,
-the versions of modules that count their own (`_version`), and what `get_extra_state` of a module gave.
+`<name>.row_ptr` and `<name>.col_idx`; a packed embedding table is its `values [n]` and the bits `kept`. The header
+says which layers are sparse, what the model looks like when dense, the versions of modules that count their own
+(`_version`), and what `get_extra_state` of a module gave.
 A state file holds any tree of dicts, lists, tuples, numbers, strings and tensors (optimizer, method, history).
 """
 
@@ -25,8 +26,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from .blocks import BlockPattern, BlockSparse
+from .conversion import table_type
 from .convert import replace_layers, sparse_layer
-from .nn import BlockSparseLayer, SparseEmbedding, SparseEmbeddingBag
+from .nn import BlockSparseLayer
 from .nn.embedding import SparseTable
 
 __all__ = ["load", "load_state", "metadata", "save", "save_state", "write_atomically"]
@@ -85,13 +87,14 @@ def load(model: nn.Module, path: Path_) -> nn.Module:
     sparse = {name: BlockPattern(*entry["pattern"]) for name, entry in header["sparse"].items()}
     twins: list[tuple[nn.Module, nn.Module]] = []
     for name, layer in model.named_modules():
+        if isinstance(layer, SparseTable) or table_type(layer) is not None:
+            twins += _as_in_file(name, layer, name in header.get("tables", ()))
+            continue
         wanted, twin = sparse.get(name), layer
         if isinstance(layer, BlockSparseLayer) and layer.pattern != wanted:
             twin = layer.to_dense()
         if wanted is not None and not isinstance(twin, BlockSparseLayer):
             twin = sparse_layer(twin, wanted)
-        if isinstance(layer, (SparseTable, *_OF_DENSE)):
-            twin = _as_table(layer, name in header.get("tables", ()))
         if isinstance(twin, BlockSparseLayer):
             parts = [tensors[f"{name}.{part}".lstrip(".")] for part in ("values", "row_ptr", "col_idx")]
             BlockSparse(parts[0], parts[1], parts[2], twin.matrix_shape, twin.pattern).validate()
@@ -100,6 +103,20 @@ def load(model: nn.Module, path: Path_) -> nn.Module:
     replace_layers(model, twins)
     model.load_state_dict(_state_of(model, tensors, header))
     return model
+
+
+def _as_in_file(name: str, layer: Any, packed: bool) -> list[tuple[nn.Module, nn.Module]]:
+    """(layer, what takes its place) where an embedding is packed in the file and dense in the model, or otherwise."""
+    if packed == isinstance(layer, SparseTable):
+        return []
+    kind = table_type(layer)
+    if kind is None:
+        return [(layer, layer.to_dense())]
+    if refusal := kind.refusal(layer):
+        raise ValueError(f"sparsekd.checkpoint.load: {name!r} is a packed table in the file, got {refusal}")
+    first = torch.zeros(layer.weight.shape, dtype=torch.bool, device=layer.weight.device)
+    first[:, 0] = True  # the entries come with the values
+    return [(layer, kind.from_dense(layer, mask=first))]
 
 
 def metadata(path: Path_) -> dict[str, Any]:
@@ -116,9 +133,9 @@ def fingerprint(model: nn.Module) -> dict[str, list[int]]:
         if not isinstance(tensor, Tensor):
             continue
         if owner in tables:
-            shapes[f"{owner}.weight"] = [tables[owner].num_embeddings, tables[owner].embedding_dim]
-            continue
-        if owner not in sparse or leaf == "bias":
+            if leaf == "values":
+                shapes[f"{owner}.weight".lstrip(".")] = [tables[owner].num_embeddings, tables[owner].embedding_dim]
+        elif owner not in sparse or leaf == "bias":
             shapes[name] = list(tensor.shape)
         elif leaf == "values":
             shapes[f"{owner}.weight"] = list(sparse[owner].weight_shape)
@@ -131,23 +148,10 @@ def _sparse_layers(model: nn.Module) -> dict[str, BlockSparseLayer]:
     return {name: module for name, module in modules if isinstance(module, BlockSparseLayer)}
 
 
-_OF_DENSE: dict[type[nn.Module], type[SparseTable]] = {
-    nn.Embedding: SparseEmbedding,
-    nn.EmbeddingBag: SparseEmbeddingBag,
-}
-
-
 def _tables(model: nn.Module) -> dict[str, SparseTable]:
-    """The packed embedding tables by name."""
+    """The packed embedding tables, likewise."""
     modules = model.named_modules(remove_duplicate=False)
     return {name: module for name, module in modules if isinstance(module, SparseTable)}
-
-
-def _as_table(layer: Any, packed: bool) -> nn.Module:
-    """The same layer, packed or dense; which entries it keeps is in the file."""
-    if packed == isinstance(layer, SparseTable):
-        return layer
-    return _OF_DENSE[type(layer)].from_dense(layer) if packed else layer.to_dense()
 
 
 def _own_versions(model: nn.Module) -> dict[str, int]:

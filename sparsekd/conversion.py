@@ -22,6 +22,7 @@ from .nn import (
     SparseLinear,
 )
 from .nn.attention import reads_weights
+from .nn.embedding import SparseEmbedding, SparseEmbeddingBag, SparseTable
 from .nn.layer import computes_as
 
 # The block-sparse layer that stands for each dense one. A layer that comes to the library is entered here.
@@ -33,6 +34,13 @@ SPARSE_OF: dict[type[nn.Module], type[BlockSparseLayer]] = {
     nn.ConvTranspose2d: SparseConvTranspose2d,
 }
 DENSE_TYPES, SPARSE_TYPES = tuple(SPARSE_OF), tuple(SPARSE_OF.values())
+
+# Tables, whose entries go one by one: only where `include` names them, since a model that loses most of its embeddings
+# unasked would surprise.
+TABLE_OF: dict[type[nn.Module], type[SparseTable]] = {
+    nn.Embedding: SparseEmbedding,
+    nn.EmbeddingBag: SparseEmbeddingBag,
+}
 
 Pattern = BlockPattern | Callable[[Any], BlockPattern] | None
 
@@ -71,7 +79,7 @@ class Found:
 
     name: str
     layer: Any
-    kind: type[BlockSparseLayer] | None = None
+    kind: type[BlockSparseLayer] | type[SparseTable] | None = None
     why: str = ""
     unexpected: bool = False  # stays dense although nobody asked for it
 
@@ -84,13 +92,15 @@ def survey(
     Raises ValueError for a pattern that names nothing, and for a layer that ``include`` names but cannot be converted.
     """
     not_excluded = {name for name, _ in named_layers(model, (nn.Module,), None, exclude, alike=False)}
-    types = (*DENSE_TYPES, *SPARSE_TYPES)
+    types = (*DENSE_TYPES, *SPARSE_TYPES, *TABLE_OF, *TABLE_OF.values())
     chosen = {name for name, _ in named_layers(model, types, include, exclude, alike=False)}
     shared = _shared_parameters(model)
     surveyed = []
     for name, layer in model.named_modules():
-        if isinstance(layer, BlockSparseLayer):
+        if isinstance(layer, (BlockSparseLayer, SparseTable)):
             surveyed.append(Found(name, layer))
+        elif (table := table_type(layer)) is not None:
+            surveyed.append(_table(name, layer, table, shared, include is not None and name in chosen))
         elif (kind := sparse_type(layer)) is None:
             if reason := _no_block_sparse_form(layer):
                 why, unexpected = reason
@@ -105,7 +115,9 @@ def survey(
 
 
 def report(surveyed: Sequence[Found]) -> ConversionReport:
-    sparse = {each.name: repr(each.layer) for each in surveyed if isinstance(each.layer, BlockSparseLayer)}
+    sparse = {
+        each.name: repr(each.layer) for each in surveyed if isinstance(each.layer, (BlockSparseLayer, SparseTable))
+    }
     convertible = {each.name: repr(each.layer) for each in surveyed if each.kind}
     dense = {each.name: each.why for each in surveyed if each.why}
     return ConversionReport(sparse, convertible, dense, tuple(each.name for each in surveyed if each.unexpected))
@@ -114,6 +126,11 @@ def report(surveyed: Sequence[Found]) -> ConversionReport:
 def sparse_type(layer: nn.Module) -> type[BlockSparseLayer] | None:
     """The block-sparse type that stands for a layer of this type, or of a subclass of it."""
     return next((sparse for dense, sparse in SPARSE_OF.items() if isinstance(layer, dense)), None)
+
+
+def table_type(layer: nn.Module) -> type[SparseTable] | None:
+    """The packed table that stands for a layer of this type, or of a subclass of it."""
+    return next((sparse for dense, sparse in TABLE_OF.items() if isinstance(layer, dense)), None)
 
 
 def named_layers(
@@ -195,10 +212,7 @@ def _fitting(
     for other, module in (holder for parameter in layer.parameters() for holder in shared[id(parameter)]):
         if module is not layer:
             if named:
-                raise ValueError(
-                    f"sparsekd: layers {name!r} and {other!r} share one weight, which block-sparse layers cannot; "
-                    f"leave them dense with exclude=[{name!r}, {other!r}], or give each its own copy first"
-                )
+                raise _sharing(name, other)
             return Found(name, layer, None, f"shares a weight with {other or 'the model itself'}", unexpected=True)
     weight = layer.weight
     if weight.is_meta:
@@ -216,6 +230,28 @@ def _fitting(
     return Found(name, layer, kind)
 
 
+def _table(
+    name: str, layer: Any, kind: type[SparseTable], shared: dict[int, list[tuple[str, nn.Module]]], named: bool
+) -> Found:
+    """An embedding: to be converted where it is named, else dense. Raises if it was ``named`` and cannot be."""
+    dense = kind.dense_type.__name__
+    if not named:
+        return Found(name, layer, None, f"{dense} looks rows up; name it in include to keep single entries of them")
+    if refusal := kind.refusal(layer):
+        raise TypeError(f"sparsekd.sparsify: layer {name!r}: expected nn.{dense}, got {refusal}")
+    for other, module in shared[id(layer.weight)]:
+        if module is not layer:
+            raise _sharing(name, other)
+    return Found(name, layer, kind)
+
+
+def _sharing(name: str, other: str) -> ValueError:
+    return ValueError(
+        f"sparsekd: layers {name!r} and {other!r} share one weight, which block-sparse layers cannot; "
+        f"leave them dense with exclude=[{name!r}, {other!r}], or give each its own copy first"
+    )
+
+
 def _no_block_sparse_form(module: nn.Module) -> tuple[str, bool] | None:
     """(why, unexpected) for a module that holds a matrix of its own; None for one that does not."""
     if isinstance(module, parametrize.ParametrizationList):
@@ -228,8 +264,6 @@ def _no_block_sparse_form(module: nn.Module) -> tuple[str, bool] | None:
         return f"scripted ({module.original_name}): sparsify before torch.jit.script", True
     if isinstance(module, nn.MultiheadAttention):
         return "its input projections are one Parameter of the attention itself", True
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return f"{kind} looks rows up and multiplies nothing", False
     if type(module).__module__.startswith("torch.nn"):
         return f"{kind} has no block-sparse form", True
     return f"{kind} computes with Parameters of its own: {', '.join(own)}", False

@@ -16,15 +16,19 @@ from .conversion import (
     DENSE_TYPES,
     SPARSE_OF,
     SPARSE_TYPES,
+    TABLE_OF,
     ConversionReport,
+    Found,
     Pattern,
     named_layers,
     report,
     sparse_type,
     survey,
+    table_type,
 )
 from .nn import BlockSparseLayer
 from .nn.attention import follow_projection
+from .nn.embedding import SparseTable
 
 __all__ = [
     "DENSE_TYPES",
@@ -78,16 +82,17 @@ def sparsify(
     at density 1; one that is sparser than asked for, or in other blocks, is refused. A layer that the model holds under
     several names is replaced under all of them. Hooks and attributes of a layer move along.
 
-    Unless ``include`` names them, these stay dense: layers that share a weight, which would come apart; layers whose
-    weight is computed (weight_norm, ``torch.nn.utils.prune``); and layers that sparsity would make slower: a grouped
-    convolution whose groups are lower than a block (depthwise ones), and on a GPU, with blocks that its kernels take, a
-    layer whose channels they do not take (the three of an image, ten classes).
+    Unless ``include`` names them, these stay dense: ``nn.Embedding`` and ``nn.EmbeddingBag``, which keep the entries of
+    largest magnitude (``density`` of them, at least one in every row) and no blocks; layers that share a weight, which
+    would come apart; layers whose weight is computed (weight_norm, ``torch.nn.utils.prune``); and layers that sparsity
+    would make slower: a grouped convolution whose groups are lower than a block (depthwise ones), and on a GPU, with
+    blocks that its kernels take, a layer whose channels they do not take (the three of an image, ten classes).
 
     For inference torch runs a whole ``nn.TransformerEncoderLayer`` as one call on dense weights. One that holds a
     block-sparse layer takes the path of training instead, so that what ``src_key_padding_mask`` hides is not zeroed.
     """
     check_density("sparsekd.sparsify", density)
-    kind = sparse_type(model)
+    kind = sparse_type(model) or table_type(model)
     if kind is not None:
         raise ValueError(
             f"sparsekd.sparsify: a bare layer cannot be replaced in place; use {kind.__name__}.from_dense(layer)"
@@ -107,12 +112,15 @@ def sparsify(
         _check_not_wrapped(model)
     for layer, keep in further:
         layer.keep_(keep)
-    twins = (
-        (each.layer, sparse_layer(each.layer, pattern(each.layer) if callable(pattern) else pattern, density=density))
-        for each in wanted
-    )
+    twins = ((each.layer, _twin(each, pattern, density)) for each in wanted)
     replace_layers(model, twins)
     return model
+
+
+def _twin(found: Found, pattern: Pattern, density: float) -> nn.Module:
+    if found.kind is not None and issubclass(found.kind, SparseTable):
+        return found.kind.from_dense(found.layer, density=density)
+    return sparse_layer(found.layer, pattern(found.layer) if callable(pattern) else pattern, density=density)
 
 
 def _pruned_further(
@@ -120,7 +128,13 @@ def _pruned_further(
 ) -> list[tuple[BlockSparseLayer, torch.Tensor]]:
     """(layer, bool ``[nnzb]``: the blocks of largest norm) of the layers that are block-sparse already."""
     smaller = []
-    layers = named_layers(model, (*DENSE_TYPES, *SPARSE_TYPES), include, exclude)
+    layers = list(named_layers(model, (*DENSE_TYPES, *SPARSE_TYPES, *TABLE_OF, *TABLE_OF.values()), include, exclude))
+    for name, layer in layers:
+        if include is not None and isinstance(layer, SparseTable):
+            raise ValueError(
+                f"sparsekd.sparsify: layer {name!r} is a packed table already, got density={density:g}; "
+                "sparsekd.pruning.drop_entries prunes it on"
+            )
     for name, layer in ((name, each) for name, each in layers if isinstance(each, BlockSparseLayer)):
         wanted = layer.pattern if callable(pattern) or pattern is None else pattern
         if wanted != layer.pattern:
@@ -143,10 +157,12 @@ def _pruned_further(
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Replace every block-sparse layer by the torch layer with the same weight, in place."""
-    if isinstance(model, BlockSparseLayer):
+    """Replace every block-sparse layer and packed table by the torch layer with the same weight, in place."""
+    if isinstance(model, (BlockSparseLayer, SparseTable)):
         raise ValueError("sparsekd.densify: a bare layer cannot be replaced in place; use layer.to_dense()")
-    replace_layers(model, ((layer, layer.to_dense()) for _, layer in list(named_layers(model, SPARSE_TYPES))))
+    layers = [layer for _, layer in named_layers(model, SPARSE_TYPES)]
+    layers += [module for module in model.modules() if isinstance(module, SparseTable)]
+    replace_layers(model, ((layer, layer.to_dense()) for layer in layers))
     return model
 
 
@@ -164,7 +180,7 @@ def conversion_report(
     >>> print(conversion_report(model))
     layers: 1 block-sparse, 1 dense
       block-sparse      0  SparseConv1d(8, 16, kernel_size=(3,), stride=(1,), bias=True, pattern=16x1, density=0.5)
-      dense             1  Embedding looks rows up and multiplies nothing
+      dense             1  Embedding looks rows up; name it in include to keep single entries of them
     """
     return report(survey(model, pattern, include, exclude))
 

@@ -17,6 +17,7 @@ On one rank, or without a process group, all of this does nothing.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .nn import BlockSparseLayer
+from .nn.embedding import SparseTable
 
 __all__ = [
     "average_gradients",
@@ -36,6 +38,7 @@ __all__ = [
     "total",
 ]
 
+_SPARSE = 1 << 16  # a rank with a sparse gradient, where one with a dense one counts 1
 ROUNDING = 1e-3  # of the norm of all parameters: far more than ranks on other hardware drift apart
 
 
@@ -62,14 +65,25 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over the ranks, in one exchange for each dtype.
 
     Call it between ``backward()`` and ``optimizer.step()``, with the same parameters in the same order on every rank. A
-    parameter without a gradient counts as zero if another rank has one.
+    parameter without a gradient counts as zero if another rank has one. Of a sparse gradient, what it names travels.
     """
     if num_ranks() == 1:
         return
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    has_grad = torch.tensor([p.grad is not None for p in trained], dtype=torch.int32, device=_device(trained))
-    dist.all_reduce(has_grad)
-    used = [parameter for parameter, ranks in zip(trained, has_grad.tolist(), strict=True) if ranks]
+    kinds = [0 if p.grad is None else _SPARSE if p.grad.is_sparse else 1 for p in trained]
+    ranks = torch.tensor(kinds, dtype=torch.int32, device=_device(trained))
+    dist.all_reduce(ranks)
+    used = []
+    for parameter, number in zip(trained, ranks.tolist(), strict=True):
+        if number > _SPARSE and number % _SPARSE:
+            raise RuntimeError(
+                f"sparsekd.distributed.average_gradients: a gradient of shape {tuple(parameter.shape)} is sparse on "
+                "some ranks and dense on others; make the table with the same sparse= on all"
+            )
+        if number >= _SPARSE:
+            _average_rows(parameter)
+        elif number:
+            used.append(parameter)
     for parameter in used:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -82,6 +96,25 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
             grad.copy_(mean.view_as(grad))  # type: ignore[union-attr, arg-type]
 
 
+def _average_rows(parameter: nn.Parameter) -> None:
+    """Replace a sparse gradient by its mean: only what some rank touched travels."""
+    grad: Any = parameter.grad
+    places, terms = torch.empty(0, dtype=torch.int64, device=parameter.device), parameter.detach().new_empty(0)
+    if grad is not None:
+        grad = grad.coalesce()
+        places, terms = grad.indices()[0].contiguous(), grad.values()
+    counts: list[Any] = [None] * num_ranks()
+    dist.all_gather_object(counts, len(places))
+    every = [(places.new_empty(count), terms.new_empty(count)) for count in counts]
+    every[dist.get_rank()] = places, terms
+    for rank, pair in enumerate(every):
+        for tensor in pair:
+            dist.broadcast(tensor, src=rank)
+    index, sums = torch.cat([pair[0] for pair in every]), torch.cat([pair[1] for pair in every])
+    mean = torch.sparse_coo_tensor(index[None], sums / num_ranks(), parameter.shape, check_invariants=False)
+    parameter.grad = mean.coalesce()
+
+
 def data_parallel(model: nn.Module, **options: Any) -> nn.Module:
     """``model`` in torch's DistributedDataParallel (``options`` are its own), or as it is on one rank.
 
@@ -92,24 +125,27 @@ def data_parallel(model: nn.Module, **options: Any) -> nn.Module:
     if num_ranks() == 1:
         return model
     check_same_masks(model)
-    indices = [
-        f"{name}.{index}".lstrip(".")
-        for name, layer in model.named_modules()
-        if isinstance(layer, BlockSparseLayer)
-        for index in ("row_ptr", "col_idx")
-    ]
+    indices = [f"{name}.{index}".lstrip(".") for name, layer in model.named_modules() for index in _index_names(layer)]
     parallel = nn.parallel.DistributedDataParallel
     parallel._set_params_and_buffers_to_ignore_for_model(model, indices)
     return parallel(model, **options)
 
 
 def check_same_masks(model: nn.Module) -> None:
-    """Raise RuntimeError unless every rank keeps the same blocks in every layer."""
+    """Raise RuntimeError unless every rank keeps the same blocks in every layer and the same entries in every table."""
     if num_ranks() == 1:
         return
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BlockSparseLayer)]
-    masks = [(name, layer.row_ptr.tolist(), layer.col_idx.tolist()) for name, layer in layers]
+    masks: list[Any] = [(name, layer.row_ptr.tolist(), layer.col_idx.tolist()) for name, layer in layers]
+    tables = [(name, table) for name, table in model.named_modules() if isinstance(table, SparseTable)]
+    masks += [(name, hashlib.sha256(table.kept.cpu().numpy()).hexdigest()) for name, table in tables]
     check_same("masks", model, masks)
+
+
+def _index_names(layer: nn.Module) -> tuple[str, ...]:
+    if isinstance(layer, SparseTable):
+        return ("kept", "base", "counts")
+    return ("row_ptr", "col_idx") if isinstance(layer, BlockSparseLayer) else ()
 
 
 @torch.no_grad()

@@ -97,7 +97,7 @@ def test_the_report_names_every_layer_with_a_matrix_before_and_after():
     assert list(before.convertible) == ["line", "image", "up", "point", "plain"]
     assert before.sparse == {}
     assert before.dense["matrix"] == "left out by exclude or not named by include"
-    assert before.dense["table"] == "Embedding looks rows up and multiplies nothing"
+    assert before.dense["table"] == "Embedding looks rows up; name it in include to keep single entries of them"
     assert "multiple of the block height" in before.dense["depthwise"]
     assert set(before.unexpected) == {"volume", "upline", "padded", "standardised", "recurrent"}
     after = sparsekd.conversion_report(quiet(model, exclude=["matrix"]))

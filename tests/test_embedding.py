@@ -323,7 +323,11 @@ def test_bad_input_is_refused_with_the_way_out():
         (ValueError, "mask must be bool", lambda: SparseEmbedding(3, 4, mask=torch.ones(3, 4))),
         (ValueError, "got both", lambda: SparseEmbedding(3, 4, density=1, mask=torch.ones(3, 4).bool())),
         (ValueError, "padding_idx", lambda: SparseEmbedding(3, 4, padding_idx=3)),
-        (ValueError, "max_norm must be None", lambda: SparseEmbedding.from_dense(nn.Embedding(3, 4, max_norm=1.0))),
+        (
+            ValueError,
+            "max_norm=1.0; leave this layer dense",
+            lambda: SparseEmbedding.from_dense(nn.Embedding(3, 4, max_norm=1.0)),
+        ),
         (TypeError, "expected nn.Embedding", lambda: SparseEmbedding.from_dense(nn.Linear(3, 4))),
         (ValueError, "'sum', 'mean' or 'max'", lambda: SparseEmbeddingBag(3, 4, mode="min")),
         (ValueError, "k must be positive", lambda: layer.top_k(torch.zeros(1, 4), 0)),

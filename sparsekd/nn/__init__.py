@@ -11,10 +11,12 @@ from .convolution import SparseConv1d, SparseConv2d, SparseConv3d, split_padding
 from .embedding import SparseEmbedding, SparseEmbeddingBag
 from .layer import BlockSparseLayer
 from .linear import SparseLinear
+from .sharded import ShardedEmbedding
 from .transposed import SparseConvTranspose2d
 
 __all__ = [
     "BlockSparseLayer",
+    "ShardedEmbedding",
     "SparseConv1d",
     "SparseConv2d",
     "SparseConv3d",

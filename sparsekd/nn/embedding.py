@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops.embedding import Table, bag_of, count_kept, pack_mask, places, row_index, unpack_mask
 from ..ops.embedding_rows import embedding_bag_rows, embedding_rows
-from .layer import TracedWhole, replace_data
+from .layer import TracedWhole, computes_as, replace_data
+from .sharded import ShardedEmbedding, rows_of_rank
 
 Layer = TypeVar("Layer", bound="SparseTable")
 _PIECE = 1 << 14  # rows that are made dense at once
@@ -100,11 +101,8 @@ class SparseTable(TracedWhole):
         if not isinstance(dense, cls.dense_type):
             raise TypeError(f"{kind}.from_dense: expected nn.{cls.dense_type.__name__}, got {type(dense).__name__}")
         source: Any = dense
-        for name, wanted in cls.untaken.items():
-            if getattr(source, name) != wanted:
-                raise ValueError(
-                    f"{kind}: {name} must be {wanted}, got {getattr(source, name)}; leave this layer dense"
-                )
+        if refusal := cls.refusal(source):
+            raise ValueError(f"{kind}: expected a layer that looks up its rows as they are, got {refusal}")
         weight = source.weight.detach()
         rows, dim = weight.shape
         if mask is None:
@@ -118,6 +116,18 @@ class SparseTable(TracedWhole):
         layer.sparse = source.sparse
         layer._adopt_options(source)
         return layer.train(source.training)
+
+    @classmethod
+    def refusal(cls, dense: nn.Module) -> str:
+        """Why the packed table cannot stand for this dense layer, or ""."""
+        if not computes_as(dense, cls.dense_type):
+            return f"{type(dense).__name__} with a forward of its own"
+        for name, wanted in cls.untaken.items():
+            if getattr(dense, name) != wanted:
+                return f"{name}={getattr(dense, name)}; leave this layer dense"
+        if "weight" not in dict(dense.named_parameters(recurse=False)):
+            return f"{type(dense).__name__} whose weight is computed"
+        return ""
 
     def to_dense(self) -> Any:
         """The torch layer with the same rows, zeros where no entry is kept."""
@@ -246,6 +256,29 @@ class SparseEmbedding(SparseTable):
         if self._own_gradient(learns):
             return embedding_rows(input, self.table, self.embedding_dim, self.padding_idx, learns, self.sparse)
         return ops.embedding(input, self.table, self.embedding_dim, self.padding_idx)
+
+    def shard(self, rank: int, ranks: int, *, average: bool = True) -> ShardedEmbedding:
+        """The part of ``rank``, as a layer that asks the other ranks of the process group for rows of theirs.
+
+        Every rank begins with the same table, of which it copies its rows, and may then delete it.
+        """
+        if not 0 <= rank < ranks <= self.num_embeddings:
+            raise ValueError(
+                f"SparseEmbedding.shard: expected 0 <= rank < ranks <= {self.num_embeddings} rows, got rank {rank} of "
+                f"{ranks}"
+            )
+        part = rows_of_rank(self.num_embeddings, rank, ranks)
+        sizes = count_kept(self.kept)
+        begin, end = int(sizes[: part.start].sum()), int(sizes[: part.stop].sum())
+        own = type(self).__new__(type(self))
+        nn.Module.__init__(own)
+        padding = self.padding_idx
+        padding = padding - part.start if padding is not None and padding in part else None
+        values = self.values.detach()[begin:end].clone()
+        own._adopt(len(part), self.embedding_dim, padding, values, self.kept[part.start : part.stop].clone())
+        own.values.requires_grad_(self.values.requires_grad)
+        own.sparse = self.sparse
+        return ShardedEmbedding(own.train(self.training), self.num_embeddings, rank, ranks, average)
 
 
 class SparseEmbeddingBag(SparseTable):
