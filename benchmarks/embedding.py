@@ -93,12 +93,11 @@ def _lookups(
         batches = [torch.randint(rows, (count,)) for _ in range(TURNS)]
         some = batches[0]
         with torch.no_grad():
-            if op == "lookup":
-                ours, peer = layer, dense
-            else:
+            ours: Any = layer
+            peer: Any = dense
+            if op == "bag":
                 batches = [ids.view(256, 32) for ids in batches]
-                ours = bag
-                peer = lambda ids: F.embedding_bag(ids, dense.weight, mode="sum")  # noqa: E731
+                ours, peer = bag, nn.EmbeddingBag(rows, dim, mode="sum", _weight=dense.weight)
             exact = F.embedding(some.unique(), layer.rows()) if rows < 10_000 else None
             if exact is not None and not torch.equal(layer(some.unique()), exact):
                 raise RuntimeError("benchmarks.embedding: a lookup differs from the dense rows")

@@ -138,7 +138,7 @@ def check_same_masks(model: nn.Module) -> None:
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BlockSparseLayer)]
     masks: list[Any] = [(name, layer.row_ptr.tolist(), layer.col_idx.tolist()) for name, layer in layers]
     tables = [(name, table) for name, table in model.named_modules() if isinstance(table, SparseTable)]
-    masks += [(name, hashlib.sha256(table.kept.cpu().numpy()).hexdigest()) for name, table in tables]
+    masks += [(name, hashlib.sha256(table.kept.cpu().numpy().tobytes()).hexdigest()) for name, table in tables]
     check_same("masks", model, masks)
 
 
