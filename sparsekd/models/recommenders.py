@@ -13,6 +13,7 @@ Names in this file: B pairs, K negatives, U users, I items, D dimensions, N = U 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -175,9 +176,11 @@ class LightGCN(Recommender):
         ids = [_all(rows, begin) for rows in (self.num_users, self.num_items)]
         rows = torch.cat([self.users(ids[0]), self.items(ids[1])])
         size = self.num_users + self.num_items
-        graph = torch.sparse_csr_tensor(
-            begin, self.graph_neighbours, self.graph_weights, (size, size), check_invariants=False
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            graph = torch.sparse_csr_tensor(
+                self.graph_begin, self.graph_neighbours, self.graph_weights, (size, size), check_invariants=False
+            )
         total = rows
         for _ in range(self.layers):
             rows = _Averaged.apply(graph, rows)

@@ -5,6 +5,7 @@ All are fitted on train; the one setting of each is chosen on the validation par
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -83,7 +84,9 @@ def _together(part: Pairs) -> Tensor:
     index = torch.stack([users, part.seen_items])
     size = (len(counts), part.num_items)
     chosen = torch.sparse_coo_tensor(index, torch.ones(len(users)), size, is_coalesced=True, check_invariants=False)
-    together: Any = torch.sparse.mm(chosen.t(), chosen)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        together: Any = torch.sparse.mm(chosen.t(), chosen)
     return together.to_dense()
 
 
