@@ -7,6 +7,7 @@ functions on its own weights, a subclass with an activation inside, a scale and 
 from __future__ import annotations
 
 import operator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -76,6 +77,9 @@ def _does_nothing(network: fx.GraphModule, node: fx.Node) -> bool:
         place = _DROPOUTS[node.target]
         training = node.kwargs.get("training", node.args[place] if len(node.args) > place else True)
         return training is False and node.target is not None
+    if getattr(node.target, "__name__", "") == "stochastic_depth" and isinstance(node.target, FunctionType):
+        given = arguments_of(node, ("input", "p", "mode", "training"))  # of torchvision.ops, which need not be there
+        return given.get("training", True) is False
     return node.target in _ALIASES
 
 

@@ -354,3 +354,19 @@ def test_native_kernels_compute_what_torch_does(layer, h, w, activation, residua
             summed = want.double() if add is None else want.double() + add
             expected = export.ACTIVATIONS[activation](summed)
             torch.testing.assert_close(got, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def stochastic_depth(input, p, mode, training=True):
+    """As torchvision has it: a function that torch.fx records as one call."""
+    return input if not training else input * torch.bernoulli(torch.full_like(input[:, :1], 1 - p))
+
+
+torch.fx.wrap("stochastic_depth")
+
+
+def test_a_residual_behind_stochastic_depth_is_fused():
+    model = Custom(lambda m, x: F.relu(stochastic_depth(m.bn(m.conv(x)), 0.2, "row", m.training) + x)).eval()
+    x = torch.randn(2, 16, 5, 5)
+    frozen = quick(model, x)
+    assert [layer.geometry.fused for layer in frozen.plan] == ["bn+add+relu"]
+    assert_frozen_equals(model, frozen, x)
