@@ -1,7 +1,8 @@
 """Convolutions of one and three dimensions in a trace become the two-dimensional ones that they are.
 
 A Conv1d is a Conv2d over images of height 1, a 1x1x1 Conv3d a 1x1 one over D images on top of each other. What stands
-between two of them (batch norm, activation, residual) is computed on the images too, so that they fuse as Conv2d do.
+between two of them (batch norm, activation, residual, pooling of lines) is computed on the images too, so that they
+fuse as Conv2d do.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from ..nn import BlockSparseLayer, SparseConv1d, SparseConv2d, SparseConv3d
 from ..nn.layer import computes_as
 from .canonical import NORMS, computes_as_norm
 from .kinds import hooked
-from .simplify import module_of
+from .pools import is_flatten
+from .simplify import arguments_of, module_of
 from .sites import ADDS, Shapes, activation_of
 
 
@@ -41,6 +43,8 @@ class _Lifter:
     def visit(self, node: fx.Node) -> None:
         x = node.args[0] if node.args else None
         dims = len(self.shapes[node][0]) if node in self.shapes else 0
+        if dims == 2 and x in self.images and len(self.shapes[x][0]) == 3:  # type: ignore[index]
+            self._end(node, self.images[x])  # type: ignore[index]
         if dims not in (3, 5) or not isinstance(x, fx.Node) or x not in self.shapes or len(self.shapes[x][0]) != dims:
             return
         module = module_of(self.network, node)
@@ -52,6 +56,21 @@ class _Lifter:
             self._replace(node, self.origin[x], (self.images[x], *node.args[1:]))
         elif module is not None and self._swap(node, module):
             self._replace(node, self.origin.get(x, x), (self._image_of(x, node),))
+
+    def _end(self, node: fx.Node, image: fx.Node) -> None:
+        """A mean over lines, or a flatten, of which the image has the same."""
+        given = arguments_of(node, ("input", "dim"))
+        if is_flatten(node, module_of(self.network, node)):
+            target, arguments = "flatten", (image, 1)
+        elif node.target in _MEANS and len(given) == 2 and given.get("dim") in _LINE:
+            target, arguments = "mean", (image, (2, 3))
+        else:
+            return
+        with self.graph.inserting_before(node):
+            end = self.graph.create_node("call_method", target, arguments, name=node.name)
+        self.shapes[end] = self.shapes[node]
+        node.replace_all_uses_with(end)
+        self.graph.erase_node(node)
 
     def _lifts_as_sum(self, node: fx.Node) -> bool:
         if len(node.args) != 2 or not any(one in self.images for one in node.args):
@@ -74,6 +93,11 @@ class _Lifter:
             if module.running_mean is None or module.training:
                 return False
             twin = _norm2d(module)
+        elif node.args[0] in self.images and not hooked(module) and type(module) in _POOLS:
+            pool = _pool2d(module)
+            if pool is None:
+                return False
+            twin = pool
         else:
             return False
         self.network.set_submodule(name, twin)
@@ -116,6 +140,11 @@ class _Lifter:
 IN_PLACE_ADDS = (operator.iadd, torch.ops.aten.add_.Tensor, "add_")
 
 
+_MEANS = (torch.mean, torch.ops.aten.mean.dim, "mean")
+_LINE: tuple[Any, ...] = (2, -1, (2,), (-1,), [2], [-1])
+_POOLS = (nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d)
+
+
 def is_liftable(module: nn.Module) -> bool:
     if hooked(module):
         return False
@@ -155,6 +184,20 @@ def as_conv2d(conv: Any) -> nn.Module:
 
 def _plain(side: Any) -> tuple[int, ...]:
     return () if isinstance(side, str) else tuple(side)
+
+
+def _pool2d(pool: Any) -> nn.Module | None:
+    if type(pool) is nn.AdaptiveAvgPool1d:
+        return nn.AdaptiveAvgPool2d(1) if pool.output_size in (1, (1,)) else None
+    window = [_one(getattr(pool, name)) for name in ("kernel_size", "stride", "padding")]
+    kernel, stride, padding = ((row, size) for row, size in zip((1, 1, 0), window, strict=True))
+    if type(pool) is nn.AvgPool1d:
+        return nn.AvgPool2d(kernel, stride, padding, pool.ceil_mode, pool.count_include_pad)
+    return nn.MaxPool2d(kernel, stride, padding, (1, _one(pool.dilation)), pool.return_indices, pool.ceil_mode)
+
+
+def _one(size: Any) -> int:
+    return size[0] if isinstance(size, tuple) else size
 
 
 def _norm2d(norm: Any) -> nn.Module:
