@@ -30,17 +30,17 @@ class Launch:
         self, kernel: Any, grid: tuple[int, int], sizes: tuple[int, ...], constants: dict[str, Any], **options: int
     ) -> None:
         self._kernel, self._grid, self._sizes, self._constants = kernel, grid, sizes, constants
-        self._options, self._rest = options, (*sizes, *constants.values())
-        self._compiled: Any = None
+        self._options, self._blocks, self._rest = options, (*grid, 1), (*sizes, *constants.values())
+        self._run: Any = None
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        compiled = self._compiled
-        if compiled is None or is_watched():
+        run = self._run
+        if run is None or is_watched():
             found = self._kernel[self._grid](*tensors, *self._sizes, **self._constants, **self._options)
             if knobs is not None and hasattr(found, "packed_metadata"):  # not interpreted
-                self._compiled = found
+                driver = triton.runtime.driver.active
+                self._device, self._stream = driver.get_current_device, driver.get_current_stream
+                self._what = (found.function, found.packed_metadata, None, None, None)
+                self._run = found.run
             return
-        driver = triton.runtime.driver.active
-        stream = driver.get_current_stream(driver.get_current_device())
-        what = (compiled.function, compiled.packed_metadata, None, None, None)
-        compiled.run(*self._grid, 1, stream, *what, *tensors, *self._rest)
+        run(*self._blocks, self._stream(self._device()), *self._what, *tensors, *self._rest)

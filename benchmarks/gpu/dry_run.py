@@ -1,6 +1,7 @@
 """Every launch of the acceptance layers through the real dispatch, for a GPU that is not there.
 
     python -m benchmarks.gpu.dry_run                    # counts variants and launches, times the host; compiles nothing
+    python -m benchmarks.gpu.dry_run --ask FILE         # writes the variants as a list, which `gpu/cache.py` compiles
     python -m benchmarks.gpu.dry_run --compile DIR      # compiles the variants into DIR, a cache to bring along
 
 Activations are meta tensors, the driver says that it is an sm_90, and a launch does nothing. What is counted is what a
@@ -18,18 +19,20 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 from unittest import mock
 
 import torch
 
-from benchmarks.gpu import common
+from benchmarks.gpu import cache, common
 from benchmarks.gpu.layers import ACCEPTANCE, sparse_call
 from benchmarks.lib.shapes import GPU, Conv
 from sparsekd import BlockPattern, BlockSparse, timing
 from sparsekd.backends import cuda
 
 CAPABILITY = 90
+T = TypeVar("T")
 
 
 class StubKernel:
@@ -80,12 +83,14 @@ class Variants:
         import triton
 
         self.asked: list[str] = []
+        self.variants: dict[str, dict[str, Any]] = {}  # by what they are called in the cache
         self.compiled = 0
         self._compile = triton.compiler.compile if compile_them else None
 
     def __call__(self, source: Any, target: Any = None, options: Any = None, **more: Any) -> Any:
         constants = {"x".join(map(str, place)): value for place, value in source.constants.items()}
         self.asked.append(f"{source.fn.__name__} {source.signature} {constants} {options['num_warps']}")
+        self.variants[cache.key_of(source, target, options)] = cache.to_json(source, options)
         if self._compile is None:
             return StubKernel()
         began = time.time()
@@ -169,7 +174,9 @@ def run(some: Sequence[Case], batch: int, fewest: bool, variants: Variants) -> d
         "compiled": variants.compiled,
         "compiled_in_the_steady_state": len(variants.asked) - asked,
         "launch_us": host_us(made),
-        "triton_launch_us": _by_triton(made),
+        "triton_launch_us": _by_triton(host_us, made),
+        "launch_calls": host_calls(made),
+        "triton_launch_calls": _by_triton(host_calls, made),
         "names": sorted(set(variants.asked)),
     }
 
@@ -183,17 +190,39 @@ def host_us(made: Sequence[Callable[[], object]]) -> float:
     return round(statistics.median(quietest), 1)
 
 
-def _by_triton(made: Sequence[Callable[[], object]]) -> float:
-    """As `host_us`, with each launch by Triton itself: what `kernels/launch.py` is there for."""
+def host_calls(made: Sequence[Callable[[], object]]) -> dict[str, int]:
+    """Functions that the interpreter calls, of Python and of C, in one call of each direction: the most of all cases.
+
+    What the time of a launch is made of, and the same on a machine that does other things beside.
+    """
+    counted: list[int] = []
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        counted[-1] += event in ("call", "c_call")
+
+    for call in made:
+        counted.append(0)
+        sys.setprofile(count)
+        try:
+            call()
+        finally:
+            sys.setprofile(None)
+    each = len(common.DIRECTIONS)
+    return {direction: max(counted[place::each]) for place, direction in enumerate(common.DIRECTIONS)}
+
+
+def _by_triton(measure: Callable[[Sequence[Callable[[], object]]], T], made: Sequence[Callable[[], object]]) -> T:
+    """The same with each launch by Triton itself: what `kernels/launch.py` is there for."""
     from sparsekd.kernels import launch
 
     with mock.patch.object(launch, "is_watched", lambda: True):
-        return host_us(made)
+        return measure(made)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", metavar="DIR", help="compile the variants into this cache")
+    parser.add_argument("--ask", metavar="FILE", type=Path, help="write the variants for `gpu/cache.py`")
     parser.add_argument("--layers", nargs="*", default=list(ACCEPTANCE), choices=list(GPU))
     parser.add_argument("--density", type=float, nargs="*", default=[0.5, 0.3, 0.1])
     parser.add_argument("--mask", nargs="*", default=["wide", "free"], choices=common.MASKS)
@@ -207,6 +236,13 @@ def main() -> None:
     variants = install(compile_them=options.compile is not None)
     some = cases([GPU[name] for name in options.layers], options.density, options.mask)
     found = run(some, options.batch, options.fewest, variants)
+    if options.ask:
+        asked = {
+            "capability": CAPABILITY,
+            "keys": list(variants.variants),
+            "variants": list(variants.variants.values()),
+        }
+        options.ask.write_text(json.dumps(asked, indent=1) + "\n")
     names = found.pop("names")
     if options.names:
         print("\n".join(names), file=sys.stderr)

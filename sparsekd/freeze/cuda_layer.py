@@ -36,7 +36,7 @@ def gpu_layer(
     dense = weight.to_dense() if isinstance(weight, BlockSparse) else weight
     dense = dense.contiguous(memory_format=torch.channels_last if dense.dim() == 4 else torch.contiguous_format)
     blocks, why = _blocks_for_kernels(geometry, weight)
-    ways = _library_ways(geometry, dense, bias)
+    ways = library_ways(geometry, dense, bias)
     if blocks is not None:
         ways[OURS] = _ours(geometry, blocks, bias)
     microseconds: dict[str, float] = {}
@@ -107,19 +107,19 @@ def _contiguous(blocks: BlockSparse) -> BlockSparse:
     return replace(blocks, **{name: getattr(blocks, name).contiguous() for name in _TENSORS})
 
 
-def _library_ways(geometry: Geometry, dense: Tensor, bias: Tensor | None) -> dict[str, Run]:
+def library_ways(geometry: Geometry, dense: Tensor, bias: Tensor | None) -> dict[str, Run]:
     """torch's own way first."""
     ways: dict[str, Run] = {LIBRARY: _TORCH[geometry.kind](geometry, dense, bias)}
     if geometry.kind != "conv2d" or not dense.is_floating_point():
         return ways
     if geometry.activation == "relu" and dense.is_cuda:
-        ways[CUDNN] = _cudnn_conv2d(geometry, dense, bias)
+        ways[CUDNN] = cudnn_conv2d(geometry, dense, bias)
     elif (bias is not None) + geometry.residual + (geometry.activation != "none") > 1 and backend.has_epilogue(dense):
-        ways[ONE_PASS] = _one_pass_conv2d(geometry, dense, bias)
+        ways[ONE_PASS] = one_pass_conv2d(geometry, dense, bias)
     return ways
 
 
-def _cudnn_conv2d(geometry: Geometry, dense: Tensor, bias: Tensor | None) -> Run:
+def cudnn_conv2d(geometry: Geometry, dense: Tensor, bias: Tensor | None) -> Run:
     """relu(conv(x) + bias + residual) in one call of cuDNN."""
     steps = geometry.walk.steps
     pad, pad_mode = geometry.pad, geometry.pad_mode
@@ -135,7 +135,7 @@ def _cudnn_conv2d(geometry: Geometry, dense: Tensor, bias: Tensor | None) -> Run
     return run
 
 
-def _one_pass_conv2d(geometry: Geometry, dense: Tensor, bias: Tensor | None) -> Run:
+def one_pass_conv2d(geometry: Geometry, dense: Tensor, bias: Tensor | None) -> Run:
     """torch's convolution, and one pass of ours for bias, residual and activation."""
     steps = geometry.walk.steps
     pad, pad_mode, activation = geometry.pad, geometry.pad_mode, _activation(geometry)

@@ -8,7 +8,7 @@ import torch
 
 from sparsekd import BlockPattern
 from sparsekd.backends import cuda as backend
-from sparsekd.backends.cuda import choose, device, masks, ops, plan
+from sparsekd.backends.cuda import choose, device, masks, plan
 
 from ..cases import Conv
 from .common import TRITON, always, conv_problem, gather_gemm, geometry, operands
@@ -21,7 +21,7 @@ class Streams:
         self.seen, self.side = [], mock.MagicMock(name="side")
         self.side.wait_stream.side_effect = lambda other: self.note("side waits for the caller")
         self.side.synchronize.side_effect = lambda: self.note("the host waits for side")
-        monkeypatch.setattr(device, "_stream", lambda where: self.side)
+        monkeypatch.setattr(device, "side_stream", lambda where: self.side)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda where=None: mock.MagicMock())
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         for name in ("device", "stream"):
@@ -107,16 +107,12 @@ def test_operands_that_begin_anywhere_are_copied(monkeypatch):
     with mock.patch.object(choose, "run", lambda *more: more[-1].triton(TRITON.tile)):
         shifted = [misaligned(tensor) for tensor in (x, values, bias, residual)]
         assert all(tensor.data_ptr() % 16 for tensor in shifted)
-        backend_conv(case, blocks, *shifted)
+        x, values, bias, residual = shifted
+        backend.conv2d(x, values, blocks.row_ptr, blocks.col_idx, bias, case.k, *geometry(case), residual=residual)
     assert len(seen) == 4 and all(tensor.data_ptr() % 16 == 0 for tensor in seen)
-    for got, meant in zip(seen, (x, values, bias, residual), strict=True):
+    for got, meant in zip(seen, shifted, strict=True):
         assert torch.equal(got, meant)
     assert want.isfinite().all()
-
-
-def backend_conv(case, blocks, x, values, bias, residual):
-    mask = masks.masks.of(blocks.row_ptr, blocks.col_idx, case.k, case.c, values, geometry(case))
-    ops._forward(ops.CONV2D, mask, x, values, bias, residual, None, torch.channels_last)
 
 
 def misaligned(tensor):

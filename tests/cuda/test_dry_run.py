@@ -26,15 +26,28 @@ def test_variants_the_steady_state_and_the_cost_of_a_launch():
     assert found["ops"] == 7 * 3 * (3 * 2 + 2)  # layers, directions, densities of both masks, blocks of 64x32
     assert 30 <= found["variants"] <= 60
     assert found["compiled_in_the_steady_state"] == 0
-    # 15 us on an idle host; processes beside this one take their share of its caches.
-    assert found["launch_us"] <= 45 and found["launch_us"] < found["triton_launch_us"] + 15
+    # The calls that the interpreter makes, not a clock, which tells what else runs here: most where parts are added up.
+    for direction, most in {"forward": 57, "grad_input": 55, "grad_values": 54}.items():
+        assert found["launch_calls"][direction] <= most
+        assert found["triton_launch_calls"][direction] >= found["launch_calls"][direction] + 40
+
+
+LAYER = ["--layers", "resnet50-1x1-1024-256", "--density", "0.3", "--mask", "wide", "--fewest"]
+
+
+def test_the_cache_of_another_python_has_the_keys_that_the_driver_asks_for(tmp_path):
+    """From the list alone, without torch: each variant gets the key that it has where it is launched."""
+    dry_run(*LAYER, "--ask", str(tmp_path / "asked.json"))
+    asked = json.loads((tmp_path / "asked.json").read_text())
+    command = [sys.executable, ROOT / "benchmarks" / "gpu" / "cache.py", tmp_path / "asked.json", "--keys"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert len(asked["keys"]) >= 3 and found.stdout.split() == asked["keys"]
 
 
 @pytest.mark.slow
 def test_what_is_compiled_beforehand_is_what_a_driver_asks_for(tmp_path):
     """A cache filled by one process: another one, which has forgotten everything, finds every variant there."""
-    layer = ["--layers", "resnet50-1x1-1024-256", "--density", "0.3", "--mask", "wide", "--fewest"]
-    built = dry_run(*layer, "--compile", str(tmp_path / "cache"))
+    built = dry_run(*LAYER, "--compile", str(tmp_path / "cache"))
     assert built["variants"] >= 3 and built["compiled"] == built["variants"]
-    again = dry_run(*layer, "--compile", str(tmp_path / "cache"))
+    again = dry_run(*LAYER, "--compile", str(tmp_path / "cache"))
     assert again["variants"] == built["variants"] and again["compiled"] == 0

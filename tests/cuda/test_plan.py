@@ -48,6 +48,38 @@ def test_a_broken_plan_file_is_named(tmp_path):
         plan.Plan("device", tmp_path / "own.json")
 
 
+@pytest.mark.parametrize("text", ["[]", '{"device": []}', '{"device": {"problem": {"kernel": "triton"}}}'])
+def test_a_file_of_other_contents_is_named(text, tmp_path):
+    (tmp_path / "own.json").write_text(text)
+    with pytest.raises(RuntimeError, match=r"own\.json is no plan file .*; delete it"):
+        plan.Plan("device", tmp_path / "own.json")
+
+
+def test_choices_of_another_version_are_ignored_and_left_alone(tmp_path):
+    """Its tiles have other fields: what is measured anew stands beside them."""
+    path, row = tmp_path / "own.json", plan.Measured(TRITON, 1.0, 2.0, {})
+    own = plan.Plan("device", path)
+    own.measured |= {"old": row, "kept": row}
+    own.save()
+    stored = json.loads(path.read_text())
+    stored["device"]["old"]["tile"]["clusters"] = 2
+    path.write_text(json.dumps(stored))
+    with pytest.warns(UserWarning, match=r"own\.json holds 1 choices of another version .*, which are ignored"):
+        again = plan.Plan("device", path)
+    assert again.measured == {"kept": row}
+    again.measured["new"] = row
+    again.save()
+    assert set(json.loads(path.read_text())["device"]) == {"old", "kept", "new"}
+
+
+def test_of_many_problems_the_last_guesses_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "GUESSES_KEPT", 3)
+    own, (problem, _, _) = plan.Plan("device", tmp_path / "own.json"), conv_problem()
+    for images in range(1, 9):
+        assert own.choose(problem._replace(images=images), lambda: TRITON) == TRITON
+        assert 1 <= len(own.guessed) <= 3
+
+
 def measured_with(results, monkeypatch, tmp_path):
     """What a plan keeps of candidates that return, or raise, these; later ones seem faster."""
     monkeypatch.setattr(

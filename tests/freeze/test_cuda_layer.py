@@ -45,7 +45,7 @@ def test_cudnns_fused_call_gets_what_it_wants(bias, residual, monkeypatch):
     where = geometry(residual=residual)
     weight, shift, x, added = operands(where)
     shift = shift if bias else None
-    got = cuda_layer._cudnn_conv2d(where, weight, shift)(x, added)
+    got = cuda_layer.cudnn_conv2d(where, weight, shift)(x, added)
     torch.testing.assert_close(got, torch_conv2d(where, weight, shift)(x, added))
 
 
@@ -53,7 +53,7 @@ def test_cudnns_fused_call_gets_what_it_wants(bias, residual, monkeypatch):
 def test_one_pass_behind_a_convolution_computes_what_three_do(activation):
     where = geometry(activation)
     weight, bias, x, added = operands(where)
-    got = cuda_layer._one_pass_conv2d(where, weight, bias)(x, added)
+    got = cuda_layer.one_pass_conv2d(where, weight, bias)(x, added)
     torch.testing.assert_close(got, torch_conv2d(where, weight, bias)(x, added.clone()), rtol=1e-5, atol=1e-5)
 
 
@@ -65,13 +65,13 @@ def chosen(where, weight, monkeypatch, fastest, broken=()):
 
     monkeypatch.setattr(cuda_layer, "medians", medians)
     monkeypatch.setattr(cuda_layer.backend, "measure", lambda run, *operands: mock.Mock(choice="triton 1x1"))
-    library = cuda_layer._library_ways
+    library = cuda_layer.library_ways
 
     def ways(*arguments):
         found = library(*arguments)
         return found | {name: lambda x, residual=None, reuse=False: 2 * found["torch"](x, residual) for name in broken}
 
-    monkeypatch.setattr(cuda_layer, "_library_ways", ways)
+    monkeypatch.setattr(cuda_layer, "library_ways", ways)
     return cuda_layer.gpu_layer("layer", where, weight, torch.randn(32))
 
 

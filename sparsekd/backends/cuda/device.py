@@ -22,6 +22,13 @@ def on(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device)
 
 
+def on_that_of(x: Tensor) -> AbstractContextManager:
+    """Make the device of ``x`` the current one; costs nothing where it is."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(x.device)
+
+
 def is_capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
@@ -44,7 +51,7 @@ def build_to_keep(build: Callable[[], T], like: Tensor) -> T:
     refuse_capture(like)
     if not like.is_cuda:
         return build()
-    stream = _stream(like.device)
+    stream = side_stream(like.device)
     stream.wait_stream(torch.cuda.current_stream(like.device))
 
     def run() -> T:
@@ -58,7 +65,7 @@ def build_to_keep(build: Callable[[], T], like: Tensor) -> T:
 
 
 @lru_cache(maxsize=16)
-def _stream(device: torch.device) -> torch.cuda.Stream:
+def side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from functools import cached_property
 from threading import RLock
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from sparsekd.kernels.index import StepTable, Weight
 
 from ...ops.conv2d import Geometry
 from .device import build_to_keep, is_capturing
+from .recent import Recent
 
 MASKS_KEPT = 1024
 SIZES_KEPT = 256  # of operands that a mask keeps what is known of: sequences may come in thousands of lengths
@@ -31,15 +31,6 @@ class Channels(NamedTuple):
     inputs: Tensor
 
 
-class Recent(dict[tuple, Any]):
-    """Forgets everything when it is full: whatever is still asked for is soon known again."""
-
-    def __setitem__(self, key: tuple, value: Any) -> None:
-        if len(self) >= SIZES_KEPT and key not in self:
-            self.clear()
-        super().__setitem__(key, value)
-
-
 class Mask:
     """One block mask. Holds the index tensors it was found by, so that their memory cannot be used again."""
 
@@ -47,9 +38,10 @@ class Mask:
         self.given = row_ptr, col_idx
         self.row_ptr, self.col_idx, self.weight = _to_keep(row_ptr), _to_keep(col_idx), weight
         self.tables: dict[tuple[str, int, int], StepTable] = {}
-        self.choices = Recent()  # of choose.py, by problem
-        self.ready = Recent()  # of ops.py, by operands
+        self.choices = Recent(SIZES_KEPT)  # of choose.py, by problem
+        self.ready = Recent(SIZES_KEPT)  # of ops.py, by operands
         self.captured = False
+        self.asked = 0  # when it was last asked for, in questions to ``Masks``
 
     @property
     def density(self) -> float:
@@ -135,10 +127,6 @@ class Mask:
         return math.ceil(self.weight.cols / self.weight.bw)
 
 
-def _version(index: Tensor) -> int:
-    return 0 if index.is_inference() else index._version
-
-
 def _to_keep(index: Tensor) -> Tensor:
     return index if index.is_contiguous() else build_to_keep(index.contiguous, index)
 
@@ -148,23 +136,34 @@ class Masks:
     them."""
 
     def __init__(self) -> None:
-        self._found: OrderedDict[tuple, Mask] = OrderedDict()
+        self._found: dict[tuple, Mask] = {}
+        self._asked = 0
         self._lock = RLock()
 
     def of(
         self, row_ptr: Tensor, col_idx: Tensor, rows: int, cols: int, values: Tensor, geometry: Geometry = ONE_PIXEL
     ) -> Mask:
         """The mask of a weight ``[rows, cols, *kernel]`` whose blocks have the size of ``values``."""
-        at = row_ptr.data_ptr(), col_idx.data_ptr(), row_ptr.stride(0), col_idx.stride(0)
-        key = (*at, _version(row_ptr), _version(col_idx), rows, cols, values.shape, geometry, col_idx.device)
+        key = (
+            *(row_ptr.data_ptr(), 0 if row_ptr.is_inference() else row_ptr._version, row_ptr.stride()),
+            *(col_idx.data_ptr(), 0 if col_idx.is_inference() else col_idx._version, col_idx.stride()),
+            *(rows, cols, values.shape, geometry, col_idx.device),
+        )
+        mask = self._found.get(key)
+        if mask is None or is_capturing(col_idx):
+            mask = self._make(key, row_ptr, col_idx, Weight(rows, cols, *values.shape[1:], *geometry))
+        self._asked = mask.asked = self._asked + 1
+        return mask
+
+    def _make(self, key: tuple, row_ptr: Tensor, col_idx: Tensor, weight: Weight) -> Mask:
+        """The mask of a key, made if need be, and kept for good if a graph is being captured."""
         capturing = is_capturing(col_idx)
         with self._lock:
             mask = self._found.get(key)
             if mask is None:
                 self._make_room(capturing)
-                weight = Weight(rows, cols, *values.shape[1:], *geometry)
                 mask = self._found[key] = Mask(row_ptr, col_idx, weight)
-            self._found.move_to_end(key)
+                mask.asked = self._asked
             mask.captured |= capturing
         return mask
 
@@ -173,7 +172,8 @@ class Masks:
         surplus = len(self._found) + 1 - MASKS_KEPT
         if surplus <= 0 or capturing:
             return
-        oldest = [key for key, mask in self._found.items() if not mask.captured][:surplus]
+        free = [key for key, mask in self._found.items() if not mask.captured]
+        oldest = sorted(free, key=lambda key: self._found[key].asked)[:surplus]
         for device in {self._found[key].col_idx.device for key in oldest}:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)

@@ -17,7 +17,7 @@ from sparsekd.kernels.index import Weight
 from ...ops.conv2d import Geometry, memory_format
 from . import choose, cost, driver, plan
 from .choose import Paths, uses_triton
-from .device import aligned, on
+from .device import aligned, on, on_that_of
 from .masks import Channels, Mask, masks
 
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
@@ -37,12 +37,32 @@ class Library(NamedTuple):
     grad_weight: Callable[[Tensor, Tensor, Tensor, Weight], Tensor]  # grad, x, something like the dense weight
 
 
-class Ready(NamedTuple):
+class Fused(NamedTuple):
+    """What a forward pass adds and applies to its products. The op itself has the bias alone."""
+
+    bias: Tensor | None
+    residual: Tensor | None
+    activation: str | None
+
+
+class Ready:
     """What `Mask.ready` keeps of a problem whose choice is a Triton tile: its launch, which skips the choosing."""
 
-    family: str
-    launch: Callable[..., Tensor]
-    shape: tuple[int, ...]  # of the result
+    def __init__(self, family: str, launch: Callable[..., Tensor], result: Tensor) -> None:
+        self.family, self._launch = family, launch
+        self._shape, self._strides = tuple(result.shape), result.stride()
+
+    def suits(self, x: Tensor, conv: bool) -> bool:
+        """Whether the launch may run now: not while candidates are timed, nor after torch's switch of tf32 moved."""
+        return not plan.is_measuring() and (self.family == "half" or self.family == choose.family(x, conv))
+
+    def __call__(self, x: Tensor, values: Tensor, *more: Tensor | None) -> Tensor:
+        out = torch.empty_strided(self._shape, self._strides, dtype=x.dtype, device=x.device)
+        return self.into(out, x, values, *more)
+
+    def into(self, out: Tensor, *operands: Tensor | None) -> Tensor:
+        with on_that_of(out):
+            return self._launch(operands[0], operands[1], out, *operands[2:])
 
 
 def _conv2d_forward(x: Tensor, dense: Tensor, bias: Tensor | None, weight: Weight) -> Tensor:
@@ -94,9 +114,8 @@ def linear(
 ) -> Tensor:
     """``act(x W^T + bias + residual)``; the last two are for frozen models, the op itself has neither."""
     mask = masks.of(row_ptr, col_idx, out_features, x.shape[-1], values)
-    added = None if residual is None else _rows(residual)
-    rows = _rows(x)
-    y = _forward(LINEAR, mask, rows, values, bias, added, activation, torch.channels_last)
+    fused = Fused(bias, None if residual is None else _rows(residual), activation)
+    y = _forward(LINEAR, mask, _rows(x), values, fused, torch.channels_last)
     return y.reshape(*x.shape[:-1], out_features)
 
 
@@ -131,7 +150,7 @@ def conv2d(
     geometry = Geometry.of(*fields)
     mask = masks.of(row_ptr, col_idx, out_channels, x.shape[1] // geometry.groups, values, geometry)
     layout = memory_format(x)
-    y = _forward(CONV2D, mask, x, values, bias, residual, activation, layout)
+    y = _forward(CONV2D, mask, x, values, Fused(bias, residual, activation), layout)
     return y.contiguous(memory_format=layout)
 
 
@@ -158,28 +177,21 @@ def conv2d_grad_values(
 
 
 def _forward(
-    library: Library,
-    mask: Mask,
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    layout: torch.memory_format,
+    library: Library, mask: Mask, x: Tensor, values: Tensor, fused: Fused, layout: torch.memory_format
 ) -> Tensor:
     """layout: the memory format of a dense weight, where no kernel takes this one."""
+    bias, residual, activation = fused
     key = ("forward", x.shape, x.dtype, values.dtype, bias is None, residual is None, activation)
     ready: Ready | None = mask.ready.get(key)
-    shape = _output_shape(mask.weight, x) if ready is None else ready.shape
     if ready is None and choose.runs_dense(values, mask.weight, forward=True):
-        return _forward_dense(library, mask, x, values, bias, residual, activation, shape, layout, None)
+        return _forward_dense(library, mask, x, values, fused, layout, None)
     x, values, bias = _last(x), aligned(values.contiguous()), None if bias is None else aligned(bias.contiguous())
     residual = None if residual is None else _last(residual)
-    if ready is not None and ready.family == choose.family(x, library.conv) and not plan.is_measuring():
-        with on(x.device):
-            return ready.launch(x, values, _empty(x, shape), bias, residual)
+    if ready is not None and ready.suits(x, library.conv):
+        return ready(x, values, bias, residual)
+    shape, fused = _output_shape(mask.weight, x), Fused(bias, residual, activation)
     if not uses_triton():
-        return native_forward(x, values, mask, _empty(x, shape), bias, residual, activation)
+        return native_forward(x, values, mask, _empty(x, shape), *fused)
     from sparsekd.kernels import conv2d as kernel
 
     family = choose.family(x, library.conv)
@@ -189,12 +201,11 @@ def _forward(
         table, precision = mask.table("forward", tile), _precision(family)
         options: Any = {"activation": activation, "precision": precision}
         launch = kernel.forward(x, values, table, mask.weight, tile, out, **options)
-        mask.ready[key] = Ready(family, launch, shape)
+        mask.ready[key] = Ready(family, launch, out)
         return launch(x, values, out, bias, residual)
 
     def dense(kept: Channels | None) -> Tensor:
-        last = torch.channels_last
-        return _forward_dense(library, mask, x, values, bias, residual, activation, shape, last, kept)
+        return _forward_dense(library, mask, x, values, fused, torch.channels_last, kept)
 
     image = (int(shape[2]), int(shape[3]))
     return choose.run("forward", family, mask, values, shape[0], image, Paths(triton, dense))
@@ -205,19 +216,17 @@ def _forward_dense(
     mask: Mask,
     x: Tensor,
     values: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    shape: tuple[int, ...],
+    fused: Fused,
     layout: torch.memory_format,
     kept: Channels | None,
 ) -> Tensor:
-    weight = mask.dense(values)
+    weight, (bias, residual, activation) = mask.dense(values), fused
     if kept is None:
         y = library.forward(x, weight.contiguous(memory_format=layout), bias, mask.weight)
         return finish(y, residual, activation)
     some = library.forward(x.index_select(1, kept.inputs), weight[kept.outputs][:, kept.inputs], None, mask.weight)
-    return finish(_spread(some, kept.outputs, _empty(x, shape), bias), residual, activation)
+    out = _empty(x, _output_shape(mask.weight, x))
+    return finish(_spread(some, kept.outputs, out, bias), residual, activation)
 
 
 def _grad_input(
@@ -228,16 +237,16 @@ def _grad_input(
     if ready is None and choose.runs_dense(values, mask.weight):
         return _grad_input_dense(library, mask, grad, values, shape, layout, None)
     grad, values = _last(grad), aligned(values.contiguous())
-    family = choose.family(grad, library.conv)
-    if ready is not None and ready.family == family and not plan.is_measuring():
-        with on(grad.device):
-            return ready.launch(grad, values, _empty(grad, shape))
+    if ready is not None and ready.suits(grad, library.conv):
+        return ready(grad, values)
     from sparsekd.kernels import conv2d as kernel
+
+    family = choose.family(grad, library.conv)
 
     def triton(tile: Any) -> Tensor:
         table, out = mask.table("grad_input", tile), _empty(grad, shape)
         launch = kernel.grad_input(grad, values, table, mask.weight, tile, out, precision=_precision(family))
-        mask.ready[key] = Ready(family, launch, shape)
+        mask.ready[key] = Ready(family, launch, out)
         return launch(grad, values, out)
 
     def dense(kept: Channels | None) -> Tensor:
@@ -273,16 +282,16 @@ def _grad_values(
     if ready is None and choose.runs_dense(out, mask.weight):
         return _grad_values_dense(library, mask, grad, x, out, layout, None)
     x, grad = _last(x), _last(grad)
-    family = choose.family(x, library.conv)
-    if ready is not None and ready.family == family and not plan.is_measuring():
-        with on(x.device):
-            return ready.launch(grad, x, out)
+    if ready is not None and ready.suits(x, library.conv):
+        return ready.into(out, grad, x)
     from sparsekd.kernels import conv2d as kernel
+
+    family = choose.family(x, library.conv)
 
     def triton(tile: Any) -> Tensor:
         table = mask.table("grad_values", tile)
         launch = kernel.grad_values(grad, x, table, mask.weight, tile, out, precision=_precision(family))
-        mask.ready[key] = Ready(family, launch, tuple(out.shape))
+        mask.ready[key] = Ready(family, launch, out)
         return launch(grad, x, out)
 
     def dense(kept: Channels | None) -> Tensor:

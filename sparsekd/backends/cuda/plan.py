@@ -29,8 +29,10 @@ from sparsekd.kernels.tiles import Tile
 
 from ...timing import medians
 from .device import cudnn_searches
+from .recent import Recent
 
 GAIN = 0.98  # a choice must take at most this share of the dense time
+GUESSES_KEPT = 4096  # of problems: sequences may come in thousands of lengths
 SECONDS = 0.03  # of measuring one candidate
 # How far a candidate may be from dense, relative to the largest output: both round, and add in their own order.
 TOLERANCES = {"half": 2e-2, "tf32": 1e-2, "ieee": 1e-4}
@@ -102,7 +104,7 @@ class Plan:
         self.device = device
         self.path = path or default_path()
         self.measured: dict[str, Measured] = _read(self.path).get(device, {})
-        self.guessed: dict[str, Choice] = {}
+        self.guessed = Recent(GUESSES_KEPT)
 
     def choose(self, problem: Problem, guess: Callable[[], Choice]) -> Choice:
         key = problem.key()
@@ -140,10 +142,10 @@ class Plan:
 
     def save(self) -> None:
         """Write the file whole, through a temporary one: a reader never sees half of it."""
-        everything = _read(self.path)
-        everything.setdefault(self.device, {}).update(self.measured)
+        everything = _rows(self.path)  # as they are: another version's too
+        everything.setdefault(self.device, {}).update(_to_json(self.measured))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({device: _to_json(found) for device, found in everything.items()}, indent=1)
+        text = json.dumps(everything, indent=1)
         with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
             file.write(text)
         os.replace(file.name, self.path)
@@ -217,14 +219,42 @@ def measuring() -> Iterator[list[Measured]]:
         _measuring = before
 
 
-def _read(path: Path) -> dict[str, dict[str, Measured]]:
+def _rows(path: Path) -> dict[str, dict[str, dict]]:
+    """Device -> problem -> row of the file, read as far as JSON goes."""
     if not path.exists():
         return {}
     try:
         found = json.loads(path.read_text())
-        return {device: {key: _from_json(row) for key, row in rows.items()} for device, rows in found.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RuntimeError(f"sparsekd: {path} is no plan file ({error}); delete it, and it is measured anew") from error
+        return {device: dict(rows.items()) for device, rows in found.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise _no_plan(path, error) from error
+
+
+def _read(path: Path) -> dict[str, dict[str, Measured]]:
+    """Device -> problem -> what was measured, but for tiles that another version of sparsekd describes otherwise."""
+    stored = _rows(path)
+    try:
+        found = {
+            device: {key: _from_json(row) for key, row in rows.items() if _is_of_this_version(row)}
+            for device, rows in stored.items()
+        }
+    except (TypeError, KeyError) as error:
+        raise _no_plan(path, error) from error
+    if ignored := sum(map(len, stored.values())) - sum(map(len, found.values())):
+        warnings.warn(
+            f"sparsekd: {path} holds {ignored} choices of another version of sparsekd, which are ignored; "
+            "backends.cuda.prewarm measures these layers anew",
+            stacklevel=3,
+        )
+    return found
+
+
+def _is_of_this_version(row: dict) -> bool:
+    return row["tile"] is None or set(row["tile"]) == set(Tile._fields)
+
+
+def _no_plan(path: Path, error: Exception) -> RuntimeError:
+    return RuntimeError(f"sparsekd: {path} is no plan file ({error}); delete it, and it is measured anew")
 
 
 def _to_json(measured: dict[str, Measured]) -> dict[str, dict]:
