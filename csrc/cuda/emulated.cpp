@@ -1,10 +1,16 @@
-// The kernels of gather_gemm_impl.h on a CPU, for tests: every thread of a block in turn, from one barrier to the next.
+// The kernels of gather_gemm_impl.h on a CPU, for tests: one warp of a block at a time, from one barrier to the next, in
+// an order that is drawn anew at each barrier. So a warp is as far ahead of the others as the barriers let it be, and a
+// barrier that is missing shows in the result.
 //
-// A copy fills its place with NaN when it is issued and with data when it is waited for, so a wait that is missing, and
-// a stage that is filled while it is still read, show in the result. ldmatrix and mma.sync do what the PTX manual says
-// (ISA 8.0, sections 9.7.13.4.8 and 9.7.13.5.8) of all 32 lanes of a warp.
+// A copy fills its place with NaN when it is issued and with data when its warp waits for it, so a wait that is missing,
+// and a stage that is filled while it is still read, show, too. ldmatrix and mma.sync do what the PTX manual says (ISA
+// 8.0, sections 9.7.13.4.8 and 9.7.13.5.8) of all 32 lanes of a warp.
+#include <condition_variable>
 #include <cstring>
 #include <limits>
+#include <mutex>
+#include <random>
+#include <thread>
 #include <vector>
 
 #include "gather_gemm_impl.h"
@@ -52,6 +58,54 @@ struct Float16 {
   }
 };
 
+int skipped_line = 0;  // of a barrier in gather_gemm_impl.h that does nothing, to see that it is missed
+
+// Lets one warp run at a time: a drawn one of those that have not reached the barrier; at the barrier, of all.
+class Turns {
+ public:
+  explicit Turns(int warps, int seed) : running_(warps), random_(seed) {
+    for (int warp = 0; warp < warps; ++warp) ready_.push_back(warp);
+    draw();
+  }
+  void begin(int warp) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    wait(lock, warp);
+  }
+  void barrier(int warp) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    arrived_.push_back(warp);
+    draw();
+    wait(lock, warp);
+  }
+  void end() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    --running_;
+    draw();
+  }
+
+ private:
+  void wait(std::unique_lock<std::mutex>& lock, int warp) {
+    changed_.wait(lock, [&] { return turn_ == warp; });
+  }
+  void draw() {
+    if (ready_.empty() && int(arrived_.size()) == running_) ready_.swap(arrived_);
+    turn_ = -1;
+    if (!ready_.empty()) {
+      const size_t drawn = random_() % ready_.size();
+      turn_ = ready_[drawn];
+      ready_.erase(ready_.begin() + drawn);
+    }
+    changed_.notify_all();
+  }
+
+  int running_, turn_ = -1;
+  std::vector<int> ready_, arrived_;
+  std::minstd_rand random_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+};
+
+// A block as one of its warps sees it.
 template <class T, class Type>
 struct EmulatedBlock {
   template <class V, int N>
@@ -72,26 +126,31 @@ struct EmulatedBlock {
     bool wanted;
   };
 
-  std::vector<char> memory = std::vector<char>(T::kSharedBytes, char(0xff));
-  char* shared = memory.data();
+  char* shared;
+  int warp;
+  Turns& turns;
   std::vector<std::vector<Copy>> groups = {{}};  // not waited for; the last one is still open
+
+  EmulatedBlock(char* shared, int warp, Turns& turns) : shared(shared), warp(warp), turns(turns) {}
 
   template <class F>
   void each_thread(F run) {
-    for (int thread = 0; thread < T::kThreads; ++thread) run(thread);
+    for (int lane = 0; lane < 32; ++lane) run(32 * warp + lane);
   }
   template <class F>
   void each_warp(F run) {
-    for (int warp = 0; warp < T::kThreads / 32; ++warp) run(warp);
+    run(warp);
   }
-  void sync() {}
+  void sync(int line = __builtin_LINE()) {
+    if (line != skipped_line) turns.barrier(warp);
+  }
 
   void copy16(int place, const uint16_t* from, bool wanted) {
     std::memset(shared + place, 0xff, 16);
     groups.back().push_back({place, from, wanted});
   }
   void commit(int thread) {
-    if (thread == T::kThreads - 1) groups.emplace_back();
+    if (thread % 32 == 31) groups.emplace_back();
   }
   template <int N>
   void wait_for_all_but() {
@@ -132,20 +191,32 @@ struct EmulatedBlock {
   }
 };
 
+template <class T, class Type>
+void emulate_program(const GatherGemm& g, int program) {
+  constexpr int kWarps = T::kThreads / 32;
+  std::vector<char> memory(T::kSharedBytes, char(0xff));
+  Turns turns(kWarps, program + 1);
+  std::vector<std::thread> warps;
+  for (int warp = 0; warp < kWarps; ++warp)
+    warps.emplace_back([&, warp] {
+      turns.begin(warp);
+      EmulatedBlock<T, Type> block(memory.data(), warp, turns);
+      gather_gemm<T, Type>(block, g, program);
+      turns.end();
+    });
+  for (std::thread& warp : warps) warp.join();
+}
+
 template <class T>
 void emulate(const GatherGemm& g, bool bfloat16) {
-  for (int program = 0; program < g.num_tiles * g.pixel_tiles; ++program) {
-    if (bfloat16) {
-      EmulatedBlock<T, BFloat16> block;
-      gather_gemm<T, BFloat16>(block, g, program);
-    } else {
-      EmulatedBlock<T, Float16> block;
-      gather_gemm<T, Float16>(block, g, program);
-    }
-  }
+  for (int program = 0; program < g.num_tiles * g.pixel_tiles; ++program)
+    bfloat16 ? emulate_program<T, BFloat16>(g, program) : emulate_program<T, Float16>(g, program);
 }
 
 }  // namespace
+
+// Barriers of this line of gather_gemm_impl.h do nothing from now on; 0: all hold.
+extern "C" void emulate_without_barrier(int line) { skipped_line = line; }
 
 // 0, or 1 where no kernel has this tile.
 extern "C" int emulate_gather_gemm(const GatherGemm* g, int bfloat16, int bm, int bn, int bk) {

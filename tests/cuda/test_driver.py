@@ -36,7 +36,8 @@ def emulation(tmp_path_factory):
     """csrc/cuda/emulated.cpp as a library."""
     compiler = shutil.which("c++") or pytest.skip("no C++ compiler: nothing to emulate the kernels with")
     library = tmp_path_factory.mktemp("emulation") / "emulated.so"
-    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    flags += ["-shared", "-fPIC", "-pthread"]
     subprocess.run([compiler, *flags, SOURCES / "emulated.cpp", "-o", library], check=True)
     return ctypes.CDLL(str(library))
 
@@ -119,6 +120,27 @@ def test_a_nan_comes_through(launches):
     for activation in ("relu", "relu6", "silu"):
         got, *_ = run(case, torch.bfloat16, activation=activation, first=float("nan"))
         assert got.isnan().any(1).tolist() == [True, False, False]
+
+
+BARRIERS = [
+    number
+    for number, line in enumerate((SOURCES / "gather_gemm_impl.h").read_text().splitlines(), 1)
+    if "block.sync();" in line
+]
+
+
+@pytest.mark.parametrize("line", BARRIERS)
+def test_a_barrier_that_is_missing_shows(line, launches, emulation, monkeypatch):
+    """The warps of a block run in an order of their own: without any one of the barriers the result is wrong."""
+    monkeypatch.setattr(driver, "tile_for", lambda *sizes: driver.TILES[0])
+    case = Conv("barriers", n=1, c=128, k=144, image=(13, 11), pattern=BlockPattern(16, 16), density=0.3)
+    assert_as_exact_as_torch(*run(case, torch.float16))
+    emulation.emulate_without_barrier(line)
+    try:
+        got, exact, _ = run(case, torch.float16)
+    finally:
+        emulation.emulate_without_barrier(0)
+    assert len(BARRIERS) == 3 and not (got.double() - exact).abs().max() < 0.1
 
 
 def test_tiles_follow_the_layer():
