@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import common
+from benchmarks.gpu import common, targets
 from benchmarks.lib.shapes import GPU, Conv
 from sparsekd.backends.cuda import choose, cost, masks, plan
 from sparsekd.kernels.index import Weight
@@ -53,6 +53,15 @@ def predict(layer: Conv, batch: int, density: float, kind: str, direction: str) 
     }
 
 
+def against_targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each target with what the model expects there."""
+    found = []
+    for target in targets.TARGETS:
+        mean, layers = targets.of(target, rows, "predicted_speedup")
+        found.append(target._asdict() | {"predicted": round(mean, 2), "layers": layers})
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="benchmarks/results/gpu_model.json")
@@ -71,11 +80,11 @@ def main() -> None:
     }
     device = cost.DEVICES["NVIDIA H200"]._asdict()
     with open(options.out, "w") as file:
-        json.dump({"kind": "prediction", "device": device, "assumed": assumed, "rows": rows}, file, indent=1)
+        record = {"kind": "prediction", "device": device, "assumed": assumed, "targets": against_targets(rows)}
+        json.dump(record | {"rows": rows}, file, indent=1)
         file.write("\n")
-    for row in rows:
-        if row["batch"] == 256 and row["layer"] == "resnet50-3x3-256":
-            print(row)
+    for row in record["targets"]:
+        print(row)
 
 
 if __name__ == "__main__":

@@ -22,12 +22,15 @@ import subprocess
 import sys
 import tarfile
 import time
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-CACHE = ROOT / "build" / "gpu-cache"  # of Triton: one path on both machines, or its keys differ
+CACHE = ROOT / "build" / "gpu-cache"  # of Triton: one path on both machines, for it keeps paths
+DATA = ROOT / "build" / "gpu-data"  # CIFAR-100, if it was brought along
+STOPPED = 75  # of `sparsekd run`, and here: the same command goes on
 TESTS = ["tests/cuda", "tests/freeze/test_cuda.py"]
 LAYERS = ["--batch", "256", "--density", "0.5", "0.3", "0.1", "--mask", "wide", "free"]
 
@@ -42,6 +45,7 @@ class Step:
     rehearsal: list[str] | None = None
     environment: dict[str, str] = field(default_factory=dict)
     needs: str = ""  # a program that must be there, else the step says so and is left out
+    folder: Path | None = None  # likewise a folder
 
 
 def _module(name: str, *arguments: str) -> list[str]:
@@ -64,13 +68,13 @@ def first(out: str) -> list[Step]:
         Step("ceilings", 20, _module("gpu.ceilings", "--out", out)),
         Step("tests", 90, _pytest(*TESTS), _pytest("tests/cuda/test_index.py", "tests/cuda/test_plan.py", workers=0)),
         Step("trips", 60, _module("gpu.trips", "--out", out)),
-        Step("layers", 90, _module("gpu.layers", *LAYERS, "--acceptance", "--out", out)),
-        Step("preset", 40, _module("gpu.layers", *preset)),
+        Step("layers", 60, _module("gpu.layers", *LAYERS, "--acceptance", "--out", out)),
+        Step("preset", 30, _module("gpu.layers", *preset)),
         Step("network", 75, _module("gpu.network", *network)),
         Step("training", 50, _module("gpu.network", *train)),
         Step("energy", 60, _module("gpu.network", *energy, "--cooldown", "1", "--out", out)),
         Step("losses", 25, [*losses, "--device", "cuda"], [*losses, "--quick"]),
-        Step("table", 20, _module("gpu.table", out)),
+        Step("table", 10, _module("gpu.table", out)),
     ]
 
 
@@ -89,12 +93,23 @@ def second(out: str) -> list[Step]:
         Step("profile", 30, _module("gpu.trips", "--profile", "--out", out)),
         Step("wrn frozen", 40, _module("gpu.network", *infer)),
         Step("reduce-overhead", 30, _pytest("tests/cuda/test_gpu.py", "-k", "reduce_overhead", workers=0), here),
-        Step("losses compiled", 30, [*losses, "--device", "cuda"], [*losses, "--quick"]),
-        Step("second table", 20, _module("gpu.table", out)),
+        Step("losses compiled", 20, [*losses, "--device", "cuda"], [*losses, "--quick"]),
+        Step("second table", 10, _module("gpu.table", out)),
     ]
 
 
-RUNS = {"first": first, "second": second}
+def images(out: str) -> list[Step]:
+    """CIFAR-100 in two parts, for minutes that are left: the second goes on where the first was stopped."""
+    command = ["sparsekd", "run", "cifar100", "--data", str(DATA), "--protocol", "reduced", "--device", "cuda"]
+    command = [*command, "--no-measure", "--stop-after", "2", "--out", f"{out}/cifar100"]
+    rehearsal = [sys.executable, "-m", "sparsekd", "run", "--help"]
+    return [
+        Step(f"cifar100 {part}", 150, [sys.executable, "-m", *command], rehearsal, folder=DATA)
+        for part in ("first part", "second part")
+    ]
+
+
+RUNS = {"first": first, "second": second, "images": images}
 
 
 def execute(steps: list[Step], out: Path, rehearse: bool, seconds: float) -> bool:
@@ -124,6 +139,8 @@ def run_step(step: Step, out: Path, rehearse: bool, limit: float) -> dict[str, A
     """One step in a process group of its own, which ends with its time."""
     if step.needs and not rehearse and shutil.which(step.needs) is None:
         return {"status": "left out", "seconds": 0, "why": f"{step.needs} is not on PATH"}
+    if step.folder is not None and not rehearse and not step.folder.is_dir():
+        return {"status": "left out", "seconds": 0, "why": f"there is no {step.folder}"}
     command = step.command
     if rehearse:
         command = step.rehearsal if step.rehearsal is not None else [*step.command, "--rehearse"]
@@ -145,7 +162,8 @@ def run_step(step: Step, out: Path, rehearse: bool, limit: float) -> dict[str, A
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    status = "cut off" if code is None else "done" if code == 0 else f"failed ({code})"
+    ended = {0: "done", STOPPED: "done", None: "cut off"}  # a training that was told to stop has done its part
+    status = ended.get(code, f"failed ({code})")
     return {"status": status, "seconds": round(time.monotonic() - began, 1), "limit": step.seconds}
 
 
@@ -169,30 +187,65 @@ def _write_state(out: Path, state: dict[str, Any]) -> None:
     os.replace(partial, out / "state.json")
 
 
-def prepare(python: str | None) -> None:
-    """Compile what the first run will ask for into the cache that it reads, and the package for another Python.
+def prepare(python: str, version: str) -> list[str]:
+    """The package for another Python, and what the first run will ask for in the cache that it reads. What is missing.
 
-    The wheel has the CUDA C++ kernels where nvcc is found.
+    python: that of the machine with the GPU, whose torch brings this version of Triton.
     """
-    if python is not None:
-        wheel = [python, "-m", "pip", "wheel", "--no-deps", "-w", str(ROOT / "build" / "gpu-wheel"), "."]
-        subprocess.run(wheel, cwd=ROOT, check=True)
-    subprocess.run(_module("gpu.dry_run", "--compile", str(CACHE)), cwd=ROOT, check=True)
+    tag = tag_of(python)
+    if tag is None:
+        return [f"{python}: no interpreter that runs; give the path of that Python with --python"]
+    missing = []
+    wheels = ROOT / "build" / "gpu-wheel"
+    if subprocess.run([python, "-m", "pip", "wheel", "--no-deps", "-w", str(wheels), "."], cwd=ROOT).returncode:
+        missing.append(f"the package was not built for {python}: see above")
+    elif not any("gather_gemm.fatbin" in zipfile.ZipFile(path).namelist() for path in wheels.glob(f"*{tag}*.whl")):
+        missing.append("gather_gemm.fatbin is not in the package: nvcc is not on PATH (PyPI: nvidia-cuda-nvcc)")
+    folders = {one: _triton_for(one, version) for one in (sys.executable, python)}
+    if None in folders.values():
+        return [*missing, f"triton=={version} could not be installed: see above; no compile cache was made"]
+    asked = ROOT / "build" / "gpu-variants.json"
+    here, there = ({**os.environ, "PYTHONPATH": str(folders[one])} for one in (sys.executable, python))
+    subprocess.run(_module("gpu.dry_run", "--ask", str(asked)), cwd=ROOT, env=here, check=True)
+    fill = [python, str(Path(__file__).with_name("cache.py")), str(asked), "--into", str(CACHE)]
+    subprocess.run(fill, cwd=ROOT, env=there, check=True)
     size = sum(path.stat().st_size for path in CACHE.rglob("*") if path.is_file())
     print(f"{CACHE}: {size / 2**20:.1f} MiB, to lie at the same path on the machine with the GPU")
+    return missing
+
+
+def tag_of(python: str) -> str | None:
+    """cp312, of an interpreter that runs."""
+    command = [python, "-c", "import sys; print('cp%d%d' % sys.version_info[:2])"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _triton_for(python: str, version: str) -> Path | None:
+    """The folder of Triton for an interpreter, installed now unless it is there."""
+    folder = ROOT / "build" / "gpu-triton" / f"{tag_of(python)}-{version}"
+    if not (folder / "triton").is_dir():
+        install = ["-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), f"triton=={version}"]
+        if subprocess.run([python, *install], cwd=ROOT).returncode:
+            return None
+    return folder
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", choices=["prepare", *RUNS])
     parser.add_argument("--out", default="benchmarks/results/gpu")
-    parser.add_argument("--seconds", type=float, help="of the whole call; default 540, or no limit in a rehearsal")
+    parser.add_argument("--seconds", type=float, help="of the whole call; default 540 (a call may take ten minutes)")
     parser.add_argument("--step", nargs="*", help="these alone, though they have finished")
-    parser.add_argument("--python", help="prepare: build the package for this interpreter, say python3.12")
+    parser.add_argument("--python", default="python3.12", help="prepare: for this interpreter (python3.12)")
+    parser.add_argument("--triton", default="3.6.0", help="prepare: for this version (3.6.0, that of torch 2.11)")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
     if options.run == "prepare":
-        return prepare(options.python)
+        missing = prepare(options.python, options.triton)
+        sys.exit("\n".join(f"prepare: {one}" for one in missing) or 0)
     out = Path(options.out).resolve()
     steps = RUNS[options.run](str(out))
     if options.step:
@@ -203,7 +256,7 @@ def main() -> None:
             _write_state(out, {name: one for name, one in _read_state(out).items() if name not in options.step})
     seconds = options.seconds or (1e9 if options.rehearse else 540)
     if not execute(steps, out, options.rehearse, seconds):
-        sys.exit(75)  # as `sparsekd run`: call it again
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

@@ -7,25 +7,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lib.shapes import GPU
+from benchmarks.gpu import targets
+from benchmarks.gpu.targets import geometric
 from sparsekd import report
 from sparsekd.goals import Classification
 
 PREDICTED = Path(__file__).parents[1] / "results" / "gpu_model.json"
-TARGETS = {  # on an H200 in bfloat16: see target_lines for the layers they are meant for
-    ("forward", 0.5): 1.6, ("forward", 0.3): 2.6, ("forward", 0.1): 6.0,
-    ("grad_input", 0.5): 1.5, ("grad_input", 0.3): 2.4, ("grad_input", 0.1): 5.5,
-    ("grad_values", 0.5): 1.4, ("grad_values", 0.3): 2.2, ("grad_values", 0.1): 4.5,
-}  # fmt: skip
-
-
-def geometric(ratios: list[float]) -> float:
-    return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
 def layer_lines(rows: list[dict[str, Any]]) -> list[str]:
@@ -54,24 +45,17 @@ def layer_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def target_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """Where the targets hold: 3x3 layers of 256 channels and more, batch 64 and more; the best mask of each density."""
-    wide = {name for name, layer in GPU.items() if layer.kernel == 3 and min(layer.channels, layer.out_channels) >= 256}
-    lines = ["| direction | density | mask | layers | ours | target |", "|" + "---|" * 6]
-    for (direction, density), target in TARGETS.items():
-        means = {}
-        for mask in {row["mask"] for row in rows}:
-            some = [
-                row["speedup"]
-                for row in rows
-                if (row["direction"], row["density"], row["mask"]) == (direction, density, mask)
-                and row["layer"] in wide
-                and row["batch"] >= 64
-            ]
-            if some:
-                means[mask] = (geometric(some), len(some))
-        if means:
-            mask = max(means, key=means.__getitem__)
-            cells = (direction, density, mask, means[mask][1], f"{means[mask][0]:.2f}", target)
+    """Each target beside what was measured, and what the cost model had said."""
+    said = {}
+    if PREDICTED.exists():
+        for row in json.loads(PREDICTED.read_text())["targets"]:
+            said[row["direction"], row["mask"], row["density"]] = row["predicted"]
+    lines = ["| direction | mask | density | layers | ours | target | predicted |", "|" + "---|" * 7]
+    for target in targets.TARGETS:
+        ours, layers = targets.of(target, rows, "speedup")
+        if layers:
+            guess = _known(said.get(target[:3]), ".2f")
+            cells = (*target[:3], layers, f"{ours:.2f}", target.speedup, guess)
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines if len(lines) > 2 else []
 

@@ -3,6 +3,8 @@
 import json
 import sys
 import tarfile
+import zipfile
+from unittest import mock
 
 import pytest
 
@@ -56,11 +58,41 @@ def test_a_rehearsal_runs_the_same_steps_with_other_arguments(tmp_path):
     assert run.execute([command], tmp_path / "gpu", rehearse=True, seconds=60)
 
 
-@pytest.mark.parametrize(("name", "minutes"), [("first", 9), ("second", 4.5)])
-def test_the_runs_fit_their_minutes_and_name_their_steps(name, minutes):
+@pytest.mark.parametrize(("name", "seconds"), [("first", 480), ("second", 240), ("images", 300)])
+def test_the_runs_fit_their_minutes_and_name_their_steps(name, seconds):
     steps = run.RUNS[name]("out")
-    assert sum(one.seconds for one in steps) <= 60 * minutes
+    assert sum(one.seconds for one in steps) <= seconds
     assert len({one.name for one in steps}) == len(steps)
+
+
+def test_a_training_that_was_told_to_stop_has_done_its_part(tmp_path):
+    assert run.execute([step("part", "raise SystemExit(75)")], tmp_path / "gpu", rehearse=False, seconds=60)
+    assert state(tmp_path / "gpu") == {"part": "done"}
+
+
+def test_pictures_that_were_not_brought_along_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "DATA", tmp_path / "none")
+    assert run.execute(run.images(str(tmp_path)), tmp_path / "gpu", rehearse=False, seconds=60)
+    assert set(state(tmp_path / "gpu").values()) == {"left out"}
+
+
+def test_preparing_names_what_is_missing(tmp_path, monkeypatch):
+    """An interpreter that is not there; a package without nvcc; a Triton that cannot be had."""
+    assert "no interpreter that runs" in run.prepare(str(tmp_path / "python9"), "3.6.0")[0]
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    (tmp_path / "build" / "gpu-wheel").mkdir(parents=True)
+    with zipfile.ZipFile(tmp_path / "build" / "gpu-wheel" / f"sparsekd-{run.tag_of(sys.executable)}.whl", "w") as wheel:
+        wheel.writestr("sparsekd/_C.so", "")
+    ran, real = [], run.subprocess.run
+
+    def outcome(command, **more):
+        ran.append(command)
+        return real(command, **more) if "-c" in command else mock.Mock(returncode="install" in command)
+
+    monkeypatch.setattr(run.subprocess, "run", outcome)
+    missing = run.prepare(sys.executable, "3.6.0")
+    assert ["nvcc is not on PATH" in missing[0], "triton==3.6.0 could not be installed" in missing[1]] == [True, True]
+    assert not any("gpu.dry_run" in str(command) for command in ran)
 
 
 def test_rows_survive_a_line_that_was_cut_off(tmp_path):

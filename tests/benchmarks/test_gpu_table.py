@@ -3,8 +3,11 @@
 import json
 import sys
 
+import pytest
+
 from benchmarks import attention
-from benchmarks.gpu import table
+from benchmarks.gpu import model, table, targets
+from benchmarks.lib.shapes import GPU
 
 from .tables import cells, network
 
@@ -29,3 +32,26 @@ def test_the_gpu_table_has_losses_and_images_and_names_what_else_lies_there(tmp_
         assert found[:3] == [f"{row['ours_us']:.0f}", f"{row['speedup_eager']:.2f}", "-"]
     assert cells(text, "LTH-SAD @ 0.4") == ["25.00%", "-", "1"]
     assert "no results of these benchmarks: cut.json, merged.json" in text
+
+
+def test_targets_stand_beside_what_came_and_what_was_predicted():
+    case = {"mask": "free", "direction": "forward", "density": 0.3, "batch": 256}
+    wide = [case | {"layer": layer, "speedup": x} for layer, x in (("wrn-28-10-320", 2.0), ("resnet50-3x3-256", 8.0))]
+    others = [wide[0] | {"speedup": 99.0} | other for other in ({"layer": "resnet50-3x3-64"}, {"batch": 32})]
+    (line,) = table.target_lines([*wide, *others])[2:]
+    kept = json.loads(table.PREDICTED.read_text())["targets"]
+    (predicted,) = [row["predicted"] for row in kept if tuple(row.values())[:3] == ("forward", "free", 0.3)]
+    assert line == f"| forward | free | 0.3 | 2 | 4.00 | 1.7 | {predicted:.2f} |"
+    assert [row["speedup"] for row in kept] == [target.speedup for target in targets.TARGETS]
+
+
+@pytest.mark.parametrize("direction", ["forward", "grad_input", "grad_values"])
+def test_the_kept_predictions_are_those_of_the_model_as_it_is(direction):
+    """After a change of the cost model: python -m benchmarks.gpu.model"""
+    pytest.importorskip("triton")
+    record = json.loads(table.PREDICTED.read_text())
+    case = {"batch": 256, "density": 0.3, "mask": "wide", "direction": direction}
+    name = "resnet50-3x3-256"
+    (kept,) = [row for row in record["rows"] if row == row | case | {"layer": name}]
+    assert kept == {"layer": name} | model.predict(GPU[name], 256, 0.3, "wide", direction)
+    assert record["targets"] == model.against_targets(record["rows"])
