@@ -1,6 +1,7 @@
 """Compile every configuration the dispatcher can choose, for GPUs that need not be here, and look at the machine code.
 
     python -m benchmarks.gpu.aot                    # all of them; keeps benchmarks/results/gpu_aot.{json,md}
+    python -m benchmarks.gpu.aot --sm 90 --only 'forward bf16'   # these alone; the other rows stay as they were
     python -m benchmarks.gpu.aot --quick --out ''   # the widest of each family; what the tests run
 
 Asserted of each: tensor-core instructions (wgmma on sm_90, tcgen05 on sm_100, mma on sm_80, mfma on gfx942; none for
@@ -11,6 +12,8 @@ within the device's limit. Occupancy is what registers, warps and shared memory 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import inspect
 import json
 import re
 import subprocess
@@ -92,26 +95,31 @@ def _variants(direction: str, family: str, tile: Tile, quick: bool) -> Iterator[
     yield plain._replace(parts=True)
 
 
+def compiled(config: Config, capability: int) -> Any:
+    kernel = block_products_kernel if config.direction == "grad_values" else gather_gemm_kernel
+    return _compile(kernel, _constants(config), config, capability)
+
+
 def compile_config(config: Config, capability: int) -> dict[str, Any]:
     """Compile one configuration and read its machine code."""
-    kernel = block_products_kernel if config.direction == "grad_values" else gather_gemm_kernel
     began = time.perf_counter()
-    compiled = _compile(kernel, _constants(config), config, capability)
-    registers, stack = resources(compiled)
-    assembly, shared = compiled.asm.get("ptx") or compiled.asm["amdgcn"], compiled.metadata.shared
+    code = compiled(config, capability)
+    registers, stack = resources(code)
+    assembly, shared = code.asm.get("ptx") or code.asm["amdgcn"], code.metadata.shared
     return {
         "config": str(config),
+        "source": source_of(config.direction),
         "kernel": f"{config.direction} {config.family} {config.tile}",
         "sm": capability,
         "registers": registers,
         "stack_bytes": stack,
         "shared_bytes": shared,
-        "programs_per_processor": _occupancy(config.tile.warps, registers, shared, capability),
+        "programs_per_processor": occupancy(config.tile.warps, registers, shared, capability),
         "tensor_core_instructions": len(re.findall(TENSOR_CORES[capability], assembly)),
         "other_mma_instructions": len(re.findall(r"\bmma\.sync", assembly)) if capability > 80 else 0,
         "async_copies_16_bytes": len(re.findall(r"cp\.async\.cg", assembly)),
         "async_copies_narrow": len(re.findall(r"cp\.async\.ca", assembly)),
-        "pipeline_faults": pipeline.faults(compiled, _stages(config)) if _is_wgmma(config, capability) else [],
+        "pipeline_faults": pipeline.faults(code, _stages(config)) if _is_wgmma(config, capability) else [],
         "compile_seconds": round(time.perf_counter() - began, 2),
     }
 
@@ -157,14 +165,20 @@ def _depth(config: Config) -> int:
     return min(config.tile.bk, config.block[0 if config.direction == "grad_input" else 1])
 
 
+def source_of(direction: str) -> str:
+    """Which text of a kernel a row speaks of: the first digits of its hash."""
+    module = sys.modules[(block_products_kernel if direction == "grad_values" else gather_gemm_kernel).__module__]
+    texts = [inspect.getsource(one.fn) for one in vars(module).values() if hasattr(one, "fn")]
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:12]
+
+
 def compile_sum(capability: int, activation: str | None) -> dict[str, Any]:
     """The kernel that adds the parts of a cut walk."""
     constants = {"ACTIVATION": activation, "BLOCK": 1024}
     if activation is None:
         constants |= {"bias_ptr": None, "residual_ptr": None}
     config = Config("sum_parts", "half", "bf16", Tile(0, 0, 0, 4, 3), (64, 64))
-    compiled = _compile(sum_parts_kernel, constants, config, capability)
-    registers, stack = resources(compiled)
+    registers, stack = resources(_compile(sum_parts_kernel, constants, config, capability))
     return {"config": f"sum_parts {activation}", "sm": capability, "registers": registers, "stack_bytes": stack}
 
 
@@ -221,7 +235,7 @@ def resources(compiled: Any) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _occupancy(warps: int, registers: int, shared: int, capability: int) -> int:
+def occupancy(warps: int, registers: int, shared: int, capability: int) -> int:
     _, total, register_file, most_warps = LIMITS[capability]
     per_warp = -(-registers // 8) * 8 * (64 if capability == GFX942 else 32)
     return min(most_warps // warps, register_file // (per_warp * warps), total // (shared + 1024))
@@ -257,6 +271,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def keep(rows: list[dict[str, Any]], stem: Path) -> None:
+    """Write rows and table, beside the rows kept earlier of configurations that there still are."""
+    path = stem.with_suffix(".json")
+    earlier = json.loads(path.read_text())["rows"] if path.exists() else []
+    found = {(row["sm"], row["config"]): row for row in (*earlier, *rows)}
+    order = [(sm, str(config)) for sm in sorted(LIMITS) for config in configurations(False, sm)]
+    kept = [found[key] for key in order if key in found]
+    path.write_text(json.dumps({"triton": triton.__version__, "rows": kept}, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(
+        f"# Machine code of the Triton kernels\n\nCompiled by Triton {triton.__version__} with "
+        f"`python -m benchmarks.gpu.aot`; nothing here was run. A line is the worst of a tile's variants "
+        f"(blocks, dtypes, fused, pointwise, ragged, parts), each in `gpu_aot.json`.\n\n{table(kept)}\n"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sm", type=int, nargs="*", default=sorted(LIMITS), choices=sorted(LIMITS))
@@ -271,6 +300,8 @@ def main() -> None:
                 continue
             row = compile_config(config, capability)
             rows.append(row)
+            if options.out and len(rows) % 20 == 0:  # a sweep takes an hour
+                keep(rows, Path(options.out))
             found = complaints(row, config)
             wrong += [f"{device_name(capability)} {config}: {complaint}" for complaint in found]
             verdict = "; ".join(found) or "good"
@@ -279,13 +310,7 @@ def main() -> None:
         wrong += [f"{device_name(capability)} {row['config']}: stack" for row in sums_rows if row["stack_bytes"]]
     print(table(rows))
     if options.out:
-        stem = Path(options.out)
-        stem.with_suffix(".json").write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
-        stem.with_suffix(".md").write_text(
-            f"# Machine code of the Triton kernels\n\nCompiled by Triton {triton.__version__} with "
-            f"`python -m benchmarks.gpu.aot`; nothing here was run. A line is the worst of a tile's variants "
-            f"(blocks, dtypes, fused, pointwise, ragged, parts), each in `gpu_aot.json`.\n\n{table(rows)}\n"
-        )
+        keep(rows, Path(options.out))
     if wrong:
         sys.exit("\n".join(wrong))
 

@@ -43,6 +43,30 @@ def faults(compiled: Any, stages: int) -> list[str]:
     return found
 
 
+def buffers(code: str) -> list[int]:
+    """Stages of each operand: how often it has room in shared memory."""
+    return [
+        int(number) for number in re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\S*(?:bf16|f16|f32),", code)
+    ]
+
+
+def through_registers(loop: str) -> list[str]:
+    """What takes an operand through registers on its way to the products."""
+    found = re.findall(r"convert_layout [^\n]*tensor<\d+x\d+x(?:bf16|f16|f32),[^\n]*", loop)
+    return found + re.findall(r"local_load[^\n]*memdesc<(?:\d+x)*\d+x(?:bf16|f16|f32),[^\n]*", loop)
+
+
+def trip_instructions(code: str) -> int:
+    """Instructions of a warp in one trip of the loop with the products: the shortest way back to its beginning."""
+    lines = [(int(found[1], 16), found[2]) for found in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", code)]
+    loops = []
+    for end, text in lines:
+        back = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if back and int(back[1], 16) < end:
+            loops.append([line for place, line in lines if int(back[1], 16) <= place <= end])
+    return min((len(loop) for loop in loops if any("HGMMA" in line for line in loop)), default=0)
+
+
 def main_loop(code: str) -> str:
     """The text of the loop that holds the products."""
     for match in re.finditer(r"^( *)(?:%\S+(?:, %\S+)* = )?scf\.for[^\n]*\n(.*?)^\1\}", code, re.MULTILINE | re.DOTALL):
