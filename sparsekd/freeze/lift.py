@@ -60,14 +60,15 @@ class _Lifter:
     def _end(self, node: fx.Node, image: fx.Node) -> None:
         """A mean over lines, or a flatten, of which the image has the same."""
         given = arguments_of(node, ("input", "dim"))
+        where: Any
         if is_flatten(node, module_of(self.network, node)):
-            target, arguments = "flatten", (image, 1)
+            target, where = "flatten", 1
         elif node.target in _MEANS and len(given) == 2 and given.get("dim") in _LINE:
-            target, arguments = "mean", (image, (2, 3))
+            target, where = "mean", (2, 3)
         else:
             return
         with self.graph.inserting_before(node):
-            end = self.graph.create_node("call_method", target, arguments, name=node.name)
+            end = self.graph.create_node("call_method", target, (image, where), name=node.name)
         self.shapes[end] = self.shapes[node]
         node.replace_all_uses_with(end)
         self.graph.erase_node(node)
