@@ -9,6 +9,7 @@ State: ``values [nnzb, bh, bw]`` (Parameter), ``row_ptr``, ``col_idx`` (int32 bu
 from .attention import SparseMultiheadAttention
 from .convolution import SparseConv1d, SparseConv2d, SparseConv3d, split_padding
 from .embedding import SparseEmbedding, SparseEmbeddingBag
+from .embedding_int8 import Int8Embedding, Int8EmbeddingBag
 from .layer import BlockSparseLayer
 from .linear import SparseLinear
 from .sharded import ShardedEmbedding
@@ -16,6 +17,8 @@ from .transposed import SparseConvTranspose2d
 
 __all__ = [
     "BlockSparseLayer",
+    "Int8Embedding",
+    "Int8EmbeddingBag",
     "ShardedEmbedding",
     "SparseConv1d",
     "SparseConv2d",

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.embedding import Table, bag_of, count_kept, pack_mask, places, row_index, unpack_mask
+from ..ops.embedding import Table, count_kept, pack_mask, places, row_index, unpack_mask
 from ..ops.embedding_rows import embedding_bag_rows, embedding_rows
+from .bags import bags_and_scale
 from .layer import TracedWhole, computes_as, replace_data
 from .sharded import ShardedEmbedding, rows_of_rank
 
@@ -321,27 +322,12 @@ class SparseEmbeddingBag(SparseTable):
         learns: Tensor | None = None,
     ) -> Tensor:
         """Bags ``[bags, embedding_dim]``; ``learns``: a bool for each id: whether its gradient is wanted."""
-        if per_sample_weights is not None:
-            if self.mode != "sum":
-                raise ValueError(f"SparseEmbeddingBag: per_sample_weights need mode='sum', got {self.mode!r}")
-            if per_sample_weights.shape != input.shape:
-                raise ValueError(
-                    f"SparseEmbeddingBag: per_sample_weights must have the shape of the ids, {tuple(input.shape)}, "
-                    f"got {tuple(per_sample_weights.shape)}"
-                )
-            per_sample_weights = per_sample_weights.reshape(-1)
-        ids, offsets = self._bags(input, offsets)
+        ids, offsets, scale = bags_and_scale(self, input, offsets, per_sample_weights)
         own = self._own_gradient(learns)
         if learns is not None and learns.shape == input.shape:
             learns = learns.reshape(-1)
         if self.mode == "max":
             return self._maximum(ids, offsets, learns, own)
-        scale = per_sample_weights
-        if self.mode == "mean":
-            bag = bag_of(offsets, ids.shape[0]).clamp(0, offsets.shape[0] - 2)  # the op refuses offsets that need it
-            real = torch.ones_like(ids) if self.padding_idx is None else (ids != self.padding_idx).long()
-            sizes = torch.zeros_like(offsets[1:]).index_add(0, bag, real)
-            scale = sizes.clamp(min=1).reciprocal()[bag]
         if own:
             return embedding_bag_rows(
                 ids, offsets, self.table, self.embedding_dim, scale, self.padding_idx, learns, self.sparse
@@ -350,23 +336,6 @@ class SparseEmbeddingBag(SparseTable):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mode={self.mode!r}"
-
-    def _bags(self, input: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Ids ``[n]`` and offsets ``[bags + 1]``, int64."""
-        input = input.long() if input.dtype == torch.int32 else input
-        if input.dim() == 2:
-            if offsets is not None:
-                raise ValueError("SparseEmbeddingBag: 2-D ids are bags of one length and take no offsets")
-            bags, length = input.shape
-            return input.reshape(-1), torch.arange(bags + 1, device=input.device) * length
-        if input.dim() != 1:
-            raise ValueError(f"SparseEmbeddingBag: ids must be [n] or [bags, length], got shape {tuple(input.shape)}")
-        if offsets is None or offsets.dim() != 1 or (self.include_last_offset and not offsets.shape[0]):
-            raise ValueError("SparseEmbeddingBag: ids of shape [n] need 1-D offsets, where each bag begins")
-        offsets = offsets.long()
-        if not self.include_last_offset:
-            offsets = torch.cat([offsets, offsets.new_tensor([input.shape[0]])])
-        return input, offsets
 
     def _maximum(self, ids: Tensor, offsets: Tensor, learns: Tensor | None, own: bool) -> Tensor:
         """By torch's own bags over the rows that were looked up, the padding left out."""

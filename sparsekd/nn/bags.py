@@ -1,0 +1,53 @@
+"""What layers of bags make of their arguments: ids, where bags begin, and what each row counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.embedding import bag_of
+
+
+def bags_and_scale(
+    layer: Any, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(ids ``[n]``, offsets ``[bags + 1]``, scale ``[n]`` or None) of a call of ``layer``, which has a ``mode``,
+    ``include_last_offset`` and ``padding_idx``."""
+    if per_sample_weights is not None:
+        if layer.mode != "sum":
+            raise ValueError(f"{type(layer).__name__}: per_sample_weights need mode='sum', got {layer.mode!r}")
+        if per_sample_weights.shape != input.shape:
+            raise ValueError(
+                f"{type(layer).__name__}: per_sample_weights must have the shape of the ids, {tuple(input.shape)}, "
+                f"got {tuple(per_sample_weights.shape)}"
+            )
+        per_sample_weights = per_sample_weights.reshape(-1)
+    ids, offsets = _bags(layer, input, offsets)
+    scale = per_sample_weights
+    if layer.mode == "mean":
+        bag = bag_of(offsets, ids.shape[0]).clamp(0, offsets.shape[0] - 2)  # the op refuses offsets that need it
+        real = torch.ones_like(ids) if layer.padding_idx is None else (ids != layer.padding_idx).long()
+        sizes = torch.zeros_like(offsets[1:]).index_add(0, bag, real)
+        scale = sizes.clamp(min=1).reciprocal()[bag]
+    return ids, offsets, scale
+
+
+def _bags(layer: Any, input: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Ids ``[n]`` and offsets ``[bags + 1]``, int64."""
+    kind = type(layer).__name__
+    input = input.long() if input.dtype == torch.int32 else input
+    if input.dim() == 2:
+        if offsets is not None:
+            raise ValueError(f"{kind}: 2-D ids are bags of one length and take no offsets")
+        bags, length = input.shape
+        return input.reshape(-1), torch.arange(bags + 1, device=input.device) * length
+    if input.dim() != 1:
+        raise ValueError(f"{kind}: ids must be [n] or [bags, length], got shape {tuple(input.shape)}")
+    if offsets is None or offsets.dim() != 1 or (layer.include_last_offset and not offsets.shape[0]):
+        raise ValueError(f"{kind}: ids of shape [n] need 1-D offsets, where each bag begins")
+    offsets = offsets.long()
+    if not layer.include_last_offset:
+        offsets = torch.cat([offsets, offsets.new_tensor([input.shape[0]])])
+    return input, offsets
