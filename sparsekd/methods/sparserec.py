@@ -34,7 +34,7 @@ from .tables import TableMethod, budget_of_bytes, largest, rekeep
 
 __all__ = ["SparseRec"]
 
-START = 0.1  # deviation of the entries that the masks of the factorisation begin with
+START = 0.1  # root of the mean square of the entries that the masks of the factorisation begin with
 
 
 class SparseRec(TableMethod):
@@ -48,6 +48,8 @@ class SparseRec(TableMethod):
             entries that the tables keep as they are. Over all tables together, at least one in every row.
         init: "nmf", or "random": the masks that the tables have.
         sweeps: of the factorisation.
+        values: what the entries start from with init="nmf": "factors", those of the factorisation, or "normal" ones.
+            With factors, rows that share a taste agree in sign from the first step on; by chance half of them would.
         accumulate: "signed" or "absolute" sums of the gradients of absent entries since the last exchange, or "last":
             those of the last batch alone, as RigL does.
         every: steps between two exchanges.
@@ -70,6 +72,7 @@ class SparseRec(TableMethod):
         size_bytes: float | None = None,
         init: str = "nmf",
         sweeps: int = 30,
+        values: str = "factors",
         accumulate: str = "signed",
         every: int = 100,
         exchanged: float = 0.3,
@@ -78,15 +81,15 @@ class SparseRec(TableMethod):
         seed: int = 0,
     ) -> None:
         super().__init__(distiller)
-        _check(interactions, steps, init, accumulate, every, exchanged, until, sample)
+        _check(interactions, steps, init, values, accumulate, every, exchanged, until, sample)
         self.steps, self.every, self.exchanged, self.until = steps, every, exchanged, until
         self.accumulate, self.sample, self.step = accumulate, sample, 0
-        self._settings: dict[str, Any] = {"init": init, "sweeps": sweeps, "seed": seed}
+        self._settings: dict[str, Any] = {"init": init, "sweeps": sweeps, "values": values, "seed": seed}
         self._settings |= {"density": density, "size_bytes": size_bytes}
         self.budget = self._budget(density, size_bytes)
         self._generator = torch.Generator().manual_seed(seed)
         if init == "nmf" and interactions is not None:
-            self._start_from(interactions, sweeps, seed)
+            self._start_from(interactions, sweeps, values, seed)
         elif self.budget != self.num_kept:
             self.drop_to(self.budget, [torch.rand(table.values.shape) for table in self.tables])
         self._absent = [_Absent(table) for table in self.tables]
@@ -154,16 +157,17 @@ class SparseRec(TableMethod):
         return round(density * self.num_entries)
 
     @torch.no_grad()
-    def _start_from(self, interactions: tuple[Tensor, Tensor], sweeps: int, seed: int) -> None:
-        """Masks of the largest entries of factors whose rows have length 1, and new values."""
+    def _start_from(self, interactions: tuple[Tensor, Tensor], sweeps: int, values: str, seed: int) -> None:
+        """Masks of the largest entries of factors whose rows have length 1, and new values of deviation START."""
         factors = []
         for place, (users, items) in enumerate(self.pairs):
             sizes = users.num_embeddings, items.num_embeddings, users.embedding_dim
             factors += list(nmf(*interactions, *sizes, sweeps=sweeps, seed=seed + place))
         scores = [nn.functional.normalize(factor).to(self.tables[0].values.device) for factor in factors]
-        for table, mask in zip(self.tables, largest(scores, self.budget), strict=True):
+        for table, mask, score in zip(self.tables, largest(scores, self.budget), scores, strict=True):
             rekeep(table, pack_mask(mask), self.optimizers)
-            table.values.copy_(START * torch.randn(table.values.shape, generator=self._generator))
+            start = score[mask] if values == "factors" else torch.randn(table.values.shape, generator=self._generator)
+            table.values.copy_(START * start / start.square().mean().sqrt())
 
     def _degrees(self, interactions: tuple[Tensor, Tensor]) -> list[Tensor]:
         """How often each row of each table is in the interactions; at least once, so that all can be drawn."""
@@ -290,6 +294,7 @@ def _check(
     interactions: Sequence[Tensor] | None,
     steps: int,
     init: str,
+    values: str,
     accumulate: str,
     every: int,
     exchanged: float,
@@ -298,6 +303,7 @@ def _check(
 ) -> None:
     for name, value, choices in (
         ("init", init, ("nmf", "random")),
+        ("values", values, ("factors", "normal")),
         ("accumulate", accumulate, ("signed", "absolute", "last")),
     ):
         if value not in choices:

@@ -53,7 +53,12 @@ def test_masks_start_from_the_factors_of_length_one():
     want = largest([torch.nn.functional.normalize(factor) for factor in (w, h)], method.budget)
     assert torch.equal(model.users.mask(), want[0]) and torch.equal(model.items.mask(), want[1])
     assert method.num_kept == method.budget == round(0.25 * 54 * 8)
-    assert float(model.users.values.detach().std()) == pytest.approx(0.1, rel=0.3)
+    for table, factor, mask in zip(method.tables, (w, h), want, strict=True):
+        start = torch.nn.functional.normalize(factor)[mask]
+        torch.testing.assert_close(table.values.detach(), 0.1 * start / start.square().mean().sqrt())
+    normal = sparserec(dim=8, sweeps=10, values="normal")[0]
+    assert torch.equal(normal.users.kept, model.users.kept) and bool((normal.users.values < 0).any())
+    assert float(normal.users.values.detach().square().mean().sqrt()) == pytest.approx(0.1)
 
 
 def test_largest_keeps_one_of_every_row_and_the_largest_others():
@@ -189,6 +194,7 @@ def test_a_resumed_training_ends_with_the_same_bits():
 
 BAD = [
     ({"init": "zeros"}, "init must be one of nmf, random, got 'zeros'"),
+    ({"values": "ones"}, "values must be one of factors, normal"),
     ({"accumulate": "mean"}, "accumulate must be one of signed, absolute, last"),
     ({"every": 0}, "every must be at least 1, got 0"),
     ({"exchanged": 1.0}, r"exchanged must lie in \[0, 1\)"),

@@ -8,13 +8,15 @@ The teacher is the dense model, and its row is that of "dense"; students of `spa
     imp              the same in many rounds, a tenth of the entries at once
     rigl             dynamic, random start, growth by the gradient of the last batch (RigL; DSL for recommenders)
     pep              learnt thresholds, then trained again from the same start
-    sparserec        SparseRec; -random starts from random masks, -last grows by the last batch alone, -absolute by
-                     sums of magnitudes, -sampled learns half of the rows of a batch, -kd the teacher's scores too
+    sparserec        SparseRec; -random starts from random masks, -normal from random values, -last grows by the last
+                     batch alone, -absolute by sums of magnitudes, -sampled learns half of the rows of a batch, -kd
+                     the teacher's scores too
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -48,6 +50,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "sparserec": {},
     "sparserec-kd": {},
     "sparserec-random": {"init": "random"},
+    "sparserec-normal": {"values": "normal"},
     "sparserec-last": {"accumulate": "last"},
     "sparserec-absolute": {"accumulate": "absolute"},
     "sparserec-sampled": {"sample": 0.5},
@@ -63,7 +66,8 @@ def load(config: RunConfig) -> Task:
 
 def of_rankings(task: Task, config: RunConfig) -> Plan:
     kind = config.options["model"]
-    recipe = dataclasses.replace(RECIPES[kind], **(QUICK_RECIPE if config.quick else {}))
+    more = QUICK_RECIPE if config.quick else {"batch_size": batch_for(len(task.train))}
+    recipe = dataclasses.replace(RECIPES[kind], **more)
     teacher = Network(name="dense", folder="dense", make=partial(recommender, kind, task, DIM, None), recipe=recipe)
     return Plan(
         teacher=teacher,
@@ -90,6 +94,11 @@ def recommender(
         model = {"mf": models.MF, "neumf": models.NeuMF}[kind](task.sizes, dim, density)
     model.dim_of_dense = dim if dim_of_dense is None else dim_of_dense
     return model
+
+
+def batch_for(pairs: int) -> int:
+    """About 32 batches an epoch, a power of 2 from 512 to 8192: small data sets would hardly take a step otherwise."""
+    return int(min(max(2 ** round(math.log2(pairs / 32)), 512), RECIPE.batch_size))
 
 
 def small_dim(density: float, dim: int = DIM, value_bytes: int = 4) -> int:
