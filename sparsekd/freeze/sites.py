@@ -172,8 +172,8 @@ class _SiteFinder:
                 add = user.name
             else:
                 activation = activation_of(user, self.module(user))
-                if activation == "none":
-                    break
+                if activation == "none" or not (self.pools or activation in _ON_EVERY_DEVICE):
+                    return chain, norm, add, "none"
             chain.append(user)
         return chain, norm, add, activation
 
@@ -273,6 +273,7 @@ _ACTIVATIONS: dict[Any, str] = {
     **dict.fromkeys((nn.Hardsigmoid, F.hardsigmoid, aten.hardsigmoid.default), "hardsigmoid"),
     **dict.fromkeys((nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", aten.sigmoid.default), "sigmoid"),
 }
+_ON_EVERY_DEVICE = ("relu", "relu6", "silu")  # the kernels of a GPU know no others
 _GELUS = (nn.GELU, F.gelu, aten.gelu.default)
 _CLAMPS = (
     *(aten.hardtanh.default, aten.hardtanh_.default, aten.clamp.default, aten.clamp_.default),

@@ -9,7 +9,7 @@ from torch import nn
 
 from sparsekd.freeze import export, load_frozen, measure
 from sparsekd.freeze.packed import cpu_layer
-from sparsekd.freeze.sites import Site
+from sparsekd.freeze.sites import Site, find_sites
 from sparsekd.nn import SparseConv2d, SparseLinear
 
 from .networks import (
@@ -370,3 +370,22 @@ def test_a_residual_behind_stochastic_depth_is_fused():
     frozen = quick(model, x)
     assert [layer.geometry.fused for layer in frozen.plan] == ["bn+add+relu"]
     assert_frozen_equals(model, frozen, x)
+
+
+def test_on_a_gpu_only_what_its_kernels_know_is_fused():
+    layers = (
+        nn.Conv2d(16, 16, 1),
+        nn.GELU(),
+        nn.Conv2d(16, 16, 1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(16, 16, 2),
+        nn.MaxPool2d(2),
+    )
+    network = torch.fx.symbolic_trace(nn.Sequential(*layers).eval())
+    x = torch.randn(1, 16, 4, 4)
+    assert [(one.name, one.activation) for one in find_sites(network, (x,), pools=False)] == [
+        ("0", "none"),
+        ("2", "relu"),
+    ]
+    found = [(one.name, one.activation) for one in find_sites(network, (x,))]
+    assert found == [("0", "gelu"), ("2", "relu"), ("4", "none"), ("5", "none")]
