@@ -153,6 +153,8 @@ class EventStream:
         for name, events in self._pieces():
             buffer.append(events)
             origins.append((name, len(events)))
+            if not self._may_be_whole(buffer):
+                continue
             joined = Events.join(buffer)
             while (cut := self._cut(joined)) is not None:
                 count, start, end = cut
@@ -190,6 +192,14 @@ class EventStream:
                 latest = float(events.times[-1])
                 yield name, events
             skip = 0
+
+    def _may_be_whole(self, buffer: Sequence[Events]) -> bool:
+        """Whether the pieces hold a window and what comes behind it: only then it pays to join them."""
+        if self.rows is not None:
+            return sum(map(len, buffer)) > self.rows
+        assert self.window is not None
+        first = next((float(events.times[0]) for events in buffer if len(events)), math.inf)
+        return float(buffer[-1].times[-1]) >= (first // self.window + 1) * self.window
 
     def _start(self, events: Events) -> float:
         first = float(events.times[0])
