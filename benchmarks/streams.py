@@ -122,7 +122,7 @@ def memory(options: argparse.Namespace) -> list[Row]:
     events = 40_000 if options.quick else options.events
     size = max(100, events // 200)
     stream = DriftingClicks("gradual", windows=events // size, rows=size, features=16, active=6)
-    rows = _watched("learnt with D2S", _learner(stream, (64, 64), 0.9, batch_size=1_000), stream, events // size)
+    rows = _watched("learnt with D2S", _learner(stream, (64, 64), 0.9, batch_size=2_500), stream, events // size)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "clicks.csv"
         read = events // 10
