@@ -115,8 +115,10 @@ def test_a_run_writes_its_report_and_goes_on_where_it_stopped(tiny, tmp_path):
     assert [row["metrics"] for row in again["rows"]] == [row["metrics"] for row in results["rows"]]
     with pytest.raises(runs.OutOfTime):
         runs.run(RunConfig(methods=("pep",), stop_after=1e-9, **config), say=lambda line: None)
-    results, _ = runs.run(RunConfig(methods=("pep",), **config), say=lambda line: None)
-    assert {row["name"] for row in results["rows"]} == {"dense", "SparseRec", "IMP", "PEP"}
+    results, _ = runs.run(RunConfig(methods=("pep", "sparserec-kd"), **config), say=lambda line: None)
+    assert {row["name"] for row in results["rows"]} == {"dense", "SparseRec", "IMP", "PEP", "SparseRec, kd"}
+    (taught,) = (row for row in results["rows"] if row["name"] == "SparseRec, kd")
+    assert all(epoch["kd"] > 0 for epoch in taught["epochs"]) and taught["settings"]["alpha"] == 1
     assert "PEP" in report.result_tables(results)
 
 
