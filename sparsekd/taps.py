@@ -116,7 +116,12 @@ class FeatureTap(nn.Module):
 
 
 class _Recorder:
-    """The forward hook of one tapped module. `outputs` is a list while the tap runs and None otherwise."""
+    """The forward hook of one tapped module. `outputs` is a list while the tap runs and None otherwise.
+
+    `only_looks` says that a network without this hook computes the same: `freeze` leaves it out.
+    """
+
+    only_looks = True
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -19,6 +19,7 @@ def prepare(model: nn.Module) -> nn.Module:
     for module in copied.modules():
         if not isinstance(module, torch.jit.ScriptModule):
             _compute_weights(module)
+            _drop_hooks_that_only_look(module)
     return nn.Sequential(copied) if isinstance(copied, (*LAYERS, *LIFTED)) else copied
 
 
@@ -36,6 +37,13 @@ def _copy(model: nn.Module) -> nn.Module:
                     is_parameter = isinstance(tensor, nn.Parameter)
                     memo[id(tensor)] = nn.Parameter(plain, tensor.requires_grad) if is_parameter else plain
         return copy.deepcopy(model, memo)
+
+
+def _drop_hooks_that_only_look(module: nn.Module) -> None:
+    """The taps of a student that is still under its Distiller would keep its activations from being fused."""
+    for key, hook in list(module._forward_hooks.items()):
+        if getattr(hook, "only_looks", False):
+            del module._forward_hooks[key]
 
 
 def _compute_weights(module: nn.Module) -> None:

@@ -100,6 +100,15 @@ def test_a_norm_that_no_layer_takes_in_is_named():
     assert_frozen_equals(model, frozen, x)
 
 
+def test_a_tapped_student_is_fused_as_an_untapped_one():
+    model, x = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()), torch.randn(2, 3, 8, 8)
+    tap = sparsekd.FeatureTap(model, ["2"])
+    tap(x)
+    frozen = quick(model, x)
+    assert "bn+relu" in str(frozen.plan) and not any("hooks" in note for note in frozen.plan.notes)
+    assert len(tap(x)[1]) == 1, "the model's own tap still listens"
+
+
 def test_a_layer_with_a_hook_is_left_and_named():
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
     model[0].register_forward_hook(lambda module, args, y: 2 * y)
