@@ -231,11 +231,11 @@ class Classification(_RowGoal):
 class Click(_RowGoal):
     """The probability of a click (or of any yes): binary cross-entropy of logits [B] to targets 0 or 1 [B].
 
-    log_loss            mean binary cross-entropy, in nats.
-    normalised_entropy  log_loss over the entropy of the share of clicks (He et al., Practical Lessons from Predicting
-                        Clicks on Ads at Facebook, ADKDD 2014): below 1 is better than always predicting that share.
-    auc                 how often a click is ranked above a row without one; a tie counts one half.
-    calibration         predicted over observed clicks; 1 is best.
+    - ``log_loss``: mean binary cross-entropy, in nats.
+    - ``normalised_entropy``: log_loss over the entropy of the share of clicks (He et al., Practical Lessons from
+      Predicting Clicks on Ads at Facebook, ADKDD 2014): below 1 is better than always predicting that share.
+    - ``auc``: how often a click is ranked above a row without one; a tie counts one half.
+    - ``calibration``: predicted over observed clicks; 1 is best.
     """
 
     name: ClassVar[str] = "click"

@@ -1,23 +1,54 @@
-"""The code in docs/ runs."""
+"""README and docs: their code runs, their commands parse, their links lead somewhere."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parent.parent / "docs"
-EXAMPLES = [
-    pytest.param(code, id=f"{page.stem}-{number}")
-    for page in sorted(FOLDER.glob("*.md"))
-    for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
-]
+from sparsekd import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+NAMES = [page.name for page in PAGES]
 
 
-@pytest.mark.parametrize("code", EXAMPLES)
-def test_examples_run(code, tmp_path, monkeypatch):
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "docs", "exec"), {"__name__": "__main__"})
+    names = {"__name__": "__main__"}
+    for code in blocks(page, "python"):
+        exec(compile(code, str(page), "exec"), names)
 
 
-def test_there_are_examples():
-    assert len(EXAMPLES) >= 1
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_the_commands_of_a_page_are_commands(page):
+    inline = re.findall(r"`(sparsekd (?:run|bench|report) [^`]+)`", page.read_text())
+    lines = [line for block in blocks(page, "bash") for line in re.split(r"\n|&&", block)]
+    for line in [*inline, *lines]:
+        command, *arguments = shlex.split(line.replace("\n", " "), comments=True) or [""]
+        if command == "sparsekd" and arguments[-1:] != ["--help"]:
+            cli._parser().parse_args([a.replace("DIR...", "DIR") for a in arguments])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_the_links_of_a_page_lead_to_files(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_first_page_is_short_and_has_the_two_commands():
+    text = README.read_text()
+    assert len(blocks(README, "python")) == 2
+    assert re.findall(r"<!-- command: (\w+) -->", text) == ["run", "tests"]
+    assert len(text) < 6200, "what is longer belongs to docs/"
+
+
+def test_every_page_is_in_the_table_of_contents():
+    listed = re.findall(r"^([a-z-]+)$", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(page.stem for page in PAGES if page.name not in ("README.md", "index.md"))

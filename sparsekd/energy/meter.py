@@ -79,19 +79,20 @@ class Window:
 
 
 class EnergyMeter:
-    """Measure the energy of a block of code.
+    """Measure the energy of a block of code::
 
         with EnergyMeter("cpu") as meter:
             work()
         meter.reading.joules      # None where there is no counter; meter.reading.reason says why
 
-    device        "cpu", "cuda" (every GPU this process sees), "cuda:1", a torch.device or a list of cuda devices. None
-                  is "cuda" once torch has started CUDA in this process, else "cpu". For both, nest two meters.
-    source        a label of `LABELS` to insist on; "auto" takes the first that can be read
-    domains       fnmatch patterns of the CPU channels to add up, e.g. ["package-*"] to leave dram out
-    idle_seconds  measure the idle power for so long when the meter opens, and subtract it. Open it when all is loaded:
-                  a GPU with a CUDA context idles higher than one without.
-    min_ticks     fewer counter updates than this in a window give a warning; none at all, no joules
+    Args:
+        device: "cpu", "cuda" (every GPU this process sees), "cuda:1", a torch.device or a list of cuda devices. None is
+            "cuda" once torch has started CUDA in this process, else "cpu". For both, nest two meters.
+        source: a label of `LABELS` to insist on; "auto" takes the first that can be read.
+        domains: fnmatch patterns of the CPU channels to add up, e.g. ``["package-*"]`` to leave dram out.
+        idle_seconds: measure the idle power for so long when the meter opens, and subtract it. Open it when all is
+            loaded: a GPU with a CUDA context idles higher than one without.
+        min_ticks: fewer counter updates than this in a window give a warning; none at all, no joules.
 
     `with meter` is one window; `meter.window()` gives more on the same open counter, nested or in other threads. GPU
     work is waited for at both ends. A counter that cannot be read raises nothing: the reading says so. Raises

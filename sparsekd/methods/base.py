@@ -36,7 +36,7 @@ class PruneEvent:
 
 
 class Method:
-    """A student in training. As it stands, one that learns and is not pruned; subclasses prune it on the way.
+    """A student in training. As it stands, one that learns and is not pruned; subclasses prune it on the way::
 
         method = Method(distiller)
         optimizer = SGD([*method.student.parameters(), *method.parameters()], lr=0.05, momentum=0.9)

@@ -35,7 +35,7 @@ class Round(NamedTuple):
 
 
 class Staged(Method):
-    """A student under distillation and pruning, in stages, for use in any training loop.
+    """A student under distillation and pruning, in stages, for use in any training loop::
 
         method = LTHSAD(distiller, LinearSchedule(rate=0.05, every=4, final=0.55), epochs=60)
         optimizer = SGD([*student.parameters(), *method.parameters()], lr=0.05, momentum=0.9)
