@@ -335,7 +335,7 @@ def _recommend(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from . import recommend
 
     answer = recommend.Served(options.model).best(options.user, options.top)
-    print(f"user {options.user}, by {answer.rule}")
+    print(f"user {options.user}: {answer.rule}")
     for item, score in zip(answer.items, answer.scores, strict=True):
         print(f"{item}\t{score:.6g}")
     return 0

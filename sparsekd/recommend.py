@@ -40,8 +40,8 @@ __all__ = ["Answer", "Served", "save"]
 VERSION = 1
 _FORMAT = "sparsekd-recommender"
 _KEY = "sparsekd"
-BY_ROWS = "product of rows"
-BY_POPULARITY = "no interaction in training: the items that most users chose"
+BY_ROWS = "the items whose rows have the largest product with the row of the user"
+BY_POPULARITY = "no interaction in training, so the items that most users chose"
 _TABLE = ("values", "kept", "base", "counts")
 
 

@@ -124,6 +124,6 @@ def test_the_command(tmp_path, capsys):
     recommend.save(made(), task(), path)
     assert cli.main(["recommend", "--model", path, "--user", "zoë", "--top", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"user zoë, by {recommend.BY_POPULARITY}", "20\t3", "10\t1"]
+    assert lines == [f"user zoë: {recommend.BY_POPULARITY}", "20\t3", "10\t1"]
     assert cli.main(["recommend", "--model", path + "x", "--user", "zoë"]) == 2
     assert "does not exist" in capsys.readouterr().err
