@@ -1,13 +1,14 @@
 """The report of a run: `results.json` first, then everything else from it alone (terminal, Markdown, HTML).
 
 summary.py takes means over seeds, tables.py puts them into Markdown, page.py with charts.py into HTML; streams.py is
-the report of `sparsekd run stream`.
+the report of `sparsekd run stream`, sensitivity.py the page of a scan of layers.
 
     results.json
       schema, command, task, protocol   what was run, on which data (sha256), how, on which machine
                  (task.goal: the metrics, their headings and directions; the first one judges)
       baselines  [{name, setting, and a number for each metric}]     predictors that a network has to beat
-      rows       [{name, method, seed, target_density, metrics, epochs, ...}]    one for each trained network
+      rows       [{name, method, seed, target_density, budget, metrics, epochs, ...}]    one for each trained network;
+                 target_density is a share of what its budget counts, budget what was asked for, as in "macs=0.45"
       summary    [{name, method, target_density, seeds, selected, mean: {}, sd: {}}]
                  over seeds, sd is None for one; selected: this density of the method did best on the validation part
       published  {heading, rows: {name: {metric: value}}}            figures of others at the same task, where there are
@@ -25,6 +26,7 @@ from typing import Any
 from .. import checkpoint
 from ..goals import Classification, Regression
 from . import page, streams
+from .sensitivity import sensitivity_page, write_sensitivity
 from .summary import label, metrics_of, summarise
 from .tables import NOT_MEASURED, document, markdown_table
 from .tables import result_tables as _tables_of_networks
@@ -38,9 +40,11 @@ __all__ = [
     "metrics_of",
     "read",
     "result_tables",
+    "sensitivity_page",
     "summarise",
     "with_goal",
     "write",
+    "write_sensitivity",
 ]
 
 SCHEMA = 1

@@ -50,11 +50,15 @@ def html(runs: Sequence[Mapping[str, Any]]) -> str:
     """One page about one or several results (as `report.read` gives them, each with its summary)."""
     title = ", ".join(dict.fromkeys(run["task"]["name"] for run in runs))
     sections = "".join(_section(run) for run in runs)
+    return document(f"sparsekd: {title}", f"<h1>Distilled, pruned, frozen</h1>{sections}")
+
+
+def document(title: str, body: str) -> str:
+    """A page with the style of all reports."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>sparsekd: {escape(title)}</title><style>{STYLE}{charts.STYLE}</style></head>"
-        f"<body><h1>Distilled, pruned, frozen</h1>{sections}</body></html>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}{charts.STYLE}</style></head><body>{body}</body></html>\n"
     )
 
 
@@ -69,8 +73,8 @@ def _section(run: Mapping[str, Any]) -> str:
         "".join(f"<p class=small>{escape(note)}.</p>" for note in run["protocol"].get("notes", ())),
         _tables(run),
         '<div class="wide">',
-        _against_density(run, colours),
         _against_cost(run, colours, "latency_ms_frozen", "ms at batch 1, frozen", 1.0),
+        _against_density(run, colours),
         _against_cost(run, colours, "joules_frozen", "mJ an input, frozen", 1e3),
         "</div>",
         _curves(run, colours),
