@@ -24,10 +24,9 @@ import torch
 from torch import Tensor, nn
 
 import sparsekd
-from benchmarks.lib.models import MobileNetV2, resnet50, settle, wrn_16_2
+from benchmarks.lib.models import MobileNetV2, resnet50, settle, small_resnet18, wrn_16_2
 from benchmarks.lib.timing import write_json
 from sparsekd import models, timing
-from sparsekd.bench import budget
 from sparsekd.pruning import SCOPES, Budget, CostTable
 
 RATINGS = {"user_features": 64, "item_features": 64}
@@ -45,7 +44,7 @@ def ratings(batch: int) -> Inputs:
 
 # Name -> (the network, its inputs at a batch size, what stays dense).
 NETWORKS: dict[str, Network] = {
-    "resnet18": (partial(models.classifier, "resnet-18", 10), partial(images, 28), ("stem*",)),
+    "resnet18": (small_resnet18, partial(images, 28), ("stem*",)),
     "resnet50": (resnet50, partial(images, 224), ("stem*",)),
     "wrn-16-2": (wrn_16_2, partial(images, 32), ("stem*",)),
     "mobilenetv2": (MobileNetV2, partial(images, 224), ("stem*",)),
@@ -114,7 +113,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="to time a network for (2)")
     parser.add_argument("--out", metavar="FILE", help="JSON to write")
     options = parser.parse_args()
-    budgets = [budget(text) for text in options.budget]
+    budgets = [Budget.parse("benchmarks.costs", text) for text in options.budget]
     rows = []
     for threads in options.threads:
         torch.set_num_threads(threads)

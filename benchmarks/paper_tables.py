@@ -171,7 +171,7 @@ def table_4(kept: Sequence[Kept]) -> str:
         for score in files[group].results["baselines"]:
             rows.append([group, "ours", f"({score['name']})", f"{score['mae']:.4f}", f"{score['mse']:.4f}"])
         for entry in files[group].entries():
-            rows.append([group, "ours", _label(entry), _with_sd(entry, "mae"), _with_sd(entry, "mse")])
+            rows.append([group, "ours", report.label(entry), _with_sd(entry, "mae"), _with_sd(entry, "mse")])
     command = "sparsekd run movies --data DIR --group NAME"
     note = f"Ours: not run for {', '.join(missing)}; `{command}`, {_COPY}/movies-NAME.json."
     note = note if missing else ""
@@ -195,7 +195,7 @@ def power(kept: Sequence[Kept]) -> str:
         sad = file.mean("SAD")
         for entry in file.entries():
             if entry["name"] in PAPER_TABLE_3:
-                rows.append([f"ours: {file.task}", _label(entry), *_power_cells(entry["mean"], sad)])
+                rows.append([f"ours: {file.task}", report.label(entry), *_power_cells(entry["mean"], sad)])
     heading = ["data", "model", "training s", "kJ", "W", "seconds to SAD", "joules to SAD", "inference joules"]
     notes = sorted({row["energy_note"] for file in kept for row in file.results["rows"] if row.get("energy_note")})
     return _section(
@@ -231,10 +231,6 @@ def _change_or_none(value: float | None, base: float | None) -> str:
 
 def _change(value: float, base: float) -> str:
     return f"{100 * (value - base) / abs(base):+.2f} %"
-
-
-def _label(entry: Mapping[str, Any]) -> str:
-    return entry["name"] if entry["target_density"] is None else f"{entry['name']} @ {entry['target_density']:g}"
 
 
 def _with_sd(entry: Mapping[str, Any], metric: str, scale: float = 1.0, form: str = ".4f") -> str:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .blocks import check_density
 from .freeze import freeze
 from .freeze.measure import measure
-from .pruning import UNITS, Budget, count_macs, count_weights, sparsify
+from .pruning import Budget, count_macs, count_weights, sparsify
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -94,17 +94,6 @@ def bench(
     finally:
         torch.set_num_threads(before)
     return rows
-
-
-def budget(text: str) -> Budget:
-    """Of "unit=number": "macs=0.3" keeps 30 % of the multiply-adds, "latency_us=900" what takes 900 microseconds."""
-    unit, _, number = text.partition("=")
-    try:
-        return Budget.of("sparsekd bench", False, **{unit: float(number)})
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"sparsekd bench: --budget takes UNIT=NUMBER with one of {', '.join(UNITS)}, got {text!r}: {error}"
-        ) from None
 
 
 def _pruned(

@@ -138,15 +138,25 @@ def _add_run(commands: Any) -> None:
         nargs="+",
         type=float,
         metavar="D",
-        help="shares of the weights to keep (those that the task is usually run with)",
+        help="shares to keep of what --unit counts (those that the task is usually run with)",
     )
     run.add_argument(
         "--unit",
         choices=list(UNITS),
-        help=f"what the densities count ({usual.unit}): multiply-adds, bytes, or microseconds of the frozen network",
+        help="what the densities count: multiply-adds (the default; of --recipe paper weights), weights, bytes, or "
+        "microseconds of the frozen network",
     )
-    run.add_argument("--scope", choices=SCOPES, help="how methods choose blocks (each as its paper does)")
-    run.add_argument("--costs", metavar="FILE", help="times of the student's layers, for --unit latency_us")
+    run.add_argument(
+        "--budget",
+        dest="budgets",
+        nargs="+",
+        metavar="UNIT=N",
+        help="both in one: macs=0.3, latency_us=80, bytes=2e6, weights=0.2; up to 1 a share",
+    )
+    run.add_argument("--scope", choices=SCOPES, help="how methods choose blocks (cost; of weights as in the paper)")
+    run.add_argument(
+        "--costs", metavar="FILE", help="times of the student's layers, for --unit latency_us (measured now)"
+    )
     for name, explained in _own_options().items():
         run.add_argument(f"--{name}", metavar="NAME", help=explained)
     run.add_argument("--pattern", metavar="RxC", help=f"blocks to prune, outputs x inputs ({usual.pattern})")
@@ -287,6 +297,7 @@ def _config(options: argparse.Namespace, arguments: Sequence[str]) -> RunConfig:
 
 def _bench(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from . import bench
+    from .pruning import Budget
 
     sys.path.insert(0, "")  # as `python -m` does: the user's modules lie in the current folder
     try:
@@ -304,7 +315,7 @@ def _bench(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             batches=options.batch,
             threads=options.threads,
             densities=densities,
-            budgets=[bench.budget(text) for text in options.budget],
+            budgets=[Budget.parse("sparsekd bench", text) for text in options.budget],
             scope=options.scope,
             dtype=options.dtype,
             exclude=options.exclude,

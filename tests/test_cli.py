@@ -130,7 +130,16 @@ def test_quick_run_prints_its_table_and_report_prints_it_again(capsys, tmp_path,
     arguments = ["run", "--quick", "--method", "sp-sad", "ss-sad", "--density", "0.5", "0.3", "--out", str(out)]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
-    for name in ("constant", "ridge", "gradient boosting", "teacher", "student", "SAD", "SP-SAD @ 0.5", "SS-SAD @ 0.3"):
+    for name in (
+        "constant",
+        "ridge",
+        "gradient boosting",
+        "teacher",
+        "student",
+        "SAD",
+        "SP-SAD @ macs=0.5",
+        "SS-SAD @ macs=0.3",
+    ):
         assert f"| {name} " in printed
     assert str(out) in printed
     written = {path.name for path in out.iterdir()}
@@ -139,6 +148,26 @@ def test_quick_run_prints_its_table_and_report_prints_it_again(capsys, tmp_path,
     assert cli.main(["report", str(out)]) == 0
     assert printed.split("\n\nresults.json")[0].strip().removeprefix("synthetic").strip() in capsys.readouterr().out
     assert (out / "report.md").is_file()
+
+
+def test_budgets_of_a_run():
+    (config,) = cli.configs(["run", "movietweetings", "--budget", "latency_us=80", "latency_us=0.5"])
+    assert (config.unit, config.asked(), config.scope) == ("latency_us", (80.0, 0.5), "cost")
+    (config,) = cli.configs(["run", "movietweetings", "--unit", "bytes", "--density", "0.3"])
+    assert (config.unit, config.asked()) == ("bytes", (0.3,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "macs=0.5", "--density", "0.5"], "a budget says unit and density"),
+        (["--budget", "joules=3"], "--budget takes UNIT=NUMBER with one of weights, macs, bytes, latency_us, got 'j"),
+        (["--density", "1.5"], "density must lie in (0, 1], got 1.5"),
+    ],
+)
+def test_budgets_that_a_run_refuses(capsys, tmp_path, tiny, arguments, message):
+    assert message in failure(capsys, "run", "--quick", "--out", str(tmp_path / "out"), *arguments)
+    assert not (tmp_path / "out").exists()
 
 
 FACTORY = """

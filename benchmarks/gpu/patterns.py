@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    config = tasks.complete(RunConfig("movietweetings", methods=("sp-sad",), quick=options.quick))
+    config = tasks.complete(RunConfig("movietweetings", methods=("sp-sad",), unit="weights", quick=options.quick))
     task = tasks.entry_of(config.task).load(config)
     rows: list[dict[str, Any]] = []
     for seed in range(options.seeds):
@@ -70,7 +70,9 @@ def main(argv: list[str] | None = None) -> None:
             student = plan.students[-1]  # the pruned one
             for name in options.layout:
                 pattern, grouping = LAYOUTS[name]
-                network = dataclasses.replace(student, name=name, pattern=str(pattern), options={"grouping": grouping})
+                network = dataclasses.replace(
+                    student, name=name, pattern=str(pattern), options={**student.options, "grouping": grouping}
+                )
                 model = trained(task, network, seed, teacher, work / f"{name} {density}")
                 scores = {f"test_{metric}": value for metric, value in task.goal.scores(model, task.test).items()}
                 row = {"layout": name, "density": density, "seed": seed, "kept": kept_share(model)}

@@ -7,9 +7,11 @@ from .staged import Stage, Staged
 
 
 class LTHSAD(Staged):
-    """The smallest units of the whole student go, and the survivors start again from their values of epoch 0.
+    """Units of the whole student go, those that are worth least for what they cost, and the survivors start again from
+    their values of epoch 0.
 
-    The paper does not restart the learning rate with them; ``round(epoch)`` lets a loop do either.
+    The paper removes the smallest whatever they cost (a schedule of ``unit="weights"``, ``scope="global"``), and does
+    not restart the learning rate with the survivors; ``round(epoch)`` lets a loop do either.
     """
 
     name = "lth-sad"

@@ -7,14 +7,14 @@ from .staged import Stage, Staged
 
 
 class SPSAD(Staged):
-    """Every layer loses the same share of its units, the smallest of that layer; survivors keep their values.
+    """Units go while SAD distils, those that are worth least for what they cost; survivors keep their values.
 
     The unit is a block by default, which the kernels run; the paper prunes channels: ``granularity="filter"``, there
-    only on the inner channels of residual blocks (``include=["*.conv1"]``).
+    only on the inner channels of residual blocks (``include=["*.conv1"]``), by weights and the same share of every
+    layer (a schedule of ``unit="weights"``, ``scope="layer"``).
     """
 
     name = "sp-sad"
-    scope = "layer"
 
     def _plan(self, schedule: Schedule, epochs: int) -> list[Stage]:
         return [Stage("distil", epochs, schedule, rewinds=False)]

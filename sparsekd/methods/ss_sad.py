@@ -40,19 +40,26 @@ class SSSAD(Staged):
         **options: Any,
     ) -> None:
         self._initial, self._initial_epochs = initial, initial_epochs
+        if initial is not None and initial.is_absolute and not schedule.is_absolute:
+            raise ValueError(
+                f"SSSAD: initial ends at an absolute number, {initial.final:g}, but schedule counts shares; give both "
+                "the same way"
+            )
         super().__init__(distiller, schedule, epochs=epochs, **options)
 
     def _plan(self, schedule: Schedule, epochs: int) -> list[Stage]:
-        starts_at_zero = schedule.start == 0.0
-        if starts_at_zero:
-            schedule = _shared_out(schedule, None if self._initial is None else self._initial.final)
-        rate = schedule.rate if isinstance(schedule, LinearSchedule) else schedule.start
-        initial = self._initial or LinearSchedule(rate, schedule.every, final=schedule.start, unit=schedule.unit)
-        if initial.unit != schedule.unit:
+        given = self._initial
+        if given is not None and given.unit != schedule.unit:
             raise ValueError(
-                f"SSSAD: both stages must count the same, got initial.unit {initial.unit!r} and schedule.unit "
+                f"SSSAD: both stages must count the same, got initial.unit {given.unit!r} and schedule.unit "
                 f"{schedule.unit!r}"
             )
+        given = None if given is None else self._in_shares(given)
+        starts_at_zero = schedule.start == 0.0
+        if starts_at_zero:
+            schedule = _shared_out(schedule, None if given is None else given.final)
+        rate = schedule.rate if isinstance(schedule, LinearSchedule) else schedule.start
+        initial = given or LinearSchedule(rate, schedule.every, final=schedule.start, unit=schedule.unit)
         if initial.final != schedule.start:
             raise ValueError(
                 f"SSSAD: the second stage starts at {schedule.start} but the first ends at {initial.final}; "

@@ -50,10 +50,13 @@ class Staged(Method):
 
     Args:
         distiller: as in ``Method``; its student's layers are replaced in place: make the optimizer after the method.
-        schedule: what is removed when; ``final`` must be reached before the last epoch.
+        schedule: what is removed when, in the unit that it counts, multiply-adds by default; ``final`` must be reached
+            before the last epoch. One with absolute numbers needs to know what the dense student costs: of ``macs``
+            give ``example_inputs``, of ``latency_us`` ``costs``.
         epochs: length of the whole training, in boundaries: of a stream, its windows.
         granularity, pattern, grouping, include, exclude, score, seed, floor, costs: as in ``Pruner``.
-        scope: as in ``Pruner``; default: the method's own, ``"layer"`` for SP-SAD and ``"global"`` for the others.
+        scope: as in ``Pruner``, but ``"cost"`` by default. The paper removes the same share of every ``"layer"`` in
+            SP-SAD, and compares blocks of the whole student (``"global"``) in the others; it counts weights.
         example_inputs: as in ``Pruner``; default: the inputs of the first loss.
         rewind: ``"all"`` sets the whole student back at a prune, ``"weights"`` only the surviving weights of the pruned
             layers (biases, batch norm and unpruned layers go on). For methods that rewind.
@@ -61,8 +64,6 @@ class Staged(Method):
 
     A loop that changes the learning rate asks ``round(epoch)``; ``stage`` says whether the teacher takes part.
     """
-
-    scope: Literal["global", "layer", "cost"] = "global"  # of a subclass: its default
 
     def __init__(
         self,
@@ -75,7 +76,7 @@ class Staged(Method):
         grouping: Grouping | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
-        scope: Literal["global", "layer", "cost"] | None = None,
+        scope: Literal["global", "layer", "cost"] = "cost",
         score: Literal["magnitude", "lamp", "random"] | None = None,
         seed: int = 0,
         floor: float | None = None,
@@ -86,9 +87,8 @@ class Staged(Method):
     ) -> None:
         super().__init__(distiller)
         self.epochs, self.rewind, self.rewind_to = epochs, rewind, rewind_to
-        self.scope = self.scope if scope is None else scope
-        self.stages = self._plan(schedule, epochs)
-        self._check_plan()
+        if not schedule.is_absolute:  # of another the pruner says what it means
+            self._set_plan(schedule)
         self.boundary = 0  # number of the latest boundary that was passed
         self._target = 0.0  # share of the latest prune
         self.pruner = Pruner(
@@ -98,14 +98,26 @@ class Staged(Method):
             grouping=grouping,
             include=include,
             exclude=exclude,
-            scope=self.scope,
+            scope=scope,
             score=score,
             seed=seed,
             floor=floor,
             costs=costs,
             example_inputs=example_inputs,
-            rewindable=any(stage.rewinds for stage in self.stages),
+            rewindable=False,
         )
+        if schedule.is_absolute:
+            self._set_plan(self._in_shares(schedule))
+        if any(stage.rewinds for stage in self.stages):
+            self.pruner.snapshot()
+
+    def _set_plan(self, schedule: Schedule) -> None:
+        self.stages = self._plan(schedule, self.epochs)
+        self._check_plan()
+
+    def _in_shares(self, schedule: Schedule) -> Schedule:
+        """The schedule in shares of what the dense student costs."""
+        return schedule.in_shares(self.pruner.cost(schedule.unit)[0]) if schedule.is_absolute else schedule
 
     def _plan(self, schedule: Schedule, epochs: int) -> list[Stage]:
         """The stages of this method, one after the other, ``epochs`` long together."""

@@ -52,6 +52,17 @@ class Budget:
         return cls(unit, float(number), removed)
 
     @classmethod
+    def parse(cls, caller: str, text: str) -> Budget:
+        """Of "unit=number": "macs=0.3" keeps 30 % of the multiply-adds, "latency_us=900" what takes 900 us."""
+        unit, _, number = text.partition("=")
+        try:
+            return cls.of(caller, False, **{unit: float(number)})
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{caller}: --budget takes UNIT=NUMBER with one of {', '.join(UNITS)}, got {text!r}: {error}"
+            ) from None
+
+    @classmethod
     def to_remove(cls, caller: str, removed_share: float | Budget | None, **numbers: float | None) -> Budget:
         """Of a method that takes a share of the weights, or a budget, by position, or a budget by name."""
         if isinstance(removed_share, Budget):
@@ -111,14 +122,27 @@ class Linear:
         """What the layers cost now."""
         return float(sum(self._of_kept(units) for units in layers))
 
+    def left(self, layers: Sequence[Units], keep: Sequence[Tensor]) -> float:
+        """What the layers cost once of their kept entries only those in ``keep`` (bool) are there."""
+        return float(sum(self._of_entries(u, u.kept_sizes()[stay]) for u, stay in zip(layers, keep, strict=True)))
+
+    def gone(self, layers: Sequence[Units]) -> float:
+        """What is not there, and could come back."""
+        return float(sum(self._of_entries(units, units.gone().sizes) for units in layers))
+
     def grain(self, layers: Sequence[Units]) -> float:
         """The cost of the largest unit there is: no target can be asked to be nearer."""
         kept = [(units, units.kept()) for units in layers if units.num_kept]
         return max(float(self.marginal(units, entries).max()) for units, entries in kept)
 
+    def _of_entries(self, units: Units, sizes: Tensor) -> float:
+        if self.unit == "bytes":
+            return len(sizes) * _stored(units)
+        return int(sizes.sum()) * (self._uses[units.name] if self.unit == "macs" else 1)
+
     def _of_kept(self, units: Units) -> float:
         if self.unit == "bytes":
-            return len(units.kept_sizes()) * _stored(units)
+            return self._of_entries(units, units.kept_sizes())
         return units.num_kept * (self._uses[units.name] if self.unit == "macs" else 1)
 
     def _of_dense(self, units: Units) -> float:

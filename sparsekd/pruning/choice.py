@@ -218,3 +218,8 @@ def in_order(layers: Sequence[Units], scores: Scores | None) -> list[Tensor | No
             f"its layers are {', '.join(units.name for units in layers)}"
         )
     return [scores[units.name].detach() for units in layers]
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"Pruner: {name} must be one of {', '.join(allowed)}, got {value!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from ..blocks import BlockPattern
 from ..distributed import agree
 from .batch_norm import first_batch_norm
-from .budget import UNITS, Budget
-from .choice import SCOPES, Meter, Rule, Scores, Unreachable
+from .budget import UNITS, Budget, Linear
+from .choice import SCOPES, Meter, Rule, Scores, Unreachable, check_choice
 from .copies import attach_copy
 from .cost import CostTable
 from .grouping import Grouping
@@ -21,8 +21,8 @@ from .held import Held
 from .meters import Meters
 from .observe import observe
 from .rewind import Theta0, check_state
-from .surgery import check_optimizer, forget, state_slots
-from .units import prunable_layers
+from .surgery import check_optimizer, forget, parameter_ids, state_slots
+from .units import check_finite, prunable_layers
 
 COST_FLOOR = 0.02  # of the weights of a layer: less is seldom faster, and a layer that is nearly empty learns nothing
 
@@ -80,10 +80,10 @@ class Pruner:
         example_inputs: Sequence[Any] | None = None,
         rewindable: bool = True,
     ) -> None:
-        _check_choice("granularity", granularity, ("block", "filter", "unstructured"))
-        _check_choice("scope", scope, SCOPES)
+        check_choice("granularity", granularity, ("block", "filter", "unstructured"))
+        check_choice("scope", scope, SCOPES)
         score = score or ("lamp" if scope == "cost" else "magnitude")
-        _check_choice("score", score, ("magnitude", "lamp", "random"))
+        check_choice("score", score, ("magnitude", "lamp", "random"))
         if pattern is not None and granularity != "block":
             raise ValueError(f"Pruner: a pattern belongs to granularity 'block', got {pattern} with {granularity!r}")
         if grouping is not None and granularity != "block":
@@ -128,6 +128,11 @@ class Pruner:
     def predicted_us(self) -> tuple[float, float] | None:
         """Microseconds of the frozen network by the costs given: (when dense, now); None without."""
         return self._meters.us()
+
+    def cost(self, unit: str) -> tuple[float, float]:
+        """(when dense, now) in a unit of budgets. Raises ValueError where nothing can count in it: see ``prune_to``."""
+        meter = self._meters.of("Pruner.cost", unit)
+        return meter.dense, meter.total(self._layers)
 
     @property
     def num_dead_parameters(self) -> int:
@@ -181,7 +186,7 @@ class Pruner:
             attach_copy(self._layers, optimizer)
             return
         optimizer = check_optimizer(optimizer)
-        if not _parameter_ids([optimizer]) & {id(units.parameter) for units in self._layers}:
+        if not parameter_ids([optimizer]) & {id(units.parameter) for units in self._layers}:
             raise ValueError(
                 "Pruner.attach: the optimizer holds none of the pruned layers' parameters; "
                 "make it from model.parameters() after the Pruner, which replaces the layers"
@@ -191,7 +196,7 @@ class Pruner:
 
     def unattached(self) -> list[str]:
         """Names of pruned layers whose trainable weight is in no attached optimizer."""
-        known = _parameter_ids(self._optimizers)
+        known = parameter_ids(self._optimizers)
         return [u.name for u in self._layers if u.parameter.requires_grad and id(u.parameter) not in known]
 
     @torch.no_grad()
@@ -224,12 +229,8 @@ class Pruner:
             RuntimeError: if optimizers are attached but hold only some of the pruned weights, if the state of one
                 cannot shrink, and for what :meth:`check` finds.
         """
-        budget = Budget.to_remove(
-            "Pruner.prune_to", removed_share, weights=weights, macs=macs, bytes=bytes, latency_us=latency_us
-        )
-        self._check_ready("prune_to")
-        meter = self._meters.of("Pruner.prune_to", budget.unit)
-        now = meter.total(self._layers)
+        numbers = {"weights": weights, "macs": macs, "bytes": bytes, "latency_us": latency_us}
+        budget, meter, now = self._read("prune_to", removed_share, numbers)
         remove = budget.excess(meter.dense, now)
         if remove < 0 and remove < -meter.grain(self._layers):
             raise ValueError(
@@ -272,12 +273,8 @@ class Pruner:
         Raises:
             ValueError, RuntimeError: as :meth:`prune_to`.
         """
-        budget = Budget.to_remove(
-            "Pruner.grow_to", removed_share, weights=weights, macs=macs, bytes=bytes, latency_us=latency_us
-        )
-        self._check_ready("grow_to")
-        meter = self._meters.of("Pruner.grow_to", budget.unit)
-        now = meter.total(self._layers)
+        numbers = {"weights": weights, "macs": macs, "bytes": bytes, "latency_us": latency_us}
+        budget, meter, now = self._read("grow_to", removed_share, numbers)
         add = -budget.excess(meter.dense, now)
         if add < 0 and add < -meter.grain(self._layers):
             raise ValueError(
@@ -290,30 +287,39 @@ class Pruner:
         self._held.bury(self._optimizers)
 
     @torch.no_grad()
-    def exchange(self, share: float, scores: Scores | None = None) -> None:
-        """Drop the weakest ``share`` of the weights kept and bring back as many others, exact to one unit.
+    def exchange(self, share: float, scores: Scores | None = None, *, unit: str = "weights") -> None:
+        """Drop the weakest ``share`` of what is kept and bring back as much of the others, exact to one unit.
 
         One update of dynamic sparse training at an equal budget, as in SET and RigL. What was just dropped does not
-        come back; the rest is as in :meth:`prune_to` and :meth:`grow_to`, which takes the ``scores``.
+        come back; the rest is as in :meth:`prune_to` and :meth:`grow_to`, which takes the ``scores``. What counts is
+        what ``unit`` names: weights, ``"macs"`` or ``"bytes"``.
+
+        Raises ValueError for ``"latency_us"``: what a unit takes depends on those beside it.
         """
         if not 0.0 <= share < 1.0:
             raise ValueError(f"Pruner.exchange: share must lie in [0, 1), got {share}")
         self._check_ready("exchange")
-        moves, gone = share * self.num_kept, self.num_weights - self.num_kept
+        meter = self._meters.of("Pruner.exchange", unit)
+        if not isinstance(meter, Linear):
+            raise ValueError(
+                "Pruner.exchange: microseconds of single units do not add up, got unit='latency_us'; exchange macs, or "
+                "prune_to and grow_to in turn"
+            )
+        now = meter.total(self._layers)
+        moves, gone = share * now, meter.gone(self._layers)
         if moves > gone:
             raise ValueError(
-                f"Pruner.exchange: a share of {share} is {moves:.0f} weights, but only {gone} are gone and could come "
-                "back; prune first, or exchange less"
+                f"Pruner.exchange: a share of {share} is {moves:.0f} {UNITS[unit]}, but only {gone:.0f} are gone and "
+                "could come back; prune first, or exchange less"
             )
         if moves == 0:
             return
-        meter = self._meters.of("Pruner.exchange", "weights")
         try:
             keep = self._agree(self._rule.kept(self._layers, meter, moves, None))
         except Unreachable as error:
             raise ValueError(f"Pruner.exchange: {error.describe(None, meter.dense)}") from None
-        stays = sum(int(u.kept_sizes()[kept].sum()) for u, kept in zip(self._layers, keep, strict=True))
-        growth = self._plan_growth(meter, self.num_kept - stays, scores)  # among what is gone before the drop
+        dropped = now - meter.left(self._layers, keep)
+        growth = self._plan_growth(meter, dropped, scores)  # among what is gone before the drop
         dead = self._held.dead()
         self._drop(keep)
         self._grow(growth, dead)
@@ -395,6 +401,15 @@ class Pruner:
         self._rule.generator.set_state(state["generator"].cpu())
         self._held.collect()
 
+    def _read(
+        self, caller: str, removed_share: float | Budget | None, numbers: dict[str, float | None]
+    ) -> tuple[Budget, Meter, float]:
+        """The budget that a caller gave, what counts in its unit, and the cost of now."""
+        budget = Budget.to_remove(f"Pruner.{caller}", removed_share, **numbers)
+        self._check_ready(caller)
+        meter = self._meters.of(f"Pruner.{caller}", budget.unit)
+        return budget, meter, meter.total(self._layers)
+
     def _agree(self, entries: list[Tensor]) -> list[Tensor]:
         return agree(entries, self._layers[0].parameter.device)
 
@@ -425,24 +440,10 @@ class Pruner:
                 f"Pruner.{caller}: the weights of {', '.join(self.unattached())} are in no attached optimizer; "
                 "attach() every optimizer that trains them"
             )
-        for units in self._layers:
-            if not torch.isfinite(units.parameter).all():
-                raise ValueError(
-                    f"Pruner.{caller}: expected finite weights, got NaN or infinity in layer {units.name!r}: training "
-                    "has diverged; load a checkpoint from before, or lower the learning rate"
-                )
+        check_finite(f"Pruner.{caller}", self._layers)
         self.check()
 
     def _settings(self) -> dict[str, Any]:
         layers = {units.name: units.describe() for units in self._layers}
         settings = {"granularity": self.granularity, "scope": self.scope, "score": self.score, "layers": layers}
         return settings | ({"floor": self._rule.floor} if self._rule.floor else {})
-
-
-def _parameter_ids(optimizers: Iterable[Optimizer]) -> set[int]:
-    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"Pruner: {name} must be one of {', '.join(allowed)}, got {value!r}")

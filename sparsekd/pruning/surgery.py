@@ -106,3 +106,7 @@ def forget(parameters: Iterable[Tensor], optimizers: Iterable[Optimizer]) -> Non
                 optimizer.state[parameter]["step"].zero_()
             else:
                 optimizer.state.pop(parameter, None)
+
+
+def parameter_ids(optimizers: Iterable[Optimizer]) -> set[int]:
+    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Entries:
     worth: Tensor
 
     def unit_sizes(self) -> Tensor:
-        return self._sums(self.sizes)
+        return self._unit_sizes
 
     def unit_counts(self) -> Tensor:
         return self._sums(torch.ones_like(self.sizes))
@@ -41,9 +42,16 @@ class Entries:
         """``[units]``: worth of a unit for each weight in it."""
         return self._sums(self.worth) / self.unit_sizes()
 
+    @cached_property
+    def _unit_sizes(self) -> Tensor:
+        return self._sums(self.sizes)
+
+    @cached_property
+    def _units(self) -> int:
+        return int(self.unit.max()) + 1 if len(self.unit) else 0
+
     def _sums(self, of_entries: Tensor) -> Tensor:
-        units = int(self.unit.max()) + 1 if len(self.unit) else 0
-        return of_entries.new_zeros(units).index_add_(0, self.unit, of_entries)
+        return of_entries.new_zeros(self._units).index_add_(0, self.unit, of_entries)
 
 
 class BlockUnits:
@@ -330,3 +338,12 @@ def _make_sparse(
 
 def _row_of(layer: Any) -> BlockPattern:
     return BlockPattern(1, layer.weight.shape[1])
+
+
+def check_finite(caller: str, layers: Sequence[Units]) -> None:
+    for units in layers:
+        if not torch.isfinite(units.parameter).all():
+            raise ValueError(
+                f"{caller}: expected finite weights, got NaN or infinity in layer {units.name!r}: training has "
+                "diverged; load a checkpoint from before, or lower the learning rate"
+            )

@@ -26,6 +26,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], judge: Metric) -> list[dict[str
                 "name": name,
                 "method": group[0]["method"],
                 "target_density": density,
+                "budget": group[0].get("budget"),
                 "seeds": [row["seed"] for row in group],
                 "mean": {m: statistics.fmean(v) if v else None for m, v in known.items()},
                 "sd": {m: statistics.stdev(v) if v and len(v) > 1 else None for m, v in known.items()},
@@ -53,8 +54,11 @@ def metrics_of(results: Mapping[str, Any]) -> tuple[Metric, ...]:
 
 
 def label(entry: Mapping[str, Any]) -> str:
-    density = entry["target_density"]
-    return entry["name"] if density is None else f"{entry['name']} @ {density:g}"
+    """Of a row or of its summary: the name, and what it was pruned to, as in "SP-SAD @ macs=0.45". Runs from before
+    budgets had units counted weights, and say a bare number."""
+    if entry["target_density"] is None:
+        return str(entry["name"])
+    return f"{entry['name']} @ {entry.get('budget') or format(entry['target_density'], 'g')}"
 
 
 def _by_name(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

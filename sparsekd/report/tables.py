@@ -91,13 +91,16 @@ def _number(value: float | None, metric: Metric) -> str:
 
 def speed_table(summary: Sequence[Mapping[str, Any]]) -> tuple[list[str], _Rows]:
     batches = sorted({int(m.split("_")[-1]) for entry in summary for m in entry["mean"] if m.startswith("throughput_")})
-    heading = ["model", "latency ms, dense", "frozen", "frozen / dense"]
+    predicts = any(entry["mean"].get("predicted_us") is not None for entry in summary)
+    heading = ["model", "latency ms, dense", "frozen", *(["predicted"] if predicts else []), "frozen / dense"]
     for batch in batches:
         heading += [f"rows/s at batch {batch}, dense", "frozen"]
     heading += ["mJ a row, dense", "frozen"]
     rows = []
     for entry in summary:
         cells = [_cell(entry, f"latency_ms_{kind}", 1.0, ".3f") for kind in _SPEED_NAMES]
+        if predicts:
+            cells.append(_cell(entry, "predicted_us", 1e-3, ".3f"))
         cells.append(_cell(entry, "latency_ratio", 1.0, ".2f"))
         cells += [_cell(entry, f"throughput_{kind}_{batch}", 1.0, ".0f") for batch in batches for kind in _SPEED_NAMES]
         cells += [_cell(entry, f"joules_{kind}", 1e3, ".4g") for kind in _SPEED_NAMES]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..blocks import BlockPattern, check_density
-from ..pruning import SCOPES, check_unit
+from ..pruning import SCOPES, Budget, check_unit
 from .plans.network import KNOWN_METHODS, RANKING_METHODS_ALL
 
 
@@ -17,11 +17,15 @@ class RunConfig:
     task       a name out of `tasks.TASKS`; `options` are those that the task has for itself, as {"group": "social"}.
     data_dir   folder of the data files, None for the embedded ones.
     methods    names out of METHODS and ABLATIONS; None: those that the task is usually run with.
-    densities  shares of the prunable weights to keep, in (0, 1]; each below 1 makes a student of every method (1 is the
-               SAD row that every run has). None: those that the task is usually run with.
-    unit       what the densities count: "weights", multiply-adds ("macs"), "bytes", or the predicted time of the frozen
-               network ("latency_us"), which needs `costs`, a file of `CostTable.save` for the student.
-    scope      how the methods choose, as in `Pruner`: "cost", "global" or "layer"; None: each as its paper does.
+    densities  shares to keep of what `unit` counts in the layers that are pruned, in (0, 1]; each below 1 makes a
+               student of every method (1 is the SAD row that every run has). None: those that the task is usually run
+               with.
+    budgets    instead of unit and densities, texts as in "macs=0.3" or "latency_us=80": above 1 a number that stays.
+    unit       what the densities count: multiply-adds ("macs"), "weights", "bytes", or the predicted time of the frozen
+               network at batch 1 ("latency_us"). None: multiply-adds, or weights by the published recipe.
+    scope      how the methods choose, as in `Pruner`: "cost", "global" or "layer"; None: by cost, but where weights are
+               counted as each method has it in the paper.
+    costs      a file of `CostTable.save` for the student, for `unit` "latency_us"; None: measured now, kept in `out`.
     seeds      how many; seed s initialises all students of that seed alike.
     quick      fewer rows, fewer epochs, short timings: to see it work, not to quote.
     pattern    blocks that are pruned, outputs x inputs: "16x1", on every device, so that they can be compared. GPU
@@ -44,7 +48,8 @@ class RunConfig:
     options: dict[str, Any] = field(default_factory=dict)
     methods: tuple[str, ...] | None = None
     densities: tuple[float, ...] | None = None
-    unit: str = "weights"
+    budgets: tuple[str, ...] | None = None
+    unit: str | None = None
     scope: str | None = None
     costs: str | None = None
     seeds: int = 1
@@ -62,21 +67,23 @@ class RunConfig:
     command: str = "sparsekd.runs.run"
 
     def __post_init__(self) -> None:
-        for name in ("densities", "methods"):  # each once, in the order given
+        for name in ("densities", "budgets", "methods"):  # each once, in the order given
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         for density in self.densities or ():
             check_density("sparsekd run", density)
-        check_unit("sparsekd run", self.unit)
-        if (self.unit == "latency_us") != (self.costs is not None):
+        self._check_budgets()
+        if self.unit is not None:
+            check_unit("sparsekd run", self.unit)
+        if self.costs is not None and self.unit != "latency_us":
             raise ValueError(
                 f"sparsekd run: a table of costs belongs to the unit latency_us, got unit {self.unit} and costs "
-                f"{self.costs}; CostTable.measure(student, inputs).save(path) makes one"
+                f"{self.costs}; leave one of them out"
             )
         if self.scope not in (None, *SCOPES):
             raise ValueError(f"sparsekd run: scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
         BlockPattern.parse(self.pattern)
-        known = (*RANKING_METHODS_ALL, *KNOWN_METHODS)
+        known = (*KNOWN_METHODS, *RANKING_METHODS_ALL)
         for method in self.methods or ():
             if method not in known:
                 raise ValueError(f"sparsekd run: method must be one of {', '.join(known)}, got {method!r}")
@@ -85,3 +92,22 @@ class RunConfig:
                 raise ValueError(f"sparsekd run: {name} must be at least 1, got {number}")
         if self.stop_after is not None and not self.stop_after > 0:
             raise ValueError(f"sparsekd run: stop_after must be more than 0 minutes, got {self.stop_after}")
+
+    def asked(self) -> tuple[float, ...]:
+        """Shares, and numbers above 1, of what a complete run counts."""
+        if self.budgets is not None:
+            return tuple(Budget.parse("sparsekd run", text).number for text in self.budgets)
+        return self.densities or ()
+
+    def _check_budgets(self) -> None:
+        if self.budgets is None:
+            return
+        units = sorted({Budget.parse("sparsekd run", text).unit for text in self.budgets})
+        if len(units) > 1:
+            raise ValueError(f"sparsekd run: all budgets of a run count the same, got {' and '.join(units)}")
+        if self.densities is not None or self.unit not in (None, *units):
+            raise ValueError(
+                f"sparsekd run: a budget says unit and density, got unit {self.unit} and densities {self.densities} "
+                f"beside {', '.join(self.budgets)}; leave them out"
+            )
+        object.__setattr__(self, "unit", units[0])

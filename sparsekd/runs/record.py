@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from .. import backends, checkpoint, processor, recommend
+from .. import backends, checkpoint, processor, recommend, report
 from ..convert import SPARSE_TYPES, named_layers
 from ..data import Task
 from ..goals import Ranking, predict
 from ..models import MF, LightGCN
-from ..pruning import count_macs
+from ..pruning import CostTable, count_macs
 from ..version import __version__
 from .config import RunConfig
 from .epochs import picked_epoch
@@ -97,6 +97,7 @@ def _described(finished: Finished, density: float | None, model: nn.Module, task
         "weights_kept": kept_share(model),
         "macs_kept": macs / dense_macs if dense_macs else 1.0,
         "macs": macs,
+        **({} if network.costs is None else {"predicted_us": CostTable.load(network.costs).predict(model)}),
         "parameters": count_parameters(model),
         "file_bytes": (finished.folder / network.file(density)).stat().st_size,
         "train_seconds": sum(epoch["seconds"] for epoch in spent),
@@ -109,6 +110,7 @@ def _described(finished: Finished, density: float | None, model: nn.Module, task
         "method": network.method,
         "seed": finished.seed,
         "target_density": density,
+        "budget": None if density is None else network.asked.get(density),
         "best_epoch": picked["epoch"],
         "metrics": metrics,
         "energy_note": "",
@@ -163,12 +165,11 @@ def kept_blocks(model: nn.Module) -> dict[str, dict[str, Any]]:
 def in_one_line(row: Mapping[str, Any], task: Task) -> str:
     """What the terminal shows when a network has finished."""
     metrics = row["metrics"]
-    density = "" if row["target_density"] is None else f" @ {row['target_density']:g}"
     scores = ", ".join(
         f"{metric.heading} {metric.scale * metrics[metric.name]:.{metric.digits}f}" for metric in task.goal.metrics
     )
     return (
-        f"seed {row['seed']}  {row['name']}{density}: {scores}, "
+        f"seed {row['seed']}  {report.label(row)}: {scores}, "
         f"{metrics['weights_kept']:.1%} of the weights, {metrics['macs_kept']:.1%} of the work, "
         f"trained in {metrics['train_seconds']:.0f} s"
     )

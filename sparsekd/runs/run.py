@@ -37,7 +37,7 @@ from torch import nn
 from .. import checkpoint, report
 from ..data import Task
 from ..pruning import CostTable
-from . import baselines, record, tasks
+from . import baselines, budgets, record, tasks
 from .config import RunConfig
 from .epochs import STATE, fit
 from .memory import keep_freed_memory
@@ -70,9 +70,11 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[st
     loaded = entry.load(config)
     runtime = start(config, entry.on_gpu, deadline)
     task = loaded.to(runtime.device)
+    out = tasks.folder_of(config, task)
+    if config.unit == "latency_us" and config.costs is None:
+        config = _with_costs(config, task, out, say)
     plan = tasks.plan_of(task, config)
     _check_costs(plan)
-    out = tasks.folder_of(config, task)
     out.mkdir(parents=True, exist_ok=True)  # raises now, not after the first epoch, where there can be no such folder
     if config.fresh and rank() == 0:
         clear(out)
@@ -160,6 +162,15 @@ class _Run:
         if self.plan.published is not None:
             results["published"] = self.plan.published
         return results
+
+
+def _with_costs(config: RunConfig, task: Task, out: Path, say: Callable[[str], None]) -> RunConfig:
+    """The run with the costs of its student: rank 0 measures them, once for a folder."""
+    if rank() == 0:
+        path = budgets.measure(config, task, tasks.plain_student(task, config), out)
+        say(f"the student is pruned by the costs of its layers in {path}")
+    wait_for_all()
+    return dataclasses.replace(config, costs=str(out / budgets.COSTS))
 
 
 def _check_costs(plan: Plan) -> None:

@@ -12,16 +12,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from .. import data, models
 from ..data import Task
 from ..data.movies import GROUPS
 from ..methods import METHODS
+from . import budgets
 from .config import RunConfig
 from .plans import images, rankings, ratings
-from .plans.network import KNOWN_METHODS, RANKING_METHODS, RANKING_METHODS_ALL, Plan
-from .plans.recipe import Recipe
+from .plans.network import KNOWN_METHODS, RANKING_METHODS, RANKING_METHODS_ALL, Counting, Plan
+from .plans.recipe import RECIPES, Recipe
 
-__all__ = ["TASKS", "Entry", "Option", "check_is_one", "complete", "entry_of", "folder_of", "plan_of", "several"]
+__all__ = [
+    "TASKS",
+    "Entry",
+    "Option",
+    "check_is_one",
+    "complete",
+    "entry_of",
+    "folder_of",
+    "plain_student",
+    "plan_of",
+    "several",
+]
 
 
 @dataclass(frozen=True)
@@ -67,12 +81,18 @@ class Entry:
     on_gpu: bool = False
 
 
+# By the published recipe a run counts weights, and each method chooses as in the paper.
+_RATINGS_RECIPE = Option("recipe", "ours", RECIPES, "ours, or paper to count weights as it does", in_folder=True)
+
+
 def _load_ratings(name: str, config: RunConfig) -> Task:
-    return ratings.shortened(data.load(name, config.data_dir, **config.options), config.quick)
+    of_reader = {option: value for option, value in config.options.items() if option != "recipe"}
+    return ratings.shortened(data.load(name, config.data_dir, **of_reader), config.quick)
 
 
 def _rated(name: str, recipe: Recipe) -> Entry:
-    return Entry(load=partial(_load_ratings, name), plan=partial(ratings.of_ratings, recipe=recipe))
+    plan = partial(ratings.of_ratings, recipe=recipe)
+    return Entry(load=partial(_load_ratings, name), plan=plan, options=(_RATINGS_RECIPE,))
 
 
 def _image_densities(options: Mapping[str, Any]) -> tuple[float, ...]:
@@ -87,7 +107,10 @@ TASKS: dict[str, Entry] = {
     "movies": Entry(
         load=partial(_load_ratings, "movies"),
         plan=ratings.of_films,
-        options=(Option("group", "all", (*GROUPS, "all"), "features of the films; all: a run of each", each="all"),),
+        options=(
+            Option("group", "all", (*GROUPS, "all"), "features of the films; all: a run of each", each="all"),
+            _RATINGS_RECIPE,
+        ),
     ),
     "cifar100": Entry(
         load=partial(images.load, "cifar100"),
@@ -95,7 +118,7 @@ TASKS: dict[str, Entry] = {
         options=(
             Option("teacher", "wrn-40-2", _NETWORKS, "wrn-40-2, resnet-34, ..."),
             Option("student", "wrn-16-2", _NETWORKS, "wrn-16-2, resnet-18, mobilenet-v2, ..."),
-            Option("recipe", "ours", images.RECIPES, "ours, or paper for its Table 2", in_folder=True),
+            Option("recipe", "ours", RECIPES, "ours, or paper for its Table 2", in_folder=True),
             Option("protocol", "full", tuple(images.PROTOCOLS), "full, or reduced for a CPU", in_folder=True),
         ),
         methods=KNOWN_METHODS,
@@ -138,8 +161,21 @@ def complete(config: RunConfig) -> RunConfig:
             raise ValueError(f"sparsekd run: {config.task} is trained by {', '.join(entry.known)}, got {method!r}")
     options = {option.name: option.default for option in entry.options} | config.options
     methods = entry.methods if config.methods is None else config.methods
-    densities = entry.densities(options) if config.densities is None else config.densities
-    return dataclasses.replace(config, options=options, methods=methods, densities=densities)
+    densities = config.densities
+    if densities is None and config.budgets is None:
+        densities = entry.densities(options)
+    unit = config.unit or _usual_unit(options)
+    scope = config.scope or _usual_scope(unit)
+    return dataclasses.replace(config, options=options, methods=methods, densities=densities, unit=unit, scope=scope)
+
+
+def _usual_unit(options: Mapping[str, Any]) -> str:
+    return "weights" if options.get("recipe") == "paper" else "macs"
+
+
+def _usual_scope(unit: str) -> str | None:
+    """None: as each method has it in the paper, which counts weights."""
+    return None if unit == "weights" else "cost"
 
 
 def _not_its_own(task: str, name: str, value: Any) -> str:
@@ -182,8 +218,27 @@ def plan_of(task: Task, config: RunConfig) -> Plan:
             "sparsekd run: the published recipe counts weights, each method in its own scope; "
             f"got unit {config.unit} and scope {config.scope}; leave them out, or take --recipe ours"
         )
-    plan = entry_of(config.task).plan(task, config)
-    return plan.in_blocks(config.pattern).counting(config.unit, config.scope, config.costs)
+    shares = budgets.in_shares(config, task, lambda: plain_student(task, config)())
+    plan = entry_of(config.task).plan(task, dataclasses.replace(config, budgets=None, densities=tuple(shares)))
+    counted = Counting(unit_of(config), config.scope, config.costs, shares)
+    return plan.in_blocks(config.pattern).counting(counted)
+
+
+def plain_student(task: Task, config: RunConfig) -> Callable[[], nn.Module]:
+    """What makes the student that a complete run prunes."""
+    plan = entry_of(config.task).plan(task, dataclasses.replace(config, budgets=None, densities=(1.0,)))
+    if not plan.students:
+        raise ValueError(
+            f"sparsekd run: {config.task} keeps shares of the entries of tables, got "
+            f"{', '.join(config.budgets or (f'unit {config.unit}',))}; give --density"
+        )
+    return plan.students[0].make
+
+
+def unit_of(config: RunConfig) -> str:
+    """What the densities of a complete run count."""
+    assert config.unit is not None  # `complete` has filled it in
+    return config.unit
 
 
 def folder_of(config: RunConfig, task: Task) -> Path:
@@ -193,7 +248,9 @@ def folder_of(config: RunConfig, task: Task) -> Path:
     options = entry_of(config.task).options
     differs = [config.options[o.name] for o in options if o.in_folder and config.options[o.name] != o.default]
     parts = [task.name, *differs]
-    parts += [word for word in (config.unit, config.scope) if word not in ("weights", None)]
+    unit = unit_of(config)
+    usual = (None, _usual_unit(config.options), _usual_scope(unit))
+    parts += [word for word in (unit, config.scope) if word not in usual]
     if config.quick:
         parts.append("quick")
     return Path("runs") / "-".join(parts)

@@ -18,7 +18,7 @@ def small():
 
 def test_rows_say_what_was_predicted_and_measured(capsys):
     network = (small, lambda batch: (torch.randn(batch, 3, 24, 24),), ("0",))
-    budgets = [costs.budget("macs=0.3"), costs.budget("latency_us=0.99")]
+    budgets = [costs.Budget.parse("x", text) for text in ("macs=0.3", "latency_us=0.99")]
     rows = costs.rows_of("small", network, 2, budgets, ["layer"], seconds=0.01, layer_ms=0.5)
     assert [row["budget"] for row in rows] == ["macs=0.3", "latency_us=0.99"]
     for row in rows:

@@ -12,7 +12,8 @@ from torch.optim import Adagrad
 import sparsekd
 from sparsekd import BlockPattern
 from sparsekd.nn import SparseConv2d
-from sparsekd.pruning import DenseGradients, Grouping, Pruner, grow_blocks
+from sparsekd.pruning import CostTable, DenseGradients, Grouping, LayerCost, Pruner, grow_blocks
+from sparsekd.pruning.cost import network_of
 from sparsekd.pruning.held import ALIVE
 
 from ..cases import through_files
@@ -402,3 +403,29 @@ def test_dense_gradients_that_nobody_computed():
     pruner = pruner_of(Net())
     with DenseGradients(pruner) as gradients, pytest.raises(RuntimeError, match="no gradient has reached conv1"):
         gradients.scores()
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "cost"])
+@pytest.mark.parametrize("unit", ["macs", "bytes"])
+def test_an_exchange_counts_in_its_unit(unit, scope):
+    pruner = pruner_of(Net(), pattern=BlockPattern(4, 1), scope=scope)
+    pruner.prune_to(**{unit: 0.5})
+    before, masks = pruner.cost(unit)[1], pruner.masks()
+    pruner.exchange(0.3, unit=unit)
+    pruner.check()
+    grain = {"macs": 4 * 36, "bytes": 20}[unit]
+    assert pruner.cost(unit)[1] == pytest.approx(before, abs=2 * grain)
+    assert any(not torch.equal(mask, masks[name]) for name, mask in pruner.masks().items())
+
+
+def test_an_exchange_of_microseconds_is_refused():
+    net = Net()
+    layers = {name: LayerCost("4x1", 9.0, (0.5,), (5.0,)) for name in ("conv1", "conv2", "head")}
+    shapes = {"machine": "m", "isa": "avx2", "threads": 1, "batch": 1, "inputs": (), "dtype": "float32"}
+    costs = CostTable(**shapes, weights="float32", network=network_of(net), rest_us=1.0, layers=layers)
+    pruner = pruner_of(net, pattern=BlockPattern(4, 1), costs=costs)
+    pruner.prune_to(0.5)
+    masks = pruner.masks()
+    with pytest.raises(ValueError, match=r"microseconds of single units do not add up.*exchange macs"):
+        pruner.exchange(0.3, unit="latency_us")
+    assert all(torch.equal(mask, masks[name]) for name, mask in pruner.masks().items())

@@ -4,9 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsekd.pruning import (
-    LinearSchedule,
-)
+from sparsekd.pruning import LinearSchedule, ListedSchedule
 
 
 def test_the_schedule_is_linear_in_the_original_count():
@@ -42,3 +40,31 @@ def test_rounding_adds_no_prune():
     schedule = LinearSchedule(rate=final / 3, every=2, final=final)
     assert schedule.prunes == 3
     assert schedule.removed_after(6) == schedule.removed_after(8) == final
+
+
+def test_a_number_above_one_says_what_stays():
+    schedule = LinearSchedule(rate=0.3, every=2, final=80, unit="latency_us")
+    shares = schedule.in_shares(200.0)
+    assert schedule.is_absolute and not shares.is_absolute and shares.final == pytest.approx(0.6)
+    assert [shares.removed_after(epoch) for epoch in (1, 2, 4)] == pytest.approx([0.0, 0.3, 0.6])
+    assert shares.in_shares(50.0) is shares
+    listed = ListedSchedule((3e6, 2e6), every=1)
+    assert listed.unit == "macs" and listed.in_shares(4e6).targets == pytest.approx((0.25, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (
+            lambda: LinearSchedule(0.3, 2, final=80).in_shares(80.0),
+            "macs=80 is to stay, but the dense network has only 80",
+        ),
+        (lambda: LinearSchedule(0.3, 2, final=float("inf")), r"final must lie in \(0, 1\), got inf"),
+        (lambda: ListedSchedule((2e6, 3e6), 1), "or fall as numbers of multiply-adds above 1"),
+        (lambda: ListedSchedule((0.5, 3e6), 1), "or fall as numbers of multiply-adds above 1"),
+        (lambda: ListedSchedule((100.0,), 1, unit="bytes").in_shares(9.0), "bytes=100 is to stay"),
+    ],
+)
+def test_numbers_that_cannot_stay_are_refused(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()

@@ -57,7 +57,13 @@ def test_paper_recipes_are_those_of_its_table(task):
     assert {network.pattern for network in found.values()} == {"16x1"}
     assert found["sad"].recipe.milestones == (150, 180, 210) and found["sad"].beta == 200
     assert (found["magnitude"].alpha, found["magnitude"].beta) == (0, 0)
-    assert found["random"].options == {"score": "random"} and found["at"].features == "at"
+    assert {name: found[name].options["scope"] for name in METHODS} == {
+        "sp-sad": "layer",
+        "lth-sad": "global",
+        "ss-sad": "global",
+    }
+    assert {found[name].schedule.unit for name in METHODS} == {"weights"}
+    assert found["random"].options == {"score": "random", "scope": "layer"} and found["at"].features == "at"
     reduced = planned(task, densities, recipe="paper", protocol="reduced")
     for network in reduced.values():
         assert network.recipe.epochs < found[network.folder].recipe.epochs / 9
@@ -116,7 +122,7 @@ def test_a_sweep_makes_a_row_of_every_density(folder, tmp_path, tiny):
     assert names[:5] == ["teacher", "student", "KD", "AT", "SAD"] and len(names) == 5 + 2 * 5
     for row in results["rows"][5:]:
         metrics = row["metrics"]
-        assert metrics["weights_kept"] == pytest.approx(row["target_density"], abs=0.02)
+        assert metrics["macs_kept"] == pytest.approx(row["target_density"], abs=0.02)
         assert 0 <= metrics["accuracy"] <= 1 and "latency_ratio" not in metrics
         (kept,) = {tuple(one["shape"]) for name, one in row["blocks"].items() if name == "block.conv2"}
         assert kept == (2, 32, 3, 3)
@@ -130,7 +136,7 @@ def test_a_sweep_makes_a_row_of_every_density(folder, tmp_path, tiny):
     chosen = [e["target_density"] for e in results["summary"] if e["name"] == "LTH-SAD" and e["selected"]]
     best = max((first, second), key=lambda row: row["metrics"]["val_accuracy"])
     assert chosen == [best["target_density"]]
-    assert "LTH-SAD @ 0.6" in report.result_tables(results)
+    assert "LTH-SAD @ macs=0.6" in report.result_tables(results)
 
 
 def test_stops_in_time_and_goes_on_with_the_same_bits(folder, tmp_path, tiny):

@@ -1,18 +1,20 @@
 """A run trains, measures, reports, goes on where it was stopped, and mixes nothing up."""
 
+import copy
 import dataclasses
 import importlib
 import json
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sparsekd import checkpoint, runs
+from sparsekd import checkpoint, report, runs
 from sparsekd.backends import cpu
 from sparsekd.goals import predict
-from sparsekd.pruning import CostTable, LayerCost
+from sparsekd.pruning import CostTable, LayerCost, Pruner
 from sparsekd.pruning.cost import network_of
 from sparsekd.runs import OutOfTime, RunConfig, record
 from sparsekd.runs.state import StateFile
@@ -72,12 +74,61 @@ def test_a_run_counts_in_its_unit(task, untimed, tmp_path, unit, scope, kept):
 def test_units_and_costs_that_do_not_fit_are_refused():
     for fields, says in (
         ({"unit": "joules"}, "a budget counts one of weights"),
-        ({"unit": "latency_us"}, "a table of costs belongs to the unit latency_us, got unit latency_us and costs None"),
-        ({"costs": "costs.json"}, "got unit weights and costs costs.json"),
+        ({"costs": "costs.json"}, "got unit None and costs costs.json"),
+        ({"unit": "macs", "costs": "costs.json"}, "belongs to the unit latency_us, got unit macs and costs costs.json"),
+        (
+            {"budgets": ("macs=0.5",), "densities": (0.5,)},
+            "a budget says unit and density, got unit None and densities",
+        ),
+        ({"budgets": ("macs=0.5",), "unit": "bytes"}, "got unit bytes and densities None beside macs=0.5"),
+        ({"budgets": ("macs=0.5", "bytes=9")}, "all budgets of a run count the same, got bytes and macs"),
+        ({"budgets": ("macs=inf",)}, "a number of multiply-adds above 1, got inf"),
         ({"scope": "everywhere"}, "scope must be one of global, layer, cost, got 'everywhere'"),
     ):
         with pytest.raises(ValueError, match=says):
             RunConfig(**fields)
+
+
+def test_a_run_is_pruned_to_a_number(task, untimed, tmp_path):
+    config = RunConfig("synthetic", methods=("sp-sad",), quick=True, pattern="4x1", out=str(tmp_path))
+    dense = runs.run(config, lambda line: None)[0]["rows"][2]["metrics"]["macs"]
+    said = []
+    results, _ = runs.run(dataclasses.replace(config, budgets=(f"macs={0.4 * dense!r}",)), said.append)
+    row = results["rows"][3]
+    assert row["metrics"]["macs"] == pytest.approx(0.4 * dense, rel=0.03) and row["target_density"] == pytest.approx(
+        0.4
+    )
+    assert row["budget"] == f"macs={0.4 * dense:g}" and f"SP-SAD @ macs={0.4 * dense:g}: " in said[-1]
+    assert f"SP-SAD @ macs={0.4 * dense:g} " in (tmp_path / "report.md").read_text()
+    with pytest.raises(ValueError, match=r"macs=1e\+12 is to stay, but the dense student has only"):
+        runs.run(dataclasses.replace(config, budgets=("macs=1e12",)), lambda line: None)
+
+
+def test_costs_are_measured_once_where_none_are_given(task, untimed, tmp_path, monkeypatch):
+    measured = []
+
+    def measure(model, inputs, *, pattern, exclude, layer_ms):
+        measured.append(inputs[0].shape[0])
+        layers = Pruner(copy.deepcopy(model), pattern=pattern, exclude=exclude).layers()
+        costs = {name: LayerCost(str(pattern), 10.0, (0.1, 0.5), (1.0, 5.0)) for name in layers}
+        isa = "none" if cpu.native is None else cpu.native.isa()
+        return CostTable("here", isa, 1, 1, ((1, 6),), "float32", "float32", network_of(model), 2.0, costs)
+
+    monkeypatch.setattr(CostTable, "measure", staticmethod(measure))
+    monkeypatch.setattr(CostTable, "load", partial(CostTable.load, of_this_machine=False))
+    config = RunConfig("synthetic", methods=("sp-sad",), budgets=("latency_us=0.5", "latency_us=20"), quick=True)
+    config = dataclasses.replace(config, pattern="4x1", out=str(tmp_path))
+    results, _ = runs.run(config, lambda line: None)
+    dense = CostTable.load(tmp_path / "costs.json").dense_us
+    for row, name, us in zip(
+        results["rows"][3:], ("latency_us=0.5", "latency_us=20"), (0.5 * dense, 20.0), strict=True
+    ):
+        assert row["budget"] == name and row["metrics"]["predicted_us"] == pytest.approx(us, rel=0.05)
+    results["rows"][3]["metrics"]["latency_ms_dense"] = 1.0
+    table = report.result_tables({**results, "summary": None})
+    assert " predicted |" in table and " 0.020 |" in table
+    runs.run(config, lambda line: None)
+    assert measured == [1]
 
 
 def test_costs_are_read_before_anything_is_trained(task, tmp_path, monkeypatch):
@@ -120,7 +171,7 @@ def test_run_measures_the_frozen_student(task, tmp_path, monkeypatch):
     assert folder == tmp_path / "out"
     assert [row["name"] for row in results["rows"]] == ["teacher", "student", "SAD", "LTH-SAD"]
     metrics = results["rows"][3]["metrics"]
-    assert metrics["weights_kept"] == pytest.approx(0.45, abs=0.03)
+    assert metrics["macs_kept"] == pytest.approx(0.45, abs=0.03)
     assert metrics["frozen_difference"] <= 1e-3
     saved = checkpoint.load(student_of(task), folder / "seed0/lth-sad-0.45/model.safetensors")
     mse = float((predict(saved, task.test).clamp(1, 10) - task.test.target).square().mean())
@@ -137,7 +188,7 @@ def test_run_goes_on_adds_seeds_and_starts_afresh(task, tmp_path, monkeypatch, u
     config = RunConfig("synthetic", methods=("lth-sad",), quick=True, out=str(tmp_path))
     said = []
     first, _ = runs.run(config, said.append)
-    assert sum("LTH-SAD @ 0.45" in line for line in said) == 1
+    assert sum("LTH-SAD @ macs=0.45" in line for line in said) == 1
     two, _ = runs.run(dataclasses.replace(config, seeds=2), said.append)
     assert [row["seed"] for row in two["rows"]] == [0] * 4 + [1] * 4
     assert two["rows"][:4] == first["rows"]

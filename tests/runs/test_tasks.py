@@ -22,13 +22,29 @@ def test_defaults_are_those_of_the_task():
 
 
 @pytest.mark.parametrize(
+    ("fields", "unit", "scope"),
+    [
+        ({}, "macs", "cost"),
+        ({"options": {"recipe": "paper"}}, "weights", None),
+        ({"unit": "weights"}, "weights", None),
+        ({"unit": "bytes"}, "bytes", "cost"),
+        ({"unit": "weights", "scope": "cost"}, "weights", "cost"),
+        ({"scope": "layer"}, "macs", "layer"),
+    ],
+)
+def test_a_run_counts_work_unless_it_is_asked_for_weights(fields, unit, scope):
+    complete = tasks.complete(RunConfig("movietweetings", **fields))
+    assert (complete.unit, complete.scope) == (unit, scope)
+
+
+@pytest.mark.parametrize(
     ("config", "message"),
     [
         (RunConfig("netflix"), "name must be one of movietweetings, .*, got 'netflix'"),
-        (RunConfig("movies", options={"colour": "red"}), "movies has no option 'colour'; its options: group"),
-        (RunConfig("movielens", options={"colour": "red"}), "movielens has no option 'colour'; its options: none"),
+        (RunConfig("movies", options={"colour": "red"}), "movies has no option 'colour'; its options: group, recipe"),
+        (RunConfig("movielens", options={"colour": "red"}), "movielens has no option 'colour'; its options: recipe"),
         (RunConfig("movies", options={"group": "red"}), "group must be one of numerical, .*, all, got 'red'"),
-        (RunConfig("movies", options={"recipe": "paper"}), "--recipe paper belongs to the task cifar100, got movies"),
+        (RunConfig("movies", options={"protocol": "full"}), "--protocol full belongs to the task cifar100, got movies"),
     ],
 )
 def test_options_of_other_tasks_are_refused(config, message):
@@ -41,7 +57,7 @@ def test_groups_of_movies_are_runs_of_their_own(tmp_path):
     assert [one.options["group"] for one in several] == ["numerical", "social", "textual", "categorical"]
     assert len({one.out for one in several}) == 4
     (one,) = runs.several(RunConfig("movies", out=str(tmp_path), options={"group": "social"}))
-    assert one.out == str(tmp_path) and one.options == {"group": "social"}
+    assert one.out == str(tmp_path) and one.options == {"group": "social", "recipe": "ours"}
     with pytest.raises(ValueError, match=r"movies with the options .*all.* means 4 runs; .*runs\.several"):
         runs.run(RunConfig("movies", out=str(tmp_path)))
 
@@ -54,6 +70,9 @@ def test_the_folder_names_what_differs(task):
         (RunConfig("cifar100", options=images, quick=True), "runs/synthetic-paper-reduced-quick"),
         (RunConfig("cifar100", options={"recipe": "ours"}), "runs/synthetic"),
         (RunConfig("cifar100", out="elsewhere"), "elsewhere"),
+        (RunConfig("synthetic", unit="weights"), "runs/synthetic-weights"),
+        (RunConfig("synthetic", unit="bytes", scope="layer"), "runs/synthetic-bytes-layer"),
+        (RunConfig("movielens", options={"recipe": "paper"}), "runs/synthetic-paper"),
     ):
         assert tasks.folder_of(tasks.complete(config), task) == Path(folder)
 

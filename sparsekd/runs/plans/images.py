@@ -33,7 +33,6 @@ PLAIN = Recipe(
     select="last",
     recalibrate=False,
 )
-RECIPES = ("ours", "paper")
 ALPHA = 0.9
 QUICK = {"images": 200, "validation": 200, "test": 500, "pixels": 8}
 

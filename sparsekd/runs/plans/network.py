@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ...methods import METHODS
+from ...methods import METHODS, PAPER
 from ...pruning import Schedule
 from .recipe import Recipe
 
@@ -28,6 +28,25 @@ AT_BETA = 1000.0
 
 
 @dataclass(frozen=True)
+class Counting:
+    """What the students of a run are pruned by.
+
+    unit, scope  as of a schedule and of `Pruner`; scope None: as each method has it in the paper.
+    costs        file of a table, for microseconds.
+    asked        density -> the number that was asked for, a share or absolute.
+    """
+
+    unit: str
+    scope: str | None = None
+    costs: str | None = None
+    asked: Mapping[float, float] = field(default_factory=dict)
+
+    def named(self, density: float) -> str:
+        number = self.asked.get(density, density)
+        return f"{self.unit}={number:g}"
+
+
+@dataclass(frozen=True)
 class Network:
     """One network to train: its name in the report, its folder, how it is made and how it learns.
 
@@ -37,6 +56,7 @@ class Network:
     densities               shares, of what the schedule's unit counts, at which it is kept and becomes a row; () for
                             dense ones.
     costs                   file of the costs of its layers, for a schedule that counts microseconds.
+    asked                   density -> what was asked for, as in "macs=0.45" or "latency_us=80".
     ticket                  how the first stage of SS-SAD learns, where that is not as the second: its rate and decay.
     pattern                 blocks that are pruned, the same on every device: what is learnt must not depend on it.
     """
@@ -55,18 +75,19 @@ class Network:
     ticket: Recipe | None = None
     pattern: str = "16x1"
     costs: str | None = None
+    asked: Mapping[float, str] = field(default_factory=dict)
 
-    def counting(self, unit: str, scope: str | None, costs: str | None) -> Network:
-        """The same network, pruned by shares of what `unit` counts; `scope` None: chosen as the method does."""
-        if self.schedule is None:
+    def counting(self, counted: Counting) -> Network:
+        """The same network, pruned by shares of what is counted."""
+        if self.schedule is None or self.method is None:
             return self
         options = dict(self.options)
         if "initial" in options:
-            options["initial"] = dataclasses.replace(options["initial"], unit=unit)
-        if scope is not None:
-            options["scope"] = scope
-        schedule = dataclasses.replace(self.schedule, unit=unit)
-        return dataclasses.replace(self, schedule=schedule, options=options, costs=costs)
+            options["initial"] = dataclasses.replace(options["initial"], unit=counted.unit)
+        options["scope"] = counted.scope or PAPER[self.method].scope
+        schedule = dataclasses.replace(self.schedule, unit=counted.unit)
+        asked = {density: counted.named(density) for density in self.densities}
+        return dataclasses.replace(self, schedule=schedule, options=options, costs=counted.costs, asked=asked)
 
     def file(self, density: float | None) -> str:
         """Name of the file with the weights of one row."""
@@ -75,13 +96,15 @@ class Network:
     def settings(self) -> dict[str, Any]:
         """Everything but how it is made, for the file that says under which settings it was trained."""
         settings = dataclasses.asdict(dataclasses.replace(self, make=nn.Identity))
-        del settings["make"]
-        del settings["costs"]
+        for name in ("make", "costs", "asked"):
+            del settings[name]
         if self.costs is not None:  # what the table says, not where it lies
             settings["costs"] = hashlib.sha256(Path(self.costs).read_bytes()).hexdigest()
         for schedule in (settings["schedule"], settings["options"].get("initial")):
             if schedule is not None and schedule["unit"] == "weights":
                 del schedule["unit"]  # runs from before there were units go on
+                if settings["options"].get("scope") == PAPER[settings["method"]].scope:
+                    del settings["options"]["scope"]
         return settings
 
     def describe(self) -> str:
@@ -125,9 +148,9 @@ class Plan:
     def networks(self) -> tuple[Network, ...]:
         return (self.teacher, *self.students)
 
-    def counting(self, unit: str, scope: str | None, costs: str | None) -> Plan:
-        """The same plan, its students pruned by shares of what `unit` counts."""
-        students = tuple(network.counting(unit, scope, costs) for network in self.students)
+    def counting(self, counted: Counting) -> Plan:
+        """The same plan, its students pruned by shares of what is counted."""
+        students = tuple(network.counting(counted) for network in self.students)
         return dataclasses.replace(self, students=students)
 
     def in_blocks(self, pattern: str) -> Plan:

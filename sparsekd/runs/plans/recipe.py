@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+RECIPES = ("ours", "paper")
 RECALIBRATION = 10  # batches that give batch norm its statistics anew
 
 
