@@ -13,15 +13,16 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import processor
+from .. import processor, timing
 from ..backends import cpu
 from ..checkpoint import fingerprint, write_atomically
 from ..conversion import SPARSE_TYPES, Pattern, named_layers
@@ -29,6 +30,7 @@ from ..convert import densify, sparsify
 from ..freeze import Plan, freeze
 
 DENSITIES = (0.05, 0.15, 0.3, 0.6)
+ROUNDS = 7  # of timing whole networks, in turns
 _FORMAT, _VERSION = "sparsekd-costs", 1
 
 
@@ -94,7 +96,8 @@ class CostTable:
 
     machine, isa: processor and instruction set. threads, batch, inputs: of the call that was timed, ``inputs`` the
     shapes. dtype: of the arithmetic, "float32", "bf16" or "int8"; weights: of the model. network: fingerprint of the
-    model when dense. rest_us: all that is no layer of ours: pooling, additions, Python.
+    model when dense. rest_us: all that is no layer of ours: pooling, additions, Python. layers: as they are among the
+    others, not alone.
     """
 
     machine: str
@@ -140,20 +143,29 @@ class CostTable:
         dense = densify(copy.deepcopy(model)).eval()
         options: dict[str, Any] = {"threads": threads, "dtype": dtype, "layer_ms": layer_ms}
         plans: dict[float, Plan] = {}
-        # The sparsest first: it says in which memory format our kernels are to be timed.
-        for density in sorted(densities):
-            sparse = sparsify(copy.deepcopy(dense), pattern, density, include, exclude)
-            plans[density] = freeze(sparse, inputs, **options).plan
-            patterns = {name: str(layer.pattern) for name, layer in named_layers(sparse, SPARSE_TYPES)}
-            options["memory_format"] = plans[density].memory_format
-        plans[1.0] = freeze(dense, inputs, **options).plan
+        calls: dict[float, Callable[[], object]] = {}
+        slices = 0
+        # The sparsest first: it says in which memory format our kernels are to be timed, and on how many images.
+        for density in (*sorted(densities), 1.0):
+            sparse = dense
+            if density < 1.0:
+                sparse = sparsify(copy.deepcopy(dense), pattern, density, include, exclude)
+                patterns = {name: str(layer.pattern) for name, layer in named_layers(sparse, SPARSE_TYPES)}
+            frozen = freeze(sparse, inputs, **options)
+            calls[density], plans[density] = partial(frozen, *inputs), frozen.plan
+            slices = slices or frozen.plan.images
+            options["memory_format"] = frozen.plan.memory_format
+            if slices:
+                plans[density] = _of_slices(sparse, inputs, slices, options)
         layers = _layers(plans, patterns)
         if not layers:
             raise RuntimeError(
                 "sparsekd.CostTable.measure: none of the layers could be timed; print(sparsekd.freeze(model, inputs)"
                 ".plan) says why"
             )
-        plan = plans[min(plans)]
+        whole = timing.medians(calls, 0.2 * len(calls), rounds=ROUNDS)
+        rest_us, layers = _in_the_network(layers, {density: 1e6 * seconds for density, seconds in whole.items()})
+        plan = frozen.plan
         return cls(
             machine=processor.name(),
             isa=plan.isa or "none",
@@ -163,7 +175,7 @@ class CostTable:
             dtype=dtype or _dtype_of(model),
             weights=_dtype_of(model),
             network=network_of(model),
-            rest_us=_rest(plans, layers),
+            rest_us=rest_us,
             layers=layers,
         )
 
@@ -260,13 +272,48 @@ def _layers(plans: Mapping[float, Plan], patterns: Mapping[str, str]) -> dict[st
     return layers
 
 
-def _rest(plans: Mapping[float, Plan], layers: Mapping[str, LayerCost]) -> float:
-    """Time of the whole networks beyond that of their layers, in the middle."""
-    beyond = []
-    for plan in plans.values():
-        whole = min(us for name, us in plan.network_us.items() if name != "unfrozen")
-        beyond.append(whole - sum(layers[row.name].us(row.density) for row in plan if row.name in layers))
-    return max(sorted(beyond)[len(beyond) // 2], 0.0)
+def _of_slices(model: nn.Module, inputs: tuple[Tensor, ...], images: int, options: Mapping[str, Any]) -> Plan:
+    """The plan of the batch that a thread takes through a network at a time: its layers find their input in the cache,
+    where those of the whole batch would wait for the memory."""
+    few = tuple(x[:images] if x.dim() else x for x in inputs)
+    return freeze(model, few, **{**options, "threads": 1}).plan
+
+
+def _in_the_network(
+    layers: Mapping[str, LayerCost], whole_us: Mapping[float, float]
+) -> tuple[float, dict[str, LayerCost]]:
+    """What the networks that were timed take beside their layers, and the layers as they are among the others.
+
+    A layer alone finds its weights in the cache and wakes the threads by itself; a batch is shared out. All of that is
+    a factor near one (of slices: their number) and changes slowly with density. So the time of a network is fitted by a
+    constant and a factor, and what the fit leaves at each density goes to the layers of that density: at equal
+    densities the prediction is the time that was measured.
+    """
+    alone = {density: sum(layer.us(density) for layer in layers.values()) for density in whole_us}
+    least = min(whole_us.values())
+    rest = min(max(_intercept([(alone[d], us) for d, us in whole_us.items()]), 0.0), 0.9 * least)
+    factors = {density: (us - rest) / max(alone[density], 1e-9) for density, us in whole_us.items()}
+    among = {
+        name: LayerCost(
+            layer.pattern,
+            factors[1.0] * layer.dense_us,
+            layer.densities,
+            tuple(factors[density] * us for density, us in zip(layer.densities, layer.sparse_us, strict=True)),
+        )
+        for name, layer in layers.items()
+    }
+    return rest, among
+
+
+def _intercept(points: Sequence[tuple[float, float]]) -> float:
+    """Of the line through (x, y) of least squares of relative errors."""
+    weights = [1.0 / max(y, 1e-9) ** 2 for _, y in points]
+    total = sum(weights)
+    x0 = sum(w * x for w, (x, _) in zip(weights, points, strict=True)) / total
+    y0 = sum(w * y for w, (_, y) in zip(weights, points, strict=True)) / total
+    spread = sum(w * (x - x0) ** 2 for w, (x, _) in zip(weights, points, strict=True))
+    slope = sum(w * (x - x0) * (y - y0) for w, (x, y) in zip(weights, points, strict=True)) / max(spread, 1e-12)
+    return y0 - slope * x0
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from torch import Tensor
 from ..blocks import BlockSparse, tap_major
 from ..nn import BlockSparseLayer
 
+PIECE = 4096  # blocks
+
 
 def magnitude_scores(layer: BlockSparseLayer) -> Tensor:
     """``[nnzb]`` float64 on the CPU: root mean square of the weights in each kept block.
@@ -135,7 +137,9 @@ def weakest_first(scores: Tensor) -> Tensor:
 
 def energies(values: Tensor) -> Tensor:
     """``[nnzb]`` float64 on the CPU: sum of squares of each block."""
-    return values.detach().cpu().double().square().sum((1, 2))
+    # In pieces that fit into the cache: as a whole its squares would be written to memory and read again.
+    pieces = values.detach().cpu().split(PIECE)
+    return torch.cat([piece.double().square().sum((1, 2)) for piece in pieces])
 
 
 def picture(of_blocks: Tensor, blocks: BlockSparse) -> Tensor:

@@ -16,7 +16,7 @@ from sparsekd import BlockPattern
 from sparsekd.backends import cpu
 from sparsekd.pruning import CostTable, LayerCost, Pruner
 from sparsekd.pruning.choice import Rule
-from sparsekd.pruning.cost import Timed, network_of
+from sparsekd.pruning.cost import Timed, _in_the_network, network_of
 from sparsekd.pruning.pruner import COST_FLOOR
 from sparsekd.pruning.units import prunable_layers
 
@@ -191,14 +191,32 @@ def test_a_table_is_kept_as_json(tmp_path):
             CostTable.load(tmp_path / "bad.json")
 
 
+@pytest.mark.parametrize(("rest", "factor"), [(50.0, 0.8), (0.0, 1.2), (10.0, 0.25)])
+def test_layers_among_the_others_add_up_to_the_network(rest, factor):
+    """A constant and a factor are found; what noise is left at a density goes to the layers of that density."""
+    layers = {"a": cost(100.0, (0.1, 20.0), (0.5, 60.0)), "b": cost(40.0, (0.1, 30.0), (0.5, 35.0))}
+    alone = {0.1: 50.0, 0.5: 95.0, 1.0: 140.0}
+    whole = {density: rest + factor * us for density, us in alone.items()}
+    found, among = _in_the_network(layers, whole)
+    assert found == pytest.approx(rest, abs=1e-6)
+    for name, layer in among.items():
+        assert layer.dense_us == pytest.approx(factor * layers[name].dense_us)
+        assert layer.sparse_us == pytest.approx([factor * us for us in layers[name].sparse_us])
+    whole[0.5] *= 1.04
+    found, among = _in_the_network(layers, whole)
+    for density, us in whole.items():
+        assert found + sum(layer.us(density) for layer in among.values()) == pytest.approx(us)
+
+
 @pytest.mark.skipif(cpu.native is None, reason="no compiled kernels")
-def test_a_network_is_measured():
+@pytest.mark.parametrize("batch", [1, 16])
+def test_a_network_is_measured(batch):
     net = nn.Sequential(
         nn.Conv2d(4, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 64, 16)
     )
-    x = torch.randn(1, 4, 8, 8)
+    x = torch.randn(batch, 4, 8, 8)
     costs = CostTable.measure(net, (x,), densities=(0.1, 0.5), layer_ms=1.0)
-    assert list(costs.layers) == ["0", "4"] and costs.batch == 1 and costs.inputs == ((1, 4, 8, 8),)
+    assert list(costs.layers) == ["0", "4"] and costs.batch == batch and costs.inputs == ((batch, 4, 8, 8),)
     assert costs.isa == cpu.native.isa() and costs.threads == torch.get_num_threads()
     assert all(layer.dense_us > 0 and layer.pattern == "16x1" for layer in costs.layers.values())
     assert type(net[0]) is nn.Conv2d and net.training  # left as it is
