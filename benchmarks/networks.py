@@ -32,32 +32,42 @@ import torch
 from torch import Tensor, nn
 
 import sparsekd
-from benchmarks.lib.models import MobileNetV2, resnet50, settle, wrn_16_2
+from benchmarks.lib.models import MobileNetV2, resnet50, settle, small_resnet18, wrn_16_2
 from benchmarks.lib.timing import write_json
+from sparsekd.pruning import Budget
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet50-n1": (resnet50, (1, 3, 224, 224)),
+    "resnet50-n64": (resnet50, (64, 3, 224, 224)),
+    "resnet18-n1": (small_resnet18, (1, 3, 28, 28)),
+    "resnet18-n64": (small_resnet18, (64, 3, 28, 28)),
     "wrn-16-2-n1": (wrn_16_2, (1, 3, 32, 32)),
     "wrn-16-2-n64": (wrn_16_2, (64, 3, 32, 32)),
     "mobilenetv2-n1": (MobileNetV2, (1, 3, 224, 224)),
 }
 DENSITIES = (1.0, 0.5, 0.3, 0.1)
 LIMITS = {"fp32": 1e-3, "bf16": 0.05}  # largest difference from PyTorch's fp32 output, relative to the largest output
+USUAL = ("resnet50-n1", "wrn-16-2-n1", "wrn-16-2-n64", "mobilenetv2-n1")
 Call = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to run one network. density 1 of a dense run time is the dense network, of `ours` all blocks kept."""
+    """One way to run one network. density 1 of a dense run time is the dense network, of `ours` all blocks kept.
+
+    budget: as in "macs=0.3", what the whole network keeps by what is worth most for its cost, instead of a density.
+    """
 
     network: str
     runtime: str
     dtype: str
     density: float
+    budget: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.runtime} {self.dtype}" + (f" {self.density:g}" if self.runtime in SPARSE else "")
+        kept = self.budget or f"{self.density:g}"
+        return f"{self.runtime} {self.dtype}" + (f" {kept}" if self.runtime in SPARSE else "")
 
     def model(self) -> tuple[nn.Module, Tensor]:
         """The network and its input, the same in every process."""
@@ -65,7 +75,11 @@ class Contestant:
         torch.manual_seed(0)
         model, x = build(), torch.randn(shape)
         pattern = sparsekd.BlockPattern.for_device("cpu", {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype])
-        sparse = sparsekd.sparsify(model, pattern, density=self.density, exclude=["stem*"])
+        kept: dict[str, Any] = {"density": self.density}
+        if self.budget:
+            asked = Budget.parse("benchmarks.networks", self.budget)
+            kept = {asked.unit: asked.number, "example_inputs": (x,)}
+        sparse = sparsekd.sparsify(model, pattern, exclude=["stem*"], **kept)
         return settle(sparse, torch.randn(8, *shape[1:])), x
 
     def dense(self) -> tuple[nn.Module, Tensor]:
@@ -244,24 +258,30 @@ def workers(threads: int) -> Iterator[Workers]:
 
 
 def contestants(
-    network: str, dtypes: Sequence[str], densities: Sequence[float], skip: Sequence[str]
+    network: str,
+    dtypes: Sequence[str],
+    densities: Sequence[float],
+    skip: Sequence[str],
+    budgets: Sequence[str] = (),
 ) -> list[Contestant]:
     found = []
     for dtype in dtypes:
         for runtime, (_, _, known) in RUNTIMES.items():
             if dtype in known and runtime not in skip:
                 found += [Contestant(network, runtime, dtype, d) for d in (densities if runtime in SPARSE else (1.0,))]
+        if "ours" not in skip:
+            found += [Contestant(network, "ours", dtype, 1.0, budget) for budget in budgets]
     return found
 
 
 def contest(team: Workers, field: Sequence[Contestant], seconds: float, rounds: int) -> list[dict[str, Any]]:
     """Build, compare, then time in turns: a row for each, with milliseconds or the reason why there are none."""
-    want: dict[tuple[str, float], np.ndarray] = {}
+    want: dict[tuple[str, float, str], np.ndarray] = {}
     rows: dict[Contestant, dict[str, Any]] = {}
     for one in field:
         process, row = RUNTIMES[one.runtime][1], {**asdict(one), "name": one.name}
         rows[one] = row
-        mask = one.dtype, one.density
+        mask = one.dtype, one.density, one.budget
         if mask not in want:
             want[mask] = team.ask("torch", "build", replace(one, runtime="eager-fp32"))
         try:
@@ -304,8 +324,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(USUAL))
     parser.add_argument("--density", nargs="+", type=float, default=list(DENSITIES), metavar="D")
+    parser.add_argument("--budget", nargs="+", default=[], metavar="UNIT=N", help="of ours too, as in macs=0.3")
     parser.add_argument("--dtype", nargs="+", choices=LIMITS, default=["fp32"])
     parser.add_argument("--skip", nargs="+", choices=RUNTIMES, default=[], help="run times to leave out")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -317,7 +338,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with workers(options.threads) as team:
         for network in options.network:
-            field = contestants(network, options.dtype, options.density, options.skip)
+            field = contestants(network, options.dtype, options.density, options.skip, options.budget)
             found = contest(team, field, options.seconds, options.rounds)
             print(f"\n{network}, {options.threads} threads\n\n{table(found)}", flush=True)
             rows += found

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import sparsekd
 from benchmarks import networks
 from benchmarks.lib.models import MobileNetV2, resnet50
 from benchmarks.networks import Contestant
@@ -31,6 +32,16 @@ def test_the_command_times_and_keeps_what_it_found(tmp_path, monkeypatch, capsys
     ours = rows["ours fp32 0.3"]
     assert ours["ms"] > 0 and ours["deviation"] < 1e-3 and set(ours["speedup"]) == {"eager fp32", "frozen fp32"}
     assert f"| ours fp32 0.3 | {ours['ms']:.3f} |" in capsys.readouterr().out
+
+
+def test_a_budget_is_what_the_whole_network_keeps():
+    ours = Contestant("resnet18-n1", "ours", "fp32", 1.0, "macs=0.3")
+    model, x = ours.model()
+    dense, now = sparsekd.pruning.count_macs(model, (x,), ["stem*"])
+    assert now / dense == pytest.approx(0.3, abs=0.01) and ours.name == "ours fp32 macs=0.3"
+    assert len({layer.density for layer in model.modules() if hasattr(layer, "block_mask")}) > 5  # not all alike
+    field = networks.contestants("resnet18-n1", ["fp32"], [1.0], ["deepsparse"], ["macs=0.3"])
+    assert field[-1] == ours and sum(one.runtime == "ours" for one in field) == 2
 
 
 class Team:

@@ -1,0 +1,95 @@
+"""The experiment trains every way of every method to the same predicted times, goes on, times and draws them."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import equal_latency
+from sparsekd.pruning import CostTable, LayerCost, Pruner
+from sparsekd.pruning.cost import network_of
+
+from .test_scripts import run_script
+
+
+def write_idx(path, array):
+    path.write_bytes(
+        struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+    )
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Ten made-up pictures of each class, narrow networks, and a table of costs that nobody measured."""
+    pictures = np.random.default_rng(0).integers(0, 255, (100, 28, 28))
+    for part, count in (("train", 100), ("t10k", 20)):
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte", pictures[:count])
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte", np.arange(count) % 10)
+    monkeypatch.setattr(equal_latency, "STUDENT", (16, 16, 16, 16))
+    monkeypatch.setattr(equal_latency, "TEACHER", (16, 16, 16, 16))
+    monkeypatch.setattr(equal_latency, "METHOD_NAMES", ("sp-sad", "ss-sad"))
+    monkeypatch.setattr(equal_latency, "WAYS", {way: equal_latency.WAYS[way] for way in ("cost", "random")})
+    model = equal_latency.network(equal_latency.STUDENT)
+    shapes = network_of(model)
+    layers = Pruner(model, pattern=equal_latency.PATTERN, exclude=equal_latency.not_pruned(model), rewindable=False)
+    costs = {name: LayerCost("16x1", 20.0, (0.1, 0.5), (2.0, 10.0)) for name in layers.layers()}
+    table = CostTable("here", "none", 1, 1, ((1, 3, 28, 28),), "float32", "float32", shapes, 10.0, costs)
+    monkeypatch.setattr(CostTable, "load", classmethod(lambda cls, path, **options: table))
+    (tmp_path / "costs.json").write_text("{}")
+    return tmp_path
+
+
+def options_of(folder, **fields):
+    common = {"out": folder, "data": folder, "seeds": 1, "points": [0.5, 0.4], "images": 40, "round_images": 30}
+    common |= {
+        "teacher_epochs": 1,
+        "dense_epochs": 1,
+        "round_epochs": 1,
+        "layer_ms": 0.1,
+        "seconds": 0.01,
+        "json": folder / "kept.json",
+    }
+    return type("Options", (), {**common, "svg": folder / "docs" / "picture.svg", **fields})
+
+
+def test_every_way_of_every_method_is_trained_timed_and_drawn(folder, capsys):
+    equal_latency.train_all(options_of(folder))
+    rows = equal_latency.rows_in(folder)
+    pruned = [row for row in rows if row["way"] != "dense"]
+    assert [row["method"] for row in rows[:2]] == ["teacher", "student"]
+    assert [(row["method"], row["way"], row["point"]) for row in pruned] == [
+        (method, way, point) for method in ("sp-sad", "ss-sad") for way in ("cost", "random") for point in (0.5, 0.4)
+    ]
+    dense = 10.0 + 20.0 * len(pruned[0]["densities"])
+    for row in pruned:
+        assert row["predicted_us"] == pytest.approx(row["point"] * dense, rel=0.03)
+        assert 0 <= row["accuracy"] <= 1 and 0 < row["macs_kept"] < 1
+    equal_latency.train_all(options_of(folder))  # goes on: nothing is left to do
+    assert equal_latency.rows_in(folder) == rows
+    with pytest.raises(ValueError, match="holds another protocol"):
+        equal_latency.train_all(options_of(folder, images=30))
+
+    equal_latency.time_all(options_of(folder))
+    kept = json.loads((folder / "kept.json").read_text())
+    assert all(row["measured_us"] > 0 for row in kept["rows"]) and kept["machine"]["protocol"]["images"] == 40
+    equal_latency.chart(options_of(folder))
+    picture = (folder / "docs" / "picture.svg").read_text()
+    assert picture.startswith("<svg xmlns") and "SS-SAD: test accuracy" in picture and picture.count("<polyline") == 4
+    assert "measured" in capsys.readouterr().out
+
+
+def test_a_missing_file_is_named(monkeypatch, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"train-images-idx3-ubyte does not exist, nor with .xz"):
+        equal_latency.part(tmp_path, "train", None)
+    assert run_script(monkeypatch, "benchmarks.equal_latency", "train") == 2
+
+
+def test_pictures_are_mirrored_in_training_only():
+    x = torch.arange(28.0).expand(3, 28, 28)
+    plain = equal_latency.prepared((x,), None)[0]
+    mirrored = equal_latency.prepared((x,), torch.Generator().manual_seed(0))[0]
+    assert plain.shape == (3, 3, 28, 28) and torch.equal(plain, equal_latency.prepared((x,), None)[0])
+    flipped = [torch.equal(m, p.flip(2)) for m, p in zip(mirrored, plain, strict=True)]
+    assert all(f or torch.equal(m, p) for f, m, p in zip(flipped, mirrored, plain, strict=True)) and any(flipped)
