@@ -44,8 +44,31 @@ def _is_fake(x: Any) -> bool:
     return type(x) is not Tensor and isinstance(x, Tensor)
 
 
+def plain_network(network: nn.Module, call: Call, rebuild: Callable[[Any], Any] | None, traced: bool) -> nn.Module:
+    """A frozen network in plain torch; takes the tensors of a call one after the other. A trace keeps the names that
+    they have in the model, which exporters name inputs by."""
+    flat = plain(network)
+    if not traced or not isinstance(flat, fx.GraphModule):
+        return PlainNetwork(flat, call, rebuild, traced)
+    if rebuild is not None:
+        (output,) = (node for node in flat.graph.nodes if node.op == "output")
+        result = rebuild(output.args[0])
+        if not _is_plain(result):
+            return PlainNetwork(flat, call, rebuild, traced)
+        output.args = (result,)
+        flat.recompile()
+    return flat
+
+
+def _is_plain(result: Any) -> bool:
+    """Whether a graph can give this."""
+    if type(result) in (tuple, list):
+        return all(map(_is_plain, result))
+    return all(map(_is_plain, result.values())) if type(result) is dict else isinstance(result, fx.Node)
+
+
 class PlainNetwork(nn.Module):
-    """The network in plain torch; takes the tensors of a call one after the other."""
+    """One whose result is an object, or that keeps a forward of its own."""
 
     def __init__(self, network: nn.Module, call: Call, rebuild: Callable[[Any], Any] | None, traced: bool) -> None:
         super().__init__()
@@ -142,4 +165,4 @@ def _replaced(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, memo)
 
 
-__all__ = ["PlainNetwork", "plain", "refuse_recording"]
+__all__ = ["plain", "plain_network", "refuse_recording"]

@@ -75,8 +75,6 @@ def build(state: Mapping[str, Any], model: nn.Module, threads: int | None) -> Fr
     _check_tensors(state["model"], fingerprint(model))
     if plan.eager is not record.eager:
         raise ValueError("is damaged: its plan is of another network")
-    if not record.eager:
-        _take_over_blocks(model, _dict(state["rest"]))
     frozen = _dense(state, record, model, plan) if record.eager else _frozen(state, record, model, plan, threads)
     tolerance = 0.1 if record.in_bf16 or any("bytes" in one for one in state["layers"].values()) else None
     dtypes = [p.dtype for p in model.parameters()]
@@ -123,6 +121,7 @@ def _frozen(state: Mapping[str, Any], record: Record, model: nn.Module, plan: Pl
     if [site.name for site in given] != [one.name for one in plan]:
         raise ValueError("is damaged: its plan is not that of its sites")
     tensors = [_tensors_of(place, state["layers"][place.name]) for place in plan]
+    _take_over_blocks(model, {**_dict(state["rest"]), **_blocks_alone(given, tensors)})
     inputs = record.inputs()
     inputs = cast(inputs, torch.float32, torch.bfloat16) if record.in_bf16 else inputs
     found = _trace(record, model, record.call, inputs)
@@ -261,8 +260,18 @@ def _load_rest(network: nn.Module, rest: Any, frozen: set[str]) -> None:
         raise ValueError(f"belongs to another model: {error}".splitlines()[0]) from error
 
 
+def _blocks_alone(sites: list[Site], tensors: list[Weight]) -> dict[str, Tensor]:
+    """The blocks of layers that no trace shows: what calls them may ask whether they are block-sparse."""
+    return {
+        f"{site.target}.{part}": getattr(weight, part)
+        for site, (weight, _, _) in zip(sites, tensors, strict=True)
+        if not site.nodes and isinstance(weight, BlockSparse)
+        for part in ("values", "row_ptr", "col_idx")
+    }
+
+
 def _take_over_blocks(model: nn.Module, rest: Mapping[str, Any]) -> None:
-    """Makes the layers that freezing left as they are block-sparse or dense as in the file, in place."""
+    """Makes layers that freezing left as they are block-sparse or dense as in the file, in place."""
     twins: list[tuple[nn.Module, nn.Module]] = []
     for name, layer in model.named_modules():
         parts = [rest.get(f"{name}.{part}") for part in ("values", "row_ptr", "col_idx")]

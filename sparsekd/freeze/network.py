@@ -17,7 +17,7 @@ from ..blocks import BlockSparse
 from . import file
 from .call import Call
 from .chain import Chain, find_chains
-from .export import PlainNetwork, plain, refuse_recording
+from .export import plain_network, refuse_recording
 from .layer import FrozenLayer
 from .outputs import allowed, deviation, difference, map_tensors
 from .plan import Plan
@@ -117,7 +117,7 @@ class FrozenModel(nn.Module):
     def to_torch(self) -> nn.Module:
         """The same network, folded, in plain torch: every layer dense, for ``torch.export``, ONNX, OpenVINO or
         ``torch.jit.trace``. It takes the tensors of a call one after the other; int8 layers compute in float32."""
-        return PlainNetwork(plain(self.network), self.call, self._rebuild, self.trace is not None).eval()
+        return plain_network(self.network, self.call, self._rebuild, self.trace is not None).eval()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one file that `load_frozen` reads: tensors and JSON, complete or not at all."""
@@ -211,14 +211,9 @@ def _replace(graph: fx.Graph, chain: Chain, name: str, bound: dict[str, Any]) ->
 def assemble(source: nn.Module, sites: Sequence[Site], layers: Mapping[str, FrozenLayer]) -> nn.Module:
     """The source with every site replaced by its frozen layer; the source is left alone."""
     if not isinstance(source, fx.GraphModule):
-        if not sites:
-            return source
-        memo = {id(tensor): tensor for tensor in (*source.parameters(), *source.buffers())}
-        network = copy.deepcopy(source, memo)
-        for site in sites:
-            module = source.get_submodule(site.target)
-            network.set_submodule(site.target, layers[site.name].stand_in_for(module))
-        return network
+        return _with_layers(source, "", sites, layers) if sites else source
+    whole = _whole_modules(source, [site for site in sites if not site.nodes], layers)
+    sites = [site for site in sites if site.nodes]
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     graph.output(graph.graph_copy(source.graph, copies))
     named = {old.name: new for old, new in copies.items()}
@@ -238,8 +233,29 @@ def assemble(source: nn.Module, sites: Sequence[Site], layers: Mapping[str, Froz
     drop_unread(graph)
     _reuse_residuals(graph, source, layers)
     used = [node.target for node in graph.nodes if node.op in ("call_module", "get_attr")]
-    parts = {name: layers[name] if name in layers else operator.attrgetter(name)(source) for name in used}
+    frozen = {**whole, **layers}
+    parts = {name: frozen[name] if name in frozen else operator.attrgetter(name)(source) for name in used}
     return fx.GraphModule(parts, graph)
+
+
+def _whole_modules(
+    source: fx.GraphModule, sites: Sequence[Site], layers: Mapping[str, FrozenLayer]
+) -> dict[str, nn.Module]:
+    """Of a trace the modules that it calls as a whole and that have sites inside, with the frozen layers in them."""
+    inside: dict[str, list[Site]] = {}
+    called = [str(node.target) for node in source.graph.nodes if node.op == "call_module"]
+    for site in sites:
+        inside.setdefault(next(path for path in called if site.target.startswith(f"{path}.")), []).append(site)
+    return {path: _with_layers(source.get_submodule(path), f"{path}.", its, layers) for path, its in inside.items()}
+
+
+def _with_layers(module: nn.Module, path: str, sites: Sequence[Site], layers: Mapping[str, FrozenLayer]) -> nn.Module:
+    """A copy of a module at this path, which keeps its forward and its tensors, with frozen layers in it."""
+    copied = copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
+    for site in sites:
+        name = site.target.removeprefix(path)
+        copied.set_submodule(name, layers[site.name].stand_in_for(module.get_submodule(name)))
+    return copied
 
 
 _FRESH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)  # their result shares memory with nothing

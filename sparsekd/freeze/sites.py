@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -89,7 +89,28 @@ def find_sites(network: fx.GraphModule, inputs: tuple[Tensor, ...], pools: bool 
         site = replace(sites[node], contiguous=any(one is node.args[0] for one in contiguous))
         calls[site.name] = calls.get(site.name, 0) + 1
         named.append(site if calls[site.name] == 1 else replace(site, name=f"{site.name}@{calls[site.name]}"))
-    return named
+    return [*named, *_sites_alone(layers_inside(network), network, inputs)] if pools else named
+
+
+def layers_inside(network: fx.GraphModule) -> dict[str, nn.Module]:
+    """By path, the layers inside modules that a trace calls as a whole."""
+    called = dict.fromkeys(str(node.target) for node in network.graph.nodes if node.op == "call_module")
+    inside = ((path, _layers_in(network.get_submodule(path))) for path in called)
+    return {f"{path}.{name}": one for path, layers in inside for name, one in layers.items() if name}
+
+
+def _layers_in(module: nn.Module) -> dict[str, nn.Module]:
+    fused = fused_by_torch(module)
+    layers = {name: one for name, one in module.named_modules() if kind_of(one) and not name.startswith(fused)}
+    return {name: one for name, one in layers.items() if not is_transposed(one)}  # may be called with a size
+
+
+def fused_by_torch(module: nn.Module) -> tuple[str, ...]:
+    """What the names begin with that are inside encoder layers for which torch has one call, which reads dense weights;
+    with hooks on them, as while sites are looked for, it is not taken."""
+    encoders = [(name, one) for name, one in module.named_modules() if isinstance(one, nn.TransformerEncoderLayer)]
+    dense = [name for name, one in encoders if not any(isinstance(part, BlockSparseLayer) for part in one.modules())]
+    return tuple(f"{name}." if name else "" for name in dense)
 
 
 def _contiguous_inputs(network: fx.GraphModule, inputs: tuple[Tensor, ...]) -> set[fx.Node]:
@@ -309,15 +330,20 @@ def activation_of(node: fx.Node, module: nn.Module | None) -> str:
 
 
 def find_eager_sites(model: nn.Module, run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> list[Site]:
-    """The layers of a model that cannot be traced, each on its own, at the one input shape it was called with."""
+    """The layers of a model that cannot be traced."""
+    return _sites_alone(_layers_in(model), run, inputs)
+
+
+def _sites_alone(layers: Mapping[str, nn.Module], run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> list[Site]:
+    """Layers each on its own, at the one input shape that it is called with when the network runs."""
+    if not layers:
+        return []
     seen: dict[str, set[tuple[int, ...]]] = {}
 
     def record(name: str, module: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
         given = arguments[0] if arguments else named.get("input")
         seen.setdefault(name, set()).add(tuple(given.shape) if isinstance(given, Tensor) else ())
 
-    layers = {name: module for name, module in model.named_modules() if kind_of(module) is not None}
-    layers = {name: module for name, module in layers.items() if not is_transposed(module)}  # may be called with a size
     hooks = [one.register_forward_pre_hook(partial(record, name), with_kwargs=True) for name, one in layers.items()]
     try:
         run(*clone(inputs))

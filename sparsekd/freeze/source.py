@@ -15,11 +15,11 @@ from .attention import join_attention
 from .call import Call
 from .canonical import computes_as_norm, spell_out
 from .file import describe
-from .kinds import LAYERS, hooked, kind_of
+from .kinds import LAYERS, hooked
 from .lift import is_liftable, lift
 from .outputs import check_no_nan, deviation
 from .simplify import simplify
-from .sites import Site, clone, find_eager_sites, find_sites, shapes_in
+from .sites import Site, clone, find_eager_sites, find_sites, fused_by_torch, layers_inside, shapes_in
 from .sizes import free_sizes
 from .trace import METHODS, Trace, batch_of, traces, with_batch
 
@@ -74,6 +74,10 @@ class Source:
         left = [name for name, one in named.items() if isinstance(one, LAYERS) or (lifted and is_liftable(one))]
         left = [name for name in left if name not in found]
         left = [name for name in left if name not in with_hooks]
+        fused = [name for name in left if name.startswith(fused_by_torch(self.model))]
+        if fused:
+            notes.append(f"left to torch's own call for a whole encoder layer: {', '.join(fused)}")
+        left = [name for name in left if name not in fused]
         if left:
             why = "not called, or called without a batch"
             notes.append(f"left as they are ({why}): {', '.join(left)}")
@@ -168,13 +172,14 @@ def _trace_that_agrees(
         if wrong:
             reasons.append(f"what {method} traces of the model {wrong}")
             continue
-        hidden = _hidden_layers(found.network)
-        if not hidden:
+        inside = list(layers_inside(found.network))
+        if not inside:
             return found, []
-        if partial is None or len(hidden) < len(partial[1]):
-            partial = found, hidden
+        if partial is None or len(inside) < len(partial[1]):
+            partial = found, inside
     if partial is not None:
-        return partial[0], [f"layers inside modules that stay whole are left as they are: {', '.join(partial[1])}"]
+        alone = f"inside modules that no trace shows, each for itself: {', '.join(partial[1])}"
+        return partial[0], [f"layers were chosen {alone}; nothing is fused or folded there"]
     return None, [f"{'; '.join(reasons)}: layers were chosen one by one, nothing is fused or folded"]
 
 
@@ -203,16 +208,6 @@ def _disagrees(
         if not deviation(got, want, tolerance) <= 1.0:
             return "computes something else at another batch size"
     return ""
-
-
-def _hidden_layers(network: fx.GraphModule) -> list[str]:
-    """Layers inside modules that the trace calls as a whole."""
-    hidden = []
-    for node in network.graph.nodes:
-        if node.op == "call_module" and not isinstance(network.get_submodule(str(node.target)), LAYERS):
-            inner = network.get_submodule(str(node.target)).named_modules()
-            hidden += [f"{node.target}.{name}" for name, one in inner if kind_of(one) is not None]
-    return list(dict.fromkeys(hidden))
 
 
 def _first_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,22 @@ def define(name: str, schema: str, reference: Callable, fake: Callable) -> None:
     """Define ``sparsekd::name``; ``reference`` runs on every device that has no kernel of its own."""
     torch.library.define(f"sparsekd::{name}", schema)
     torch.library.impl(f"sparsekd::{name}", "default", reference)
-    torch.library.register_fake(f"sparsekd::{name}", fake)
+    torch.library.register_fake(f"sparsekd::{name}", _refusing_onnx(name, fake))
+
+
+def _refusing_onnx(name: str, fake: Callable) -> Callable:
+    """torch's ONNX exporter traces with fakes, and would only say that it has no function for the op."""
+
+    @functools.wraps(fake)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if torch.onnx.is_in_onnx_export():
+            raise RuntimeError(
+                f"sparsekd.{name}: ONNX has no block-sparse layers; export sparsekd.densify(copy.deepcopy(model)), the "
+                "same network with dense weights"
+            )
+        return fake(*args, **kwargs)
+
+    return checked
 
 
 def differentiate(name: str, backward: Callable, save: Callable) -> None:

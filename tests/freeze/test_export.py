@@ -1,5 +1,6 @@
 """Frozen networks under what records a call: refused, with the way out, which gives the same answers."""
 
+import inspect
 import pickle
 
 import pytest
@@ -55,13 +56,58 @@ def test_what_records_is_refused(frozen, record):
 def test_the_way_out_gives_the_same_answers(frozen):
     plain = frozen.to_torch()
     traced = torch.jit.trace(plain, torch.randn(1, 3, 8, 8))
-    shapes = (({0: torch.export.Dim.AUTO},),)
+    shapes = ({0: torch.export.Dim.AUTO},)
     exported = torch.export.export(plain, (torch.randn(2, 3, 8, 8),), dynamic_shapes=shapes)
     for batch in (1, 5):
         x = torch.randn(batch, 3, 8, 8)
         want = frozen(x)
         for module in (plain, traced, *([exported.module()] if batch > 1 else [])):
             torch.testing.assert_close(module(x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_onnx_takes_the_way_out(frozen, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    given = {"dynamic_shapes": ({0: torch.export.Dim("n")},), "dynamo": True, "verbose": False}
+    torch.onnx.export(frozen.to_torch(), (torch.randn(2, 3, 8, 8),), tmp_path / "net.onnx", **given)
+    session = runtime.InferenceSession(tmp_path / "net.onnx")
+    for batch in (1, 5):
+        x = torch.randn(batch, 3, 8, 8)
+        (y,) = session.run(None, {"x": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(y), frozen(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(Exception, match=r"export frozen\.to_torch\(\)"):
+        torch.onnx.export(frozen, (torch.randn(2, 3, 8, 8),), tmp_path / "other.onnx", dynamo=True, verbose=False)
+
+
+def test_openvino_takes_the_way_out(frozen):
+    openvino = pytest.importorskip("openvino")
+    network = openvino.convert_model(frozen.to_torch(), example_input=torch.randn(2, 3, 8, 8))
+    compiled = openvino.Core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    x = torch.randn(5, 3, 8, 8)
+    torch.testing.assert_close(torch.from_numpy(compiled(x.numpy())[0]), frozen(x), rtol=1e-4, atol=1e-5)
+
+
+class Named(nn.Module):
+    """torch.fx cannot trace its path."""
+
+    def __init__(self, result):
+        super().__init__()
+        self.fc, self.result = nn.Linear(8, 4), result
+
+    def forward(self, words, scale=None):
+        y = self.fc(words) if words.shape[1] == 8 else words
+        return self.result(y if scale is None else y * scale)
+
+
+@pytest.mark.parametrize("result", [lambda y: y, lambda y: {"a": y, "b": [y + 1]}, lambda y: (y, None)])
+def test_the_way_out_keeps_names_and_structure(result):
+    model, given = Named(result).eval(), (torch.randn(2, 8), torch.randn(2, 4))
+    frozen = quick(model, given)
+    assert frozen.record["traced"] == "torch.export"
+    plain = frozen.to_torch()
+    if result(0) != (0, None):  # which no graph can give
+        assert list(inspect.signature(plain.forward).parameters) == ["words", "scale"]
+    torch.testing.assert_close(plain(*given), frozen(*given), rtol=1e-4, atol=1e-5)
 
 
 def test_the_way_out_of_a_network_that_keeps_its_forward():

@@ -263,3 +263,42 @@ def test_threads_that_freeze_at_once():
     for thread in threads:
         thread.join()
     assert not failed, failed
+
+
+@torch.fx.wrap
+def positive(x):
+    """By the data: torch.export cannot record it, torch.fx records the call."""
+    return x if x[0, 0, 0] > 0 else -x
+
+
+class Closed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        self.head = nn.Linear(32, 8)
+
+    def forward(self, x):
+        return torch.relu(self.head(positive(self.encoder(x))))
+
+
+@pytest.mark.parametrize("density", [None, 0.5])
+def test_layers_inside_a_module_that_no_trace_opens(density, tmp_path):
+    """They were left as they are. Of dense ones torch's own call for the whole module reads the weights."""
+    torch.manual_seed(0)
+    model = Closed().eval()
+    model = model if density is None else sparsekd.sparsify(model, density=density)
+    x = torch.randn(2, 6, 32)
+    frozen = quick(model, x)
+    assert frozen.record["traced"] == "torch.fx"
+    inside = [f"encoder.{name}" for name in ("self_attn.out_proj", "linear1", "linear2")] if density else []
+    assert [one.name for one in frozen.plan] == ["head", *inside]
+    said = (
+        "modules that no trace shows, each for itself: " if density else "left to torch's own call for a whole encoder"
+    )
+    assert any(said in note for note in frozen.plan.notes)
+    assert frozen.plan["head"].geometry.activation == "relu"
+    for y in (x, -x, torch.randn(3, 9, 32)):
+        assert_frozen_equals(model, frozen, y)
+    frozen.save(tmp_path / "frozen")
+    assert torch.equal(load_frozen(tmp_path / "frozen", Closed())(x), frozen(x))
+    torch.testing.assert_close(frozen.to_torch()(x), frozen(x), rtol=1e-4, atol=1e-5)
