@@ -6,11 +6,12 @@
     python -m benchmarks.zoo --check --out zoo.jsonl --network timm/resnet18 --network hf/bert
     python -m benchmarks.zoo --out benchmarks/results/zoo.jsonl --page docs/zoo.md
 
-Random weights, nothing is downloaded; batch norms get statistics that are not those of a fresh network. `--check` runs
-every block-sparse layer sparse, whatever that costs, and times nothing; `--time` freezes by measurement, as a user
-does. Each network has a process of its own, and OpenVINO another, whose thread pools would stall each other. A row is
-written as soon as it is there, with its machine; rows that are there are not made again. Eager is the dense network in
-PyTorch; frozen / eager is the median of rounds in which they take turns.
+Random weights, nothing is downloaded; batch norms get the statistics of some random inputs. `--check` runs every
+block-sparse layer sparse, whatever that costs, and times nothing; `--time` freezes by measurement, as a user does. Each
+network has a process of its own. A row is written as soon as it is there, with its machine. Rows that are there are not
+made again, but for times that other processes disturbed, which no table shows. Eager is the dense network in PyTorch;
+frozen / eager is the median of rounds in which they take turns; OpenVINO runs the dense network afterwards, when the
+threads of torch sleep.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import multiprocessing
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,8 +35,8 @@ from torch import Tensor, nn
 
 import sparsekd
 from benchmarks.lib import zoo_page
-from benchmarks.lib.architectures import NETWORKS, Example, build, call
-from benchmarks.lib.timing import machine
+from benchmarks.lib.architectures import LARGE, NETWORKS, Example, build, call, preload
+from benchmarks.lib.timing import Elsewhere, machine
 from sparsekd import timing
 from sparsekd.freeze import outputs
 
@@ -71,15 +73,17 @@ def timed(name: str, seconds: float, layer_ms: float) -> Iterator[dict[str, Any]
     model, example = build(name)
     for density in DENSITIES:
         pruned = _pruned(model, density)
-        frozen = sparsekd.freeze(pruned, example, layer_ms=layer_ms)
+        with Elsewhere() as elsewhere:
+            frozen = sparsekd.freeze(pruned, example, layer_ms=layer_ms)
+            calls = {"eager": partial(call, model, example), "frozen": partial(call, frozen, example)}
+            taken = timing.samples(calls, seconds)
         _agreed("the frozen network", call(frozen, example), call(pruned, example))
-        calls = {"eager": partial(call, model, example), "frozen": partial(call, frozen, example)}
-        taken = timing.samples(calls, seconds)
         ratios = [ours / theirs for ours, theirs in zip(taken["frozen"], taken["eager"], strict=True)]
         us = {f"{which}_us": 1e6 * statistics.median(column) for which, column in taken.items()}
         low, middle, high = statistics.quantiles(ratios, n=4)
         ratio = {"frozen/eager": middle, "frozen/eager_quartiles": [low, high]}
-        yield _of(density, {"stage": "timed", **us, **ratio, "eager_kept": frozen.plan.eager})
+        found = {"eager_kept": frozen.plan.eager, "elsewhere": elsewhere.share}
+        yield _of(density, {"stage": "timed", **us, **ratio, **found})
 
 
 def _pruned(model: nn.Module, density: float) -> nn.Module:
@@ -96,7 +100,7 @@ def _agreed(what: str, got: Any, want: Any) -> float:
 def _read_back(name: str, frozen: sparsekd.FrozenModel, example: Example) -> None:
     with tempfile.TemporaryDirectory() as folder:
         frozen.save(f"{folder}/frozen")
-        again = sparsekd.load_frozen(f"{folder}/frozen", build(name)[0])
+        again = sparsekd.load_frozen(f"{folder}/frozen", NETWORKS[name]()[0])
         if not outputs.deviation(call(again, example), call(frozen, example), 1e-5) <= 1.0:
             raise RuntimeError("the network that was read back answers otherwise")
 
@@ -105,21 +109,24 @@ def _of(density: float, found: dict[str, Any]) -> dict[str, Any]:
     return {key if key == "stage" else f"{key}@{density:g}": value for key, value in found.items()}
 
 
-def openvino(name: str, seconds: float, threads: int) -> dict[str, Any]:
+def openvino(name: str, seconds: float) -> dict[str, Any]:
+    """Of the dense network, while torch has nothing to do: their threads would stall each other."""
     import openvino as ov
 
     model, example = build(name)
     example_input: Any = example if isinstance(example, dict) else example[0]
     network = ov.convert_model(model, example_input=example_input)
+    threads = torch.get_num_threads()
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     request = ov.Core().compile_model(network, "CPU", options).create_infer_request()
     given = [x.contiguous().numpy() for x in (example.values() if isinstance(example, dict) else example)]
+    time.sleep(0.2)  # torch's threads wait for more for a moment, then sleep
     taken = timing.medians({"openvino": lambda: request.infer(given)}, seconds)
     return {"openvino_us": 1e6 * taken["openvino"]}
 
 
 def measure(name: str, kind: str, seconds: float, layer_ms: float, threads: int) -> dict[str, Any]:
-    """The row of one network; "failed" says in which stage it stopped, and why."""
+    """The row of one network; "failed" says why the stage after the last one named stopped."""
     torch.set_num_threads(threads)
     row: dict[str, Any] = {"network": name, "kind": kind, "failed": None}
     if kind == "time":
@@ -130,8 +137,17 @@ def measure(name: str, kind: str, seconds: float, layer_ms: float, threads: int)
             row["stages"].append(found.pop("stage"))
             row |= found
     except Exception as error:
-        row["failed"] = f"{type(error).__name__}: {error}"[:500]
+        row["failed"] = _said(error)
+    if kind == "time":
+        try:
+            row |= openvino(name, seconds)
+        except Exception as error:
+            row |= {"openvino_us": None, "openvino_failed": _said(error)}
     return row
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
 
 
 # ---- All of them
@@ -144,39 +160,49 @@ def rows_in(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["network"], row["kind"]): row for row in map(json.loads, path.read_text().splitlines())}
 
 
-def in_a_process(arguments: list[str], minutes: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.zoo", *arguments]
+def in_a_process(name: str, kind: str, options: argparse.Namespace) -> dict[str, Any]:
+    """A copy of this process, which has imported everything and computed nothing: that saves seconds for each."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    given = (name, kind, options.seconds, options.layer_ms, options.threads)
+    process = context.Process(target=lambda: sender.send(measure(*given)))
+    process.start()
+    sender.close()
+    row = {"network": name, "kind": kind}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60 * minutes)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"took more than {minutes:g} minutes"}
-    if done.returncode:
-        return {"failed": f"exit status {done.returncode}: {done.stderr.strip()[-300:]}"}
-    return json.loads(done.stdout.splitlines()[-1])
+        if not receiver.poll(60 * options.minutes):
+            return {**row, "failed": f"took more than {options.minutes:g} minutes"}
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        return {**row, "failed": f"its process ended with status {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
 
 
 def make_rows(
-    names: list[str], kind: str, options: argparse.Namespace, make: Callable[..., Mapping[str, Any]] = in_a_process
+    names: list[str], kind: str, options: argparse.Namespace, make: Callable[..., dict[str, Any]] = in_a_process
 ) -> None:
-    """The rows that are missing. make: of the arguments of one process, what it found."""
+    """The rows that are missing; make: one of them."""
     there = {} if options.again else rows_in(options.out)
-    given = [f"--threads={options.threads}", f"--seconds={options.seconds}", f"--layer-ms={options.layer_ms}"]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     for number, name in enumerate(names, 1):
-        if (name, kind) in there:
+        if (name, kind) in there and not zoo_page.disturbed(there[name, kind]):
             continue
         if time.monotonic() - began > 60 * options.stop_after:
             print("stopped; the same command goes on")
             return
-        row = {"network": name, "kind": kind, "failed": None}
-        row |= make([f"--network={name}", f"--one={kind}", *given], options.minutes)
-        if kind == "time":
-            theirs = make([f"--network={name}", "--one=openvino", *given], options.minutes)
-            row |= {"openvino_us": theirs.get("openvino_us"), "openvino_failed": theirs.get("failed")}
+        row = make(name, kind, options)
         with options.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"{number}/{len(names)} {name}: {row['failed'] or 'all stages'}", flush=True)
+
+
+def in_any_order(names: Iterable[str]) -> list[str]:
+    """The same order at every call, in which the first few are of all kinds; the largest come last."""
+    return sorted(names, key=lambda name: (name in LARGE, zlib.crc32(name.encode())))
 
 
 def main() -> int:
@@ -193,19 +219,19 @@ def main() -> int:
     parser.add_argument("--stop-after", type=float, default=1e9, metavar="MINUTES", help="begin no network later")
     parser.add_argument("--again", action="store_true", help="make also the rows that are in the file")
     parser.add_argument("--list", action="store_true", help="name the networks")
-    parser.add_argument("--one", choices=(*KINDS, "openvino"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    names = options.network or list(NETWORKS)
+    if options.one:
+        print(json.dumps(measure(options.network[0], options.one, options.seconds, options.layer_ms, options.threads)))
+        return 0
+    names = options.network or in_any_order(NETWORKS)
     unknown = [name for name in names if name not in NETWORKS]
     if unknown:
         parser.error(f"unknown network {', '.join(unknown)}; --list names them")
-    if options.one == "openvino":
-        print(json.dumps(openvino(names[0], options.seconds, options.threads)))
-    elif options.one:
-        print(json.dumps(measure(names[0], options.one, options.seconds, options.layer_ms, options.threads)))
-    elif options.list:
+    if options.list:
         print("\n".join(names))
     else:
+        preload()
         for kind in KINDS:
             if getattr(options, kind):
                 make_rows(names, kind, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import partial
@@ -17,18 +18,19 @@ Example = dict[str, Tensor] | tuple[Tensor, ...]
 
 # fmt: off
 TIMM = [
-    "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "seresnet50", "ecaresnet26t", "resnetv2_50",
+    "resnet18", "resnet50", "resnext50_32x4d", "seresnet50", "ecaresnet26t", "resnetv2_50",
     "regnetx_008", "regnety_008", "mobilenetv2_100", "mobilenetv3_large_100", "mobilenetv3_small_100",
     "mobilenetv4_conv_small", "efficientnet_b0", "efficientnet_lite0", "efficientnetv2_rw_s", "mnasnet_100",
     "mixnet_s", "ghostnet_100", "fbnetc_100", "tinynet_a", "lcnet_050", "hrnet_w18_small", "dla34", "densenet121",
-    "inception_v3", "vgg11_bn", "darknet53", "cspresnet50", "repvgg_a0", "convnext_atto", "convnextv2_atto",
+    "inception_v3", "darknet53", "cspresnet50", "repvgg_a0", "convnext_atto", "convnextv2_atto",
     "convmixer_768_32", "poolformer_s12", "vit_tiny_patch16_224", "deit_tiny_patch16_224",
     "swin_tiny_patch4_window7_224", "mobilevit_xxs", "mobilevitv2_050", "levit_128s", "efficientformer_l1",
-    "mixer_s32_224", "nfnet_l0", "xcit_nano_12_p16_224", "fastvit_t8", "skresnet18",
+    "mixer_s32_224", "nfnet_l0", "xcit_nano_12_p16_224", "fastvit_t8", "skresnet18", "wide_resnet50_2",
+    "vgg11_bn",
 ]
 TORCHVISION = [
-    "alexnet", "squeezenet1_1", "googlenet", "shufflenet_v2_x1_0", "mobilenet_v3_small", "efficientnet_b0",
-    "regnet_y_400mf", "densenet121", "mnasnet0_5", "swin_t", "vit_b_32", "resnet18",
+    "squeezenet1_1", "googlenet", "shufflenet_v2_x1_0", "mobilenet_v3_small", "efficientnet_b0",
+    "regnet_y_400mf", "densenet121", "mnasnet0_5", "swin_t", "resnet18", "alexnet", "vit_b_32",
 ]
 # fmt: on
 SEGMENTATION = ("Unet", "UnetPlusPlus", "Linknet", "FPN", "PSPNet", "DeepLabV3", "DeepLabV3Plus", "MAnet", "PAN")
@@ -45,16 +47,25 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+LARGE = ("timm/vgg11_bn", "timm/wide_resnet50_2", "torchvision/alexnet", "torchvision/vit_b_32")
 SMALL_SIDE = 96  # of images that only show whether an answer is right
+
+
+def preload() -> None:
+    """Imports the packages that are installed."""
+    _import_torchvision()
+    for package in ("torchvision", "timm", "segmentation_models_pytorch", "transformers"):
+        if importlib.util.find_spec(package) is not None:
+            importlib.import_module(package)
 
 
 def _timm(name: str) -> tuple[nn.Module, Example]:
     _import_torchvision()
     import timm
 
-    model = timm.create_model(name, pretrained=False)
-    size = model.default_cfg["input_size"]  # type: ignore[index]
-    side = size[1] if model.default_cfg.get("fixed_input_size") else min(size[1], 160)  # type: ignore[union-attr]
+    model: Any = timm.create_model(name, pretrained=False)
+    size = model.default_cfg["input_size"]
+    side = size[1] if model.default_cfg.get("fixed_input_size") else min(size[1], 160)
     return model, (torch.randn(1, 3, side, side),)
 
 
@@ -124,12 +135,27 @@ def build(name: str, small: bool = False) -> tuple[nn.Module, Example]:
     """A network in eval mode and what it is called with. small: images of few pixels, where it takes them."""
     torch.manual_seed(0)
     model, example = NETWORKS[name]()
-    for module in model.modules():
-        if isinstance(getattr(module, "running_var", None), Tensor):
-            module.running_mean.normal_(0, 0.1)  # type: ignore[operator, union-attr]
-            module.running_var.uniform_(0.5, 1.5)  # type: ignore[operator, union-attr]
     model.eval()
-    return model, _smaller(model, example) if small else example
+    example = _smaller(model, example) if small else example
+    _settle(model, example)
+    return model, example
+
+
+def _settle(model: nn.Module, example: Example) -> None:
+    """Gives batch norms the statistics of some random inputs, as training would. With those of a fresh network values
+    grow from layer to layer, until the gates of some networks see nothing but millions."""
+    norms = [one for one in model.modules() if isinstance(getattr(one, "running_var", None), Tensor)]
+    if not norms:
+        return
+    assert isinstance(example, tuple), "images"
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0  # type: ignore[assignment]
+    call(model, tuple(torch.randn((4, *x.shape[1:])) for x in example))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.eval()
+        norm.momentum = momentum
 
 
 def _smaller(model: nn.Module, example: Example) -> Example:

@@ -41,6 +41,30 @@ def compare(
     }
 
 
+def busy_seconds() -> tuple[float, float]:
+    """Of all processors and of this process alone, since they began. Linux only."""
+    ticks = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    idle = ticks[3] + ticks[4]  # waiting for a disk is idle too
+    own = os.times()
+    return (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK"), own.user + own.system
+
+
+class Elsewhere:
+    """What other processes took meanwhile, as a share of all processors.
+
+    with Elsewhere() as elsewhere: ...
+    """
+
+    def __enter__(self) -> Elsewhere:
+        self.began, self.busy = time.perf_counter(), busy_seconds()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        seconds, busy = time.perf_counter() - self.began, busy_seconds()
+        others = (busy[0] - self.busy[0]) - (busy[1] - self.busy[1])
+        self.share = max(0.0, others / seconds / (os.cpu_count() or 1))
+
+
 def bandwidth(megabytes: int = 256) -> float:
     """GB/s, read and written, of torch copying a tensor that fits no cache."""
     source = torch.ones(megabytes * 2**18)

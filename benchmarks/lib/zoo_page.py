@@ -9,11 +9,13 @@ from typing import Any
 
 BEGIN, END = "<!-- begin: written by python -m benchmarks.zoo --page -->\n", "<!-- end -->\n"
 NOISE = 1.05  # frozen / eager up to here is no loss
+QUIET = 0.1  # share of the processors that other processes may take
 Row = Mapping[str, Any]
 
 
 def table(rows: Mapping[tuple[str, str], Row]) -> str:
     """Markdown. rows: by network and kind, of which a network has one or both."""
+    rows = {key: row for key, row in rows.items() if not disturbed(row)}
     networks = list(dict.fromkeys(name for name, _ in rows))
     merged = {name: _merged(rows.get((name, "check"), {}), rows.get((name, "time"), {})) for name in networks}
     lines = [
@@ -22,6 +24,11 @@ def table(rows: Mapping[tuple[str, str], Row]) -> str:
         *(_line(name, row) for name, row in merged.items()),
     ]
     return "\n".join([*_summary(merged), "", *lines, ""])
+
+
+def disturbed(row: Row) -> bool:
+    """Whether other processes took so much of the machine that its times say nothing."""
+    return any(share > QUIET for name, share in row.items() if name.startswith("elsewhere@"))
 
 
 def write(path: Path, text: str) -> None:
