@@ -89,20 +89,14 @@ def find_sites(network: fx.GraphModule, inputs: tuple[Tensor, ...], pools: bool 
         site = replace(sites[node], contiguous=any(one is node.args[0] for one in contiguous))
         calls[site.name] = calls.get(site.name, 0) + 1
         named.append(site if calls[site.name] == 1 else replace(site, name=f"{site.name}@{calls[site.name]}"))
-    return [*named, *_sites_alone(layers_inside(network), network, inputs)] if pools else named
+    return [*named, *_sites_alone(network, layers_inside(network), network, inputs)] if pools else named
 
 
 def layers_inside(network: fx.GraphModule) -> dict[str, nn.Module]:
     """By path, the layers inside modules that a trace calls as a whole."""
     called = dict.fromkeys(str(node.target) for node in network.graph.nodes if node.op == "call_module")
-    inside = ((path, _layers_in(network.get_submodule(path))) for path in called)
-    return {f"{path}.{name}": one for path, layers in inside for name, one in layers.items() if name}
-
-
-def _layers_in(module: nn.Module) -> dict[str, nn.Module]:
-    fused = fused_by_torch(module)
-    layers = {name: one for name, one in module.named_modules() if kind_of(one) and not name.startswith(fused)}
-    return {name: one for name, one in layers.items() if not is_transposed(one)}  # may be called with a size
+    inside = ((path, network.get_submodule(path).named_modules()) for path in called)
+    return {f"{path}.{name}": one for path, named in inside for name, one in named if name and kind_of(one)}
 
 
 def fused_by_torch(module: nn.Module) -> tuple[str, ...]:
@@ -331,12 +325,16 @@ def activation_of(node: fx.Node, module: nn.Module | None) -> str:
 
 def find_eager_sites(model: nn.Module, run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> list[Site]:
     """The layers of a model that cannot be traced."""
-    return _sites_alone(_layers_in(model), run, inputs)
+    return _sites_alone(model, {name: one for name, one in model.named_modules() if kind_of(one)}, run, inputs)
 
 
-def _sites_alone(layers: Mapping[str, nn.Module], run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> list[Site]:
-    """Layers each on its own, at the one input shape that it is called with when the network runs."""
-    if not layers:
+def _sites_alone(
+    network: nn.Module, layers: Mapping[str, nn.Module], run: Callable[..., Any], inputs: tuple[Tensor, ...]
+) -> list[Site]:
+    """Layers of a network each on its own, at the one input shape that it is called with when the network runs."""
+    fused = fused_by_torch(network)
+    layers = {name: one for name, one in layers.items() if not name.startswith(fused) and not is_transposed(one)}
+    if not layers:  # transposed ones may be called with a size
         return []
     seen: dict[str, set[tuple[int, ...]]] = {}
 

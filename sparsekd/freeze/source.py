@@ -178,8 +178,10 @@ def _trace_that_agrees(
         if partial is None or len(inside) < len(partial[1]):
             partial = found, inside
     if partial is not None:
-        alone = f"inside modules that no trace shows, each for itself: {', '.join(partial[1])}"
-        return partial[0], [f"layers were chosen {alone}; nothing is fused or folded there"]
+        fused = fused_by_torch(partial[0].network)
+        names = ", ".join(name for name in partial[1] if not name.startswith(fused))
+        alone = f"layers were chosen inside modules that no trace shows, each for itself: {names}"
+        return partial[0], [f"{alone}; nothing is fused or folded there"] if names else []
     return None, [f"{'; '.join(reasons)}: layers were chosen one by one, nothing is fused or folded"]
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,3 +95,10 @@ def test_only_what_is_between_the_marks_of_a_page_is_written(tmp_path):
 
 def test_there_are_enough_public_networks():
     assert sum(not name.startswith(("sparsekd/", "torch/")) for name in architectures.NETWORKS) >= 60
+
+
+def test_the_page_says_what_the_rows_say():
+    root = Path(zoo.__file__).parents[1]
+    rows = zoo.rows_in(root / "benchmarks/results/zoo.jsonl")
+    assert zoo_page.between_marks((root / "docs/zoo.md").read_text()) == zoo_page.table(rows)
+    assert {name for name, _ in rows} <= set(architectures.NETWORKS)
