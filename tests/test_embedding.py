@@ -311,6 +311,7 @@ def test_ids_outside_are_refused(wrong, dtype):
 def test_bad_input_is_refused_with_the_way_out():
     bag, layer = SparseEmbeddingBag(8, 4, density=0.5), SparseEmbedding(8, 4, density=0.5)
     ids, short = torch.tensor([0, 1]), layer.table._replace(base=layer.base[:0])
+    wide = layer.table._replace(kept=layer.kept | 1 << 10)
     cases = [
         (TypeError, r"use .long\(\)", lambda: layer(ids.float())),
         (ValueError, "need 1-D offsets", lambda: bag(ids)),
@@ -334,6 +335,7 @@ def test_bad_input_is_refused_with_the_way_out():
         (ValueError, r"queries must be \[n, 4\]", lambda: layer.top_k(torch.zeros(1, 5), 1)),
         (ValueError, "excluded must rise from 0", lambda: layer.top_k(torch.zeros(1, 4), 1, (ids + 1, ids))),
         (ValueError, r"\(begin \[3\], ids", lambda: layer.top_k(torch.zeros(2, 4), 1, (torch.tensor([0, 2]), ids))),
+        (ValueError, "beyond the 4 of the queries", lambda: ops.embedding_top_k(torch.zeros(1, 4), wide, 1)),
         (ValueError, "base must be", lambda: ops.embedding_top_k(torch.zeros(1, 4), short, 1)),
         (ValueError, r"rows, 2\] for 100", lambda: ops.embedding_absent_(*torch.zeros(2, 2, 100), layer.kept, ids)),
     ]

@@ -33,3 +33,4 @@ struct Setting {
 void check_attention(const std::string& isa);
 // Lookups, bags, their gradients and the best of all rows, from packed tables (embedding_test.cpp).
 void check_embedding(const std::string& isa);
+void check_embedding_training(const std::string& isa);

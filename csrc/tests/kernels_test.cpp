@@ -359,6 +359,7 @@ int main(int argc, char** argv) {
     for (const Problem& problem : problems) check_problem(problem, isa.c_str());
     check_attention(isa);
     check_embedding(isa);
+    check_embedding_training(isa);
     printf("%s: %ld elements compared\n", isa.c_str(), static_cast<long>(compared() - before));
   }
   printf("%ld wrong, %ld buffers overrun\n", static_cast<long>(failures()), static_cast<long>(Guarded::overruns()));
