@@ -38,4 +38,5 @@ PYBIND11_MODULE(_C, m) {
   sparsekd::bind_int8(m);
   sparsekd::bind_attention(m);
   sparsekd::bind_network(m);
+  sparsekd::bind_runtime(m);
 }

@@ -34,10 +34,6 @@ inline Blocks blocks(Address row_ptr, Address col_idx, int64_t nnzb) {
   return {.row_ptr = in<int32_t>(row_ptr), .col_idx = in<int32_t>(col_idx), .nnzb = nnzb};
 }
 
-// In the order of Activation.
-inline constexpr const char* kActivationNames[] = {"none",        "relu",    "relu6", "silu",     "hardswish",
-                                                   "hardsigmoid", "sigmoid", "gelu",  "gelu_tanh"};
-
 inline Activation to_activation(int activation) {
   if (activation >= 0 && activation < static_cast<int>(std::size(kActivationNames)))
     return static_cast<Activation>(activation);
@@ -90,5 +86,6 @@ void bind_embedding(py::module_& m);
 void bind_int8(py::module_& m);
 void bind_attention(py::module_& m);
 void bind_network(py::module_& m);
+void bind_runtime(py::module_& m);
 
 }  // namespace sparsekd

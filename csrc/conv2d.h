@@ -9,6 +9,10 @@
 
 namespace sparsekd {
 
+// In the order of Activation.
+inline constexpr const char* kActivationNames[] = {"none",        "relu",    "relu6", "silu",     "hardswish",
+                                                   "hardsigmoid", "sigmoid", "gelu",  "gelu_tanh"};
+
 struct Conv2dShape {
   Conv2dGeometry geometry;
   int64_t bh, bw;

@@ -1,0 +1,58 @@
+// Making a program of a graph, node by node. The functions of ops (ops.h) check a node, say what they compute, and add
+// steps; memory is laid out when all are there.
+#pragma once
+
+#include <initializer_list>
+#include <string>
+
+#include "program.h"
+
+namespace sparsekd {
+
+enum class Layout { kAny, kRowMajor, kChannelsLast };
+
+class Compiler {
+ public:
+  Compiler(const Graph& graph, const TensorFile& file);
+
+  Program finish();
+
+  const Graph& graph() const { return graph_; }
+  const Operand& operand(int number) const { return program_.operands[static_cast<size_t>(number)]; }
+  const StoredTensor& tensor(const std::string& name) const { return tensor_named(file_, name); }
+
+  // The operand of a value, copied into another layout if it has to be.
+  int of(int value, Layout layout = Layout::kAny);
+  // An operand in the buffer.
+  int fresh(DType dtype, const Shape& shape, bool last = false);
+  // The same memory, read as another shape; row-major.
+  int reinterpret(int operand, const Shape& shape);
+  // What a value is, from now on. Throws where the file says otherwise.
+  void give(int value, int operand);
+  // overwrites: an operand whose memory the first write may take if nothing reads it later, or -1.
+  void step(std::initializer_list<int> reads, std::initializer_list<int> writes, Step step, int overwrites = -1);
+  void step(const std::vector<int>& reads, const std::vector<int>& writes, Step step, int overwrites = -1);
+  void mixes_samples() { program_.sliceable = false; }
+  // Marks that constants are read from the file itself as long as the program lives.
+  void keep_file() { program_.keep = file_.mapping; }
+
+ private:
+  int add(const Operand& operand, const Storage& storage);
+  void read_node(const Node& node);
+  void end_in_outputs();
+  void place();
+
+  struct Use {
+    std::vector<int> writes;
+    int overwrites;
+  };
+
+  const Graph& graph_;
+  const TensorFile& file_;
+  Program program_{};
+  std::vector<int> operand_of_;           // of values
+  std::vector<std::array<int, 2>> twin_;  // operand -> the same in the other layout, or -1
+  std::vector<Use> uses_;                 // of steps
+};
+
+}  // namespace sparsekd
