@@ -15,24 +15,38 @@ optim      SGD, Adagrad and Adam that touch the rows of a batch alone
 serving    ServingModel: answers while it is replaced
 methods    SP-SAD, LTH-SAD, SS-SAD; D2S for streams
 freeze     the inference network: folded, fused, each layer as fast as this machine can run it
+runtime    Session: an exported network without torch
 energy     EnergyMeter: joules with the name of the counter they come from
 runs       the main job: distil, prune, freeze, measure (``sparsekd run``)
 """
 
-from . import backends, nn, ops, optim
-from .blocks import BlockPattern, BlockSparse
-from .conversion import ConversionReport
-from .convert import conversion_report, densify
-from .distill import Distiller
-from .energy import EnergyMeter
-from .freeze import FrozenModel, freeze, load_frozen
-from .goals import Classification, Click, Ranking, Regression
-from .losses import SAD, attention_transfer_loss, kd_loss, kd_regression_loss
-from .methods import D2S, LTHSAD, SPSAD, SSSAD
-from .pruning import CostTable, LinearSchedule, Pruner, sparsify
-from .serving import ServingModel
-from .taps import FeatureTap
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
 from .version import __version__
+
+# Where each name is: loaded when it is first asked for, so that what needs no torch (`sparsekd.runtime`, `--help`) does
+# not wait for it, and works where it is not installed. Type checkers read the same in __init__.pyi.
+_HOMES = {
+    "blocks": ("BlockPattern", "BlockSparse"),
+    "conversion": ("ConversionReport",),
+    "convert": ("conversion_report", "densify"),
+    "distill": ("Distiller",),
+    "energy": ("EnergyMeter",),
+    "freeze": ("FrozenModel", "LoadedNetwork", "export_onnx", "freeze", "load_frozen"),
+    "goals": ("Classification", "Click", "Ranking", "Regression"),
+    "losses": ("SAD", "attention_transfer_loss", "kd_loss", "kd_regression_loss"),
+    "methods": ("D2S", "LTHSAD", "SPSAD", "SSSAD"),
+    "pruning": ("CostTable", "LinearSchedule", "Pruner", "sparsify"),
+    "serving": ("ServingModel",),
+    "taps": ("FeatureTap",),
+}
+_TRAINING = ("torch", "safetensors")  # what the extra [train] installs
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "D2S",
@@ -51,6 +65,7 @@ __all__ = [
     "FeatureTap",
     "FrozenModel",
     "LinearSchedule",
+    "LoadedNetwork",
     "Pruner",
     "Ranking",
     "Regression",
@@ -60,6 +75,7 @@ __all__ = [
     "backends",
     "conversion_report",
     "densify",
+    "export_onnx",
     "freeze",
     "kd_loss",
     "kd_regression_loss",
@@ -67,5 +83,44 @@ __all__ = [
     "nn",
     "ops",
     "optim",
+    "runtime",
     "sparsify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        try:
+            value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+        except ModuleNotFoundError as error:
+            if error.name not in _TRAINING:
+                raise
+            raise ModuleNotFoundError(
+                f"sparsekd.{name} needs {error.name}: pip install 'sparsekd[train]'; sparsekd.runtime needs it not",
+                name=error.name,
+            ) from error
+        globals()[name] = value
+        return value
+    if not name.startswith("__"):
+        try:
+            return import_module(f".{name}", __name__)
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Door(ModuleType):
+    """`sparsekd.freeze` is the function, whenever the room of that name is loaded: the import system would put the room
+    in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Door

@@ -3,6 +3,7 @@
 sparsekd run [TASK] ...                     train, prune, freeze, measure; see runs/
 sparsekd run stream ...                     learn a stream of clicks, and what serves it sparse; see runs/streaming.py
 sparsekd bench package.module:factory ...   your own networks, dense and frozen; see bench.py
+sparsekd export package.module:factory ...  one file that runs without torch; see exporting.py
 sparsekd recommend --model FILE --user ID   the best items for a user, from the file of a recommender
 sparsekd report DIR ...                     one page about one or several runs
 sparsekd doctor                             what this machine offers, and why not more
@@ -19,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__
+
 if TYPE_CHECKING:
     from .runs import RunConfig
 
@@ -31,11 +34,16 @@ TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: --stop-after came first
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 for bad input, 75 when --stop-after came first, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(_joined(arguments))
-    commands = {"run": _run, STREAM: _stream, "bench": _bench, "report": _report}
+    commands = {"run": _run, STREAM: _stream, "bench": _bench, "export": _export, "report": _report}
     commands |= {"recommend": _recommend, "doctor": _doctor}
     try:
+        options = _parser(arguments).parse_args(_joined(arguments))
+    except ModuleNotFoundError as error:  # the options of `run` follow from its tasks
+        return _lacking(error, "run")
+    try:
         return commands[options.command](options, arguments)
+    except ModuleNotFoundError as error:
+        return _lacking(error, options.command)
     except _EXPECTED as error:
         if options.debug:
             raise
@@ -45,6 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kept = "windows" if options.command == STREAM else "epochs"
         print(f"\nsparsekd: stopped. Finished {kept} are kept: the same command goes on from there.", file=sys.stderr)
         return 130
+
+
+def _lacking(error: ModuleNotFoundError, command: str) -> int:
+    """Of an installation for exported networks alone."""
+    if error.name not in ("torch", "safetensors"):
+        raise error
+    print(f"sparsekd: error: `sparsekd {command}` needs {error.name}; pip install 'sparsekd[train]'", file=sys.stderr)
+    return 2
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:
@@ -59,15 +75,17 @@ def configs(arguments: Sequence[str]) -> list[RunConfig]:
     """What the command line ``sparsekd run ...`` would run, one after the other."""
     from . import runs
 
-    return runs.several(_config(_parser().parse_args(arguments), arguments))
+    return runs.several(_config(_parser(arguments).parse_args(arguments), arguments))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """Of the commands that may be meant: the options of `run` follow from its tasks, and those import torch."""
     parser = argparse.ArgumentParser(prog="sparsekd", description="Prune and distil PyTorch models that run sparse.")
+    parser.add_argument("--version", action="version", version=f"sparsekd {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True)
-    _add_run(commands)
-    _add_stream(commands)
+    _add_run(commands, with_options="run" in arguments)
+    _add_stream(commands, with_options="run" in arguments)
     bench = commands.add_parser("bench", help="time your own networks: dense, dense frozen, block-sparse frozen")
     bench.add_argument("models", nargs="+", metavar="MODEL", help="package.module:factory, called without arguments")
     bench.add_argument(
@@ -99,6 +117,17 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--exclude", nargs="+", metavar="NAME", help="layers that stay dense, as in 'stem.*'")
     bench.add_argument("--seconds", type=float, default=2.0, help="to measure one batch size for (2)")
     bench.add_argument("--json", metavar="FILE", help="write the rows too")
+    export = commands.add_parser("export", help="write one file of a student that runs without torch")
+    export.add_argument("model", metavar="MODEL", help="package.module:factory, called without arguments")
+    export.add_argument("--out", required=True, metavar="FILE", help="what is written, as in student.skd")
+    export.add_argument("--frozen", metavar="FILE", help="a file of FrozenModel.save; or")
+    export.add_argument("--checkpoint", metavar="FILE", help="a file of checkpoint.save, which is frozen here")
+    export.add_argument(
+        "--input-shape", action="append", default=[], metavar="C,H,W", help="without the batch; once for each input"
+    )
+    export.add_argument("--batch", type=int, default=1, metavar="N", help="that the network is measured with (1)")
+    export.add_argument("--threads", type=int, metavar="N", help="that it is measured with (torch's)")
+    export.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     show = commands.add_parser("report", help="one page (HTML, Markdown, JSON) of one or several finished runs")
     show.add_argument("folders", nargs="+", metavar="DIR", help="folders of runs, or their results.json")
     show.add_argument("--out", metavar="DIR", help="where to write (the folder of a single run; report)")
@@ -110,18 +139,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_run(commands: Any) -> None:
+def _add_run(commands: Any, with_options: bool) -> None:
     """The arguments of `run`, under the names of the fields of RunConfig, which has the defaults."""
-    from .pruning import SCOPES, UNITS
-    from .runs import TASKS, RunConfig
-    from .runs.plans.network import KNOWN_METHODS, RANKING_METHODS_ALL
-
-    usual = RunConfig()
     run = commands.add_parser(
         "run",
         help="train a teacher, distil and prune students, freeze and measure them",
         argument_default=argparse.SUPPRESS,
     )
+    if not with_options:
+        return
+    from .pruning import SCOPES, UNITS
+    from .runs import TASKS, RunConfig
+    from .runs.plans.network import KNOWN_METHODS, RANKING_METHODS_ALL
+
+    usual = RunConfig()
     run.add_argument("task", nargs="?", help=f"{', '.join(TASKS)} ({usual.task})")
     run.add_argument("--data", dest="data_dir", metavar="DIR", help="folder of the data files, where none are embedded")
     run.add_argument(
@@ -186,16 +217,18 @@ def _add_run(commands: Any) -> None:
     )
 
 
-def _add_stream(commands: Any) -> None:
+def _add_stream(commands: Any, with_options: bool) -> None:
     """The arguments of `run stream`: the fields of StreamConfig and Columns, which have the defaults."""
+    run = commands.add_parser(
+        STREAM, help="learn a stream of clicks, and what serves it sparse", argument_default=argparse.SUPPRESS
+    )
+    if not with_options:
+        return
     from .data.streams import STREAMS, Columns
     from .pruning import UNITS
     from .runs.streaming import ARMS, MODELS, StreamConfig
 
     usual, columns = StreamConfig(), Columns()
-    run = commands.add_parser(
-        STREAM, help="learn a stream of clicks, and what serves it sparse", argument_default=argparse.SUPPRESS
-    )
     run.add_argument("--data", nargs="+", metavar="FILE", help="CSV or Parquet files and directories, in time order")
     run.add_argument("--stream", choices=STREAMS, help=f"a known stream instead ({usual.stream})")
     run.add_argument("--data-dir", metavar="DIR", help="folder of its files, where none are embedded")
@@ -299,13 +332,7 @@ def _bench(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from . import bench
     from .pruning import Budget
 
-    sys.path.insert(0, "")  # as `python -m` does: the user's modules lie in the current folder
-    try:
-        shapes = [tuple(int(size) for size in shape.split(",")) for shape in options.input_shape]
-    except ValueError:
-        raise ValueError(
-            f"sparsekd bench: --input-shape takes integers, as in 3,224,224, got {options.input_shape}"
-        ) from None
+    shapes = _shapes("bench", options.input_shape)
     rows = []
     densities = options.density or ([] if options.budget else [0.5, 0.3, 0.1])
     for name in options.models:
@@ -327,6 +354,33 @@ def _bench(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         command = shlex.join(["sparsekd", *arguments])
         Path(options.json).write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
     return 0
+
+
+def _export(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from . import exporting
+
+    said = exporting.export(
+        options.model,
+        options.out,
+        frozen=options.frozen,
+        weights=options.checkpoint,
+        shapes=_shapes("export", options.input_shape),
+        batch=options.batch,
+        threads=options.threads,
+        dtype="bf16" if options.dtype == "bf16" else None,
+    )
+    print(said)
+    return 0
+
+
+def _shapes(command: str, given: Sequence[str]) -> list[tuple[int, ...]]:
+    sys.path.insert(0, "")  # as `python -m` does: the user's modules lie in the current folder
+    try:
+        return [tuple(int(size) for size in shape.split(",")) for shape in given]
+    except ValueError:
+        raise ValueError(
+            f"sparsekd {command}: --input-shape takes integers, as in 3,224,224, got {list(given)}"
+        ) from None
 
 
 def _report(options: argparse.Namespace, arguments: Sequence[str]) -> int:

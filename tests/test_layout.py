@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # for types alone too; rooms on one floor do not know each other. A room is a folder or a file of sparsekd/.
 FLOORS = [
     ["_C", "blocks", "kernels", "modes", "processor", "ranks", "timing", "version"],  # these import no other room
-    ["ops", "energy"],  # what an op means; joules
+    ["ops", "energy", "runtime"],  # what an op means; joules; exported networks without torch
     ["backends", "features", "outputs", "taps"],  # what runs an op here; what a student can look at
     ["losses", "nn"],  # what it can learn; layers
     ["conversion", "goals", "optim"],  # which layers are converted; what a network learns and by which steps
@@ -25,7 +25,7 @@ FLOORS = [
     ["methods"],
     ["sparsekd"],  # the door: sparsekd/__init__.py
     ["bench", "doctor", "recommend", "report"],
-    ["runs"],
+    ["exporting", "runs"],
     ["cli"],
     ["__main__"],
 ]
@@ -50,9 +50,12 @@ def modules():
 def imports(name, path, known):
     """(module of the package, line, whether for types alone) for every import in a file."""
     tree = ast.parse(path.read_text())
+    stub = path.with_suffix(".pyi")  # of a module that loads its names when they are asked for
+    of_stub = ast.parse(stub.read_text()) if stub.exists() else ast.Module([], [])
     guards = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test).endswith("TYPE_CHECKING")]
     for_types = {id(inside) for guard in guards for statement in guard.body for inside in ast.walk(statement)}
-    for node in ast.walk(tree):
+    for_types |= set(map(id, ast.walk(of_stub)))
+    for node in (*ast.walk(tree), *ast.walk(of_stub)):
         if isinstance(node, ast.Import):
             ours = [alias.name for alias in node.names if alias.name.split(".")[0] == "sparsekd"]
             yield from ((module, node.lineno, id(node) in for_types) for module in ours)

@@ -1,10 +1,13 @@
 """The package where parts of it are missing, and whose threads the kernels use."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import sparsekd
 from sparsekd import backends
 
 HIDE = "import sys; sys.modules[{name!r}] = None\n"  # as if it were not installed
@@ -34,6 +37,41 @@ def test_without_the_compiled_module_everything_runs_on_the_reference():
     said = python(HIDE.format(name="sparsekd._C") + USE + "print(sparsekd.backends.describe()['conv2d']['cpu'])\n")
     assert "pure-torch reference" in said
     assert "sparsekd._C is not importable" in said
+
+
+NO_TORCH = "import sys; assert 'torch' not in sys.modules, 'torch was imported'\n"
+
+
+def test_the_door_opens_without_torch():
+    python("import sparsekd\n" + NO_TORCH + "print(sparsekd.__version__, dir(sparsekd))")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["bench", "--help"]])
+def test_the_command_says_what_it_can_without_torch(arguments):
+    said = python(
+        f"import sys; sys.argv[1:] = {arguments}\nfrom sparsekd.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n" + NO_TORCH
+    )
+    assert "sparsekd" in said
+
+
+def test_every_name_of_the_door_is_there():
+    python(
+        "import sparsekd\nfor name in sparsekd.__all__:\n    assert getattr(sparsekd, name) is not None\n"
+        "assert not hasattr(sparsekd, 'nothing')\n"
+    )
+
+
+def test_type_checkers_read_the_names_that_are_loaded():
+    stub = ast.parse(Path(sparsekd.__file__).with_suffix(".pyi").read_text())
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom) and node.module not in (None, "version")]
+    said = {node.module: tuple(alias.name for alias in node.names) for node in imports}
+    assert said == sparsekd._HOMES
+
+
+def test_freeze_stays_the_function_when_its_room_is_loaded():
+    code = "import sparsekd, sparsekd.freeze.plan\nassert callable(sparsekd.freeze), sparsekd.freeze\n"
+    python(code + "sparsekd.freeze = 3\nassert sparsekd.freeze == 3  # as a test may patch it")
 
 
 def test_without_triton_the_package_imports():

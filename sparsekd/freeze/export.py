@@ -36,7 +36,8 @@ def refuse_recording(inputs: tuple[Any, ...]) -> None:
     if recorder:
         raise RuntimeError(
             f"sparsekd.FrozenModel: {recorder} cannot record a frozen network, whose compiled kernels work on memory; "
-            "export frozen.to_torch(), the same network in plain torch with dense layers"
+            "export frozen.to_torch(), the same network in plain torch with dense layers (for ONNX, "
+            "sparsekd.export_onnx(frozen, path, example) does)"
         )
 
 

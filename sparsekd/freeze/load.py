@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from ..convert import replace_layers, sparse_layer
 from ..nn import BlockSparseLayer
 from .call import Call
 from .checked import dataclass_of
+from .deploy import LoadedNetwork, load
 from .file import Record, check_answer, check_same, nodes_of, read, record_of, weight_and_bias
 from .int8 import give_bytes
 from .kinds import is_conv, is_transposed, kind_of
@@ -40,19 +41,29 @@ from .trace import LOCK, Trace, dense_twin
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: BF16_TOLERANCE}
 
 
-def load_frozen(path: str | os.PathLike[str], model: nn.Module, *, threads: int | None = None) -> FrozenModel:
-    """The frozen network that ``FrozenModel.save`` wrote.
+@overload
+def load_frozen(path: str | os.PathLike[str], model: nn.Module, *, threads: int | None = None) -> FrozenModel: ...
+@overload
+def load_frozen(path: str | os.PathLike[str], model: None = None, *, threads: int | None = None) -> LoadedNetwork: ...
+
+
+def load_frozen(
+    path: str | os.PathLike[str], model: nn.Module | None = None, *, threads: int | None = None
+) -> FrozenModel | LoadedNetwork:
+    """The frozen network that ``FrozenModel.save`` wrote; without a model, the one that ``FrozenModel.export`` wrote.
 
     Args:
         path: the file.
-        model: a freshly built model of the same architecture, its layers dense or block-sparse, its weights irrelevant;
-            left as it is. It gives the structure, the file gives tensors and choices.
+        model: for a file of ``save`` a freshly built model of the same architecture, its layers dense or block-sparse,
+            its weights irrelevant; left as it is. It gives the structure, the file gives tensors and choices.
         threads: as for `freeze`.
 
     What was chosen stays chosen: freeze again on another machine. Without the compiled module every layer runs dense.
 
     Raises FileNotFoundError, and ValueError for a damaged file or the file of another model.
     """
+    if model is None:
+        return load(path, threads)
     try:
         state = read(path)
     except RecursionError as error:

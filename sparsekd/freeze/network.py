@@ -123,10 +123,44 @@ class FrozenModel(nn.Module):
         """Write one file that `load_frozen` reads: tensors and JSON, complete or not at all."""
         file.save(path, self.record, self.plan, self.network, self.kept, self.answer())
 
+    def export(self, path: str | os.PathLike[str]) -> None:
+        """Write one file that `sparsekd.runtime.Session` runs without torch, and `sparsekd.load_frozen` without the
+        model: graph, tensors and plan, complete or not at all (docs/deploy.md).
+
+        All layers run by the kernels of ``sparsekd._C`` there, those of which torch's were faster here too.
+        Raises ValueError that names a node no file can hold, RuntimeError where the file would answer otherwise.
+        """
+        from . import deploy
+
+        deploy.export(self._graph(), self.plan, self.call, self._graph_inputs(), self, path)
+
+    def _graph(self) -> fx.GraphModule:
+        if self.plan.device != "cpu":
+            raise ValueError("sparsekd.export: the run time is for CPUs; move the model there and freeze it again")
+        if self.plan.eager:
+            from .deploy.source import frozen_graph
+
+            return frozen_graph(self.network, self.kept, self.call, self._graph_inputs(), assemble)
+        if isinstance(self.network, fx.GraphModule):
+            return self.network
+        raise ValueError(
+            "sparsekd.export: this network could not be traced when it was frozen, and a file holds a graph; its plan "
+            f"says why: {'; '.join(self.plan.notes)}"
+        )
+
+    def _graph_inputs(self) -> tuple[Tensor, ...]:
+        """The sample of the example as the graph takes it."""
+        probe = tuple(self.record["probe"])
+        return cast(probe, torch.float32, torch.bfloat16) if self.record.get("in_bf16") else probe
+
+    def result_of(self, inputs: tuple[Tensor, ...]) -> Any:
+        """To the tensors of a call."""
+        args, kwargs = self.call.build(clone(inputs))
+        return self(*args, **kwargs)
+
     def answer(self) -> Any:
         """To the sample of the example that a file keeps."""
-        args, kwargs = self.call.build(clone(tuple(self.record["probe"])))
-        return self(*args, **kwargs)
+        return self.result_of(tuple(self.record["probe"]))
 
     def train(self, mode: bool = True) -> FrozenModel:
         if mode:

@@ -24,8 +24,8 @@ class TracedWhole(nn.Module):
         if proxy is None:
             if (torch.jit.is_tracing() or torch.compiler.is_exporting()) and torch.onnx.is_in_onnx_export():
                 raise RuntimeError(
-                    f"{type(self).__name__}: ONNX has no block-sparse layers; export "
-                    "sparsekd.densify(copy.deepcopy(model)), the same network with dense weights"
+                    f"{type(self).__name__}: ONNX has no block-sparse layers; use sparsekd.export_onnx(model, path, "
+                    "example), which writes dense ones with zeros, or export sparsekd.densify(copy.deepcopy(model))"
                 )
             return super().__call__(*args, **kwargs)
         tracer: Any = proxy.tracer
