@@ -24,11 +24,34 @@ print(sparsekd.__file__)
 """
 
 
+MOST_BYTES = 5_000_000  # of a wheel
+NO_TORCH = """
+import sys, numpy as np
+from importlib.util import find_spec
+assert find_spec("torch") is None and find_spec("safetensors") is None, "this environment has what it must not need"
+from sparsekd.runtime import Session
+golden = sys.argv[1]
+images = np.fromfile(golden + "/images.f32", np.float32).reshape(-1, 3, 16, 16)
+scores = Session(golden + "/network.skd")(images)
+wanted = [int(line.split()[0]) for line in open(golden + "/answers.txt")]
+assert scores.argmax(1).tolist() == wanted
+try:
+    import sparsekd
+    sparsekd.freeze
+except ModuleNotFoundError as error:
+    assert "pip install 'sparsekd[train]'" in str(error)
+else:
+    raise AssertionError("freeze works without torch")
+"""
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "build", "--outdir", folder, str(ROOT)], check=True)
         wheel, sdist = next(Path(folder).glob("*.whl")), next(Path(folder).glob("*.tar.gz"))
         check_wheel(zipfile.ZipFile(wheel).namelist())
+        assert wheel.stat().st_size <= MOST_BYTES, f"the wheel has {wheel.stat().st_size} bytes, more than {MOST_BYTES}"
+        check_without_torch(wheel, Path(folder))
         with tarfile.open(sdist) as archive:
             check_sdist(archive.getnames())
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall"]
@@ -36,6 +59,18 @@ def main() -> None:
         subprocess.run([sys.executable, "-c", SMOKE], check=True, cwd=folder)
         subprocess.run(["sparsekd", "doctor"], check=True, cwd=folder)
     print("wheel check passed")
+
+
+def check_without_torch(wheel: Path, folder: Path) -> None:
+    """In an environment that has numpy alone."""
+    subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
+    python = str(folder / "venv" / "bin" / "python")
+    subprocess.run([python, "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), str(wheel)], check=True)
+    golden = str(ROOT / "tests" / "runtime" / "golden")
+    subprocess.run([python, "-c", NO_TORCH, golden], check=True, cwd=folder)
+    for command, code in ((["--version"], 0), (["--help"], 0), (["run"], 2)):
+        done = subprocess.run([str(folder / "venv" / "bin" / "sparsekd"), *command], cwd=folder)
+        assert done.returncode == code, f"sparsekd {command} ended with {done.returncode}"
 
 
 def check_wheel(names: list[str]) -> None:
