@@ -33,7 +33,8 @@ def test_the_commands_of_a_page_are_commands(page):
     for line in [*inline, *lines]:
         command, *arguments = shlex.split(line.replace("\n", " "), comments=True) or [""]
         if command == "sparsekd" and arguments[-1:] != ["--help"]:
-            cli._parser().parse_args([a.replace("DIR...", "DIR") for a in arguments])
+            given = [a.replace("DIR...", "DIR") for a in arguments]
+            cli._parser(given).parse_args(given)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)

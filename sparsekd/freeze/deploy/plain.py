@@ -91,6 +91,8 @@ def _rsub(low: Lowering, node: fx.Node, _: nn.Module | None) -> int:
 
 
 def _clamp(low: Lowering, node: fx.Node, module: nn.Module | None) -> int:
+    low_end: Any
+    high_end: Any
     if isinstance(module, nn.Hardtanh):
         low_end, high_end, x = module.min_val, module.max_val, node.args[0]
     else:
@@ -119,7 +121,7 @@ def _leaky(low: Lowering, node: fx.Node, module: nn.Module | None) -> int:
 
 def _softmax(low: Lowering, node: fx.Node, module: nn.Module | None) -> int:
     given = arguments_of(node, ("input", "dim"))
-    dim = given.get("dim") if module is None else module.dim  # type: ignore[union-attr]
+    dim: Any = given.get("dim") if module is None else module.dim
     if dim is None or given.get("dtype") not in (None, low.dtypes[node]):
         raise CannotExport("names no dim, or converts to another dtype")
     return low.emit("softmax", node, [low.value(given["input"])], axis=int(dim))
@@ -149,7 +151,7 @@ def _layer_norm(low: Lowering, node: fx.Node, module: nn.Module | None) -> int:
     if isinstance(module, nn.LayerNorm):
         sizes, scale, shift, eps = module.normalized_shape, module.weight, module.bias, module.eps
         x = low.value(node.args[0])
-        held = [None if one is None else low.graph.constant(f"{node.target}.{name}", one)
+        held: list[Any] = [None if one is None else low.graph.constant(f"{node.target}.{name}", one)
                 for name, one in (("weight", scale), ("bias", shift))]  # fmt: skip
     else:
         given = arguments_of(node, ("input", "normalized_shape", "weight", "bias", "eps"))
@@ -204,7 +206,7 @@ def _argmax(low: Lowering, node: fx.Node, _: nn.Module | None) -> int:
     shape = low.graph.shape(x)
     if given.get("dim") not in (-1, len(shape) - 1):
         raise CannotExport("looks along another axis than the last")
-    _, places = _largest(low, node, x, (*shape[:-1], 1), 1)
+    places = _largest(low, node, x, (*shape[:-1], 1), 1)[1]
     return low.graph.node("reshape", node.name, [places], low.shapes[node], torch.int64)
 
 

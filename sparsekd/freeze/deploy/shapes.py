@@ -95,7 +95,7 @@ def piece(low: Lowering, node: fx.Node, x: int, axis: int, start: int, stop: int
 def _split(low: Lowering, node: fx.Node, _: nn.Module | None) -> tuple[int, ...]:
     names = ("input", "sizes", "dim")
     given = arguments_of(node, names)
-    sizes = given.get("sizes", given.get("split_size_or_sections", given.get("split_size", given.get("chunks"))))
+    sizes: Any = given.get("sizes", given.get("split_size_or_sections", given.get("split_size", given.get("chunks"))))
     x = low.value(given["input"])
     axis = int(given.get("dim", 0)) % len(low.graph.shape(x))
     length = low.graph.shape(x)[axis]
