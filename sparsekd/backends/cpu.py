@@ -45,7 +45,11 @@ def describe(op: str) -> str:
     dtypes = "float32"
     if op.startswith("feature_stats") or op in ("embedding", "embedding_bag", "embedding_top_k"):
         dtypes = "float32, bfloat16 and float16"
-    elif op == "embedding_grad":
+    elif op.endswith("_int8"):
+        dtypes = "int8 with float32 scales"
+    elif op in ("embedding_thin", "embedding_repack"):
+        dtypes = "values of 1, 2, 4 and 8 bytes"
+    elif op in ("embedding_grad", "embedding_rows_grad", "embedding_magnitudes"):
         dtypes = "float32, bfloat16 and float16 as float32"
     elif hasattr(native, f"{op}_bf16"):
         how = "vdpbf16ps" if native.isa() == "avx512_bf16" else "converted to float32 on its way in and out"
