@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,9 @@ def cases(setup: Setup) -> Iterator[Case]:
     for density in setup.densities:
         table = f"{rows}x{dim}-d{density:g}"
         learning = ("dense", "dense_sparse_grad", "ours")
-        yield Case(f"learn-{table}-n{batch}", learning, lambda d=density: _learn(setup, rows, dim, batch, d))
-        yield Case(f"bag-{table}-n{batch}", ("dense", "ours"), lambda d=density: _bag(setup, rows, dim, batch, d))
-        yield Case(f"top20-{table}-n64", ("dense", "ours"), lambda d=density: _top(setup, rows, dim, d))
+        yield Case(f"learn-{table}-n{batch}", learning, partial(_learn, setup, rows, dim, batch, density))
+        yield Case(f"bag-{table}-n{batch}", ("dense", "ours"), partial(_bag, setup, rows, dim, batch, density))
+        yield Case(f"top20-{table}-n64", ("dense", "ours"), partial(_top, setup, rows, dim, density))
 
 
 def _table(setup: Setup, rows: int, dim: int, density: float) -> tuple[SparseEmbedding, Tensor]:
