@@ -60,7 +60,7 @@ class FrozenModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
-            from .uncompiled import run  # here, because it imports torch._dynamo: seconds that most processes can save
+            from ..ops._uncompiled import run  # not before: it imports torch._dynamo
 
             return run(self, args, kwargs)
         inputs = self.call.flatten(args, kwargs)

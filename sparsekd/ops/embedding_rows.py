@@ -15,7 +15,6 @@ from ._schema import call, define
 from .embedding import Table, bag_of, check_bags, check_lookup, count_kept, places
 
 
-@torch.compiler.disable
 def embedding_rows(
     ids: Tensor, table: Table, dim: int, padding_idx: int | None, learns: Tensor | None, sparse: bool
 ) -> Tensor:
@@ -25,18 +24,25 @@ def embedding_rows(
         learns: bool of the shape of the ids: those whose gradient is wanted; None: all.
         sparse: whether the gradient of the values is a sparse tensor ``[n]``.
     """
+    if torch.compiler.is_dynamo_compiling():
+        from ._uncompiled import run  # not before: it imports torch._dynamo
+
+        return run(embedding_rows, (ids, table, dim, padding_idx, learns, sparse), {})
     check_lookup("embedding", ids, table, dim, padding_idx)
     _check_learns("embedding", ids, learns)
     padding = -1 if padding_idx is None else padding_idx
     return _Rows.apply(*table, ids.long(), dim, padding, learns, sparse)
 
 
-@torch.compiler.disable
 def embedding_bag_rows(
     ids: Tensor, offsets: Tensor, table: Table, dim: int, scale: Tensor | None, padding_idx: int | None,
     learns: Tensor | None, sparse: bool,
 ) -> Tensor:  # fmt: skip
     """``ops.embedding_bag`` with another gradient: see :func:`embedding_rows`."""
+    if torch.compiler.is_dynamo_compiling():
+        from ._uncompiled import run
+
+        return run(embedding_bag_rows, (ids, offsets, table, dim, scale, padding_idx, learns, sparse), {})
     check_bags(ids, offsets, table, dim, scale, padding_idx)
     _check_learns("embedding_bag", ids, learns)
     padding = -1 if padding_idx is None else padding_idx
