@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -103,11 +104,12 @@ def _rehearse_on_cpu() -> None:
         for name in (op, f"{op}_grad_input", f"{op}_grad_values"):
             _override.impl(name, getattr(cuda, name), "CPU", allow_override=True)
     plan.medians = _rehearsed_medians  # type: ignore[assignment]
-    on_gpu: Any = sys.modules["sparsekd.freeze.cuda"]
-    freezing: Any = sys.modules["sparsekd.freeze.freeze"]
+    on_gpu: Any = importlib.import_module("sparsekd.freeze.cuda")
+    freezing: Any = importlib.import_module("sparsekd.freeze.freeze")
     freezing.is_on_gpu = lambda inputs: True
     on_gpu.capture = lambda run, inputs: run
-    on_gpu.medians = sys.modules["sparsekd.freeze.cuda_layer"].medians = _rehearsed_medians  # type: ignore[attr-defined]
+    layer: Any = importlib.import_module("sparsekd.freeze.cuda_layer")
+    on_gpu.medians = layer.medians = _rehearsed_medians
 
 
 _override: Any = None  # lives as long as the process, as the ops do

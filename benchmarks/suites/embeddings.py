@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,14 +14,16 @@ from sparsekd.nn import SparseEmbedding
 from sparsekd.ops import embedding_bag
 
 
-def cases(setup: Setup) -> Iterator[Case]:
+def cases(setup: Setup) -> list[Case]:
+    found = []
     rows, dim, batch = (1_000, 16, 64) if setup.quick else (100_000, 64, 4096)
     for density in setup.densities:
         table = f"{rows}x{dim}-d{density:g}"
         learning = ("dense", "dense_sparse_grad", "ours")
-        yield Case(f"learn-{table}-n{batch}", learning, partial(_learn, setup, rows, dim, batch, density))
-        yield Case(f"bag-{table}-n{batch}", ("dense", "ours"), partial(_bag, setup, rows, dim, batch, density))
-        yield Case(f"top20-{table}-n64", ("dense", "ours"), partial(_top, setup, rows, dim, density))
+        found.append(Case(f"learn-{table}-n{batch}", learning, partial(_learn, setup, rows, dim, batch, density)))
+        found.append(Case(f"bag-{table}-n{batch}", ("dense", "ours"), partial(_bag, setup, rows, dim, batch, density)))
+        found.append(Case(f"top20-{table}-n64", ("dense", "ours"), partial(_top, setup, rows, dim, density)))
+    return found
 
 
 def _table(setup: Setup, rows: int, dim: int, density: float) -> tuple[SparseEmbedding, Tensor]:

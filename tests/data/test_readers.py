@@ -108,7 +108,7 @@ def test_movielens_zip_and_folder_give_the_same_task(tmp_path):
 
 
 def test_unknown_names(tmp_path):
-    with pytest.raises(ValueError, match="movietweetings, movielens, movies, cifar100, got 'netflix'"):
+    with pytest.raises(ValueError, match="movietweetings, movielens, movies, cifar100, rankings, got 'netflix'"):
         data.load("netflix")
     with pytest.raises(ValueError, match=r"group must be one of .*, got 'sound'"):
         data.load("movies", tmp_path, group="sound")

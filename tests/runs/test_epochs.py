@@ -10,6 +10,7 @@ from sparsekd import checkpoint
 from sparsekd.data import Rows
 from sparsekd.methods import METHODS
 from sparsekd.runs import epochs, evaluate
+from sparsekd.runs.plans.network import Counting
 from sparsekd.runs.state import StateFile
 
 from .made_up import errors, network, same, student_of, trained, without_timings
@@ -23,7 +24,7 @@ def test_twenty_steps_lower_the_loss(task, tmp_path):
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_methods_reach_the_density_in_time(task, teacher, tmp_path, method):
-    net = network(method, epochs=9)
+    net = network(method, epochs=9).counting(Counting("weights"))  # which `kept_share` and "density" count
     model, history = trained(task, net, tmp_path, teacher)
     assert evaluate.kept_share(model) == pytest.approx(0.4, abs=0.02)
     last_prune = max(epoch["epoch"] for epoch in history if epoch["pruned"])

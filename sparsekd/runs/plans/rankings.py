@@ -30,8 +30,8 @@ from .recipe import Recipe
 
 MODELS = ("mf", "neumf", "lightgcn")
 DIM = 64
-# Found on the validation part of lastfm with dense MF; all models and methods learn alike. The rate is constant, so that
-# every round of a ticket is trained as the others; the epoch is chosen on the validation part.
+# Found on the validation part of lastfm with dense MF; all models and methods learn alike. The rate is constant, so
+# that every round of a ticket is trained as the others; the epoch is chosen on the validation part.
 RECIPE = Recipe(lr=2e-2, weight_decay=0.5, epochs=20, batch_size=8192, milestones=(), select="best", recalibrate=False)
 RECIPES = {
     "mf": RECIPE,
