@@ -39,6 +39,28 @@ def test_without_the_compiled_module_everything_runs_on_the_reference():
     assert "sparsekd._C is not importable" in said
 
 
+def test_without_the_compiled_module_the_first_op_says_so_once():
+    twice = """
+import warnings, torch, sparsekd
+layer, x = sparsekd.nn.SparseLinear(16, 16, density=0.5), torch.randn(2, 16)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    layer(x), layer(x)
+for one in said:
+    print(one.message)
+"""
+    (line,) = python(HIDE.format(name="sparsekd._C") + twice).splitlines()
+    assert line.startswith("sparsekd.linear runs on its reference") and "pip install -e . in the clone" in line
+
+
+@pytest.mark.parametrize("room", ["ops", "nn", "losses", "optim", "methods", "ops.linear"])
+def test_whichever_room_is_imported_its_ops_have_their_kernels(room):
+    python(
+        f"import sparsekd.{room}, sys, torch\nassert 'sparsekd.backends.cpu' in sys.modules\n"
+        "assert torch._C._dispatch_has_kernel_for_dispatch_key('sparsekd::linear', 'CPU')\n"
+    )
+
+
 NO_TORCH = "import sys; assert 'torch' not in sys.modules, 'torch was imported'\n"
 
 

@@ -6,13 +6,16 @@ float16 are converted around a float32 kernel. float64, and machines without the
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
+from pathlib import Path
 from typing import Any
 
 import torch  # before _C: its OpenMP run time is the one the kernels then share
 from torch import Tensor
 
+from ..ops._schema import REFERENCES
 from ..ops.attention import (
     feature_stats_grad_reference,
     feature_stats_reference,
@@ -62,6 +65,8 @@ def describe(op: str) -> str:
 def register() -> None:
     """Make the compiled kernels what ``torch.ops.sparsekd.*`` runs on CPU tensors."""
     if native is None:
+        for name, reference in REFERENCES.items():
+            torch.library.impl(f"sparsekd::{name}", "cpu", _saying_so(name, reference))
         return
     layers: list[Callable[..., Tensor]]
     layers = [linear, linear_grad_input, linear_grad_values, conv2d, conv2d_grad_input, conv2d_grad_values]
@@ -70,6 +75,27 @@ def register() -> None:
     for op in ops:
         # Not register_kernel: its wrapper imports torch._dynamo at the first call, seconds most processes can save.
         torch.library.impl(f"sparsekd::{op.__name__}", "cpu", op)
+
+
+def _saying_so(name: str, reference: Callable) -> Callable:
+    """A warning, once: a user who runs beside the sources would only see that everything is slow."""
+
+    @wraps(reference)
+    def run(*args: Any) -> Any:
+        if not _said:
+            _said.append(name)
+            warnings.warn(
+                f"sparsekd.{name} runs on its reference in plain torch, slower than a dense layer: {missing}. sparsekd "
+                f"was imported from {Path(__file__).parent.parent}. If these are the sources, and it is installed, run "
+                "from another folder; or pip install -e . in the clone",
+                stacklevel=2,
+            )
+        return reference(*args)
+
+    return run
+
+
+_said: list[str] = []
 
 
 def _halves_in_float32(op: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -1,5 +1,7 @@
 """One file per op: what it means on any device (schema, checks, fake, reference, autograd). Kernels: backends/."""
 
+from importlib import import_module
+
 from . import embedding_int8, embedding_rows, embedding_update  # noqa: F401 (their ops)
 from .attention import feature_stats
 from .conv2d import conv2d
@@ -17,3 +19,7 @@ __all__ = [
     "feature_stats",
     "linear",
 ]
+
+# The ops are defined; now the kernels that run them here. By name, since this is the one arrow that points up: whoever
+# imports an op or a layer, by whatever room, must not get the reference where there are kernels.
+import_module("sparsekd.backends")

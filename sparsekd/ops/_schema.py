@@ -11,10 +11,13 @@ from torch import Tensor
 
 # The same derivatives as an autograd.Function each: see `call`.
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+# What each op means, in plain torch.
+REFERENCES: dict[str, Callable] = {}
 
 
 def define(name: str, schema: str, reference: Callable, fake: Callable) -> None:
     """Define ``sparsekd::name``; ``reference`` runs on every device that has no kernel of its own."""
+    REFERENCES[name] = reference
     torch.library.define(f"sparsekd::{name}", schema)
     torch.library.impl(f"sparsekd::{name}", "default", reference)
     torch.library.register_fake(f"sparsekd::{name}", _refusing_onnx(name, fake))
