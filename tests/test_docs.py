@@ -1,5 +1,6 @@
 """README and docs: their code runs, their commands parse, their links lead somewhere."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -15,7 +16,9 @@ NAMES = [page.name for page in PAGES]
 
 
 def blocks(page, language):
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+    """The code of a page; what stands behind ``<!-- needs: package -->`` is left out where that is not installed."""
+    found = re.findall(rf"(?:<!-- needs: (\w+) -->\n)?```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+    return [code for package, code in found if not package or importlib.util.find_spec(package)]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
