@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from ..distill import Distiller, Plain
 from ..nn.embedding import SparseTable
 from ..ops.embedding import embedding_absent_, pack_mask
+from ..pruning.entries import rekeep
 from .base import part_of
 from .nmf import nmf
-from .tables import TableMethod, budget_of_bytes, largest, rekeep
+from .tables import TableMethod, budget_of_bytes, largest
 
 __all__ = ["SparseRec"]
 

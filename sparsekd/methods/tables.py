@@ -16,10 +16,11 @@ from torch.optim import Optimizer
 from ..distill import Distiller, Plain
 from ..nn.embedding import SparseTable
 from ..ops.embedding import pack_mask
-from ..pruning.surgery import check_optimizer, state_slots
+from ..pruning.entries import rekeep
+from ..pruning.surgery import check_optimizer
 from .base import Method, PruneEvent
 
-__all__ = ["TableMethod", "budget_of_bytes", "bytes_of", "largest", "rekeep", "tables_of"]
+__all__ = ["TableMethod", "budget_of_bytes", "bytes_of", "largest", "tables_of"]
 
 
 def tables_of(model: Any) -> tuple[tuple[SparseTable, SparseTable], ...]:
@@ -63,15 +64,6 @@ def largest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     chosen[flat.topk(rest).indices] = True
     parts = chosen.split([score.numel() for score in scores])
     return [mask | part.view_as(mask) for mask, part in zip(masks, parts, strict=True)]
-
-
-@torch.no_grad()
-def rekeep(table: SparseTable, kept: Tensor, optimizers: Sequence[Optimizer] = ()) -> None:
-    """Keep the entries of `kept [rows, words]` instead; new ones are zero, with fresh optimizer state."""
-    slots = list(state_slots(table.values, optimizers))
-    carry = table.rekeep_(kept)
-    for slot in slots:
-        slot.write(carry(slot.tensor, slot.fresh))
 
 
 class TableMethod(Method):

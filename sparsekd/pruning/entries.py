@@ -64,7 +64,7 @@ def exchange_entries(
     moves = min(moves, int((magnitudes < float("inf")).sum()), growth.available)
     kept = _without(table, magnitudes, moves)
     growth.add(kept, moves)
-    _change(table, kept, optimizers, agree)
+    rekeep(table, kept, optimizers, agree=agree)
     return moves
 
 
@@ -86,7 +86,7 @@ def drop_entries(
             f"sparsekd.pruning.drop_entries: {count} of {magnitudes.shape[0]} entries cannot go: one of every row "
             f"stays, so ask for {can_go} or fewer"
         )
-    _change(table, _without(table, magnitudes, count), optimizers, agree)
+    rekeep(table, _without(table, magnitudes, count), optimizers, agree=agree)
 
 
 @torch.no_grad()
@@ -109,11 +109,16 @@ def grow_entries(
     count = min(count, growth.available)
     kept = table.kept.clone()
     growth.add(kept, count)
-    _change(table, kept, optimizers, agree)
+    rekeep(table, kept, optimizers, agree=agree)
     return count
 
 
-def _change(table: SparseTable, kept: Tensor, optimizers: Sequence[Optimizer], agree: bool) -> None:
+@torch.no_grad()
+def rekeep(table: SparseTable, kept: Tensor, optimizers: Sequence[Optimizer] = (), *, agree: bool = False) -> None:
+    """Keep the entries of ``kept [rows, words]`` instead; new ones are zero, with fresh optimizer state.
+
+    agree: as in :func:`exchange_entries`.
+    """
     slots = list(state_slots(table.values, optimizers))
     if agree and num_ranks() > 1:
         dist.broadcast(kept, src=0)
