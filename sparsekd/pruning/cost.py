@@ -152,11 +152,7 @@ class CostTable:
                 sparse = sparsify(copy.deepcopy(dense), pattern, density, include, exclude)
                 patterns = {name: str(layer.pattern) for name, layer in named_layers(sparse, SPARSE_TYPES)}
             frozen = freeze(sparse, inputs, **options)
-            calls[density], plans[density] = partial(frozen, *inputs), frozen.plan
-            if (
-                frozen.plan.eager
-            ):  # the model as it is was faster: its time counts, and its layers are timed all the same
-                plans[density] = freeze(sparse, inputs, **options, min_gain=0.0).plan
+            calls[density], plans[density] = partial(frozen, *inputs), _with_times(frozen.plan, sparse, inputs, options)
             slices = slices or plans[density].images
             options["memory_format"] = plans[density].memory_format
             if slices:
@@ -280,7 +276,14 @@ def _of_slices(model: nn.Module, inputs: tuple[Tensor, ...], images: int, option
     """The plan of the batch that a thread takes through a network at a time: its layers find their input in the cache,
     where those of the whole batch would wait for the memory."""
     few = tuple(x[:images] if x.dim() else x for x in inputs)
-    return freeze(model, few, **{**options, "threads": 1}).plan
+    options = {**options, "threads": 1}
+    return _with_times(freeze(model, few, **options).plan, model, few, options)
+
+
+def _with_times(plan: Plan, model: nn.Module, inputs: tuple[Tensor, ...], options: Mapping[str, Any]) -> Plan:
+    """The plan, or that of all our layers where the model as it is was faster: the whole network's time stays that of
+    the faster one, and its layers are timed all the same."""
+    return freeze(model, inputs, **options, min_gain=0.0).plan if plan.eager else plan
 
 
 def _in_the_network(

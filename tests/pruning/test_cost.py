@@ -231,20 +231,22 @@ def test_a_network_is_measured(batch):
 
 
 @pytest.mark.skipif(cpu.native is None, reason="no compiled kernels")
-def test_layers_are_timed_where_the_model_as_it_is_was_faster(monkeypatch):
-    """On a busy machine that may be found of any of the networks; its plan has no layers then."""
+@pytest.mark.parametrize("batch", [1, 2])
+def test_layers_are_timed_where_the_model_as_it_is_was_faster(monkeypatch, batch):
+    """On a busy machine that may be found of any of the networks, and of the slices that a batch of 2 runs in; their
+    plans have no layers then."""
 
     def freeze(model, inputs, **options):
         frozen = cost_module.freeze_of_everyone(model, inputs, **options)
-        sparse = any(hasattr(layer, "block_mask") for layer in model.modules())
-        if "min_gain" not in options and sparse:
+        frozen.plan = replace(frozen.plan, images=int(len(inputs[0]) > 1))
+        if "min_gain" not in options:
             frozen.plan = replace(frozen.plan, layers=(), memory_format="contiguous", eager=True)
         return frozen
 
     monkeypatch.setattr(cost_module, "freeze_of_everyone", cost_module.freeze, raising=False)
     monkeypatch.setattr(cost_module, "freeze", freeze)
     net = nn.Sequential(nn.Conv2d(4, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 64, 16))
-    costs = CostTable.measure(net, (torch.randn(1, 4, 8, 8),), densities=(0.1, 0.5), layer_ms=0.2)
+    costs = CostTable.measure(net, (torch.randn(batch, 4, 8, 8),), densities=(0.1, 0.5), layer_ms=0.2)
     assert list(costs.layers) == ["0", "3"]
 
 
@@ -256,7 +258,7 @@ def test_allocation_of_a_large_network_takes_seconds_at_most():
     meter = Timed(table_of(net, layers), net, units, COST_FLOOR)
     rule = Rule("cost", "lamp", COST_FLOOR, torch.Generator())
     best = min(_seconds(lambda: rule.kept(units, meter, 100.0, None)) for _ in range(3))
-    assert sum(layer.col_idx.numel() for layer in net) > 1.4e6 and best < 2.0  # other work slows a shared core down
+    assert sum(layer.col_idx.numel() for layer in net) > 1.4e6 and best < 10.0  # alone it takes less than one
 
 
 def _seconds(call):
