@@ -16,40 +16,17 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 import sparsekd
-from benchmarks.lib.models import MobileNetV2, resnet50, settle, small_resnet18, wrn_16_2
+from benchmarks.lib.models import NETWORKS, Network, settle
 from benchmarks.lib.timing import write_json
-from sparsekd import models, timing
+from sparsekd import timing
 from sparsekd.pruning import SCOPES, Budget, CostTable
 
-RATINGS = {"user_features": 64, "item_features": 64}
-Inputs = tuple[Tensor, ...]
-Network = tuple[Callable[[], nn.Module], Callable[[int], Inputs], tuple[str, ...]]
-
-
-def images(size: int, batch: int) -> Inputs:
-    return (torch.randn(batch, 3, size, size),)
-
-
-def ratings(batch: int) -> Inputs:
-    return torch.randn(batch, 64), torch.randn(batch, 64), torch.randn(batch)
-
-
-# Name -> (the network, its inputs at a batch size, what stays dense).
-NETWORKS: dict[str, Network] = {
-    "resnet18": (small_resnet18, partial(images, 28), ("stem*",)),
-    "resnet50": (resnet50, partial(images, 224), ("stem*",)),
-    "wrn-16-2": (wrn_16_2, partial(images, 32), ("stem*",)),
-    "mobilenetv2": (MobileNetV2, partial(images, 224), ("stem*",)),
-    "rating-cnn": (partial(models.RatingCNN, RATINGS, models.STUDENT), ratings, models.RatingCNN.not_pruned),
-}
 BUDGETS = ("macs=0.5", "macs=0.3", "macs=0.15", "latency_us=0.5", "latency_us=0.3")
 
 

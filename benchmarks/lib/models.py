@@ -1,14 +1,17 @@
-"""The dense networks that whole-network figures are quoted for, untrained: `[N, 3, H, W]` -> `[N, classes]`."""
+"""The dense networks that whole-network figures are quoted for, untrained: `[N, 3, H, W]` -> `[N, classes]`, and one of
+ratings."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsekd import models
 from sparsekd.models import ResNet as SmallResNet
 from sparsekd.models import classifier
 
@@ -179,3 +182,26 @@ def settle(model: nn.Module, *inputs: Tensor) -> nn.Module:
     for norm in norms:
         norm.momentum = 0.1
     return model.eval()
+
+
+RATINGS = {"user_features": 64, "item_features": 64}
+Inputs = tuple[Tensor, ...]
+Network = tuple[Callable[[], nn.Module], Callable[[int], Inputs], tuple[str, ...]]
+
+
+def images(size: int, batch: int) -> Inputs:
+    return (torch.randn(batch, 3, size, size),)
+
+
+def ratings(batch: int) -> Inputs:
+    return torch.randn(batch, 64), torch.randn(batch, 64), torch.randn(batch)
+
+
+# Name -> (the network, its inputs at a batch size, what stays dense).
+NETWORKS: dict[str, Network] = {
+    "resnet18": (small_resnet18, partial(images, 28), ("stem*",)),
+    "resnet50": (resnet50, partial(images, 224), ("stem*",)),
+    "wrn-16-2": (wrn_16_2, partial(images, 32), ("stem*",)),
+    "mobilenetv2": (MobileNetV2, partial(images, 224), ("stem*",)),
+    "rating-cnn": (partial(models.RatingCNN, RATINGS, models.STUDENT), ratings, models.RatingCNN.not_pruned),
+}
