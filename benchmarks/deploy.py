@@ -42,8 +42,13 @@ def prepare(name: str, density: float, folder: Path) -> None:
     torch.manual_seed(0)
     inputs = inputs_of(1)
     model = settle(sparsekd.sparsify(build(), density=density, exclude=exclude), *inputs_of(8))
-    frozen = sparsekd.freeze(model, inputs, layer_ms=20.0)
     folder.mkdir()
+    write_files(sparsekd.freeze(model, inputs, layer_ms=20.0), inputs, folder)
+    convert_for_mnn(folder)
+
+
+def write_files(frozen: Any, inputs: tuple[torch.Tensor, ...], folder: Path) -> None:
+    """A frozen network for every run time but MNN, what goes in, and what has to come out."""
     frozen.save(folder / "network.frozen")
     frozen.export(folder / "network.skd")
     sparsekd.export_onnx(frozen, folder / "network.onnx", inputs)
@@ -51,6 +56,9 @@ def prepare(name: str, density: float, folder: Path) -> None:
     arrays: Any = {one.name: x.numpy() for one, x in zip(names, inputs, strict=True)}
     np.savez(folder / "inputs.npz", **arrays)
     np.save(folder / "expected.npy", frozen(*inputs).numpy())
+
+
+def convert_for_mnn(folder: Path) -> None:
     for file, more in (("network.mnn", []), ("network-sparse.mnn", ["--detectSparseSpeedUp"])):
         arguments = ["-f", "ONNX", "--modelFile", str(folder / "network.onnx"), "--MNNModel", str(folder / file)]
         command = [sys.executable, "-c", CONVERT, *arguments, "--bizCode", "sparsekd", *more]

@@ -27,6 +27,7 @@ import shlex
 import statistics
 import struct
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,13 +40,14 @@ import torch
 from torch import Tensor, nn
 
 import sparsekd
+from benchmarks import deploy
+from benchmarks.lib.equal_latency_chart import picture
 from benchmarks.lib.timing import machine, write_json
 from sparsekd import checkpoint, models, timing
 from sparsekd.data import Rows
 from sparsekd.distill import Plain
 from sparsekd.methods import METHODS, Method, Staged
 from sparsekd.pruning import CostTable, LinearSchedule, ListedSchedule, Schedule
-from sparsekd.report.charts import STYLE, Chart, Series
 from sparsekd.runs.epochs import recalibrate
 from sparsekd.runs.plans.recipe import Recipe
 from sparsekd.runs.rates import cycle_of, learning_rate
@@ -64,6 +66,7 @@ PATTERN = sparsekd.BlockPattern(16, 1)
 PIXELS, CLASSES = 28, 10
 ALPHA, BETA = 0.9, 30.0
 ROWS, COSTS = "rows.jsonl", "costs.json"
+TURNS = 5  # of OpenVINO
 
 
 @dataclass(frozen=True)
@@ -355,18 +358,23 @@ def time_all(options: argparse.Namespace) -> None:
     torch.set_num_threads(costs.threads)
     rows = [row for row in rows_in(out) if row["method"] != "teacher"]
     x = torch.randn(costs.batch, 3, PIXELS, PIXELS).contiguous(memory_format=torch.channels_last)
-    calls = {}
+    calls: dict[int, Callable[[], object]] = {}
+    frozen_dense: Any = None
     for place, row in enumerate(rows):
         dense = row["way"] == "dense"
         name = "student" if dense else f"{row['method']}-{row['way']}-{row['point']:g}"
         model = checkpoint.load(network(STUDENT), out / f"seed{row['seed']}" / f"{name}.safetensors")
         frozen = frozen_at(model, costs.batch, costs.threads, options.layer_ms)
         calls[place] = partial(frozen, x)
+        frozen_dense = frozen if dense else frozen_dense
+    dense_row = next(row for row in rows if row["way"] == "dense")
     with torch.inference_mode():
         taken = timing.samples(calls, options.seconds * len(calls))
-    for place, row in enumerate(rows):
-        row["measured_us"] = 1e6 * statistics.median(taken[place])
-        print(in_one_line(row), flush=True)
+        for place, row in enumerate(rows):
+            row["measured_us"] = 1e6 * statistics.median(taken[place])
+            print(in_one_line(row), flush=True)
+        rows.append({**dense_row, "method": "openvino", **in_openvino(frozen_dense, x, costs.threads, options)})
+    print(f"OpenVINO, dense: {rows[-1]['measured_us'] or rows[-1]['absent']}", flush=True)
     protocol = json.loads((out / "protocol.json").read_text())
     about = {"protocol": protocol, "batch": costs.batch, "threads": costs.threads, "dense_us": costs.dense_us}
     about["costs_sha256"] = hashlib.sha256((out / COSTS).read_bytes()).hexdigest()
@@ -374,47 +382,29 @@ def time_all(options: argparse.Namespace) -> None:
     write_json(options.json, command, rows, {**machine(), **about})
 
 
+def in_openvino(frozen: Any, x: Tensor, threads: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The time of the dense network there, in turns with ours: each in a process of its own, or their threads would
+    stall each other."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            deploy.write_files(frozen, (x,), Path(folder))
+        except ImportError as error:
+            return {"measured_us": None, "absent": str(error)}
+        turns = [
+            [deploy.turn(name, Path(folder), threads, options.seconds) for name in ("OpenVINO", "sparsekd.runtime")]
+            for _ in range(TURNS)
+        ]
+    absent = next((row["absent"] for turn in turns for row in turn if "absent" in row), None)
+    if absent is not None:
+        return {"measured_us": None, "absent": absent}
+    theirs, ours = (statistics.median(row["us"] for row in rows) for rows in zip(*turns, strict=True))
+    return {"measured_us": theirs, "runtime_us": ours, "absent": None}
+
+
 def chart(options: argparse.Namespace) -> None:
-    """One picture: a panel for each method, accuracy against measured microseconds, a line for each way."""
     contents = json.loads(Path(options.json).read_text())
-    rows = contents["rows"]
-    seeds = len({row["seed"] for row in rows})
-    panels = []
-    for place, method in enumerate(METHOD_NAMES):
-        drawn = Chart("us a call, frozen", f"{method.upper()}: test accuracy, %", width=420, height=320)
-        for colour, way in enumerate(WAYS):
-            drawn.series.append(
-                Series(way, colour, points_of([r for r in rows if (r["method"], r["way"]) == (method, way)]))
-            )
-        x = 20 + 430 * place
-        panels.append(f'<g transform="translate({x},34)">{drawn.svg()}</g>')
-    legend = "".join(
-        f'<g class="s{colour}"><circle class="dot" cx="{30 + 110 * colour}" cy="16" r="5"/>'
-        f'<text x="{40 + 110 * colour}" y="20">by {way}</text></g>'
-        for colour, way in enumerate(WAYS)
-    )
-    about = contents["machine"]
-    foot = (
-        f"Fashion-MNIST, ResNet-18 of 16 to 128 channels, batch {about['batch']}, {about['threads']} thread(s) of "
-        f"{about['cpu']}, {seeds} seed(s); bars: standard deviation over seeds"
-    )
-    svg = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1320 384" width="1320"><style>{STYLE}</style>'
-        f'{legend}{"".join(panels)}<text class="note" x="20" y="376">{foot}</text></svg>\n'
-    )
     Path(options.svg).parent.mkdir(parents=True, exist_ok=True)
-    Path(options.svg).write_text(svg)
-
-
-def points_of(rows: Sequence[dict[str, Any]]) -> list[tuple[float, float, float | None, str]]:
-    points: list[tuple[float, float, float | None, str]] = []
-    for point in sorted({row["point"] for row in rows}):
-        here = [row for row in rows if row["point"] == point]
-        accuracies = [100 * row["accuracy"] for row in here]
-        us, mean = statistics.fmean(row["measured_us"] for row in here), statistics.fmean(accuracies)
-        spread = statistics.stdev(accuracies) if len(here) > 1 else None
-        points.append((us, mean, spread, f"{point:g} of the dense time: {mean:.2f} % in {us:.0f} us"))
-    return points
+    Path(options.svg).write_text(picture(contents["rows"], contents["machine"], METHOD_NAMES, tuple(WAYS)))
 
 
 def main() -> None:

@@ -73,7 +73,9 @@ def test_every_way_of_every_method_is_trained_timed_and_drawn(folder, capsys):
 
     equal_latency.time_all(options_of(folder))
     kept = json.loads((folder / "kept.json").read_text())
-    assert all(row["measured_us"] > 0 for row in kept["rows"]) and kept["machine"]["protocol"]["images"] == 40
+    *ours, openvino = kept["rows"]
+    assert openvino["method"] == "openvino" and (openvino["absent"] or openvino["measured_us"] > 0)
+    assert all(row["measured_us"] > 0 for row in ours) and kept["machine"]["protocol"]["images"] == 40
     equal_latency.chart(options_of(folder))
     picture = (folder / "docs" / "picture.svg").read_text()
     assert picture.startswith("<svg xmlns") and "SS-SAD: test accuracy" in picture and picture.count("<polyline") == 4
