@@ -1,7 +1,7 @@
 """`freeze` for a GPU without one: kernels are interpreted, and what a CUDA graph would hold runs as it is."""
 
+import importlib
 import os
-import sys
 from unittest import mock
 
 import pytest
@@ -19,8 +19,9 @@ DEVICE = "cuda" if GPU else "cpu"
 with mock.patch.dict(os.environ, {} if GPU else {"TRITON_INTERPRET": "1"}):
     from sparsekd.kernels import gather_gemm
 
-freezing = sys.modules["sparsekd.freeze.freeze"]
-on_cuda, on_cuda_layer = sys.modules["sparsekd.freeze.cuda"], sys.modules["sparsekd.freeze.cuda_layer"]
+freezing, on_cuda, on_cuda_layer = (  # `sparsekd.freeze` itself is a function to those who have called it
+    importlib.import_module(f"sparsekd.freeze.{name}") for name in ("freeze", "cuda", "cuda_layer")
+)
 
 
 class Net(nn.Module):
@@ -115,6 +116,20 @@ def test_a_network_is_folded_fused_chosen_and_captured(captured, monkeypatch):
     if GPU:
         return  # there a replay launches nothing
     assert launched[:3] == [("silu", False), ("relu", True), (None, False)]  # the frozen network; the model's follow
+
+
+def test_the_library_searches_its_own_kernels_wherever_it_is_compared_with(captured, monkeypatch):
+    searched = []
+
+    def medians(calls, *_, **__):
+        searched.append(torch.backends.cudnn.benchmark)
+        return falling_times(calls)
+
+    for module in (plan, on_cuda_layer, on_cuda):
+        monkeypatch.setattr(module, "medians", medians)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    sparsekd.freeze(network(), torch.randn(2, 3, 6, 6, device=DEVICE))
+    assert len(searched) >= 3 and all(searched) and torch.backends.cudnn.benchmark is False
 
 
 def test_each_batch_size_is_captured_once(captured):
