@@ -65,6 +65,11 @@ def test_the_runs_fit_their_minutes_and_name_their_steps(name, seconds):
     assert len({one.name for one in steps}) == len(steps)
 
 
+def test_the_first_run_measures_the_blocks_that_users_get_beside_the_widest():
+    commands = {step.name: step.command for step in run.first("out")}
+    assert "--preset" in commands["preset"] and "--preset" not in commands["layers"]
+
+
 def test_a_training_that_was_told_to_stop_has_done_its_part(tmp_path):
     assert run.execute([step("part", "raise SystemExit(75)")], tmp_path / "gpu", rehearse=False, seconds=60)
     assert state(tmp_path / "gpu") == {"part": "done"}

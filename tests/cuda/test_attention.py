@@ -20,6 +20,7 @@ from .common import DEVICE, GPU
 from .common import attention as kernels
 
 ROOT = Path(__file__).parents[2]
+NOTHING = 1e-6 if GPU else 0.0  # a GPU may contract a difference of products, which is then not exactly none
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 ALIGNED = [(16, 8, 8), (72, 4, 4), (8, 16, 24)]
 RAGGED = [(5, 7, 7), (70, 3, 3), (33, 1, 1), (3, 13, 11)]
@@ -88,7 +89,7 @@ def test_match_maps(attended, monkeypatch):
 def test_equal_maps_are_at_no_distance():
     maps = torch.rand(2, 49, device=DEVICE)
     loss, _, grad = backend.match_maps(None, maps, maps.clone(), [7, 7], [7, 7])
-    assert loss == 0 and not grad.any()
+    assert loss <= NOTHING and grad.abs().max() <= NOTHING
 
 
 @pytest.mark.parametrize("classes", [1, 10, 100])
@@ -98,7 +99,7 @@ def test_kd(classes):
     for ours, reference in zip(got, want, strict=True):
         torch.testing.assert_close(ours.double(), reference, rtol=1e-5, atol=1e-6)
     loss, grad = backend.kd(student, student, 1.0)
-    assert loss == 0 and not grad.any()
+    assert loss.abs() <= NOTHING and grad.abs().max() <= NOTHING
 
 
 def test_machine_code():

@@ -45,6 +45,7 @@ def test_gpu_autocast_compile_and_two_bit_equal_runs():
 def test_gpu_training_step_in_a_cuda_graph():
     layer, x = gpu_layer()
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         layer(x).square().sum().backward()
     torch.cuda.current_stream().wait_stream(stream)
