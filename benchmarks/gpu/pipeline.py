@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,15 @@ def main_loop(code: str) -> str:
 
 
 def machine_code(compiled: Any) -> str:
+    return _disassembled(compiled.asm["cubin"])
+
+
+@lru_cache(maxsize=1)  # two questions are asked of each kernel, and the disassembler is slow
+def _disassembled(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        return subprocess.run(
-            [TOOLS / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        return _output([str(TOOLS / "cuobjdump"), "-sass", file.name]).stdout
 
 
 def _output(command: list[str]) -> subprocess.CompletedProcess[str]:
