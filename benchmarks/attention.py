@@ -5,7 +5,8 @@ torch.compile of these, side by side; losses and gradients are compared before a
 taps of WRN-40-2 -> WRN-16-2 (batch 64, 32 pixels) and ResNet-34 -> ResNet-18 (batch 32, 224 pixels), post-ReLU.
 
 `share` is the least traffic (teacher and student read once, student read and its gradient written once more) over time,
-as a share of the bandwidth that reading and adding arrays of this size reach on the same threads in the same run.
+as a share of the bandwidth that reading and adding arrays of this size reach on the same threads in the same run. On a
+GPU (`--device cuda`) all are timed as queues of calls between two events of the device, so that Python is not timed.
 Freed memory stays with the process (`keep_freed_memory`), as in `sparsekd run`: otherwise glibc returns gradients to
 the system and faults them in again, now for one contestant and now for another.
 """
@@ -17,7 +18,7 @@ import copy
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -182,20 +183,9 @@ def bandwidth(seconds: float, device: str) -> dict[str, float]:
     """GB/s of reading an array (a sum) and of c = a + s b (two reads, one write), 128 MB each."""
     a, b, c = (torch.ones(32 << 20, device=device) for _ in range(3))
     calls: dict[str, Callable[[], Tensor]] = {"read": a.sum, "triad": lambda: torch.add(a, b, alpha=2, out=c)}
-    taken = timing.samples({name: synchronised(call, device) for name, call in calls.items()}, seconds, rounds=15)
+    taken = timing.samples(calls, seconds, rounds=15, device=torch.device(device))
     moved = {"read": a.numel() * 4, "triad": 3 * a.numel() * 4}
     return {name: moved[name] / statistics.median(samples) / 1e9 for name, samples in taken.items()}
-
-
-def synchronised(call: Callable[[], Any], device: str) -> Callable[[], Any]:
-    if device == "cpu":
-        return call
-
-    def run() -> None:
-        call()
-        torch.cuda.synchronize()
-
-    return run
 
 
 def measure(
@@ -218,8 +208,8 @@ def measure(
         steps = {}
         for who, call in calls.items():
             trained = (case.sad if who == "ours" else case.attend).parameters() if name == "sad" else ()
-            steps[who] = synchronised(gradients(call, [*case.student, *trained]), device)
-        taken = timing.samples(steps, seconds * len(steps), rounds=9)
+            steps[who] = gradients(call, [*case.student, *trained])
+        taken = timing.samples(steps, seconds * len(steps), rounds=9, device=torch.device(device))
         row: dict[str, Any] = {"case": label, "batch": pair.batch, "bytes": case.bytes(teacher), "bandwidth": rates}
         row |= figures(taken)
         row["share"] = row["bytes"] / row["ours_us"] / 1e3 / rates["triad"]
@@ -260,8 +250,8 @@ def measure_kd(device: str, compiled: bool, seconds: float) -> dict[str, Any]:
     calls = {"ours": lambda: kd_loss(student, teacher), "eager": eager}
     calls |= {"compiled": torch.compile(eager)} if compiled else {}
     check("kd", list(calls.values()), [student])
-    steps = {who: synchronised(gradients(call, [student]), device) for who, call in calls.items()}
-    taken = timing.samples(steps, seconds * len(steps), rounds=15)
+    steps = {who: gradients(call, [student]) for who, call in calls.items()}
+    taken = timing.samples(steps, seconds * len(steps), rounds=15, device=torch.device(device))
     row = {"case": "kd 64x100", **figures(taken)}
     print_row(row)
     return row
@@ -271,6 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny maps: whether it runs, not how fast")
     parser.add_argument("--pair", choices=[pair.name for pair in PAIRS], help="only this pair of networks")
+    parser.add_argument("--batch", type=int, help="of images; default 64 and 32")
     parser.add_argument("--dtype", action="append", help="may be repeated; default float32 and bfloat16")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--device", default="cpu")
@@ -280,6 +271,7 @@ def main() -> None:
     keep_freed_memory()
     seconds = 0.02 if args.quick else args.seconds
     pairs = (QUICK,) if args.quick else [pair for pair in PAIRS if args.pair in (None, pair.name)]
+    pairs = [replace(pair, batch=args.batch or pair.batch) for pair in pairs]
     on = machine() if args.device == "cpu" else {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     print(", ".join(f"{key} {value}" for key, value in on.items()))
     compiled = not (args.no_compile or args.quick)

@@ -32,6 +32,7 @@ CACHE = ROOT / "build" / "gpu-cache"  # of Triton: one path on both machines, fo
 DATA = ROOT / "build" / "gpu-data"  # CIFAR-100, if it was brought along
 STOPPED = 75  # of `sparsekd run`, and here: the same command goes on
 TESTS = ["tests/cuda", "tests/freeze/test_cuda.py"]
+LOSSES = ["--pair", "resnet", "--device", "cuda", "--dtype", "bfloat16", "--batch", "256", "--seconds", "0.2"]
 LAYERS = ["--batch", "256", "--density", "0.5", "0.3", "0.1", "--mask", "wide", "free"]
 
 
@@ -52,6 +53,10 @@ def _module(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"benchmarks.{name}", *arguments]
 
 
+def _losses(path: str, *arguments: str) -> list[str]:
+    return _module("attention", "--json", path, *arguments)
+
+
 def _pytest(*arguments: str, workers: int = 14) -> list[str]:
     spread = ["-n", str(workers)] if workers and importlib.util.find_spec("xdist") else []
     return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *spread, *arguments]
@@ -63,7 +68,7 @@ def first(out: str) -> list[Step]:
     network = ["infer", "--network", "resnet50", "--batch", "256", "--compiled", "--frozen-alone", "--out", out]
     train = ["train", "--network", "wrn-28-10", "--batch", "128", "--density", "0.3", "--compiled", "--out", out]
     energy = ["energy", "--network", "resnet50", "--density", "0.3", "--window", "3", "--rounds", "3"]
-    losses = _module("attention", "--pair", "resnet", "--json", f"{out}/losses_resnet.json")
+    losses = _losses(f"{out}/losses_resnet.json", "--no-compile")
     return [
         Step("ceilings", 20, _module("gpu.ceilings", "--out", out)),
         Step("tests", 90, _pytest(*TESTS), _pytest("tests/cuda/test_index.py", "tests/cuda/test_plan.py", workers=0)),
@@ -73,7 +78,7 @@ def first(out: str) -> list[Step]:
         Step("network", 75, _module("gpu.network", *network)),
         Step("training", 50, _module("gpu.network", *train)),
         Step("energy", 60, _module("gpu.network", *energy, "--cooldown", "1", "--out", out)),
-        Step("losses", 25, [*losses, "--device", "cuda"], [*losses, "--quick"]),
+        Step("losses", 25, [*losses, *LOSSES], [*losses, "--quick"]),
         Step("table", 10, _module("gpu.table", out)),
     ]
 
@@ -86,14 +91,14 @@ def second(out: str) -> list[Step]:
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     infer = ["infer", "--network", "wrn-28-10", "--batch", "128", "--frozen-alone", "--out", out]
     here = _pytest("tests/cuda/test_index.py", workers=0)
-    losses = _module("attention", "--pair", "resnet", "--json", f"{out}/losses_compiled.json")
+    losses = _losses(f"{out}/losses_compiled.json")
     return [
         Step("memory", 80, [*sanitizer, "--tool", "memcheck", *every_tile], here, uncached, "compute-sanitizer"),
         Step("races", 30, [*sanitizer, "--tool", "racecheck", *one_case], here, uncached, "compute-sanitizer"),
         Step("profile", 30, _module("gpu.trips", "--profile", "--out", out)),
         Step("wrn frozen", 40, _module("gpu.network", *infer)),
         Step("reduce-overhead", 30, _pytest("tests/cuda/test_gpu.py", "-k", "reduce_overhead", workers=0), here),
-        Step("losses compiled", 20, [*losses, "--device", "cuda"], [*losses, "--quick"]),
+        Step("losses compiled", 20, [*losses, *LOSSES], [*losses, "--quick"]),
         Step("second table", 10, _module("gpu.table", out)),
     ]
 

@@ -70,6 +70,13 @@ def test_the_first_run_measures_the_blocks_that_users_get_beside_the_widest():
     assert "--preset" in commands["preset"] and "--preset" not in commands["layers"]
 
 
+def test_the_first_run_compiles_no_losses():
+    """Compiling each loss takes longer than the step may; the second run does."""
+    first, second = ({step.name: step.command for step in steps("out")} for steps in (run.first, run.second))
+    assert "--no-compile" in first["losses"] and "--no-compile" not in second["losses compiled"]
+    assert all(command.count("bfloat16") == 1 for command in (first["losses"], second["losses compiled"]))
+
+
 def test_a_training_that_was_told_to_stop_has_done_its_part(tmp_path):
     assert run.execute([step("part", "raise SystemExit(75)")], tmp_path / "gpu", rehearse=False, seconds=60)
     assert state(tmp_path / "gpu") == {"part": "done"}

@@ -19,6 +19,21 @@ def test_gradients_of_half_maps_are_compared_where_float16_can_hold_them():
         attention.check("wrong", [loss(tie), loss(tie * 1.05)], [x])
 
 
+def test_on_a_gpu_the_device_is_timed_and_not_python(monkeypatch):
+    """The calls themselves are handed to the timer of queues, with no wait for the device in them."""
+    asked = []
+
+    def samples(calls, seconds, *, rounds, device):
+        asked.append(device)
+        return {name: [1e-6] for name in calls}
+
+    monkeypatch.setattr(attention.timing, "samples", samples)
+    pair = attention.Pair("small", 2, ((8, 4, 1),), ((8, 4, 1),))
+    attention.measure(pair, False, torch.float32, "cpu", False, 1e-4)
+    attention.measure_kd("cpu", False, 1e-4)
+    assert len(asked) == 7 and set(asked) == {torch.device("cpu")}
+
+
 def test_each_case_is_compiled_for_its_own_shapes(monkeypatch):
     """After other shapes of the same function, too: shapes that may vary make the compiled contestant slower."""
     graphs = []
