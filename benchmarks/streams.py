@@ -4,8 +4,9 @@
     python -m benchmarks.streams cost --out benchmarks/results/streams_cost.json
     python -m benchmarks.streams memory --out benchmarks/results/streams_memory.json
 
-serving  microseconds of a click model at one batch: dense and eager, dense and frozen, and frozen with shares of its
-         hidden layers removed. Random weights: the time of a layer does not depend on which blocks it keeps.
+serving  microseconds of a click model at one batch: dense and eager, dense and frozen, and frozen, and exported, with
+         shares of its hidden layers removed. Random weights: the time of a layer does not depend on which blocks it
+         keeps.
 cost     seconds and bytes of learning a stream with D2S, over those of the full model alone.
 memory   resident size after every tenth of a stream of many events, learnt with D2S, and read from files.
 """
@@ -25,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import sparsekd
 from benchmarks.lib.timing import write_json
@@ -39,6 +39,7 @@ from sparsekd.methods import D2S, Method
 from sparsekd.models import WideAndDeep
 from sparsekd.pruning import Pruner
 from sparsekd.runs.stream import Learner, Online
+from sparsekd.runtime import Session
 
 NUMERIC, IDS = 64, 8
 WIDTHS = ((512, 512, 512), (1024, 1024), (1024, 1024, 1024))
@@ -51,14 +52,16 @@ def serving(options: argparse.Namespace) -> list[Row]:
         torch.manual_seed(0)
         model = WideAndDeep(NUMERIC, IDS, rows=10_000, hidden=widths).eval()
         inputs = (torch.randn(options.batch, NUMERIC), torch.randint(2**40, (options.batch, IDS)))
-        networks: dict[str, nn.Module] = {"dense eager": model, "dense frozen": sparsekd.freeze(model, inputs)}
+        frozen = sparsekd.freeze(model, inputs)
+        calls: dict[str, Any] = {"dense eager": partial(model, *inputs), "dense frozen": partial(frozen, *inputs)}
         for share in options.remove:
             pruned: Any = copy.deepcopy(model)
             Pruner(pruned, scope="layer", exclude=pruned.not_pruned, example_inputs=inputs).prune_to(share)
-            networks[f"sparse frozen @ {share:g}"] = sparsekd.freeze(pruned.eval(), inputs)
+            frozen = sparsekd.freeze(pruned.eval(), inputs)
+            calls[f"sparse frozen @ {share:g}"] = partial(frozen, *inputs)
+            calls[f"sparse exported @ {share:g}"] = partial(session_of(frozen), *(x.numpy() for x in inputs))
         seconds, rounds = (0.05, 6) if options.quick else (0.5, 9)
         with torch.inference_mode():
-            calls = {name: partial(network, *inputs) for name, network in networks.items()}
             compared = energy.compare(calls, seconds=seconds, warmup=seconds, rounds=rounds, device="cpu")
         us = {name: 1e6 * measured.seconds_per_call for name, measured in compared.measurements.items()}
         for name, measured in us.items():
@@ -69,6 +72,13 @@ def serving(options: argparse.Namespace) -> list[Row]:
             print(f"{widths}  {name:20}  {measured:9.1f} us  {us['dense eager'] / measured:5.2f} x eager"
                   f"  {us['dense frozen'] / measured:5.2f} x frozen")  # fmt: skip
     return rows
+
+
+def session_of(frozen: Any) -> Session:
+    """The network of a file, as it is served without torch."""
+    with tempfile.TemporaryDirectory() as folder:
+        frozen.export(Path(folder) / "model.skd")
+        return Session(Path(folder) / "model.skd", threads=torch.get_num_threads())
 
 
 def cost(options: argparse.Namespace) -> list[Row]:

@@ -29,6 +29,8 @@ float gelu_tanh(float x) {
 float exponential(float x) { return std::exp(x); }
 float hyperbolic(float x) { return std::tanh(x); }
 float logarithm(float x) { return std::log(x); }
+float logarithm_of_more(float x) { return std::log1p(x); }
+float sign(float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : 0.0f; }  // of NaN it is 0 in torch, too
 float root(float x) { return std::sqrt(x); }
 float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 float magnitude(float x) { return std::fabs(x); }
@@ -72,7 +74,7 @@ const std::map<std::string, UnaryOp, std::less<>>& unaries() {
       {"tanh", unary<hyperbolic>()},     {"gelu", unary<gelu>()},       {"gelu_tanh", unary<gelu_tanh>()},
       {"exp", unary<exponential>()},     {"log", unary<logarithm>()},   {"sqrt", unary<root>()},
       {"rsqrt", unary<inverse_root>()},  {"abs", unary<magnitude>()},   {"neg", unary<negative>()},
-      {"square", unary<square>()},
+      {"square", unary<square>()},       {"sign", unary<sign>()},       {"log1p", unary<logarithm_of_more>()},
   };
   return table;
 }
@@ -115,6 +117,24 @@ struct Minimum {
   template <class T>
   static T of(T a, T b) {
     return a < b || a != a ? a : b;
+  }
+};
+
+// Of int64 alone, which come as uint64.
+struct Xor {
+  static uint64_t of(uint64_t a, uint64_t b) { return a ^ b; }
+};
+struct ShiftRight {  // by more bits than there are, only the sign is left
+  static uint64_t of(uint64_t a, uint64_t b) {
+    return static_cast<uint64_t>(static_cast<int64_t>(a) >> (b < 63 ? b : 63));
+  }
+};
+struct Remainder {  // with the sign of the divisor, as in Python; the divisor is not 0
+  static uint64_t of(uint64_t a, uint64_t b) {
+    const auto x = static_cast<int64_t>(a), y = static_cast<int64_t>(b);
+    if (y == -1) return 0;
+    const int64_t rest = x % y;
+    return static_cast<uint64_t>(rest != 0 && (rest < 0) != (y < 0) ? rest + y : rest);
   }
 };
 
@@ -178,6 +198,9 @@ const std::map<std::string, BinaryOp, std::less<>>& binaries() {
       {"div", {combine<float, Divide>, combine<Bfloat16, Divide>, nullptr}},
       {"max", {combine<float, Maximum>, combine<Bfloat16, Maximum>, nullptr}},
       {"min", {combine<float, Minimum>, combine<Bfloat16, Minimum>, nullptr}},
+      {"xor", {nullptr, nullptr, combine<int64_t, Xor>}},
+      {"shift_right", {nullptr, nullptr, combine<int64_t, ShiftRight>}},
+      {"remainder", {nullptr, nullptr, combine<int64_t, Remainder>}},
   };
   return table;
 }
@@ -204,6 +227,13 @@ Sizes broadcast_strides(const Operand& x, const Shape& shape, int64_t n) {
   return strides;
 }
 
+void expect_divisors(Compiler& compiler, int value) {
+  const Value& divisors = compiler.graph().values[static_cast<size_t>(value)];
+  expect(divisors.stored != nullptr, "its divisor has to be a constant");
+  const auto* const given = reinterpret_cast<const int64_t*>(divisors.stored->data);
+  for (int64_t i = 0; i < divisors.shape.elements(); ++i) expect(given[i] != 0, "it divides by 0");
+}
+
 void binary_node(Compiler& compiler, const Node& node) {
   expect_counts(node, 2, 1);
   const int a = compiler.of(node.inputs[0]), b = compiler.of(node.inputs[1]);
@@ -216,6 +246,7 @@ void binary_node(Compiler& compiler, const Node& node) {
                      : first.dtype == DType::kInt64    ? op.of_int64
                                                        : nullptr;
   expect(run != nullptr, std::string("it does not take ") + name_of(first.dtype));
+  if (node.op == "remainder") expect_divisors(compiler, node.inputs[1]);
   const Shape shape = broadcast(first.shape, second.shape);
   // The layout of the larger operand, which is then walked as it lies.
   const bool last = (first.last && first.shape == shape) || (second.last && second.shape == shape);

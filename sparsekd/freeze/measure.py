@@ -21,6 +21,7 @@ from .between import between_geometry, between_operands
 from .chain import alone
 from .kinds import is_conv, is_transposed
 from .layer import FORMATS, FrozenLayer
+from .norms import scale_and_shift
 from .packed import DTYPES, cpu_layer
 from .plan import Geometry, LayerPlan
 from .sites import Site, clone, weight_shape
@@ -236,13 +237,13 @@ def fold(site: Site, layer: Any, norm: Any) -> tuple[Tensor | BlockSparse, Tenso
         )
     if type(layer) is nn.BatchNorm2d:
         dtype = layer.running_mean.dtype  # type: ignore[union-attr]
-        weight, bias = (x.to(dtype) for x in _scale_and_shift(layer, None))
+        weight, bias = (x.to(dtype) for x in scale_and_shift(layer, None))
     else:
         weight = layer.blocks if isinstance(layer, BlockSparseLayer) else layer.weight.detach()
         bias = None if layer.bias is None else layer.bias.detach()
     if norm is not None:
         dtype = layer.values.dtype if isinstance(layer, BlockSparseLayer) else layer.weight.dtype
-        scale, shift = _scale_and_shift(norm, bias)
+        scale, shift = scale_and_shift(norm, bias)
         scaled = _scale_outputs(weight, scale, layer.groups) if is_transposed(layer) else _scale_rows(weight, scale)
         weight, bias = scaled, shift.to(dtype)
     for tensor in (weight.values if isinstance(weight, BlockSparse) else weight, bias):
@@ -258,14 +259,6 @@ def _scaled(weight: Tensor | BlockSparse, bias: Tensor | None, scale: Tensor) ->
     """scale * (Wx + b), computed in float64."""
     shift = None if bias is None else (bias.double() * scale.double()).to(bias.dtype)
     return _scale_rows(weight, scale.double()), shift
-
-
-def _scale_and_shift(norm: Any, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    ones, zeros = torch.ones_like(norm.running_mean), torch.zeros_like(norm.running_mean)
-    gamma, shift = (ones, zeros) if norm.weight is None else (norm.weight.detach(), norm.bias.detach())
-    scale = gamma.double() / (norm.running_var.double() + norm.eps).sqrt()
-    centre = (0.0 if bias is None else bias.double()) - norm.running_mean.double()
-    return scale, shift.double() + scale * centre
 
 
 def _scale_outputs(weight: Tensor | BlockSparse, scale: Tensor, groups: int) -> Tensor | BlockSparse:

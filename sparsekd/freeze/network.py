@@ -19,6 +19,7 @@ from .call import Call
 from .chain import Chain, find_chains
 from .export import plain_network, refuse_recording
 from .layer import FrozenLayer
+from .norms import simpler
 from .outputs import allowed, deviation, difference, map_tensors
 from .plan import Plan
 from .simplify import drop_unread
@@ -268,8 +269,14 @@ def assemble(source: nn.Module, sites: Sequence[Site], layers: Mapping[str, Froz
     _reuse_residuals(graph, source, layers)
     used = [node.target for node in graph.nodes if node.op in ("call_module", "get_attr")]
     frozen = {**whole, **layers}
-    parts = {name: frozen[name] if name in frozen else operator.attrgetter(name)(source) for name in used}
+    parts = {name: frozen[name] if name in frozen else _part(source, name) for name in used}
     return fx.GraphModule(parts, graph)
+
+
+def _part(source: nn.Module, name: str) -> Any:
+    """A module or tensor of the source."""
+    part = operator.attrgetter(name)(source)
+    return simpler(part) if isinstance(part, nn.Module) else part
 
 
 def _whole_modules(

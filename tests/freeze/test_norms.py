@@ -167,3 +167,30 @@ def test_models_built_in_inference_mode_or_scripted():
         with torch.inference_mode():
             want = copy.deepcopy(model)(x) if not isinstance(model, torch.jit.ScriptModule) else model(x)
         torch.testing.assert_close(quick(model, x)(x), want.clone(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (5, 6, 9)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_norm_before_any_layer_is_a_scale_and_a_shift(tmp_path, shape, affine):
+    """It stands behind a log here, as numbers of a click model do, so that nothing can take it in."""
+
+    class Numbers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.layer = nn.BatchNorm1d(6, affine=affine), nn.Linear(shape[-1], 16)
+
+        def forward(self, x):
+            return self.layer(self.norm(x.abs().log1p()))
+
+    torch.manual_seed(0)
+    model, x = Numbers(), torch.randn(shape)
+    model.train()(x)
+    model = sparsekd.sparsify(trained(model) if affine else model.eval(), density=0.5)
+    frozen = sparsekd.freeze(model, x, min_gain=0.0)
+    assert not any(isinstance(module, nn.BatchNorm1d) for module in frozen.network.modules())
+    assert "norm" in str(frozen.plan)  # which says that no layer takes it in
+    torch.testing.assert_close(frozen(x), model(x), rtol=1e-5, atol=1e-6)
+    frozen.save(tmp_path / "frozen")
+    assert torch.equal(sparsekd.load_frozen(tmp_path / "frozen", copy.deepcopy(model))(x), frozen(x))
+    frozen.export(tmp_path / "network.skd")
+    torch.testing.assert_close(sparsekd.load_frozen(tmp_path / "network.skd")(x), frozen(x), rtol=1e-5, atol=1e-6)

@@ -36,7 +36,7 @@ UNARY = {
     "relu": F.relu, "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish, "hardsigmoid": F.hardsigmoid,
     "sigmoid": torch.sigmoid, "tanh": torch.tanh, "gelu": F.gelu, "exp": torch.exp, "log": torch.log,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "sqrt": torch.sqrt, "rsqrt": torch.rsqrt, "abs": torch.abs,
-    "neg": torch.neg, "square": torch.square,
+    "neg": torch.neg, "square": torch.square, "log1p": torch.log1p, "sign": torch.sign,
 }  # fmt: skip
 
 
@@ -72,6 +72,33 @@ def test_integers_are_added_and_multiplied_as_integers(tmp_path):
     b = torch.tensor([1, 2**61, -7])
     described = graph("add", [((N, 3), "int64"), ((3,), "int64", "b")], [((N, 3), "int64")])
     check(tmp_path, lambda x: x + b, described, a, tensors={"b": b})
+
+
+@pytest.mark.parametrize(
+    ("name", "want", "other"),
+    [
+        ("xor", torch.bitwise_xor, [5, -7, 2**62]),
+        ("shift_right", torch.bitwise_right_shift, [0, 24, 63]),
+        ("remainder", torch.remainder, [7, -7, -1]),
+        ("remainder", torch.remainder, [2**62, 1, -(2**63)]),
+    ],
+)
+def test_integers_are_hashed_as_by_torch(name, want, other, tmp_path):
+    a = torch.randint(-(2**63), 2**63 - 1, (5, 3))
+    a[0] = torch.tensor([-(2**63), 2**63 - 1, 0])
+    b = torch.tensor(other)
+    described = graph(name, [((N, 3), "int64"), ((3,), "int64", "b")], [((N, 3), "int64")])
+    check(tmp_path, lambda x: want(x, b), described, a, tensors={"b": b})
+
+
+def test_remainders_of_nothing_known_are_refused(tmp_path):
+    described = graph("remainder", [((N, 3), "int64"), ((3,), "int64", "b")], [((N, 3), "int64")])
+    with pytest.raises(ValueError, match="it divides by 0"):
+        run(tmp_path, described, {"b": torch.tensor([3, 0, 1])}, torch.ones(5, 3, dtype=torch.int64))
+    del described["values"][1]["tensor"]
+    described["inputs"].append({"name": "b", "value": 1})
+    with pytest.raises(ValueError, match="its divisor has to be a constant"):
+        run(tmp_path, described, {}, *(torch.ones(5, 3, dtype=torch.int64) for _ in range(2)))
 
 
 MOVES = [

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..attention import self_attention
+from ..norms import ScaleAndShift, scale_and_shift
 from ..simplify import arguments_of
 from ..sites import activation_of
 from .graph import CannotExport, Shape
@@ -22,6 +23,8 @@ _ONE = {
     **dict.fromkeys((nn.Tanh, torch.tanh, F.tanh, "tanh", "tanh_", aten.tanh.default), "tanh"),
     **dict.fromkeys((torch.exp, "exp", aten.exp.default), "exp"),
     **dict.fromkeys((torch.log, "log", aten.log.default), "log"),
+    **dict.fromkeys((torch.log1p, "log1p", aten.log1p.default), "log1p"),
+    **dict.fromkeys((torch.sign, "sign", aten.sign.default), "sign"),
     **dict.fromkeys((torch.sqrt, "sqrt", aten.sqrt.default), "sqrt"),
     **dict.fromkeys((torch.rsqrt, "rsqrt", aten.rsqrt.default), "rsqrt"),
     **dict.fromkeys((torch.abs, "abs", operator.abs, aten.abs.default), "abs"),
@@ -38,6 +41,12 @@ _TWO = {
     **dict.fromkeys(_MULS, "mul"),
     **dict.fromkeys(_DIVS, "div"),
     **dict.fromkeys((torch.maximum, "maximum", aten.maximum.default), "max"),
+    **dict.fromkeys((operator.xor, torch.bitwise_xor, "bitwise_xor", aten.bitwise_xor.Tensor), "xor"),
+    **dict.fromkeys(
+        (operator.rshift, torch.bitwise_right_shift, aten.bitwise_right_shift.Tensor_Scalar), "shift_right"
+    ),
+    **dict.fromkeys((aten.__rshift__.Scalar,), "shift_right"),
+    **dict.fromkeys((operator.mod, torch.remainder, "remainder", aten.remainder.Scalar), "remainder"),
     **dict.fromkeys((torch.minimum, "minimum", aten.minimum.default), "min"),
 }
 
@@ -166,19 +175,16 @@ def _layer_norm(low: Lowering, node: fx.Node, module: nn.Module | None) -> int:
     return low.emit("layer_norm", node, operands, axes=len(sizes), eps=float(eps))
 
 
-def _batch_norm(low: Lowering, node: fx.Node, module: nn.Module | None) -> int:
-    """Of vectors, or of what no layer takes in: a scale and a shift for each channel."""
-    assert isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
-    if module.running_mean is None or module.running_var is None:
+def _scale_and_shift(low: Lowering, node: fx.Node, module: nn.Module | None) -> int:
+    """A batch norm that no layer takes in."""
+    assert module is not None
+    if not isinstance(module, ScaleAndShift) and module.running_mean is None:
         raise CannotExport("normalises by the statistics of its batch")
-    scale = (module.running_var.double() + module.eps).rsqrt()
-    scale = scale if module.weight is None else scale * module.weight.double()
-    shift = -module.running_mean.double() * scale
-    shift = shift if module.bias is None else shift + module.bias.double()
+    of_norm = (module.scale, module.shift) if isinstance(module, ScaleAndShift) else scale_and_shift(module)
     x = low.value(node.args[0])
     dtype = low.dtypes[node]
     sides = (-1, *(1 for _ in low.shapes[node][2:]))
-    for op, tensor in (("mul", scale), ("add", shift)):
+    for op, tensor in zip(("mul", "add"), of_norm, strict=True):
         held = low.graph.constant(f"{node.target}.{op}", tensor.to(dtype).reshape(sides))
         x = low.emit(op, node, [x, held])
     return x
@@ -363,7 +369,7 @@ _OTHERS: dict[Any, Lower] = {
     **dict.fromkeys((torch.amax, "amax", aten.amax.default), _reduce("amax")),
     **dict.fromkeys((nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d, aten.adaptive_avg_pool2d.default), _mean_of_images),
     **dict.fromkeys((nn.LayerNorm, F.layer_norm, aten.layer_norm.default), _layer_norm),
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _batch_norm),
+    **dict.fromkeys((ScaleAndShift, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _scale_and_shift),
     **dict.fromkeys((torch.topk, "topk", aten.topk.default), _top_k),
     **dict.fromkeys((torch.argmax, "argmax", aten.argmax.default), _argmax),
     **dict.fromkeys((torch.matmul, operator.matmul, torch.bmm, "matmul", "bmm", "mm", torch.mm), _matmul),
