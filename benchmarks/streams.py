@@ -83,27 +83,28 @@ def session_of(frozen: Any) -> Session:
 
 def cost(options: argparse.Namespace) -> list[Row]:
     count, size = (2, 1_000) if options.quick else (options.windows, options.rows)
-    rows: list[Row] = []
-    seconds: dict[str, float] = {}
-    for name, share in (("full", None), *((f"d2s-4 @ {share:g}", share) for share in options.remove)):
-        stream = DriftingClicks("none", windows=count + 1, rows=size)
-        learner = _learner(stream, (512, 512), share)
-        windows = list(stream)
-        learner.learn(1, windows[0])  # the first copy is made after it: from here on all four windows cost alike
-        began = time.perf_counter()
+    rows = []
+    for widths in WIDTHS[:1] if options.quick else WIDTHS:
+        windows = list(DriftingClicks("none", windows=count + 1, rows=size))
+        arms = {"full": None, **{f"d2s-4 @ {share:g}": share for share in options.remove}}
+        learners = {
+            name: _learner(DriftingClicks("none", windows=1, rows=size), widths, share) for name, share in arms.items()
+        }
+        for learner in learners.values():
+            learner.learn(1, windows[0])  # the first copy is made after it: from here on every four windows cost alike
+        seconds = dict.fromkeys(arms, 0.0)
         for number, window in enumerate(windows[1:], 2):
-            learner.learn(number, window)
-        seconds[name] = time.perf_counter() - began
-        row: Row = {"arm": name, "windows": count, "rows": size, "seconds": seconds[name], "bytes": _bytes(learner)}
-        rows.append(
-            {**row, "over_full": seconds[name] / seconds["full"], "bytes_over_full": row["bytes"] / _first(rows, row)}
-        )
-        print(rows[-1])
+            for name, learner in learners.items():  # in turns
+                began = time.perf_counter()
+                learner.learn(number, window)
+                seconds[name] += time.perf_counter() - began
+        held = {name: _bytes(learner) for name, learner in learners.items()}
+        for name in arms:
+            row: Row = {"arm": name, "widths": list(widths), "windows": count, "rows": size, "seconds": seconds[name]}
+            row |= {"over_full": seconds[name] / seconds["full"], "bytes": held[name]}
+            rows.append({**row, "bytes_over_full": held[name] / held["full"]})
+            print(rows[-1], flush=True)
     return rows
-
-
-def _first(rows: list[Row], row: Row) -> int:
-    return (rows or [row])[0]["bytes"]
 
 
 def _learner(stream: Any, widths: tuple[int, ...], share: float | None, batch_size: int = 128) -> Learner:

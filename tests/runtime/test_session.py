@@ -245,6 +245,18 @@ def test_an_encoder_and_a_recommender(sparse, tmp_path):
         assert (set(loaded) == set(want)) if isinstance(loaded, dict) else name == "recommender"
 
 
+@pytest.mark.parametrize("table", ["dense", "sparse"])
+@pytest.mark.parametrize("kind", [sparsekd.models.DLRM, sparsekd.models.WideAndDeep])
+def test_click_models_of_the_library(kind, table, tmp_path):
+    """Their ids are hashed in the file too, whatever int64 they are."""
+    model = sparsekd.sparsify(kind(4, 3, rows=50, table=table).eval(), density=0.5)
+    numbers, ids = torch.randn(5, 4) * 9, torch.randint(-(2**63), 2**63 - 1, (5, 3))
+    frozen = quick(model, (numbers, ids))
+    frozen.export(tmp_path / "clicks.skd")
+    got = sparsekd.runtime.Session(tmp_path / "clicks.skd")(numbers.numpy(), ids.numpy())
+    np.testing.assert_allclose(got, frozen(numbers, ids).numpy(), rtol=1e-5, atol=1e-6)
+
+
 def test_networks_of_the_library_for_small_images(tmp_path):
     """MobileNetV3's and EfficientNet's parts: squeeze and excitation, hardswish, hardsigmoid, SiLU."""
 

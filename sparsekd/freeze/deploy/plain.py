@@ -35,17 +35,14 @@ _ADDS = (operator.add, operator.iadd, torch.add, "add", "add_", aten.add.Tensor,
 _SUBS = (operator.sub, operator.isub, torch.sub, "sub", "sub_", aten.sub.Tensor, aten.sub.Scalar)
 _MULS = (operator.mul, operator.imul, torch.mul, "mul", "mul_", aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar)
 _DIVS = (operator.truediv, operator.itruediv, torch.div, "div", "div_", aten.div.Tensor, aten.div.Scalar)
-_TWO = {
+_TWO: dict[Any, str] = {
     **dict.fromkeys(_ADDS, "add"),
     **dict.fromkeys(_SUBS, "sub"),
     **dict.fromkeys(_MULS, "mul"),
     **dict.fromkeys(_DIVS, "div"),
     **dict.fromkeys((torch.maximum, "maximum", aten.maximum.default), "max"),
     **dict.fromkeys((operator.xor, torch.bitwise_xor, "bitwise_xor", aten.bitwise_xor.Tensor), "xor"),
-    **dict.fromkeys(
-        (operator.rshift, torch.bitwise_right_shift, aten.bitwise_right_shift.Tensor_Scalar), "shift_right"
-    ),
-    **dict.fromkeys((aten.__rshift__.Scalar,), "shift_right"),
+    **dict.fromkeys((operator.rshift, torch.bitwise_right_shift, aten.__rshift__.Scalar), "shift_right"),
     **dict.fromkeys((operator.mod, torch.remainder, "remainder", aten.remainder.Scalar), "remainder"),
     **dict.fromkeys((torch.minimum, "minimum", aten.minimum.default), "min"),
 }
