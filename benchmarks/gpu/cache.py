@@ -1,6 +1,6 @@
 """Compile a list of variants into a cache for another Python and Triton, which need no torch.
 
-    python -m benchmarks.gpu.dry_run --ask variants.json              # what the dispatch asks the compiler for
+    python -m benchmarks.gpu.dry_run --steps all --ask variants.json  # what the dispatch asks the compiler for
     python3.12 benchmarks/gpu/cache.py variants.json --into DIR       # compiled, with the Triton that it imports
     python3.12 benchmarks/gpu/cache.py variants.json --keys           # the names that the cache gives them
 
@@ -44,7 +44,13 @@ def source_of(variant: dict[str, Any]) -> Any:
     constants, attributes = (
         {tuple(place): value for place, value in variant[name]} for name in ("constants", "attributes")
     )
-    return ASTSource(fn=kernel, signature=dict(variant["signature"]), constexprs=constants, attrs=attributes)
+    signature = {name: _as_tuples(kind) for name, kind in variant["signature"]}
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def _as_tuples(kind: Any) -> Any:
+    """The type of an argument; that of a tuple is one of types, for which JSON has lists."""
+    return tuple(map(_as_tuples, kind)) if isinstance(kind, list) else kind
 
 
 def key_of(source: Any, target: Any, options: dict[str, Any]) -> str:

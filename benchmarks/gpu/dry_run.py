@@ -1,6 +1,7 @@
 """Every launch of the acceptance layers through the real dispatch, for a GPU that is not there.
 
     python -m benchmarks.gpu.dry_run                    # counts variants and launches, times the host; compiles nothing
+    python -m benchmarks.gpu.dry_run --steps all        # and what else the steps of `gpu.run` launch (asked.py)
     python -m benchmarks.gpu.dry_run --ask FILE         # writes the variants as a list, which `gpu/cache.py` compiles
     python -m benchmarks.gpu.dry_run --compile DIR      # compiles the variants into DIR, a cache to bring along
 
@@ -18,18 +19,17 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from unittest import mock
 
 import torch
 
-from benchmarks.gpu import cache, common
-from benchmarks.gpu.layers import ACCEPTANCE, sparse_call
+from benchmarks.gpu import asked, cache, common
+from benchmarks.gpu.layers import ACCEPTANCE
 from benchmarks.lib.shapes import GPU, Conv
-from sparsekd import BlockPattern, BlockSparse, timing
-from sparsekd.backends import cuda
+from sparsekd import BlockPattern, timing
 
 CAPABILITY = 90
 T = TypeVar("T")
@@ -127,25 +127,14 @@ def cases(layers: Iterable[Conv], densities: Sequence[float], masks: Sequence[st
 
 def calls(some: Iterable[Case], batch: int) -> Iterator[Callable[[], object]]:
     """The three directions of each case."""
-    meta = torch.device("meta")
     for layer, density, kind, preset in some:
         pattern = BlockPattern.for_device("cuda") if preset else common.pattern_for(layer, torch.device("cuda"))
-        mask = common.mask_of(layer, pattern, density, kind)
-        blocks = BlockSparse.from_dense(torch.zeros(layer.weight), pattern, mask=mask)
-        blocks = replace(blocks, values=blocks.values.to(meta, torch.bfloat16))
-        shapes = (batch, *layer.input), (batch, layer.out_channels, layer.out_size, layer.out_size)
-        x, grad = (_maps(shape) for shape in shapes)
-        for direction in common.DIRECTIONS:
-            yield sparse_call(layer, direction, x, blocks, grad, cuda)
+        yield from asked.directions(layer, batch, asked.blocks_of(layer, pattern, density, kind))
 
 
-def _maps(shape: Sequence[int]) -> torch.Tensor:
-    empty = torch.empty(tuple(shape), dtype=torch.bfloat16, device="meta")
-    return empty.contiguous(memory_format=torch.channels_last)
-
-
-def run(some: Sequence[Case], batch: int, fewest: bool, variants: Variants) -> dict[str, Any]:
-    """Each op measured as the planner would, then run again: variants, what the last run compiles, its time.
+@contextmanager
+def planned(fewest: bool) -> Iterator[None]:
+    """Inside, the planner launches each candidate once and believes that they are right, the later ones slower.
 
     fewest: the model's favourite alone, not every candidate.
     """
@@ -158,27 +147,44 @@ def run(some: Sequence[Case], batch: int, fewest: bool, variants: Variants) -> d
         return {choice: 1.0 / (1 + place) for place, choice in enumerate(choices)}
 
     nothing_wrong: dict[str, str] = {}
-    made = list(calls(some, batch))
     medians = mock.patch.object(plan, "medians", launched)
     wrong = mock.patch.object(plan, "wrong", lambda *_: nothing_wrong)
     timed = mock.patch.object(choose, "MOST_TIMED", 1 if fewest else choose.MOST_TIMED)
     with medians, wrong, timed, plan.measuring():
+        yield
+
+
+def run(some: Sequence[Case], batch: int, fewest: bool, variants: Variants) -> dict[str, Any]:
+    """Each op measured as the planner would, then run again: variants, what the last run compiles, its time."""
+    made = list(calls(some, batch))
+    with planned(fewest):
         for call in made:
             call()
-    asked = len(variants.asked)
+    count = len(variants.asked)
     for call in made:
         call()
     return {
         "ops": len(made),
-        "variants": asked,
+        "variants": count,
         "compiled": variants.compiled,
-        "compiled_in_the_steady_state": len(variants.asked) - asked,
+        "compiled_in_the_steady_state": len(variants.asked) - count,
         "launch_us": host_us(made),
         "triton_launch_us": _by_triton(host_us, made),
         "launch_calls": host_calls(made),
         "triton_launch_calls": _by_triton(host_calls, made),
-        "names": sorted(set(variants.asked)),
     }
+
+
+def run_steps(steps: Sequence[str], variants: Variants) -> dict[str, int]:
+    """Variants that each of these steps asks for anew, in turn."""
+    found = {}
+    for step in steps:
+        before = len(variants.variants)
+        with planned(fewest=False), asked.on_meta():
+            for call in asked.STEPS[step]():
+                call()
+        found[step] = len(variants.variants) - before
+    return found
 
 
 def host_us(made: Sequence[Callable[[], object]]) -> float:
@@ -226,6 +232,7 @@ def main() -> None:
     parser.add_argument("--layers", nargs="*", default=list(ACCEPTANCE), choices=list(GPU))
     parser.add_argument("--density", type=float, nargs="*", default=[0.5, 0.3, 0.1])
     parser.add_argument("--mask", nargs="*", default=["wide", "free"], choices=common.MASKS)
+    parser.add_argument("--steps", nargs="*", default=[], choices=[*asked.STEPS, "all"], help="of gpu.run")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--fewest", action="store_true", help="the favourite of the cost model, not every candidate")
     parser.add_argument("--names", action="store_true", help="print each variant")
@@ -236,16 +243,17 @@ def main() -> None:
     variants = install(compile_them=options.compile is not None)
     some = cases([GPU[name] for name in options.layers], options.density, options.mask)
     found = run(some, options.batch, options.fewest, variants)
+    if options.steps:
+        found["steps"] = run_steps(list(asked.STEPS) if "all" in options.steps else options.steps, variants)
     if options.ask:
-        asked = {
+        wanted = {
             "capability": CAPABILITY,
             "keys": list(variants.variants),
             "variants": list(variants.variants.values()),
         }
-        options.ask.write_text(json.dumps(asked, indent=1) + "\n")
-    names = found.pop("names")
+        options.ask.write_text(json.dumps(wanted, indent=1) + "\n")
     if options.names:
-        print("\n".join(names), file=sys.stderr)
+        print("\n".join(sorted(set(variants.asked))), file=sys.stderr)
     print(json.dumps(found))
 
 

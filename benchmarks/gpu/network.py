@@ -42,11 +42,16 @@ NETWORKS: dict[str, tuple[int, Callable[[], nn.Module]]] = {  # name: (image, ne
 }
 
 
+def is_pruned(module: nn.Module, narrowest: int = 64) -> bool:
+    """Whether a layer is a 3x3 convolution of at least so many channels."""
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module.in_channels >= narrowest
+
+
 def sparse_twin(model: nn.Module, density: float, kind: str, device: torch.device, narrowest: int) -> nn.Module:
-    """A copy whose 3x3 layers of at least ``narrowest`` channels are block-sparse."""
+    """A copy whose layers that `is_pruned` names are block-sparse."""
     twin = copy.deepcopy(model)
     for name, conv in list(twin.named_modules()):
-        if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (3, 3) or conv.in_channels < narrowest:
+        if not isinstance(conv, nn.Conv2d) or not is_pruned(conv, narrowest):
             continue
         layer = Conv(name, conv.in_channels, 1, conv.out_channels, 3)
         pattern = common.pattern_for(layer, device)

@@ -211,7 +211,7 @@ def prepare(python: str, version: str) -> list[str]:
         return [*missing, f"triton=={version} could not be installed: see above; no compile cache was made"]
     asked = ROOT / "build" / "gpu-variants.json"
     here, there = ({**os.environ, "PYTHONPATH": str(folders[one])} for one in (sys.executable, python))
-    subprocess.run(_module("gpu.dry_run", "--ask", str(asked)), cwd=ROOT, env=here, check=True)
+    subprocess.run(_module("gpu.dry_run", "--steps", "all", "--ask", str(asked)), cwd=ROOT, env=here, check=True)
     fill = [python, str(Path(__file__).with_name("cache.py")), str(asked), "--into", str(CACHE)]
     subprocess.run(fill, cwd=ROOT, env=there, check=True)
     size = sum(path.stat().st_size for path in CACHE.rglob("*") if path.is_file())

@@ -35,10 +35,10 @@ def gpu_layer(
     """The fastest of the ways that compute what torch does, at the example's shape, and what was measured."""
     dense = weight.to_dense() if isinstance(weight, BlockSparse) else weight
     dense = dense.contiguous(memory_format=torch.channels_last if dense.dim() == 4 else torch.contiguous_format)
-    blocks, why = _blocks_for_kernels(geometry, weight)
+    blocks, why = blocks_for_kernels(geometry, weight)
     ways = library_ways(geometry, dense, bias)
     if blocks is not None:
-        ways[OURS] = _ours(geometry, blocks, bias)
+        ways[OURS] = by_our_kernel(geometry, blocks, bias)
     microseconds: dict[str, float] = {}
     dropped: dict[str, str] = {}
     fastest, tile = LIBRARY, ""
@@ -90,7 +90,7 @@ def _sound(
 # ---- The ways
 
 
-def _blocks_for_kernels(geometry: Geometry, weight: Tensor | BlockSparse) -> tuple[BlockSparse | None, str]:
+def blocks_for_kernels(geometry: Geometry, weight: Tensor | BlockSparse) -> tuple[BlockSparse | None, str]:
     """(the weight as our kernels take it, ""), or (None, why they do not)."""
     if isinstance(weight, BlockSparse):
         why = backend.why_dense(weight, geometry.groups)
@@ -147,7 +147,7 @@ def one_pass_conv2d(geometry: Geometry, dense: Tensor, bias: Tensor | None) -> R
     return run
 
 
-def _ours(geometry: Geometry, weight: BlockSparse, bias: Tensor | None) -> Run:
+def by_our_kernel(geometry: Geometry, weight: BlockSparse, bias: Tensor | None) -> Run:
     operands = (weight.values, weight.row_ptr, weight.col_idx, bias)
     pad, pad_mode, activation = geometry.pad, geometry.pad_mode, _activation(geometry)
     if geometry.kind == "linear":

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+from .common import tiles
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -37,11 +39,19 @@ LAYER = ["--layers", "resnet50-1x1-1024-256", "--density", "0.3", "--mask", "wid
 
 def test_the_cache_of_another_python_has_the_keys_that_the_driver_asks_for(tmp_path):
     """From the list alone, without torch: each variant gets the key that it has where it is launched."""
-    dry_run(*LAYER, "--ask", str(tmp_path / "asked.json"))
+    steps = dry_run(*LAYER, "--steps", "trips", "losses", "--ask", str(tmp_path / "asked.json"))["steps"]
+    assert steps["trips"] >= len(tiles.GATHER_HALF) - 1 and steps["losses"] >= 8
     asked = json.loads((tmp_path / "asked.json").read_text())
     command = [sys.executable, ROOT / "benchmarks" / "gpu" / "cache.py", tmp_path / "asked.json", "--keys"]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert len(asked["keys"]) >= 3 and found.stdout.split() == asked["keys"]
+    assert len(asked["keys"]) >= 20 and found.stdout.split() == asked["keys"]
+
+
+@pytest.mark.slow
+def test_whole_networks_ask_for_variants_that_no_layer_alone_does():
+    """Frozen layers are fused, dense ones of one pixel are tried, and training has other sizes of blocks."""
+    steps = dry_run("--fewest", "--steps", "all")["steps"]
+    assert all(steps[name] >= 10 for name in ("network", "training")) and sum(steps.values()) <= 120
 
 
 @pytest.mark.slow
