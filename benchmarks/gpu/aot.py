@@ -1,12 +1,13 @@
 """Compile every configuration the dispatcher can choose, for GPUs that need not be here, and look at the machine code.
 
     python -m benchmarks.gpu.aot                    # all of them; keeps benchmarks/results/gpu_aot.{json,md}
-    python -m benchmarks.gpu.aot --sm 90 --only 'forward bf16'   # these alone; the other rows stay as they were
+    python -m benchmarks.gpu.aot --sm 90 --only 'forward bf16'  # these alone; rows whose kernels have not changed stay
     python -m benchmarks.gpu.aot --quick --out ''   # the widest of each family; what the tests run
 
 Asserted of each: tensor-core instructions (wgmma on sm_90, tcgen05 on sm_100, mma on sm_80, mfma on gfx942; none for
 float32 without tf32), 16-byte asynchronous copies (CUDA), no bytes of stack (so no spilled register), shared memory
-within the device's limit. Occupancy is what registers, warps and shared memory allow, not a measurement.
+within the device's limit. Occupancy is what registers, warps and shared memory allow, not a measurement. Rows of tiles
+that were considered and not taken (``CONSIDERED``) are kept beside those, and nothing is asserted of them.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,13 @@ LIMITS = {
 }
 TENSOR_CORES = {80: r"\bmma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma", GFX942: r"v_mfma"}
 DTYPES = {"half": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",)}
+# On sm_90, and why each was not taken is in docs/gpu-kernels.md. 128x128 with at most so many registers that two fit.
+CONSIDERED = (
+    (Tile(128, 128, 64, 8, 3), 128),
+    (Tile(128, 256, 64, 8, 4), None),
+    (Tile(64, 256, 64, 4, 3), None),
+    (Tile(64, 256, 64, 8, 3), None),
+)
 BLOCKS = ((64, 64), (64, 32), (16, 16))  # where the width of a block shapes the code: one slot, half a slot, the least
 
 
@@ -60,13 +68,18 @@ class Config(NamedTuple):
     fused: bool = False
     whole: bool = True
     parts: bool = False
+    most_registers: int | None = None  # that the assembler may use
 
     def __str__(self) -> str:
         marks = [name for name in ("pointwise", "fused", "parts") if getattr(self, name)]
         marks += [] if self.whole else ["ragged"]
         return " ".join(
             (self.direction, self.dtype, self.family, str(self.tile), "x".join(map(str, self.block)), *marks)
-        )
+        ) + _limit(self)
+
+
+def _limit(config: Config) -> str:
+    return "" if config.most_registers is None else f" maxnreg={config.most_registers}"
 
 
 def configurations(quick: bool, capability: int) -> Iterator[Config]:
@@ -78,6 +91,12 @@ def configurations(quick: bool, capability: int) -> Iterator[Config]:
             fitting = [t for t in fitting if shared_bytes(direction, t, size) <= LIMITS[capability][0]]
             for tile in fitting[:1] if quick else fitting:
                 yield from _variants(direction, family, tile, quick)
+
+
+def considered() -> Iterator[Config]:
+    for tile, most in CONSIDERED:
+        for direction, fused in (("forward", False), ("forward", True), ("grad_input", False)):
+            yield Config(direction, "half", "bf16", tile, BLOCKS[0], fused=fused, most_registers=most)
 
 
 def _variants(direction: str, family: str, tile: Tile, quick: bool) -> Iterator[Config]:
@@ -97,19 +116,18 @@ def _variants(direction: str, family: str, tile: Tile, quick: bool) -> Iterator[
 
 def compiled(config: Config, capability: int) -> Any:
     kernel = block_products_kernel if config.direction == "grad_values" else gather_gemm_kernel
-    return _compile(kernel, _constants(config), config, capability)
+    return _compile(kernel, constants(config), config, capability)
 
 
 def compile_config(config: Config, capability: int) -> dict[str, Any]:
     """Compile one configuration and read its machine code."""
-    began = time.perf_counter()
-    code = compiled(config, capability)
+    code, wgmma = compiled(config, capability), _is_wgmma(config, capability)
     registers, stack = resources(code)
     assembly, shared = code.asm.get("ptx") or code.asm["amdgcn"], code.metadata.shared
     return {
         "config": str(config),
-        "source": source_of(config.direction),
-        "kernel": f"{config.direction} {config.family} {config.tile}",
+        "source": source_of(config),
+        "kernel": f"{config.direction} {config.family} {config.tile}{_limit(config)}",
         "sm": capability,
         "registers": registers,
         "stack_bytes": stack,
@@ -119,8 +137,8 @@ def compile_config(config: Config, capability: int) -> dict[str, Any]:
         "other_mma_instructions": len(re.findall(r"\bmma\.sync", assembly)) if capability > 80 else 0,
         "async_copies_16_bytes": len(re.findall(r"cp\.async\.cg", assembly)),
         "async_copies_narrow": len(re.findall(r"cp\.async\.ca", assembly)),
-        "pipeline_faults": pipeline.faults(code, _stages(config)) if _is_wgmma(config, capability) else [],
-        "compile_seconds": round(time.perf_counter() - began, 2),
+        "instructions_a_trip": pipeline.trip_instructions(pipeline.machine_code(code)) if wgmma else None,
+        "pipeline_faults": pipeline.faults(code, _stages(config)) if wgmma else [],
     }
 
 
@@ -165,11 +183,17 @@ def _depth(config: Config) -> int:
     return min(config.tile.bk, config.block[0 if config.direction == "grad_input" else 1])
 
 
-def source_of(direction: str) -> str:
-    """Which text of a kernel a row speaks of: the first digits of its hash."""
+def source_of(config: Config) -> str:
+    """The first digits of a hash of what is compiled: the text of the kernel, its constants and its options."""
+    text = source_text(config.direction), sorted(constants(config).items(), key=str), sorted(options(config).items())
+    return hashlib.sha256(repr(text).encode()).hexdigest()[:12]
+
+
+@lru_cache
+def source_text(direction: str) -> str:
+    """The functions that a kernel is compiled from."""
     module = sys.modules[(block_products_kernel if direction == "grad_values" else gather_gemm_kernel).__module__]
-    texts = [inspect.getsource(one.fn) for one in vars(module).values() if hasattr(one, "fn")]
-    return hashlib.sha256("".join(texts).encode()).hexdigest()[:12]
+    return "".join(inspect.getsource(one.fn) for one in vars(module).values() if hasattr(one, "fn"))
 
 
 def compile_sum(capability: int, activation: str | None) -> dict[str, Any]:
@@ -182,7 +206,7 @@ def compile_sum(capability: int, activation: str | None) -> dict[str, Any]:
     return {"config": f"sum_parts {activation}", "sm": capability, "registers": registers, "stack_bytes": stack}
 
 
-def _constants(config: Config) -> dict[str, Any]:
+def constants(config: Config) -> dict[str, Any]:
     tile, (bh, bw) = config.tile, config.block
     constants: dict[str, Any] = {"BM": tile.bm, "BN": tile.bn, "BW": bw}
     constants |= {"POINTWISE": config.pointwise, "WHOLE": config.whole}
@@ -212,9 +236,13 @@ def _compile(kernel: Any, constants: dict[str, Any], config: Config, capability:
             divisible[(index,)] = [["tt.divisibility", 16]]
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=divisible)
-    options = {"num_warps": config.tile.warps, "num_stages": _stages(config)}
     target = GPUTarget("hip", "gfx942", 64) if capability == GFX942 else GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options=options(config))
+
+
+def options(config: Config) -> dict[str, int]:
+    most = {} if config.most_registers is None else {"maxnreg": config.most_registers}
+    return {"num_warps": config.tile.warps, "num_stages": _stages(config), **most}
 
 
 def resources(compiled: Any) -> tuple[int, int]:
@@ -257,6 +285,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "programs/SM",
         "tensor-core",
         "async",
+        "a trip",
     )
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for kernel, capability in dict.fromkeys((row["kernel"], row["sm"]) for row in rows):
@@ -265,24 +294,40 @@ def table(rows: list[dict[str, Any]]) -> str:
         fewest = min(row["programs_per_processor"] for row in some)
         cores = min(row["tensor_core_instructions"] or row["other_mma_instructions"] for row in some)
         copies = min(row["async_copies_16_bytes"] + row["async_copies_narrow"] for row in some)
-        lines.append(
-            f"| {' | '.join(map(str, (kernel, device_name(capability), len(some), *worst, fewest, cores, copies)))} |"
-        )
+        trips = [row["instructions_a_trip"] for row in some if row["instructions_a_trip"] is not None]
+        cells = (kernel, device_name(capability), len(some), *worst, fewest, cores, copies, max(trips, default="-"))
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
+def missing(rows: Sequence[dict[str, Any]], capabilities: Sequence[int]) -> list[str]:
+    """Configurations of these devices of which there is no row, or one of a kernel that has changed since."""
+    known = {(row["sm"], row["config"], row.get("source")) for row in rows}
+    wanted = [(sm, config) for sm in capabilities for config in configurations(False, sm)]
+    return [f"{device_name(sm)} {one}" for sm, one in wanted if (sm, str(one), source_of(one)) not in known]
+
+
 def keep(rows: list[dict[str, Any]], stem: Path) -> None:
-    """Write rows and table, beside the rows kept earlier of configurations that there still are."""
+    """Write rows and table, beside the rows kept earlier whose kernels are still what was compiled."""
     path = stem.with_suffix(".json")
-    earlier = json.loads(path.read_text())["rows"] if path.exists() else []
-    found = {(row["sm"], row["config"]): row for row in (*earlier, *rows)}
-    order = [(sm, str(config)) for sm in sorted(LIMITS) for config in configurations(False, sm)]
-    kept = [found[key] for key in order if key in found]
-    path.write_text(json.dumps({"triton": triton.__version__, "rows": kept}, indent=1) + "\n")
+    earlier = json.loads(path.read_text()) if path.exists() else {"triton": triton.__version__, "rows": []}
+    before = earlier["rows"] + earlier.get("considered", []) if earlier["triton"] == triton.__version__ else []
+    found = {(row["sm"], row["config"], row.get("source")): row for row in (*before, *rows)}
+
+    def those(sm: int, configs: Iterator[Config]) -> list[dict[str, Any]]:
+        keys = ((sm, str(config), source_of(config)) for config in configs)
+        return [found[key] for key in keys if key in found]
+
+    kept = [row for sm in sorted(LIMITS) for row in those(sm, configurations(False, sm))]
+    others = those(90, considered())
+    record = {"triton": triton.__version__, "rows": kept, "considered": others}
+    path.write_text(json.dumps(record, indent=1) + "\n")
     stem.with_suffix(".md").write_text(
         f"# Machine code of the Triton kernels\n\nCompiled by Triton {triton.__version__} with "
-        f"`python -m benchmarks.gpu.aot`; nothing here was run. A line is the worst of a tile's variants "
-        f"(blocks, dtypes, fused, pointwise, ragged, parts), each in `gpu_aot.json`.\n\n{table(kept)}\n"
+        f"`python -m benchmarks.gpu.aot`; nothing here was run. A line is the worst of a tile's variants (blocks, "
+        f"dtypes, fused, pointwise, ragged, parts), each in `{path.name}`. A trip: the most instructions of a warp in "
+        f"one, where the products are wgmma.\n\n{table(kept)}\n"
+        + (f"\n## Considered, and not taken\n\n{table(others)}\n" if others else "")
     )
 
 
@@ -300,7 +345,7 @@ def main() -> None:
                 continue
             row = compile_config(config, capability)
             rows.append(row)
-            if options.out and len(rows) % 20 == 0:  # a sweep takes an hour
+            if options.out and len(rows) % 20 == 0:  # a sweep takes most of an hour
                 keep(rows, Path(options.out))
             found = complaints(row, config)
             wrong += [f"{device_name(capability)} {config}: {complaint}" for complaint in found]
@@ -308,6 +353,8 @@ def main() -> None:
             print(f"{device_name(capability)} {config}: {row['registers']} registers, {verdict}", flush=True)
         sums_rows = [compile_sum(capability, activation) for activation in (None, "silu")]
         wrong += [f"{device_name(capability)} {row['config']}: stack" for row in sums_rows if row["stack_bytes"]]
+    if options.out and 90 in options.sm:
+        rows += [compile_config(config, 90) for config in considered() if options.only in str(config)]
     print(table(rows))
     if options.out:
         keep(rows, Path(options.out))
