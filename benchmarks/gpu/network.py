@@ -3,6 +3,7 @@
     python -m benchmarks.gpu.network infer --network resnet50 --batch 256     # and frozen: folded, fused, in a graph
     python -m benchmarks.gpu.network train --network wrn-28-10 --batch 128
     python -m benchmarks.gpu.network energy --network vgg16 --density 0.3      # windows of 5 s, interleaved, idle net
+    python -m benchmarks.gpu.network infer --compiled --compile-only          # fills the cache of the compiler alone
 
 Dense is torch with channels_last and cuDNN autotuned. "masked" is the same dense network with the dropped weights set
 to zero: zeros draw less power at the same time, so energy is held against both. Sparse layers are the 3x3 ones.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 
 from benchmarks.gpu import common
+from benchmarks.gpu.layers import digits
 from benchmarks.gpu.rows import Rows
 from benchmarks.lib.models import Basic, ResNet, conv_norm, resnet34, resnet50, vgg16, wide_resnet_28_10
 from benchmarks.lib.shapes import Conv
@@ -114,25 +116,61 @@ def in_graph(step: Callable[[], None], device: torch.device) -> Callable[[], obj
     return graph.replay
 
 
-def twins(options: argparse.Namespace, device: torch.device) -> tuple[torch.Tensor, dict[str, nn.Module]]:
-    """(input, the networks by name); every layer's candidates are measured on the way."""
-    from sparsekd.backends import cuda
+Step = Callable[[], object]
 
-    image, build = NETWORKS[options.network]
-    torch.manual_seed(0)
-    dtype = torch.float32 if options.what == "train" or device.type == "cpu" else torch.bfloat16
-    dense = build().to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x = torch.randn(options.batch, 3, image, image, device=device, dtype=dtype)
-    x = x.contiguous(memory_format=torch.channels_last)
-    models: dict[str, nn.Module] = {"dense": dense}
-    for density in options.density:
-        twin = sparse_twin(dense, density, options.mask, device, 16 if device.type == "cpu" else 64)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda and options.what == "train"):
-            cuda.prewarm(twin.train(options.what == "train"), x, backward=options.what == "train")
-        models[f"sparse {density}"] = twin
-    if options.what == "energy":
-        models["masked"] = masked_twin(models[f"sparse {options.density[-1]}"])
-    return x, models
+
+class Contest:
+    """The networks of a run, each made when its turn comes: what is measured first is kept if the rest is cut off."""
+
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        self._options, self._device = options, device
+        image, build = NETWORKS[options.network]
+        torch.manual_seed(0)
+        dtype = torch.float32 if options.what == "train" or device.type == "cpu" else torch.bfloat16
+        self._dense = build().to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        x = torch.randn(options.batch, 3, image, image, device=device, dtype=dtype)
+        self._x = x.contiguous(memory_format=torch.channels_last)
+
+    def steps(self) -> dict[str, Callable[[], Step]]:
+        """Name -> maker of a step. The first is what the others are held against; the longest to make is last."""
+        options, found = self._options, dict[str, Callable[[], Step]]()
+        compiles = options.compiled and self._device.type == "cuda"  # a compiler of the CPU is none of this
+        energy = options.what == "energy"
+        if energy and compiles:
+            found["dense, compiled"] = self._compiled
+        else:
+            found["dense"] = lambda: self._run(copy.deepcopy(self._dense))
+        if energy:
+            found["masked"] = lambda: self._run(masked_twin(self._sparse(options.density[-1])))
+        for density in options.density:
+            sparse = partial(self._sparse, density)
+            if not options.frozen_alone:
+                found[f"sparse {density}"] = lambda sparse=sparse: self._run(sparse())  # type: ignore[misc]
+            if options.what != "train":
+                found[f"sparse {density}, frozen"] = lambda sparse=sparse: self._frozen(sparse())  # type: ignore[misc]
+        if options.what != "train":
+            found["dense, frozen"] = lambda: self._frozen(self._dense)
+        return found | ({"dense, compiled": self._compiled} if compiles else {})
+
+    def _compiled(self) -> Step:
+        return self._run(torch.compile(copy.deepcopy(self._dense)))
+
+    def _run(self, model: Any) -> Step:
+        return (training if self._options.what == "train" else inference)(model, self._x)
+
+    def _frozen(self, model: nn.Module) -> Step:
+        return partial(freeze(model.eval(), self._x), self._x)
+
+    def _sparse(self, density: float) -> nn.Module:
+        """Every layer's candidates are measured on the way."""
+        from sparsekd.backends import cuda
+
+        trains = self._options.what == "train"
+        narrowest = 16 if self._device.type == "cpu" else 64
+        twin = sparse_twin(self._dense, density, self._options.mask, self._device, narrowest).train(trains)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._x.is_cuda and trains):
+            cuda.prewarm(twin, self._x, backward=trains)
+        return twin
 
 
 def main() -> None:
@@ -146,6 +184,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--cooldown", type=float, default=5.0)
     parser.add_argument("--compiled", action="store_true", help="the dense network by torch.compile, too")
+    parser.add_argument("--compile-only", action="store_true", help="measure nothing; the compiled network is made")
     parser.add_argument("--frozen-alone", action="store_true", help="of sparse networks the frozen ones only")
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--out", default="benchmarks/results/gpu")
@@ -155,38 +194,37 @@ def main() -> None:
         options.network, options.batch, options.density = "tiny", 1, [0.5]
         options.window, options.rounds, options.cooldown = 0.1, 1, 0.0
     before = common.facts(device)
-    x, models = twins(options, device)
-    steps = {name: (training if options.what == "train" else inference)(model, x) for name, model in models.items()}
-    if options.compiled and device.type == "cuda":  # a compiler of the CPU is none of this
-        wrap = training if options.what == "train" else inference
-        compiled: Any = torch.compile(copy.deepcopy(models["dense"]))
-        steps["dense, compiled"] = wrap(compiled, x)
-    if options.frozen_alone:
-        steps = {name: step for name, step in steps.items() if name.startswith("dense")}
-    if options.what == "infer":
-        steps |= {f"{name}, frozen": partial(freeze(model, x), x) for name, model in models.items()}
-    rows = joules(steps, options) if options.what == "energy" else seconds(steps)
+    steps = Contest(options, device).steps()
+    if options.compile_only:
+        steps.get("dense, compiled", lambda: None)()
+        return
     stage = f"{options.what}-{options.network}-{options.batch}"
     kept = Rows(Path(options.out) / "rows" / f"{stage}.jsonl")
-    for row in rows:
+    for row in joules(steps, options) if options.what == "energy" else seconds(steps, kept):
         row |= {"network": options.network, "batch": options.batch, "mask": options.mask}
         kept.add((row["model"],), row)
         print({name: value for name, value in row.items() if not name.startswith("all_")}, flush=True)
-    common.write(options.out, stage, before, device, rows)
+        common.write(options.out, stage, before, device, kept.rows)
 
 
-def seconds(steps: dict[str, Callable[[], object]]) -> list[dict]:
-    times = common.medians(list(steps.values()))
-    return [
-        {"model": name, "us": round(time, 1), "speedup": float(f"{times[0] / time:.4g}")}
-        for name, time in zip(steps, times, strict=True)
-    ]
+def seconds(steps: dict[str, Callable[[], Step]], kept: Rows) -> Iterator[dict[str, Any]]:
+    """A row for each network that has none yet, the moment it is measured: in turns with the first, which is dense."""
+    (name, make), *others = steps.items()
+    dense = make()
+    if (name,) not in kept:
+        (us,) = common.medians([dense])
+        yield {"model": name, "us": round(us, 1), "speedup": 1.0}
+    for name, make in others:
+        if (name,) not in kept:
+            theirs, us = common.medians([dense, make()])
+            yield {"model": name, "us": round(us, 1), "dense_us": round(theirs, 1), "speedup": digits(theirs / us)}
 
 
-def joules(steps: dict[str, Callable[[], object]], options: argparse.Namespace) -> list[dict]:
+def joules(makers: dict[str, Callable[[], Step]], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Per model: seconds and joules of a call, net of idling, their counter, and ratios to dense with intervals."""
     from sparsekd.energy import EnergyMeter, compare
 
+    steps = {name: make() for name, make in makers.items()}
     with EnergyMeter(None if options.rehearse else "cuda", idle_seconds=options.window) as meter:
         found = compare(
             steps,

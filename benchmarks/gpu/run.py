@@ -24,6 +24,7 @@ import tarfile
 import time
 import zipfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ CACHE = ROOT / "build" / "gpu-cache"  # of Triton: one path on both machines, fo
 DATA = ROOT / "build" / "gpu-data"  # CIFAR-100, if it was brought along
 STOPPED = 75  # of `sparsekd run`, and here: the same command goes on
 TESTS = ["tests/cuda", "tests/freeze/test_cuda.py"]
+FEW_TESTS = ["tests/cuda/test_index.py", "tests/cuda/test_plan.py"]
 LOSSES = ["--pair", "resnet", "--device", "cuda", "--dtype", "bfloat16", "--batch", "256", "--seconds", "0.2"]
 LAYERS = ["--batch", "256", "--density", "0.5", "0.3", "0.1", "--mask", "wide", "free"]
 
@@ -47,6 +49,7 @@ class Step:
     environment: dict[str, str] = field(default_factory=dict)
     needs: str = ""  # a program that must be there, else the step says so and is left out
     folder: Path | None = None  # likewise a folder
+    beside: tuple[list[str], ...] = ()  # commands that run meanwhile, and end with the step's time; not in a rehearsal
 
 
 def _module(name: str, *arguments: str) -> list[str]:
@@ -67,17 +70,19 @@ def first(out: str) -> list[Step]:
     preset = ["--batch", "256", "--density", "0.3", "--acceptance", "--preset", "--out", out]
     network = ["infer", "--network", "resnet50", "--batch", "256", "--compiled", "--frozen-alone", "--out", out]
     train = ["train", "--network", "wrn-28-10", "--batch", "128", "--density", "0.3", "--compiled", "--out", out]
-    energy = ["energy", "--network", "resnet50", "--density", "0.3", "--window", "3", "--rounds", "3"]
+    energy = ["energy", "--network", "resnet50", "--density", "0.3", "--window", "2", "--rounds", "3", "--compiled"]
+    energy = [*energy, "--frozen-alone", "--cooldown", "0.5", "--out", out]
+    compiling = tuple(_module("gpu.network", *one, "--compile-only") for one in (network, train))
     losses = _losses(f"{out}/losses_resnet.json", "--no-compile")
     return [
         Step("ceilings", 20, _module("gpu.ceilings", "--out", out)),
-        Step("tests", 90, _pytest(*TESTS), _pytest("tests/cuda/test_index.py", "tests/cuda/test_plan.py", workers=0)),
-        Step("trips", 60, _module("gpu.trips", "--out", out)),
+        Step("tests", 90, _pytest(*TESTS), _pytest(*FEW_TESTS, workers=0), beside=compiling),
+        Step("trips", 50, _module("gpu.trips", "--out", out)),
         Step("layers", 60, _module("gpu.layers", *LAYERS, "--acceptance", "--out", out)),
-        Step("preset", 30, _module("gpu.layers", *preset)),
+        Step("preset", 25, _module("gpu.layers", *preset)),
         Step("network", 75, _module("gpu.network", *network)),
         Step("training", 50, _module("gpu.network", *train)),
-        Step("energy", 60, _module("gpu.network", *energy, "--cooldown", "1", "--out", out)),
+        Step("energy", 75, _module("gpu.network", *energy)),
         Step("losses", 25, [*losses, *LOSSES], [*losses, "--quick"]),
         Step("table", 10, _module("gpu.table", out)),
     ]
@@ -154,22 +159,28 @@ def run_step(step: Step, out: Path, rehearse: bool, limit: float) -> dict[str, A
     environment = {**os.environ, **plan, **({} if rehearse else step.environment)}
     began = time.monotonic()
     with (out / "logs" / f"{step.name.replace(' ', '-')}.log").open("a") as log:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        start = partial(
+            subprocess.Popen, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-        try:
-            code = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = None
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(3)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        processes = [start(one) for one in (command, *(() if rehearse else step.beside))]
+        code, *_ = [_within(process, limit - (time.monotonic() - began)) for process in processes]
     ended = {0: "done", STOPPED: "done", None: "cut off"}  # a training that was told to stop has done its part
     status = ended.get(code, f"failed ({code})")
     return {"status": status, "seconds": round(time.monotonic() - began, 1), "limit": step.seconds}
+
+
+def _within(process: subprocess.Popen, seconds: float) -> int | None:
+    """How a process ended, or None of one that is stopped because its time is up."""
+    try:
+        return process.wait(max(seconds, 0.0))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(3)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return None
 
 
 def archive(out: Path) -> None:

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from benchmarks.gpu import run
+from benchmarks.gpu import network, run
 from benchmarks.gpu.rows import Rows
 
 
@@ -40,6 +40,42 @@ def test_a_step_ends_with_its_time_and_what_it_measured_is_kept(tmp_path):
     assert Rows(rows).rows == [{"key": 0, "us": 1.0}]
     with tarfile.open(out.with_suffix(".tar.gz")) as tar:
         assert {"gpu/rows/slow.jsonl", "gpu/state.json", "gpu/logs/slow.log"} <= set(tar.getnames())
+
+
+def test_what_runs_beside_a_step_ends_with_its_time_and_decides_nothing(tmp_path):
+    out, done = tmp_path / "gpu", str(tmp_path / "done")
+    helpers = [f"open({done!r}, 'w').write('x'); raise SystemExit(3)", "import time; time.sleep(600)"]
+    beside = tuple([sys.executable, "-c", code] for code in helpers)
+    assert run.execute([step("tests", "pass", seconds=6, beside=beside)], out, rehearse=False, seconds=60)
+    assert state(out) == {"tests": "done"} and (tmp_path / "done").exists()
+    (tmp_path / "done").unlink()
+    assert run.execute([step("rehearsed", "pass", rehearsal=[*beside[0][:2], "pass"], beside=beside)], out, True, 60)
+    assert not (tmp_path / "done").exists()
+
+
+def test_each_network_is_a_row_when_it_is_measured_and_none_is_made_twice(tmp_path, monkeypatch):
+    made = []
+
+    def maker(name):
+        def make():
+            made.append(name)
+            if name == "compiled":
+                raise KeyboardInterrupt  # cut off
+            return lambda: None
+
+        return make
+
+    monkeypatch.setattr(network.common, "medians", lambda steps: [8.0, 2.0][: len(steps)])
+    makers = {name: maker(name) for name in ("dense", "frozen", "compiled")}
+    rows = Rows(tmp_path / "rows.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        for row in network.seconds(makers, rows):
+            rows.add((row["model"],), row)
+    assert [(row["model"], row["speedup"]) for row in Rows(rows.path).rows] == [("dense", 1.0), ("frozen", 4.0)]
+    made.clear()
+    makers["compiled"] = lambda: made.append("compiled")
+    assert [row["model"] for row in network.seconds(makers, Rows(rows.path))] == ["compiled"]
+    assert made == ["dense", "compiled"]
 
 
 def test_no_step_begins_when_no_time_is_left(tmp_path, capsys):
