@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import targets
+from benchmarks.gpu.rows import Rows
 from benchmarks.gpu.targets import geometric
 from sparsekd import report
 from sparsekd.goals import Classification
 
+STAGES = ("layers", "infer", "train", "energy")  # how the names of their files begin
 PREDICTED = Path(__file__).parents[1] / "results" / "gpu_model.json"
 
 
@@ -127,7 +129,16 @@ def read(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
             found[kind].append(record)
         else:
             others.append(path.name)
+    for record in cut_off(folder):
+        found[kind_of(record)].append(record)
     return found, others
+
+
+def cut_off(folder: Path) -> list[dict[str, Any]]:
+    """What stages measured that have not come to their end, which is when they write their JSON."""
+    paths = [path for path in sorted((folder / "rows").glob("*.jsonl")) if path.stem.split("-")[0] in STAGES]
+    paths = [path for path in paths if not (folder / f"{path.stem}.json").exists()]
+    return [{"stage": path.stem, "cut_off": True, "rows": Rows(path).rows} for path in paths]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -141,6 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     layers = [row for record in found["layers"] for row in record["rows"]]
     states = [record["after"] for record in records if "after" in record]
     state = states[-1] if states else next((record["machine"] for record in found["losses"]), {})
+    unfinished = [record["stage"] for record in records if record.get("cut_off")]
     left = sum(len(record.get("left", ())) for record in records)
     rehearsed = any("--quick" in record.get("command", "") for record in records) or state.get("rehearsal")
     sections = [
@@ -151,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         network_lines(found["networks"]) if found["networks"] else [],
         loss_lines(found["losses"]) if found["losses"] else [],
         image_lines(found["images"]) if found["images"] else [],
+        [f"cut off before their end: {', '.join(unfinished)}"] if unfinished else [],
         [f"{left} layer rows were left out for time"] if left else [],
         [f"not read, for they are no results of these benchmarks: {', '.join(others)}"] if others else [],
     ]

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import attention
 from benchmarks.gpu import model, table, targets
+from benchmarks.gpu.rows import Rows
 from benchmarks.lib.shapes import GPU
 
 from .tables import cells, network
@@ -32,6 +33,19 @@ def test_the_gpu_table_has_losses_and_images_and_names_what_else_lies_there(tmp_
         assert found[:3] == [f"{row['ours_us']:.0f}", f"{row['speedup_eager']:.2f}", "-"]
     assert cells(text, "LTH-SAD @ 0.4") == ["25.00%", "-", "1"]
     assert "no results of these benchmarks: cut.json, merged.json" in text
+
+
+def test_rows_of_a_stage_that_was_cut_off_are_in_the_table(tmp_path, capsys):
+    row = {"batch": 256, "density": 0.3, "mask": "wide", "direction": "forward", "layer": "resnet50-3x3-256"}
+    Rows(tmp_path / "rows" / "layers-256-bfloat16.jsonl").add("one", row | {"speedup": 2.5, "auto": 2.25})
+    Rows(tmp_path / "rows" / "infer-resnet50-256.jsonl").add("one", {"model": "dense", "us": 7000.0, "speedup": 1.0})
+    Rows(tmp_path / "rows" / "trips.jsonl").add("one", {"us": 1.0})
+    table.main([str(tmp_path)])
+    text = capsys.readouterr().out
+    assert (
+        "| 256 | 0.3 | wide | forward | 1 | 2.50 | 2.25 |" in text and "| infer-resnet50-256 | dense | 7000.0 |" in text
+    )
+    assert "cut off before their end: layers-256-bfloat16, infer-resnet50-256" in text
 
 
 def test_targets_stand_beside_what_came_and_what_was_predicted():
