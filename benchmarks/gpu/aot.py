@@ -1,7 +1,7 @@
 """Compile every configuration the dispatcher can choose, for GPUs that need not be here, and look at the machine code.
 
     python -m benchmarks.gpu.aot                    # all of them; keeps benchmarks/results/gpu_aot.{json,md}
-    python -m benchmarks.gpu.aot --sm 90 --only 'forward bf16'  # these alone; rows whose kernels have not changed stay
+    python -m benchmarks.gpu.aot --sm 90 --only 'forward bf16'  # these alone; the other rows stay as they were
     python -m benchmarks.gpu.aot --quick --out ''   # the widest of each family; what the tests run
 
 Asserted of each: tensor-core instructions (wgmma on sm_90, tcgen05 on sm_100, mma on sm_80, mfma on gfx942; none for
@@ -294,7 +294,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         fewest = min(row["programs_per_processor"] for row in some)
         cores = min(row["tensor_core_instructions"] or row["other_mma_instructions"] for row in some)
         copies = min(row["async_copies_16_bytes"] + row["async_copies_narrow"] for row in some)
-        trips = [row["instructions_a_trip"] for row in some if row["instructions_a_trip"] is not None]
+        trips = [row["instructions_a_trip"] for row in some if row.get("instructions_a_trip")]
+        kernel += "" if all(row.get("current", True) for row in some) else " (before a change)"
         cells = (kernel, device_name(capability), len(some), *worst, fewest, cores, copies, max(trips, default="-"))
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
@@ -308,15 +309,15 @@ def missing(rows: Sequence[dict[str, Any]], capabilities: Sequence[int]) -> list
 
 
 def keep(rows: list[dict[str, Any]], stem: Path) -> None:
-    """Write rows and table, beside the rows kept earlier whose kernels are still what was compiled."""
+    """Write rows and table, beside the rows kept earlier; those of kernels that have changed since are marked."""
     path = stem.with_suffix(".json")
     earlier = json.loads(path.read_text()) if path.exists() else {"triton": triton.__version__, "rows": []}
     before = earlier["rows"] + earlier.get("considered", []) if earlier["triton"] == triton.__version__ else []
-    found = {(row["sm"], row["config"], row.get("source")): row for row in (*before, *rows)}
+    found = {(row["sm"], row["config"]): row for row in (*before, *rows)}
 
     def those(sm: int, configs: Iterator[Config]) -> list[dict[str, Any]]:
-        keys = ((sm, str(config), source_of(config)) for config in configs)
-        return [found[key] for key in keys if key in found]
+        kept = [(found[sm, str(config)], config) for config in configs if (sm, str(config)) in found]
+        return [row | {"current": row.get("source") == source_of(config)} for row, config in kept]
 
     kept = [row for sm in sorted(LIMITS) for row in those(sm, configurations(False, sm))]
     others = those(90, considered())

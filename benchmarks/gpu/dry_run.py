@@ -36,13 +36,20 @@ T = TypeVar("T")
 
 
 class StubKernel:
-    """What the compiler would return; a launch of it does nothing."""
+    """What the compiler would return; a launch of it does nothing, but that it may be recorded."""
+
+    launches: list[tuple[Any, ...]] | None = None
 
     function = 0
     packed_metadata = ()
 
     def __init__(self) -> None:
-        self.run: Callable[..., None] = lambda *arguments: None
+        self.run = self._run
+
+    @staticmethod
+    def _run(*arguments: Any) -> None:
+        if StubKernel.launches is not None:
+            StubKernel.launches.append(arguments)
 
     def launch_metadata(self, *_: Any) -> None:
         return None
@@ -168,6 +175,7 @@ def run(some: Sequence[Case], batch: int, fewest: bool, variants: Variants) -> d
         "variants": count,
         "compiled": variants.compiled,
         "compiled_in_the_steady_state": len(variants.asked) - count,
+        "launched_otherwise": launched_otherwise(made),
         "launch_us": host_us(made),
         "triton_launch_us": _by_triton(host_us, made),
         "launch_calls": host_calls(made),
@@ -185,6 +193,26 @@ def run_steps(steps: Sequence[str], variants: Variants) -> dict[str, int]:
                 call()
         found[step] = len(variants.variants) - before
     return found
+
+
+def launched_otherwise(made: Sequence[Callable[[], object]]) -> int:
+    """Calls whose ready launches get other arguments than Triton's own of the same call would."""
+
+    def launches(call: Callable[[], object]) -> list[list[Any]]:
+        with mock.patch.object(StubKernel, "launches", []):
+            call()
+            # But for what is for profilers alone: metadata, and the hooks before and after.
+            return [[_told(one) for one in (*got[:6], *got[9:])] for got in StubKernel.launches or ()]
+
+    by_triton = [_by_triton(launches, call) for call in made]
+    return sum(not ours or ours != theirs for ours, theirs in zip(map(launches, made), by_triton, strict=True))
+
+
+def _told(argument: Any) -> Any:
+    """What tells an argument from others: of a tensor, which may be made anew, its place in memory and its form."""
+    if isinstance(argument, torch.Tensor):
+        return argument.shape, argument.stride(), argument.dtype, argument.device, argument.data_ptr()
+    return argument
 
 
 def host_us(made: Sequence[Callable[[], object]]) -> float:
@@ -217,7 +245,7 @@ def host_calls(made: Sequence[Callable[[], object]]) -> dict[str, int]:
     return {direction: max(counted[place::each]) for place, direction in enumerate(common.DIRECTIONS)}
 
 
-def _by_triton(measure: Callable[[Sequence[Callable[[], object]]], T], made: Sequence[Callable[[], object]]) -> T:
+def _by_triton(measure: Callable[[Any], T], made: Any) -> T:
     """The same with each launch by Triton itself: what `kernels/launch.py` is there for."""
     from sparsekd.kernels import launch
 
