@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import lru_cache, wraps
+from functools import cache, lru_cache, wraps
 from pathlib import Path
 from typing import Any
 
 import torch  # before _C: its OpenMP run time is the one the kernels then share
 from torch import Tensor
 
-from ..ops._schema import REFERENCES
+from ..ops._schema import DIRECT, REFERENCES
 from ..ops.attention import (
     feature_stats_grad_reference,
     feature_stats_reference,
@@ -70,7 +70,9 @@ def register() -> None:
         return
     layers: list[Callable[..., Tensor]]
     layers = [linear, linear_grad_input, linear_grad_values, conv2d, conv2d_grad_input, conv2d_grad_values]
-    ops: list[Callable] = [*map(_halves_in_float32, layers), feature_stats, feature_stats_grad, match_maps, kd]
+    layers = [*map(_halves_in_float32, layers)]
+    DIRECT.update({op.__name__: op for op in layers})
+    ops: list[Callable] = [*layers, feature_stats, feature_stats_grad, match_maps, kd]
     ops += cpu_embedding.OPS
     for op in ops:
         # Not register_kernel: its wrapper imports torch._dynamo at the first call, seconds most processes can save.
@@ -104,6 +106,8 @@ def _halves_in_float32(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @wraps(op)
     def run(first: Tensor, *rest: Any) -> Tensor:
         dtype = first.dtype
+        if dtype == torch.float32:
+            return op(first, *rest)
         operands = [x for x in (first, *rest) if isinstance(x, Tensor) and x.is_floating_point()]
         one_half = dtype in (torch.bfloat16, torch.float16) and all(x.dtype == dtype for x in operands)
         if not one_half or _kernel(op.__name__, *operands) is not None:
@@ -122,7 +126,7 @@ def linear(
     if kernel is None:
         return linear_reference(x, values, row_ptr, col_idx, bias, out_features)
     x, values, row_ptr, col_idx = (t.contiguous() for t in (x, values, row_ptr, col_idx))
-    bias = None if bias is None else bias.float().contiguous()
+    bias = None if bias is None else _as_float32(bias)
     y = x.new_empty(*x.shape[:-1], out_features)
     weight = (values.data_ptr(), row_ptr.data_ptr(), col_idx.data_ptr(), *values.shape)
     kernel(
@@ -171,7 +175,7 @@ def conv2d(
     layout = memory_format(x)
     x = x.contiguous(memory_format=layout)
     values, row_ptr, col_idx = (t.contiguous() for t in (values, row_ptr, col_idx))
-    bias = None if bias is None else bias.float().contiguous()
+    bias = None if bias is None else _as_float32(bias)
     shape = _shape(x.shape, out_channels, Geometry.of(*fields), values.shape[1:])
     y = _empty(x, (x.shape[0], out_channels, shape.p, shape.q), layout)
     last = layout == torch.channels_last
@@ -301,10 +305,20 @@ _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 def _kernel(op: str, *operands: Tensor | None) -> Any:
     """The compiled ``op`` for the dtype of these, or None; mixed dtypes go to the reference: torch refuses them."""
-    first, *others = (operand.dtype for operand in operands if operand is not None)
-    if first not in _SUFFIXES or any(dtype != first for dtype in others):
-        return None
-    return getattr(native, f"{op}_{_SUFFIXES[first]}", None)
+    dtype = operands[0].dtype  # type: ignore[union-attr]
+    for operand in operands:
+        if operand is not None and operand.dtype != dtype:
+            return None
+    return _compiled(op, dtype)
+
+
+@cache
+def _compiled(op: str, dtype: torch.dtype) -> Any:
+    return getattr(native, f"{op}_{_SUFFIXES[dtype]}", None) if dtype in _SUFFIXES else None
+
+
+def _as_float32(bias: Tensor) -> Tensor:
+    return (bias if bias.dtype == torch.float32 else bias.float()).contiguous()
 
 
 def _shape(input_shape: Sequence[int], out_channels: int, geometry: Geometry, block: Sequence[int]) -> Any:

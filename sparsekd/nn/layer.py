@@ -20,15 +20,17 @@ class TracedWhole(nn.Module):
     """A module that ``torch.fx`` records as one call, as it does torch's own layers, and that ONNX export refuses."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        proxy = next((value for value in (*args, *kwargs.values()) if isinstance(value, Proxy)), None)
-        if proxy is None:
-            if (torch.jit.is_tracing() or torch.compiler.is_exporting()) and torch.onnx.is_in_onnx_export():
-                raise RuntimeError(
-                    f"{type(self).__name__}: ONNX has no block-sparse layers; use sparsekd.export_onnx(model, path, "
-                    "example), which writes dense ones with zeros, or export sparsekd.densify(copy.deepcopy(model))"
-                )
-            return super().__call__(*args, **kwargs)
-        tracer: Any = proxy.tracer
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Proxy):
+                return self._recorded(value.tracer, args, kwargs)
+        if (torch.jit.is_tracing() or torch.compiler.is_exporting()) and torch.onnx.is_in_onnx_export():
+            raise RuntimeError(
+                f"{type(self).__name__}: ONNX has no block-sparse layers; use sparsekd.export_onnx(model, path, "
+                "example), which writes dense ones with zeros, or export sparsekd.densify(copy.deepcopy(model))"
+            )
+        return super().__call__(*args, **kwargs)
+
+    def _recorded(self, tracer: Any, args: Any, kwargs: Any) -> Any:
         name = tracer.path_of_module(self)
 
         def as_one_call(*args: Any, **kwargs: Any) -> Any:

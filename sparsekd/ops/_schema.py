@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,12 @@ from torch import Tensor
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 # What each op means, in plain torch.
 REFERENCES: dict[str, Callable] = {}
+# The CPU kernels that `call` may reach without torch's dispatcher, which takes longer than a small layer.
+DIRECT: dict[str, Callable] = {}
+_DIRECT_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def define(name: str, schema: str, reference: Callable, fake: Callable) -> None:
@@ -41,22 +47,51 @@ def _refusing_onnx(name: str, fake: Callable) -> Callable:
 def differentiate(name: str, backward: Callable, save: Callable) -> None:
     """Give ``sparsekd::name`` its derivative, as ``torch.library.register_autograd`` takes it."""
     torch.library.register_autograd(f"sparsekd::{name}", backward, setup_context=save)
-    operation = getattr(torch.ops.sparsekd, name)
-    methods = {"forward": operation, "setup_context": save, "backward": backward}
-    members = {key: staticmethod(method) for key, method in methods.items()}
-    _FUNCTIONS[name] = type(name, (torch.autograd.Function,), members)
+    methods = {"forward": getattr(torch.ops.sparsekd, name), "setup_context": save, "backward": backward}
+    _FUNCTIONS[name] = _function(name, methods)
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = DIRECT[name](*args)
+        save(ctx, args, output)
+        return output
+
+    # Without setup_context, with which torch takes four times as long to apply a function.
+    _DIRECT_FUNCTIONS[name] = _function(name, {"forward": forward, "backward": backward})
+
+
+def _function(name: str, methods: dict[str, Callable]) -> type[torch.autograd.Function]:
+    return type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
 
 
 def call(name: str, *args: Any) -> Any:
     """``torch.ops.sparsekd.name``, also inside ``torch.func.grad`` and its like, which differentiate an
     ``autograd.Function`` with ``setup_context`` but not what ``torch.library`` makes."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.sparsekd, name)(*args)
+    if torch._C._are_functorch_transforms_active():
         return _FUNCTIONS[name].apply(*args)
-    return getattr(torch.ops.sparsekd, name)(*args)
+    if name not in DIRECT or not _nobody_looks_on(args):
+        return getattr(torch.ops.sparsekd, name)(*args)
+    if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+        return _DIRECT_FUNCTIONS[name].apply(*args)
+    return DIRECT[name](*args)
+
+
+def _nobody_looks_on(args: Sequence[Any]) -> bool:
+    """Whether these are plain tensors of the CPU, and no mode, trace or profiler has to see the op."""
+    return (
+        all(type(arg) in _PLAIN and arg.is_cpu for arg in args if isinstance(arg, Tensor))
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._is_torch_function_mode_enabled()
+        and torch._C._get_tracing_state() is None
+        and not torch.autograd._profiler_enabled()
+    )
 
 
 def autocast(x: Tensor, *operands: Tensor | None) -> tuple:
     """In the autocast dtype if autocast is on for the device of ``x``; as with torch's own layers, float64 stays."""
+    if not torch._C._is_any_autocast_enabled():  # asked first, since the rest takes as long as a small layer
+        return x, *operands
     if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return x, *operands
     dtype = torch.get_autocast_dtype(x.device.type)

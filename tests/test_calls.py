@@ -1,0 +1,108 @@
+"""A layer's call reaches the CPU kernels without torch's dispatcher, unless somebody wants to see the op."""
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sparsekd
+from sparsekd.backends import cpu
+from sparsekd.ops import _schema
+
+pytestmark = pytest.mark.skipif(cpu.native is None, reason="no compiled kernels")
+
+LAYERS = {
+    "linear": (nn.Linear(24, 32), (5, 24)),
+    "conv2d": (nn.Conv2d(8, 32, 3, padding=1), (2, 8, 6, 6)),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def layer(request):
+    dense, shape = LAYERS[request.param]
+    return (
+        request.param,
+        type(sparsekd.sparsify(nn.Sequential(dense), density=0.5)[0]).from_dense(dense, density=0.5),
+        torch.randn(shape),
+    )
+
+
+@pytest.fixture
+def direct(monkeypatch):
+    """The ops that were reached without the dispatcher."""
+    reached = []
+
+    def counted(name, op):
+        def run(*args):
+            reached.append(name)
+            return op(*args)
+
+        return run
+
+    for name, op in list(_schema.DIRECT.items()):
+        monkeypatch.setitem(_schema.DIRECT, name, counted(name, op))
+    return reached
+
+
+def by_the_dispatcher(monkeypatch):
+    monkeypatch.setattr(_schema, "DIRECT", {})
+
+
+def test_a_call_is_direct_with_and_without_gradients(layer, direct):
+    name, module, x = layer
+    with torch.no_grad():
+        module(x)
+    assert direct == [name]
+    direct.clear()
+    module(x.requires_grad_()).sum().backward()
+    assert direct == [name, f"{name}_grad_input", f"{name}_grad_values"]
+
+
+def test_both_ways_compute_the_same(layer, monkeypatch):
+    _, module, x = layer
+    results = []
+    for direct in (True, False):
+        if not direct:
+            by_the_dispatcher(monkeypatch)
+        x = x.detach().requires_grad_()
+        module.zero_grad()
+        y = module(x)
+        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        grad.square().sum().backward()  # through the gradient too
+        results.append([y, grad, x.grad, *(p.grad for p in module.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_modes_and_profilers_see_the_op(layer, direct):
+    name, module, x = layer
+    with torch.no_grad(), Seen() as seen:
+        module(x)
+    assert f"sparsekd.{name}.default" in seen.names
+    with torch.no_grad(), profile() as profiled:
+        module(x)
+    assert f"sparsekd::{name}" in {event.key for event in profiled.key_averages()}
+    assert not direct
+
+
+def test_subclasses_and_transforms_go_by_the_dispatcher(layer, direct):
+    _, module, x = layer
+
+    class Mine(torch.Tensor):
+        pass
+
+    with torch.no_grad():
+        assert type(module(x.as_subclass(Mine))) is Mine
+    torch.func.grad(lambda x: module(x).sum())(x)
+    assert not direct
