@@ -288,14 +288,15 @@ def table(rows: list[dict[str, Any]]) -> str:
         "a trip",
     )
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    for kernel, capability in dict.fromkeys((row["kernel"], row["sm"]) for row in rows):
-        some = [row for row in rows if (row["kernel"], row["sm"]) == (kernel, capability)]
+    keys = [(row["kernel"], row["sm"], row.get("current", True)) for row in rows]
+    for kernel, capability, current in dict.fromkeys(keys):
+        some = [row for row, key in zip(rows, keys, strict=True) if key == (kernel, capability, current)]
         worst = [max(row[key] for row in some) for key in ("registers", "stack_bytes", "shared_bytes")]
         fewest = min(row["programs_per_processor"] for row in some)
         cores = min(row["tensor_core_instructions"] or row["other_mma_instructions"] for row in some)
         copies = min(row["async_copies_16_bytes"] + row["async_copies_narrow"] for row in some)
         trips = [row["instructions_a_trip"] for row in some if row.get("instructions_a_trip")]
-        kernel += "" if all(row.get("current", True) for row in some) else " (before a change)"
+        kernel += "" if current else " (before a change)"
         cells = (kernel, device_name(capability), len(some), *worst, fewest, cores, copies, max(trips, default="-"))
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
@@ -326,7 +327,8 @@ def keep(rows: list[dict[str, Any]], stem: Path) -> None:
     stem.with_suffix(".md").write_text(
         f"# Machine code of the Triton kernels\n\nCompiled by Triton {triton.__version__} with "
         f"`python -m benchmarks.gpu.aot`; nothing here was run. A line is the worst of a tile's variants (blocks, "
-        f"dtypes, fused, pointwise, ragged, parts), each in `{path.name}`. A trip: the most instructions of a warp in "
+        f"dtypes, fused, pointwise, ragged, parts), each in `{path.name}`. Before a change: of kernels that compiled "
+        f"otherwise, and not compiled again since. A trip: the most instructions of a warp in "
         f"one, where the products are wgmma.\n\n{table(kept)}\n"
         + (f"\n## Considered, and not taken\n\n{table(others)}\n" if others else "")
     )

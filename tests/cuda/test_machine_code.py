@@ -12,9 +12,12 @@ from unittest import mock
 import pytest
 
 pytest.importorskip("triton")
-from sparsekd.kernels import tiles
+from benchmarks.gpu import aot
+
+from .common import tiles
 
 ROOT = Path(__file__).parents[2]
+CURRENT = {90: ("bf16",)}  # what the kept table must have of the kernels as they are, by device
 KEPT = ROOT / "benchmarks" / "results" / "gpu_aot.json"
 
 
@@ -44,6 +47,29 @@ def test_every_configuration_that_may_be_chosen(sm, direction, dtype):
     part = f"{direction} {dtype} "
     kept = [row for row in json.loads(KEPT.read_text())["rows"] if row["sm"] == sm and row["config"].startswith(part)]
     assert compiled("--sm", str(sm), "--only", part) == len(kept) >= 8
+
+
+def test_the_kept_sweep_is_of_the_kernels_as_they_are():
+    """After a change of a kernel, of a tile or of how one is launched: python -m benchmarks.gpu.aot --sm 90"""
+    record = json.loads(KEPT.read_text())
+    assert not [one for one in aot.missing(record["rows"], list(CURRENT)) if one.split()[2] in CURRENT[90]]
+    sources = {(sm, str(one)): aot.source_of(one) for sm in aot.LIMITS for one in aot.configurations(False, sm)}
+    for row in record["rows"]:  # the others are marked as what they are
+        assert row["current"] == (row.get("source") == sources[row["sm"], row["config"]]), row["config"]
+    assert {row["source"] for row in record["considered"]} == {aot.source_of(one) for one in aot.considered()}
+
+
+@pytest.mark.parametrize("change", ["text", "stages", "absent"])
+def test_a_sweep_of_other_kernels_is_seen(change, monkeypatch):
+    config = next(aot.configurations(False, 90))
+    rows = [{"sm": 90, "config": str(config), "source": aot.source_of(config)}]
+    monkeypatch.setattr(aot, "configurations", lambda quick, capability: iter([config]))
+    assert aot.missing(rows, [90]) == []
+    if change == "text":
+        monkeypatch.setattr(aot, "source_text", lambda direction: "another kernel")
+    if change == "stages":
+        monkeypatch.setattr(tiles.Tile, "stages_at", lambda tile, depth: 2)
+    assert aot.missing([] if change == "absent" else rows, [90]) == [f"sm_90 {config}"]
 
 
 def test_the_kept_sweep_is_good_and_covers_every_tile():
