@@ -78,6 +78,7 @@ def check_wheel(names: list[str]) -> None:
     unexpected = {name for name in top_level if name != "sparsekd" and ".dist-info" not in name}
     assert not unexpected, f"the wheel installs {unexpected} beside sparsekd"
     sources = [path.relative_to(ROOT).as_posix() for path in (ROOT / "sparsekd").rglob("*.py")]
+    sources += [path.relative_to(ROOT).as_posix() for path in (ROOT / "sparsekd/report/templates").iterdir()]
     kernels = [f"sparsekd/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")]
     missing = {*sources, *kernels, "sparsekd/_C.pyi", "sparsekd/py.typed"} - set(names)
     assert not missing, f"the wheel lacks {sorted(missing)}"

@@ -1,7 +1,8 @@
 """The report of a run: `results.json` first, then everything else from it alone (terminal, Markdown, HTML).
 
-summary.py takes means over seeds, tables.py puts them into Markdown, page.py with charts.py into HTML; streams.py is
-the report of `sparsekd run stream`, sensitivity.py the page of a scan of layers.
+summary.py takes means over seeds, verdict.py says in a sentence what they come to, tables.py has the tables as Markdown
+and for a terminal, page.py with charts.py and templates/ makes HTML, compare.py sets several runs beside each other;
+streams.py is the report of `sparsekd run stream`, sensitivity.py the page of a scan of layers.
 
     results.json
       schema, command, task, protocol   what was run, on which data (sha256), how, on which machine
@@ -19,21 +20,26 @@ A metric that was not measured is null in the JSON and "not measured" in the tab
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .. import checkpoint
 from ..goals import Classification, Regression
-from . import page, streams
+from . import compare, page, streams
 from .sensitivity import sensitivity_page, write_sensitivity
 from .summary import label, metrics_of, summarise
-from .tables import NOT_MEASURED, document, markdown_table
+from .tables import NOT_MEASURED, Drawn, document, markdown_table, text_table
 from .tables import result_tables as _tables_of_networks
 
 __all__ = [
     "NOT_MEASURED",
     "SCHEMA",
+    "comparison",
+    "drawn_for_terminal",
+    "for_terminal",
     "label",
     "markdown_table",
     "merge",
@@ -42,6 +48,7 @@ __all__ = [
     "result_tables",
     "sensitivity_page",
     "summarise",
+    "text_table",
     "with_goal",
     "write",
     "write_sensitivity",
@@ -50,9 +57,34 @@ __all__ = [
 SCHEMA = 1
 
 
-def result_tables(results: Mapping[str, Any]) -> str:
-    """The result tables of a run, or of a stream, as Markdown."""
-    return streams.tables(results) if results.get("kind") == streams.KIND else _tables_of_networks(results)
+def result_tables(results: Mapping[str, Any], draw: Drawn | None = None) -> str:
+    """The result tables of a run, or of a stream, as Markdown or as `draw` shows them."""
+    return streams.tables(results, draw) if results.get("kind") == streams.KIND else _tables_of_networks(results, draw)
+
+
+def for_terminal(runs: Sequence[Mapping[str, Any]]) -> str:
+    """What a command prints of one or several results: each under its name, no wider than the terminal."""
+    draw = drawn_for_terminal()
+    names = [streams.title(run) for run in runs] if runs[0].get("kind") == streams.KIND else compare.names(runs)
+    parts = [draw(*compare.table([_summed(run) for run in runs])[:2])] if len(runs) > 1 else []
+    for name, run in zip(names, runs, strict=True):
+        parts += [f"== {name}", result_tables(run, draw)]
+    return "\n\n".join(parts)
+
+
+def drawn_for_terminal() -> Drawn:
+    """What draws tables as wide as the terminal is; 80 letters where there is none."""
+    return partial(text_table, width=max(60, shutil.get_terminal_size().columns))
+
+
+def comparison(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Several runs in one table, as Markdown."""
+    heading, rows, _ = compare.table([_summed(run) for run in runs])
+    return markdown_table(heading, rows)
+
+
+def _summed(run: Mapping[str, Any]) -> dict[str, Any]:
+    return {**run, "summary": summarise(run["rows"], metrics_of(run)[0])}
 
 
 def write(results: Mapping[str, Any], folder: str | Path) -> list[Path]:
@@ -65,9 +97,9 @@ def write(results: Mapping[str, Any], folder: str | Path) -> list[Path]:
             path,
             *_written({"report.md": streams.document(results), "report.html": streams.html(results)}, Path(folder)),
         ]
-    results = {**results, "schema": SCHEMA, "summary": summarise(results["rows"], metrics_of(results)[0])}
+    results = {**_summed(results), "schema": SCHEMA}
     checkpoint.write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
-    return [path, *_render([results], Path(folder))]
+    return [path, *_render([results], Path(folder), path.name)]
 
 
 def merge(sources: Sequence[str | Path], folder: str | Path) -> list[Path]:
@@ -78,14 +110,19 @@ def merge(sources: Sequence[str | Path], folder: str | Path) -> list[Path]:
     runs = [read(source) for source in sources]
     if any(run.get("kind") == streams.KIND for run in runs):
         raise ValueError("sparsekd report: streams have a report each, they are not merged; give one folder")
-    runs = [{**run, "summary": summarise(run["rows"], metrics_of(run)[0])} for run in runs]
+    runs = [
+        {**_summed(run), "source": Path(source).name or str(source)} for source, run in zip(sources, runs, strict=True)
+    ]
     path = Path(folder) / "merged.json"
     checkpoint.write_atomically(path, (json.dumps({"schema": SCHEMA, "runs": runs}, indent=1) + "\n").encode())
-    return [path, *_render(runs, Path(folder))]
+    return [path, *_render(runs, Path(folder), path.name)]
 
 
-def _render(runs: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    return _written({"report.md": "\n".join(map(document, runs)), "report.html": page.html(runs)}, folder)
+def _render(runs: Sequence[Mapping[str, Any]], folder: Path, data: str) -> list[Path]:
+    text = "\n".join(map(document, runs))
+    if len(runs) > 1:
+        text = f"# {len(runs)} runs compared\n\n{comparison(runs)}\n\n{text}"
+    return _written({"report.md": text, "report.html": page.html(runs, data)}, folder)
 
 
 def _written(files: Mapping[str, str], folder: Path) -> list[Path]:

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
+from markupsafe import Markup
+
 # Okabe & Ito's palette, which colour-blind readers can tell apart, darkened or lightened to stand out on either ground.
-_LIGHT = ("#0072b2", "#d55e00", "#009e73", "#b05c91", "#8a6d00", "#3a9bd0", "#555555", "#a8323e", "#7a3fb0", "#5f7d1c")
-_DARK = ("#58b4f0", "#ff9a52", "#3fd0a4", "#e79ccb", "#e6c33a", "#9fd8ff", "#b5b5b5", "#ff8590", "#c39bff", "#b7d36b")
+_LIGHT = ("#0072b2", "#d55e00", "#009e73", "#b05c91", "#8a6d00", "#00868b", "#555555", "#a8323e", "#7a3fb0", "#5f7d1c")
+_DARK = ("#58b4f0", "#ff9a52", "#3fd0a4", "#e79ccb", "#e6c33a", "#8fe3e0", "#b5b5b5", "#ff8590", "#c39bff", "#b7d36b")
 SERIES = len(_LIGHT)
 
 
@@ -37,9 +39,20 @@ svg .ring { fill: none; stroke: var(--c); stroke-width: 1.8; }
 svg .event { stroke: currentColor; opacity: .35; stroke-dasharray: 2 3; }
 svg .front { stroke: currentColor; fill: none; stroke-dasharray: 5 4; opacity: .6; }
 svg .level { stroke: var(--c, currentColor); stroke-dasharray: 6 4; opacity: .7; }
+svg .best { fill: none; stroke: currentColor; stroke-width: 1.4; }
 svg .note { font-size: 11px; opacity: .8; }
+svg .name { font-size: 11px; fill: var(--c, currentColor); }
+/* A large chart is drawn smaller on a narrow page, its words are not. */
+@media (max-width: 520px) {
+  svg.large text { font-size: 17px; } svg.large .tick, svg.large .note, svg.large .name { font-size: 16px; }
+}
 """
 )
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 34, 50  # pixels around the axes
+_LARGE = 450  # pixels from which on a chart is wider than a telephone shows it
+_NAMES = 150  # more of them on the right where lines have names
+_ROW = 17  # between two of these, as their letters are on a narrow page
+_LONGEST = 15  # letters of a name with its figure
 
 
 @dataclass
@@ -55,7 +68,12 @@ class Series:
 
 @dataclass
 class Chart:
-    """One pair of axes. `levels` are horizontal lines, `events` vertical ones with a word, `front` a polyline."""
+    """One pair of axes. `levels` are horizontal lines that are named at their right end, as in "ridge 2.56",
+    `events` vertical ones with a word, `front` a polyline, `best` a point that is marked by a ring around it.
+
+    `only` keeps the vertical axis for the points of the series: levels far above or below them are not drawn, and
+    `beyond` names these.
+    """
 
     x_label: str
     y_label: str
@@ -63,32 +81,49 @@ class Chart:
     levels: list[tuple[str, int, float]] = field(default_factory=list)
     events: list[tuple[float, str]] = field(default_factory=list)
     front: Sequence[tuple[float, float]] = ()
+    best: tuple[float, float] | None = None
+    only: bool = False
     x_from_zero: bool = False
     x_whole: bool = False  # ticks at whole numbers
-    width: int = 620
-    height: int = 340
+    width: int = 540
+    height: int = 330
 
-    def svg(self) -> str:
+    def beyond(self) -> list[str]:
+        """Names of the levels that would squeeze the points into a line, and are left out."""
+        return [name for name, _, y in self.levels if not self._is_near(y)]
+
+    def _is_near(self, level: float) -> bool:
+        low, high = _ends(self._heights())
+        return not self.only or low - (high - low) <= level <= high + (high - low)
+
+    def _heights(self) -> list[float]:
+        return [p[1] + sign * (p[2] or 0.0) for series in self.series for p in series.points for sign in (-1, 1)]
+
+    def svg(self) -> Markup:
         """The chart; "" without a single point."""
         points = [point for series in self.series for point in series.points]
         if not points:
-            return ""
+            return Markup("")
+        levels = [level for level in self.levels if self._is_near(level[2])]
+        self._right = self.width - (_NAMES if levels else _RIGHT)
         x_values = [p[0] for p in points]
         if self.x_from_zero:
             x_values.append(0.0)
-        y_values = [p[1] + sign * (p[2] or 0.0) for p in points for sign in (-1, 1)] + [y for _, _, y in self.levels]
-        self._x = _Scale(x_values, 58, self.width - 14, self.x_whole)
-        self._y = _Scale(y_values, self.height - 44, 22)
-        parts = [*self._axes(), *self._marks(), *(shape for one in self.series for shape in self._drawn(one))]
+        y_values = self._heights() + [y for _, _, y in levels]
+        self._x = _Scale(x_values, _LEFT, self._right, self.x_whole)
+        self._y = _Scale(y_values, self.height - _BOTTOM, _TOP)
+        parts = [*self._axes(), *self._marks(), *self._levels(levels)]
+        parts += [shape for one in self.series for shape in self._drawn(one)]
+        if self.best is not None:
+            at = (self._x(self.best[0]), self._y(self.best[1]))
+            parts.append(f'<circle class="best" cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="8"><title>best</title></circle>')
         title = escape(f"{self.y_label} against {self.x_label}")
-        return (
-            f'<svg viewBox="0 0 {self.width} {self.height}" width="{self.width}" role="img" aria-label="{title}">'
-            + "".join(parts)
-            + "</svg>"
-        )
+        large = ' class="large"' if self.width > _LARGE else ""
+        size = f'viewBox="0 0 {self.width} {self.height}" width="{self.width}"{large}'
+        return Markup(f'<svg {size} role="img" aria-label="{title}">{"".join(parts)}</svg>')
 
     def _axes(self) -> list[str]:
-        left, right, bottom, top = 58, self.width - 14, self.height - 44, 22
+        left, right, bottom, top = _LEFT, self._right, self.height - _BOTTOM, _TOP
         parts = []
         for value in self._y.ticks:
             y = self._y(value)
@@ -96,29 +131,38 @@ class Chart:
             parts.append(f'<text class="tick" x="{left - 7}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
         for value in self._x.ticks:
             x = self._x(value)
-            parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{value:g}</text>')
+            parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{value:g}</text>')
         parts.append(f'<path class="axis" fill="none" d="M{left} {top}V{bottom}H{right}"/>')
         middle = (left + right) / 2
         parts.append(f'<text x="{middle}" y="{self.height - 8}" text-anchor="middle">{escape(self.x_label)}</text>')
-        parts.append(f'<text x="6" y="13">{escape(self.y_label)}</text>')
+        parts.append(f'<text x="6" y="15">{escape(self.y_label)}</text>')
         return parts
 
     def _marks(self) -> list[str]:
-        left, right, bottom, top = 58, self.width - 14, self.height - 44, 22
-        parts = []
+        bottom, parts = self.height - _BOTTOM, []
         for x, word in self.events:
             at = self._x(x)
-            parts.append(f'<line class="event" x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{bottom}"/>')
-            parts.append(f'<text class="note" x="{at + 3:.1f}" y="{top + 8}">{escape(word)}</text>')
-        for name, colour, y in self.levels:
-            at = self._y(y)
-            parts.append(
-                f'<line class="level s{colour}" x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}">'
-                f"<title>{escape(name)}</title></line>"
-            )
+            parts.append(f'<line class="event" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{bottom}"/>')
+            parts.append(f'<text class="note" x="{at:.1f}" y="{_TOP - 4}" text-anchor="middle">{escape(word)}</text>')
         if len(self.front) > 1:
             path = " ".join(f"{self._x(x):.1f},{self._y(y):.1f}" for x, y in self.front)
             parts.append(f'<polyline class="front" points="{path}"/>')
+        return parts
+
+    def _levels(self, levels: Sequence[tuple[str, int, float]]) -> list[str]:
+        """Lines, and their names one below the other on the right, each as near to its line as the others let it."""
+        parts = []
+        ordered = sorted(levels, key=lambda level: -level[2])
+        heights = _apart([self._y(y) for _, _, y in ordered], _ROW, _TOP + 4, self.height - _BOTTOM)
+        for (name, colour, y), beside in zip(ordered, heights, strict=True):
+            at, right = self._y(y), self._right
+            word, _, figure = name.rpartition(" ")
+            short = name if len(name) <= _LONGEST else f"{word[: _LONGEST - 2 - len(figure)].strip()}… {figure}"
+            parts.append(
+                f'<path class="level s{colour}" fill="none" d="M{_LEFT} {at:.1f}H{right}L{right + 8} {beside:.1f}">'
+                f"<title>{escape(name)}</title></path>"
+                f'<text class="name s{colour}" x="{right + 11}" y="{beside + 4:.1f}">{escape(short)}</text>'
+            )
         return parts
 
     def _drawn(self, series: Series) -> list[str]:
@@ -138,6 +182,24 @@ class Chart:
                     f"<title>{escape(word)}</title></circle>"
                 )
         return [f'<g class="s{series.colour}">', *parts, "</g>"]
+
+
+def _apart(places: Sequence[float], least: float, first: float, last: float) -> list[float]:
+    """Rising places moved so that each is `least` below the one before it, from `first` to `last` where they fit."""
+    moved: list[float] = []
+    for place in places:
+        moved.append(max(place, moved[-1] + least if moved else first))
+    for index in reversed(range(len(moved))):
+        limit = last if index == len(moved) - 1 else moved[index + 1] - least
+        moved[index] = min(moved[index], limit)
+    return moved
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    """The lowest and the highest, with room between them where they are the same."""
+    low, high = min(values), max(values)
+    room = 0.0 if high > low else 0.05 * abs(high) or 1.0
+    return low - room, high + room
 
 
 class _Scale:

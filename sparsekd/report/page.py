@@ -1,4 +1,8 @@
-"""The report as one self-contained HTML page, from the contents of results.json alone: no script, nothing fetched."""
+"""The report as one self-contained HTML page, from the contents of results.json alone: no script, nothing fetched.
+
+What a reader wants first comes first: the result in a sentence, then quality against latency and multiply-adds, then
+the tables with the best row marked, how the networks got there, and how it was all done.
+"""
 
 from __future__ import annotations
 
@@ -6,204 +10,208 @@ import base64
 import itertools
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..blocks import BlockPattern
-from . import charts
+from . import charts, compare
 from .charts import Chart, Series, pareto
+from .markup import Figure, Table, figure, render
 from .summary import label, metrics_of
-from .tables import NOT_MEASURED, accuracy_table, inline, speed_table, validation_heading
+from .tables import NOT_MEASURED, accuracy_table, speed_table, validation_heading
+from .verdict import best, reference, sentence, shown
 
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1.2rem;
-  background: Canvas; color: CanvasText; }
-h1 { font-size: 1.7rem; margin: 0 0 .3rem; } h2 { font-size: 1.35rem; margin: 2.6rem 0 .4rem; }
-h3 { font-size: 1.05rem; margin: 1.6rem 0 .4rem; }
-code, .small { font-size: .86em; } code { overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
-th, td { padding: .22rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
-thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; white-space: normal; }
-tr.selected td { background: var(--soft); font-weight: 600; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: 1rem 1.6rem; }
-.wide { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 1rem 1.6rem; }
-figure { margin: .4rem 0; } figcaption { font-size: .88rem; opacity: .85; }
-.legend { display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .88rem; margin: .3rem 0; }
-.legend span::before { content: ""; display: inline-block; width: .8em; height: .8em; border-radius: 50%;
-  background: var(--c); margin-right: .4em; }
-details { margin: .6rem 0; } summary { cursor: pointer; }
-.blocks img { image-rendering: pixelated; width: 168px; height: 22px; display: block; border: 1px solid var(--line); }
-.blocks td, .blocks th { border: 0; padding: .12rem .35rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .88rem; }
-dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
-"""
 Row = Mapping[str, Any]
 
 
-def html(runs: Sequence[Mapping[str, Any]]) -> str:
-    """One page about one or several results (as `report.read` gives them, each with its summary)."""
-    title = ", ".join(dict.fromkeys(run["task"]["name"] for run in runs))
-    sections = "".join(_section(run) for run in runs)
-    return document(f"sparsekd: {title}", f"<h1>Distilled, pruned, frozen</h1>{sections}")
-
-
-def document(title: str, body: str) -> str:
-    """A page with the style of all reports."""
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}{charts.STYLE}</style></head><body>{body}</body></html>\n"
+def html(runs: Sequence[Mapping[str, Any]], data: str = "results.json") -> str:
+    """One page about one or several results (as `report.read` gives them, each with its summary); `data` is the file
+    beside it that holds them."""
+    names = compare.names(runs)
+    heading = f"{names[0]}: distilled, pruned, frozen" if len(runs) == 1 else f"{len(runs)} runs compared"
+    return render(
+        "runs.html",
+        {
+            "title": f"sparsekd: {', '.join(dict.fromkeys(names))}",
+            "heading": heading,
+            "data": data,
+            "comparison": _comparison(runs) if len(runs) > 1 else None,
+            "sections": [_section(run, name) for run, name in zip(runs, names, strict=True)],
+        },
     )
 
 
-def _section(run: Mapping[str, Any]) -> str:
+def _comparison(runs: Sequence[Row]) -> dict[str, Any]:
+    heading, rows, marked = compare.table(runs)
+    drawn = compare.chart(runs)
+    return {
+        "table": Table(heading, rows, best=frozenset(marked)),
+        "figure": None if drawn is None else figure(f"Quality against {drawn.x_label}", drawn),
+    }
+
+
+def _section(run: Row, name: str) -> dict[str, Any]:
     colours = {name: index % charts.SERIES for index, name in enumerate(_names(run["summary"]))}
-    quick = " <strong>A quick run: not to be quoted.</strong>" if run["protocol"].get("quick") else ""
-    seeds = max((len(entry["seeds"]) for entry in run["summary"]), default=0)
-    parts = [
-        f"<h2>{escape(run['task']['name'])}</h2>",
-        f"<p><code>{escape(run['command'])}</code><br><span class=small>{escape(run['protocol'].get('machine', ''))}; "
-        f"{_counted(seeds, 'seed')}.{quick}</span></p>",
-        "".join(f"<p class=small>{escape(note)}.</p>" for note in run["protocol"].get("notes", ())),
-        _tables(run),
-        '<div class="wide">',
-        _against_cost(run, colours, "latency_ms_frozen", "ms at batch 1, frozen", 1.0),
-        _against_density(run, colours),
-        _against_cost(run, colours, "joules_frozen", "mJ an input, frozen", 1e3),
-        "</div>",
-        _curves(run, colours),
-        _maps(run),
-        _protocol(run),
-    ]
-    return "".join(parts)
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+    summary, protocol = run["summary"], run["protocol"]
+    seeds = max((len(entry["seeds"]) for entry in summary), default=0)
+    first = min((row["seed"] for row in run["rows"]), default=0)
+    chosen = best(run, summary)
+    curves = list(_curves(run, colours, first))
+    maps, map_note = _maps(run, first)
+    costs = [cost for cost in _COSTS if any(entry["mean"].get(cost[0]) is not None for entry in summary)]
+    figures = [_against(run, colours, *cost) for cost in costs]
+    return {
+        "name": name,
+        "result": sentence(run, summary),
+        "command": run["command"],
+        "machine": protocol.get("machine", "a machine that was not written down"),
+        "seeds": f"{seeds} seed" if seeds == 1 else f"{seeds} seeds",
+        "quick": protocol.get("quick", False),
+        "notes": protocol.get("notes", ()),
+        "figures": figures,
+        "not_drawn": list(_not_drawn(run)),
+        "explained": _explained(summary, chosen, metrics_of(run)[0]),
+        **_tables(run, chosen),
+        "energy": sorted({row["energy_note"] for row in run["rows"] if row.get("energy_note")}),
+        "first_seed": first,
+        "curves": curves,
+        "curve_note": _curve_note(run, first),
+        "maps": maps,
+        "map_note": map_note,
+        "protocol": {**run["task"], **protocol},
+    }
 
 
 def _names(entries: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(entry["name"] for entry in entries))
 
 
-def _tables(run: Mapping[str, Any]) -> str:
+def _tables(run: Row, chosen: Row | None) -> dict[str, Table | None]:
     accuracy, speed = accuracy_table(run, run["summary"]), speed_table(run["summary"])
     first = len(accuracy[1]) - len(run["summary"])  # baselines come before the networks
-    chosen = {first + index for index, entry in enumerate(run["summary"]) if entry["selected"]}
-    note = " Shaded: the density of a method that did best on the validation part." if chosen else ""
-    parts = [f"<p class=small>Mean ± standard deviation over seeds, test part.{note}</p>", table(*accuracy, chosen)]
-    if any(entry["mean"].get("latency_ms_frozen") is not None for entry in run["summary"]):
-        shaded = {index - first for index in chosen}
-        parts += ["<h3>Inference: dense and eager against frozen</h3>", table(*speed, shaded)]
-    else:
-        parts.append("<p class=small>Inference times: not measured.</p>")
-    energy = sorted({row["energy_note"] for row in run["rows"] if row.get("energy_note")})
-    return "".join([*parts, *(f"<p class=small>Energy: {escape(note)}.</p>" for note in energy)])
+    shaded = [place for place, entry in enumerate(run["summary"]) if entry["selected"]]
+    marked = [place for place, entry in enumerate(run["summary"]) if entry is chosen]
+
+    def table(of: tuple[list[str], list[list[str]]], first: int) -> Table:
+        return Table(*of, frozenset(first + place for place in shaded), frozenset(first + place for place in marked))
+
+    timed = any(entry["mean"].get("latency_ms_frozen") is not None for entry in run["summary"])
+    return {"accuracy": table(accuracy, first), "speed": table(speed, 0) if timed else None}
 
 
-def table(heading: Sequence[str], rows: Sequence[Sequence[str]], shaded: set[int]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in heading)
-    body = ""
-    for index, row in enumerate(rows):
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
-        body += f"<tr class=selected>{cells}</tr>" if index in shaded else f"<tr>{cells}</tr>"
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+def _explained(summary: Sequence[Row], chosen: Row | None, judge: Any) -> str:
+    """Of the table: only what can be seen in it."""
+    parts = []
+    if any(len(entry["seeds"]) > 1 for entry in summary):
+        parts.append("Mean ± standard deviation over seeds.")
+    if chosen is not None:
+        known = chosen["mean"].get(f"val_{judge.name}") is not None
+        parts.append(f"Best: the pruned network that did best on the {'validation' if known else 'test'} part.")
+    if any(entry["selected"] and entry is not chosen for entry in summary):
+        parts.append("Shaded: of each other method the density that did best on the validation part.")
+    return " ".join(parts)
 
 
-def _against_density(run: Mapping[str, Any], colours: Mapping[str, int]) -> str:
+# What quality is drawn against, in this order: metric, title, axis, scale.
+_COSTS = (
+    ("latency_ms_frozen", "latency", "ms at batch 1, frozen", 1.0),
+    ("macs_kept", "multiply-adds", "multiply-adds kept, %", 100.0),
+    ("weights_kept", "density", "weights kept, %", 100.0),
+    ("joules_frozen", "energy", "mJ an input, frozen", 1e3),
+)
+
+
+def _not_drawn(run: Row) -> Iterator[str]:
+    """Costs that no network of the run has; those it was never asked for are left out."""
+    means = [entry["mean"] for entry in run["summary"]]
+    if means and all(mean.get("latency_ms_frozen") is None for mean in means):
+        yield f"Quality against latency: {NOT_MEASURED}, the networks were not timed (--remeasure does)."
+    elif means and all(mean.get("joules_frozen") is None for mean in means):
+        yield f"Quality against energy: {NOT_MEASURED}, see below."
+
+
+def _against(run: Row, colours: Mapping[str, int], cost: str, title: str, axis: str, cost_scale: float) -> Figure:
     judge, *_ = metrics_of(run)
-    metric, scale = judge.name, judge.scale
-    chart = Chart("weights kept, %", judge.heading)
-    for name in _names(run["summary"]):
-        entries = [entry for entry in run["summary"] if entry["name"] == name]
-        points = [
-            (
-                100 * entry["mean"]["weights_kept"],
-                scale * entry["mean"][metric],
-                None if entry["sd"][metric] is None else scale * entry["sd"][metric],
-                f"{label(entry)}: {scale * entry['mean'][metric]:.4g}",
-            )
-            for entry in sorted(entries, key=lambda entry: entry["mean"]["weights_kept"])
-        ]
-        if entries[0]["target_density"] is None:
-            chart.levels.append((points[0][3], colours[name], points[0][1]))
-        chart.series.append(Series(name, colours[name], points, hollow=entries[0]["target_density"] is None))
-    for score in run["baselines"]:
-        if metric in score:
-            chart.levels.append((f"{score['name']}: {scale * score[metric]:.4g}", 6, scale * score[metric]))
-    caption = "Dense networks are rings with a dashed line; bars are one standard deviation over seeds."
-    return figure("Quality against density", chart, caption, colours)
-
-
-def _against_cost(run: Mapping[str, Any], colours: Mapping[str, int], cost: str, axis: str, cost_scale: float) -> str:
-    judge, *_ = metrics_of(run)
-    metric, scale = judge.name, judge.scale
-    chart = Chart(axis, judge.heading, x_from_zero=True)
+    chart = Chart(axis, judge.heading, x_from_zero=True, only=True)
     known = [entry for entry in run["summary"] if entry["mean"].get(cost) is not None]
+
+    def at(entry: Row) -> tuple[float, float]:
+        return cost_scale * entry["mean"][cost], judge.scale * entry["mean"][judge.name]
+
+    a_share = cost.endswith("_kept")
     for name in _names(known):
-        entries = [entry for entry in known if entry["name"] == name]
+        entries = sorted((entry for entry in known if entry["name"] == name), key=lambda entry: entry["mean"][cost])
         points = [
-            (
-                cost_scale * entry["mean"][cost],
-                scale * entry["mean"][metric],
-                None,
-                f"{label(entry)}: {cost_scale * entry['mean'][cost]:.3g} {axis}, {scale * entry['mean'][metric]:.4g}",
-            )
+            (*at(entry), _spread(entry, judge), f"{label(entry)}: {at(entry)[0]:.3g} {axis}, {shown(judge, entry)}")
             for entry in entries
         ]
-        chart.series.append(
-            Series(name, colours[name], points, line=False, hollow=entries[0]["target_density"] is None)
-        )
-    every = [point[:2] for series in chart.series for point in series.points]
-    chart.front = pareto(every, judge.higher_is_better)
-    title = f"Quality against {'latency' if cost.startswith('latency') else 'energy'}"
-    if not known:
-        return f"<figure><h3>{title}</h3><p>{NOT_MEASURED}: {escape(_why_not(run))}</p></figure>"
-    return figure(title, chart, "Dashed: the Pareto front, what no other network beats in both.", colours)
+        dense = entries[0]["target_density"] is None
+        chart.series.append(Series(name, colours[name], points, line=a_share and not dense, hollow=dense))
+    dense_one, chosen = reference(run["summary"]), best(run, run["summary"])
+    if a_share:
+        if dense_one is not None:
+            name, value = dense_one["name"], judge.scale * dense_one["mean"][judge.name]
+            chart.levels.append((f"{name} {shown(judge, dense_one)}", colours[name], value))
+        scored = [score for score in run["baselines"] if score.get(judge.name) is not None]
+        for score in scored:
+            value = judge.scale * score[judge.name]
+            chart.levels.append((f"{score['name']} {value:.{judge.digits}f}", 6, value))
+    else:
+        every = [point[:2] for series in chart.series for point in series.points]
+        chart.front = pareto(every, judge.higher_is_better)
+    if chosen is not None and any(entry is chosen for entry in known):
+        chart.best = at(chosen)
+    return figure(f"Quality against {title}", chart, _caption(chart))
 
 
-def _why_not(run: Mapping[str, Any]) -> str:
-    notes = [row["energy_note"] for row in run["rows"] if row.get("energy_note")]
-    return notes[0].removeprefix("not measured: ") if notes else "the networks were not timed (--remeasure does)"
+def _spread(entry: Row, judge: Any) -> float | None:
+    return None if entry["sd"].get(judge.name) is None else judge.scale * entry["sd"][judge.name]
 
 
-def figure(title: str, chart: Chart, caption: str, colours: Mapping[str, int]) -> str:
-    legend = "".join(f'<span class="s{colours[series.name]}">{escape(series.name)}</span>' for series in chart.series)
-    return (
-        f"<figure><h3>{escape(title)}</h3><div class=legend>{legend}</div>{chart.svg()}"
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+def _caption(chart: Chart) -> str:
+    """Of what is in the chart, and of nothing else."""
+    said: list[tuple[Callable[[], bool], str]] = [
+        (lambda: any(series.hollow for series in chart.series), "Rings: dense networks."),
+        (lambda: chart.best is not None, "Circled: the best."),
+        (
+            lambda: any(p[2] for series in chart.series for p in series.points),
+            "Bars: one standard deviation over seeds.",
+        ),
+        (lambda: len(chart.front) > 1, "Dashed: the Pareto front, what no other network beats in both."),
+        (lambda: len(chart.beyond()) < len(chart.levels), "Dashed: for comparison, named on the right."),
+    ]
+    return " ".join(text for holds, text in said if holds())
 
 
-def _curves(run: Mapping[str, Any], colours: Mapping[str, int]) -> str:
+def _curves(run: Row, colours: Mapping[str, int], seed: int) -> Iterator[Figure]:
     """Validation through training, first seed: the dense networks together, then one chart for each pruned one."""
     judge, *_ = metrics_of(run)
-    metric, scale = judge.name, judge.scale
-    seed = min((row["seed"] for row in run["rows"]), default=0)
-    trained = [row for row in run["rows"] if row["seed"] == seed and row.get("epochs")]
+    trained = _trained(run, seed)
     dense = [row for row in trained if row["target_density"] is None]
     charts_of = [("dense networks", dense)] if dense else []
     charts_of += [(_curve_title(row), [row]) for row in trained if row["target_density"] is not None]
-    figures = []
     for title, rows in charts_of:
-        chart = Chart("epoch", validation_heading(judge), x_whole=True, width=400, height=250)
+        chart = Chart("epoch", validation_heading(judge), x_whole=True, width=400, height=260)
         for row in rows:
-            points = [(e["epoch"], scale * e[f"val_{metric}"], None, "") for e in row["epochs"]]
+            points = [(e["epoch"], judge.scale * e[f"val_{judge.name}"], None, "") for e in row["epochs"]]
             chart.series.append(Series(row["name"], colours[row["name"]], points))
         if rows[0]["target_density"] is not None:
             chart.events = list(_events(rows[0]["epochs"]))
-        legend = "".join(f'<span class="s{colours[r["name"]]}">{escape(r["name"])}</span>' for r in rows)
-        figures.append(f"<figure><h4>{escape(title)}</h4><div class=legend>{legend}</div>{chart.svg()}</figure>")
-    if not figures:
+        yield figure(title, chart)
+
+
+def _trained(run: Row, seed: int) -> list[Row]:
+    return [row for row in run["rows"] if row["seed"] == seed and row.get("epochs")]
+
+
+def _curve_note(run: Row, seed: int) -> str:
+    events = [word for row in _trained(run, seed) if row["target_density"] for _, word in _events(row["epochs"])]
+    if not events:
         return ""
-    note = "Dotted: pruned to this share of the weights after that epoch; ↺: and set back to its early values."
-    return f"<h3>Training (seed {seed})</h3><p class=small>{note}</p><div class=grid>{''.join(figures)}</div>"
+    note = "Dotted: pruned to this share of the weights after that epoch"
+    return f"{note}; ↺: and set back to its early values." if any("↺" in word for word in events) else f"{note}."
 
 
 def _curve_title(row: Row) -> str:
@@ -218,40 +226,36 @@ def _events(epochs: Sequence[Row]) -> Iterator[tuple[float, str]]:
             yield epoch["epoch"] + 0.5, f"{share} ↺" if epoch.get("rewound") else share
 
 
-def _maps(run: Mapping[str, Any]) -> str:
-    """Which blocks each layer keeps, for the first seed: a table of little pictures for each method."""
-    parts = []
-    seed = min((row["seed"] for row in run["rows"]), default=0)
+def _maps(run: Row, seed: int) -> tuple[list[dict[str, Any]], str]:
+    """Which blocks each layer keeps, for the first seed: a table of little pictures for each method; what they show."""
     rows = [row for row in run["rows"] if row["seed"] == seed and row.get("blocks")]
-    for index, name in enumerate(_names(rows)):
+    if not rows:
+        return [], ""
+    maps = []
+    for name in _names(rows):
         students = [row for row in rows if row["name"] == name]
-        head = "".join(f"<th>keeps {row['metrics']['weights_kept']:.0%}</th>" for row in students)
-        body = "".join(
-            f"<tr><td>{escape(layer)}</td>"
-            + "".join(f"<td>{_map(row['blocks'][layer])}</td>" for row in students)
-            + "</tr>"
-            for layer in students[0]["blocks"]
+        maps.append(
+            {
+                "name": name,
+                "kept": [f"{row['metrics']['weights_kept']:.0%}" for row in students],
+                "layers": [
+                    (layer, [_map(row["blocks"][layer]) for row in students]) for layer in students[0]["blocks"]
+                ],
+            }
         )
-        details = "<details open>" if index == 0 else "<details>"
-        parts.append(
-            f"{details}<summary>{escape(name)}</summary><div class=scroll><table class=blocks>"
-            f"<tr><th></th>{head}</tr>{body}</table></div></details>"
-        )
-    if not parts:
-        return ""
     pattern = BlockPattern.parse(rows[0].get("settings", {}).get("pattern", "16x1"))
-    note = (
+    return maps, (
         f"A row is {pattern.bh} outputs of the layer, a column {pattern.bw} of its inputs; the darker, the more of the "
         "kernel's places are kept, and empty is gone."
     )
-    return f"<h3>Kept blocks (seed {seed})</h3><p class=small>{note}</p>{''.join(parts)}"
 
 
-def _map(layer: Mapping[str, Any]) -> str:
+def _map(layer: Mapping[str, Any]) -> tuple[str, str]:
+    """The share that is kept, and the picture."""
     shape = layer["shape"]
     bits = np.unpackbits(np.frombuffer(base64.b64decode(layer["bits"]), np.uint8), count=int(np.prod(shape)))
     kept = bits.reshape(*shape[:2], -1).mean(2)
-    return f'<img alt="{kept.mean():.0%} kept" title="{kept.mean():.0%} kept" src="data:image/png;base64,{_png(kept)}">'
+    return f"{kept.mean():.0%}", _png(kept)
 
 
 def _png(shares: np.ndarray) -> str:
@@ -267,11 +271,3 @@ def _png(shares: np.ndarray) -> str:
         for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(pixels.tobytes(), 9)), (b"IEND", b""))
     )
     return base64.b64encode(data).decode()
-
-
-def _protocol(run: Mapping[str, Any]) -> str:
-    entries = {**run["task"], **run["protocol"]}
-    items = "".join(
-        f"<dt>{escape(key.replace('_', ' '))}</dt><dd>{escape(inline(value))}</dd>" for key, value in entries.items()
-    )
-    return f"<details><summary>Protocol: data, settings, machine, versions</summary><dl>{items}</dl></details>"

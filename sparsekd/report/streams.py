@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from typing import Any
 
-from . import charts, page
+from . import charts
 from .charts import Chart, Series
-from .tables import NOT_MEASURED, inline, markdown_table
+from .markup import Table, figure, render
+from .tables import NOT_MEASURED, Drawn, inline, markdown_table
 
 KIND = "stream"
 _POINTS = 200  # of a line in a chart: what is longer is drawn by the means of pieces
@@ -40,7 +40,7 @@ def arms_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def document(results: Mapping[str, Any]) -> str:
     """The whole report as Markdown."""
     parts = [
-        f"# {_title(results)}: {len(results['windows'])} windows",
+        f"# {title(results)}: {len(results['windows'])} windows",
         f"`{results['command']}`",
         tables(results),
         "## Protocol",
@@ -51,38 +51,41 @@ def document(results: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def tables(results: Mapping[str, Any]) -> str:
-    return markdown_table(*arms_table(results))
+def tables(results: Mapping[str, Any], draw: Drawn | None = None) -> str:
+    return (draw or markdown_table)(*arms_table(results))
 
 
 def html(results: Mapping[str, Any]) -> str:
     """One page: the table, the gaps and the entropies over time."""
-    title, colours = _title(results), {name: i % charts.SERIES for i, (name, _) in enumerate(_arms(results))}
+    heading, colours = title(results), {name: i % charts.SERIES for i, (name, _) in enumerate(_arms(results))}
     caption = (
         "Relative difference of the normalised entropy to the full model, in %, of every window before it is learnt."
     )
-    gap = Chart("window", "NE gap to the full model, %", x_whole=True, width=760)
-    entropy = Chart("window", "normalised entropy", x_whole=True, width=760)
+    gap = Chart("window", "NE gap to the full model, %", x_whole=True)
+    entropy = Chart("window", "normalised entropy", x_whole=True)
     for name, _ in _arms(results):
         if name != "full":
             gap.series.append(Series(name, colours[name], list(_points(results, name, "full"))))
         entropy.series.append(Series(name, colours[name], list(_points(results, name))))
     gap.levels = [("full", colours["full"], 0.0)]
-    protocol = {**results["protocol"], **{f"stream, {key}": value for key, value in results["stream"].items()}}
-    items = "".join(f"<dt>{escape(k.replace('_', ' '))}</dt><dd>{escape(inline(v))}</dd>" for k, v in protocol.items())
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>sparsekd: {escape(title)}</title><style>{page.STYLE}{charts.STYLE}</style></head>"
-        f"<body><h1>{escape(title)}</h1><p><code>{escape(results['command'])}</code></p>"
-        f"{page.table(*arms_table(results), set())}"
-        f"{page.figure('Gap over time', gap, caption, colours)}"
-        f"{page.figure('Normalised entropy over time', entropy, _BELOW, colours)}"
-        f"<details><summary>Protocol</summary><dl>{items}</dl></details></body></html>\n"
+    return render(
+        "stream.html",
+        {
+            "title": f"sparsekd: {heading}",
+            "heading": heading,
+            "command": results["command"],
+            "data": "results.json",
+            "arms": Table(*arms_table(results)),
+            "figures": [
+                figure("Gap over time", gap, caption),
+                figure("Normalised entropy over time", entropy, _BELOW),
+            ],
+            "protocol": {**results["protocol"], **{f"stream, {key}": v for key, v in results["stream"].items()}},
+        },
     )
 
 
-def _title(results: Mapping[str, Any]) -> str:
+def title(results: Mapping[str, Any]) -> str:
     stream = results["stream"]
     return f"Stream {stream['name'] if 'name' in stream else ', '.join(stream['files'])}"
 

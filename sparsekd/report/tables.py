@@ -1,12 +1,16 @@
-"""The tables of a run, as rows of text and as Markdown that is aligned, so that a terminal shows it well too."""
+"""The tables of a run, as rows of text, as Markdown, and as columns for a terminal that is no wider than it is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..goals import Metric
 from .summary import label, metrics_of, summarise
+from .verdict import sentence
 
 NOT_MEASURED = "not measured"
 
@@ -18,10 +22,12 @@ _COST = (
     ("file kB", "file_bytes", 1e-3, ".1f"),
     ("training s", "train_seconds", 1.0, ".1f"),
     ("step ms, first epoch", "step_ms_first", 1.0, ".1f"),
-    ("last", "step_ms_last", 1.0, ".1f"),
+    ("step ms, last epoch", "step_ms_last", 1.0, ".1f"),
 )
 _SPEED_NAMES = ("dense", "frozen")
 _Rows = list[list[str]]
+Drawn = Callable[[Sequence[str], Sequence[Sequence[str]]], str]  # heading and rows -> a table
+_GAP, _FIRST, _HEADING = 2, 26, 9  # letters between columns, of a first column at most, that a heading is wrapped to
 
 
 def document(results: Mapping[str, Any]) -> str:
@@ -30,6 +36,7 @@ def document(results: Mapping[str, Any]) -> str:
     summary = summarise(results["rows"], metrics_of(results)[0])
     parts = [
         f"# {task['name']}: distilled, pruned, frozen",
+        *filter(None, [sentence(results, summary)]),
         f"`{results['command']}`",
         result_tables({**results, "summary": summary}),
         "## Protocol",
@@ -40,18 +47,19 @@ def document(results: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def result_tables(results: Mapping[str, Any]) -> str:
-    """The result tables as Markdown that is aligned, so that a terminal shows it well too."""
+def result_tables(results: Mapping[str, Any], draw: Drawn | None = None) -> str:
+    """The result tables, as `draw` shows each: Markdown if nothing else is said."""
+    draw = draw or markdown_table
     summary = results.get("summary") or summarise(results["rows"], metrics_of(results)[0])
-    accuracy = markdown_table(*accuracy_table(results, summary))
+    accuracy = draw(*accuracy_table(results, summary))
     parts = ["Networks on the test part:", accuracy]
     seeds = {len(entry["seeds"]) for entry in summary}
     if seeds - {1}:
         parts.append("Mean ± standard deviation over seeds.")
-    parts += ["Inference, dense eager network against frozen one:", markdown_table(*speed_table(summary))]
+    parts += ["Inference, dense eager network against frozen one:", draw(*speed_table(summary))]
     parts += sorted({f"Energy: {row['energy_note']}." for row in results["rows"] if row.get("energy_note")})
     if "published" in results:
-        parts += [results["published"]["heading"], markdown_table(*_published_table(results))]
+        parts += [results["published"]["heading"], draw(*_published_table(results))]
     return "\n\n".join(parts)
 
 
@@ -92,10 +100,11 @@ def _number(value: float | None, metric: Metric) -> str:
 def speed_table(summary: Sequence[Mapping[str, Any]]) -> tuple[list[str], _Rows]:
     batches = sorted({int(m.split("_")[-1]) for entry in summary for m in entry["mean"] if m.startswith("throughput_")})
     predicts = any(entry["mean"].get("predicted_us") is not None for entry in summary)
-    heading = ["model", "latency ms, dense", "frozen", *(["predicted"] if predicts else []), "frozen / dense"]
+    heading = ["model", "latency ms, dense", "latency ms, frozen"]
+    heading += [*(["latency ms, predicted"] if predicts else []), "frozen / dense"]
     for batch in batches:
-        heading += [f"rows/s at batch {batch}, dense", "frozen"]
-    heading += ["mJ a row, dense", "frozen"]
+        heading += [f"rows/s at batch {batch}, {kind}" for kind in _SPEED_NAMES]
+    heading += [f"mJ a row, {kind}" for kind in _SPEED_NAMES]
     rows = []
     for entry in summary:
         cells = [_cell(entry, f"latency_ms_{kind}", 1.0, ".3f") for kind in _SPEED_NAMES]
@@ -129,6 +138,62 @@ def markdown_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
     rule = "|" + "|".join("-" * (w + 2) if not column else "-" * (w + 1) + ":" for column, w in enumerate(widths)) + "|"
     return "\n".join([line(heading), rule, *map(line, rows)])
+
+
+def text_table(heading: Sequence[str], rows: Sequence[Sequence[str]], width: int = 80) -> str:
+    """Columns of at most `width` letters in all: those that do not fit beside the others follow below them, each time
+    behind the first column. Long headings and names are wrapped; a column that was not measured at all is left out, and
+    below the first columns a row that has nothing to say.
+    """
+    names = [textwrap.wrap(row[0], _FIRST, subsequent_indent="  ") or [""] for row in rows]
+    columns = [
+        _Column.of(heading[place], [row[place] for row in rows])
+        for place in range(1, len(heading))
+        if not rows or any(row[place] != NOT_MEASURED for row in rows)
+    ]
+    first = max(map(len, itertools.chain([heading[0]], *names)))
+    blocks: list[list[_Column]] = [[]]
+    for column in columns:
+        if blocks[-1] and first + sum(one.width + _GAP for one in (*blocks[-1], column)) > width:
+            blocks.append([])
+        blocks[-1].append(column)
+    return "\n\n".join(
+        _block(heading[0], names, block, first, all_rows=number == 0) for number, block in enumerate(blocks)
+    )
+
+
+@dataclass(frozen=True)
+class _Column:
+    heading: list[str]  # lines
+    cells: list[str]
+    width: int
+
+    @classmethod
+    def of(cls, heading: str, cells: list[str]) -> _Column:
+        wide = max(map(len, cells), default=0)
+        lines = textwrap.wrap(heading, max(_HEADING, wide), break_long_words=False) or [""]
+        return cls(lines, cells, max(wide, *map(len, lines)))
+
+
+def _block(heading: str, names: _Rows, columns: Sequence[_Column], first: int, all_rows: bool) -> str:
+    def lines(name: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+        """Of one row: all that is shorter stands beside the last line."""
+        height = max(map(len, (name, *cells)))
+        name = [*[""] * (height - len(name)), *name]
+        others = [[*[""] * (height - len(cell)), *cell] for cell in cells]
+        return [
+            name[at].ljust(first)
+            + "".join(" " * _GAP + cell[at].rjust(column.width) for column, cell in zip(columns, others, strict=True))
+            for at in range(height)
+        ]
+
+    drawn = lines([heading], [column.heading for column in columns])
+    drawn.append("-" * len(drawn[0]))
+    for place, name in enumerate(names):
+        cells = [[column.cells[place]] for column in columns]
+        if all_rows or any(cell != [""] for cell in cells):
+            drawn += lines(name, cells)
+    return "\n".join(line.rstrip() for line in drawn)
 
 
 def inline(value: Any) -> str:

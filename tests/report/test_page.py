@@ -1,6 +1,7 @@
 """The page shows every figure of the JSON, marks what happened in training, and needs nothing from outside."""
 
 import base64
+import copy
 import re
 import struct
 import zlib
@@ -11,8 +12,8 @@ import pytest
 
 from sparsekd import report
 from sparsekd.goals import Classification, Regression
-from sparsekd.report import page
-from sparsekd.report.charts import Chart, Series, _Scale, pareto
+from sparsekd.report import compare, page
+from sparsekd.report.charts import Chart, Series, _apart, _Scale, pareto
 
 VOID = {"meta", "img", "br"}
 
@@ -105,15 +106,68 @@ def test_tables_and_texts(run):
     cells = " ".join(outline.words)
     for figure in ("75.47 ± 0.01", "73.12", "70.01", "not measured", "no counter here", "a machine & more", "<DIR>"):
         assert figure in cells
-    (chosen,) = outline.all("tr", **{"class": "selected"})[:1]
-    assert chosen and len(outline.all("tr", **{"class": "selected"})) == 2  # in both tables
-    assert "Quality against latency" in cells and "Quality against energy" in cells
+    best = outline.all("tr", **{"class": "best"})
+    assert len(best) == 2 and outline.words.count("best") == 2 + 2  # in both tables, and around two points
+    assert "Quality against latency" in cells and "Quality against energy: not measured" in cells
+
+
+def test_what_did_best_of_another_method_is_shaded(run):
+    run["rows"] += [row("SP-SAD", 0.5, 0.60), row("SP-SAD", 0.25, 0.61)]
+    text = page.html([{**run, "summary": report.summarise(run["rows"], Classification().judge)}])
+    assert len(Outline(text).all("tr", **{"class": "selected"})) == 2 and "Shaded: of each other method" in text
+    assert "Shaded" not in page.html([{**run, "summary": report.summarise(run["rows"][:4], Classification().judge)}])
+
+
+def test_the_result_comes_first_in_a_sentence(run):
+    words = Outline(page.html([run])).words
+    sentence = next(word for word in words if "keeps" in word)
+    assert sentence == (
+        "LTH-SAD @ 0.5 keeps 50% of the weights and has a test accuracy % of 73.12, where the dense SAD has 75.47; "
+        "frozen, it answers in 0.5 ms at batch 1, 3 times as fast as the dense one frozen."
+    )
+    order = [words.index(word) for word in (sentence, "Quality against latency", "model", "Training (seed 0)")]
+    assert order == sorted(order)
 
 
 def test_nothing_comes_from_outside(run):
     text = page.html([run])
-    assert not re.findall(r'(?:src|href)="(?!data:)|@import|url\(|<script', text)
+    assert re.findall(r'(?:src|href)="(?!data:)([^"]*)"', text) == [
+        "results.json"
+    ]  # the raw data, which lies beside it
+    assert not re.findall(r"@import|url\(|<script", text)
     assert "prefers-color-scheme: dark" in text
+
+
+def test_what_a_run_says_is_text_and_not_markup(run):
+    hostile = '<b onmouseover=x>"it\'s" & so</b>'
+    run["task"]["name"] = run["protocol"]["machine"] = run["command"] = hostile
+    for one in run["rows"]:
+        one["name"] = one["energy_note"] = hostile
+    text = page.html([{**run, "summary": report.summarise(run["rows"], Classification().judge)}])
+    assert "<b on" not in text and hostile in Outline(text).words
+
+
+def test_captions_speak_of_what_is_drawn(run):
+    text = page.html([run])
+    assert "Bars: one standard deviation" in text and "Mean ± standard deviation" in text
+    assert "Pareto front" in text
+    alone = [one for one in run["rows"] if one["seed"] == 0 and one["target_density"] != 0.25]
+    for one in alone:
+        one["metrics"]["accuracy"] = one["metrics"]["latency_ms_frozen"] = 0.5
+    run["rows"], run["summary"] = alone, report.summarise(alone, Classification().judge)
+    text = page.html([run])
+    for word in ("deviation", "Pareto", "Beyond the axis", "↺: and"):
+        assert (word in text) == (word == "↺: and")
+
+
+def test_a_far_predictor_does_not_squeeze_the_students(run):
+    """It is named in the caption; a near one has a line with its name."""
+    run["baselines"] = [{"name": "constant", "accuracy": 0.01}, {"name": "ridge", "accuracy": 0.72}]
+    text = page.html([run])
+    assert "Beyond the axis: constant 1.00." in text
+    assert re.search(r'<text class="name[^>]*>ridge 72.00</text>', text) and not re.search(r">constant 1.00</t", text)
+    heights = [float(y) for y in re.findall(r'<circle class="dot"[^>]*cy="([\d.]+)"', text)]
+    assert max(heights) - min(heights) > 100
 
 
 def test_training_marks_prunes_and_rewinds(run):
@@ -141,6 +195,28 @@ def test_several_runs_on_one_page(run, tmp_path):
     words = Outline(paths[2].read_text()).words
     assert "pictures" in words and "movielens" in words and "A quick run: not to be quoted." in words
     assert paths[1].read_text().count(": distilled, pruned, frozen") == 2
+    assert 'href="merged.json"' in paths[2].read_text()
+
+
+def test_several_runs_are_compared_in_one_table_and_one_chart(run):
+    """Of one task by its metric; of several by what each wins or loses beside the dense network of its own run."""
+    faster = copy.deepcopy(run)
+    for one in faster["rows"]:
+        one["metrics"]["latency_ms_frozen"] /= 4
+    faster["summary"] = report.summarise(faster["rows"], Classification().judge)
+    runs = [{**run, "source": "a"}, {**faster, "source": "b"}]
+    heading, rows, best = compare.table(runs)
+    assert heading[:4] == ["model", "run", "test accuracy %", "better than dense %"]
+    assert [row[:2] for row in rows[:4:3]] == [["SAD", "pictures, a"], ["SAD", "pictures, b"]] and best == {1, 4}
+    assert rows[1][2] == "73.12" and rows[1][3] == f"{100 * (0.7312 / 0.7547 - 1):+.2f}" and rows[0][3] == "+0.00"
+    chart = compare.chart(runs)
+    assert (chart.x_label, chart.y_label) == ("ms at batch 1, frozen", "test accuracy %")
+    assert chart.series[1].points[1][:2] == pytest.approx((0.125, 73.12))
+    faster["task"]["name"] = "others"
+    heading, rows, _ = compare.table([*runs[:1], faster])
+    assert heading[2] == "test score" and rows[1][1:3] == ["pictures", "accuracy % 73.12"]
+    assert compare.chart([*runs[:1], faster]).y_label == "better than the run's dense network, %"
+    assert len(Outline(page.html(runs)).all("tr", **{"class": "best"})) == 2 + 4
 
 
 def test_the_front_is_what_nothing_beats():
@@ -156,6 +232,12 @@ def test_ticks_are_round_and_inside(values):
     assert 2 <= len(scale.ticks) <= 7
     assert all(-1e-6 <= scale(tick) <= 100 + 1e-6 for tick in scale.ticks)
     assert all(0 <= scale(value) <= 100 for value in values)
+
+
+def test_names_of_lines_keep_apart():
+    assert _apart([50.0, 52.0, 200.0], 15, 30, 300) == [50.0, 65.0, 200.0]
+    assert _apart([290.0, 295.0, 299.0], 15, 30, 300) == [270.0, 285.0, 300.0]
+    assert _apart([], 15, 30, 300) == []
 
 
 def test_points_lie_where_the_axes_say():

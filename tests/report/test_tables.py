@@ -197,3 +197,26 @@ def test_a_goal_without_metrics_is_refused(results, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(results))
     with pytest.raises(ValueError, match=r"results\.json does not say what its numbers are"):
         report.read(tmp_path)
+
+
+def test_a_table_for_a_terminal_goes_on_below_itself():
+    """Behind its first column; what was nowhere measured, and rows that say nothing there, are left out."""
+    heading = ["model", "test MSE", "a heading of words", "nothing", "kept %"]
+    rows = [
+        ["base", "1.0", "0.5", "not measured", ""],
+        ["a name that is rather long, indeed", "2.0", "0.25", "not measured", "45.0"],
+    ]
+    assert report.text_table(heading, rows, 44).splitlines() == [
+        "                                 a heading",
+        "model                  test MSE   of words",
+        "------------------------------------------",
+        "base                        1.0        0.5",
+        "a name that is rather",
+        "  long, indeed              2.0       0.25",
+        "",
+        "model                  kept %",
+        "-----------------------------",
+        "a name that is rather",
+        "  long, indeed           45.0",
+    ]
+    assert report.text_table(heading, rows, 60).splitlines()[1] == "model                  test MSE   of words  kept %"

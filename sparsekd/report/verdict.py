@@ -1,0 +1,56 @@
+"""What a run comes to, in a sentence: its best pruned network beside the dense one of the same kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..goals import Metric
+from .summary import label, metrics_of
+
+Entry = Mapping[str, Any]  # of a summary
+
+
+def best(results: Mapping[str, Any], summary: Sequence[Entry]) -> Entry | None:
+    """The pruned network that did best on the validation part, on the test part in files that lack it; None of none."""
+    judge = metrics_of(results)[0]
+    pruned = [entry for entry in summary if entry["target_density"] is not None]
+    key = f"val_{judge.name}"
+    if any(entry["mean"].get(key) is None for entry in pruned):
+        key = judge.name
+    chosen: Entry | None = None
+    for entry in pruned:
+        value = entry["mean"].get(key)
+        if value is not None and (chosen is None or judge.better(value, chosen["mean"][key])):
+            chosen = entry
+    return chosen
+
+
+def reference(summary: Sequence[Entry]) -> Entry | None:
+    """The dense network that pruned ones are held against: the student, else the first dense one."""
+    dense = [entry for entry in summary if entry["target_density"] is None]
+    return next((entry for entry in dense if entry["name"] == "student"), dense[0] if dense else None)
+
+
+def sentence(results: Mapping[str, Any], summary: Sequence[Entry]) -> str:
+    """One sentence; "" where nothing was pruned."""
+    judge, chosen, dense = metrics_of(results)[0], best(results, summary), reference(summary)
+    if chosen is None:
+        return ""
+    kept = f"{chosen['mean']['weights_kept']:.0%} of the weights"
+    if chosen["mean"].get("macs_kept") is not None and chosen["mean"].get("macs", 1):
+        kept += f" and {chosen['mean']['macs_kept']:.0%} of the multiply-adds"
+    text = f"{label(chosen)} keeps {kept} and has a {judge.heading} of {shown(judge, chosen)}"
+    if dense is None:
+        return f"{text}."
+    text += f", where the dense {dense['name']} has {shown(judge, dense)}".replace("dense dense", "dense network")
+    now, then = (entry["mean"].get("latency_ms_frozen") for entry in (chosen, dense))
+    if now and then:
+        ratio = f"{then / now:.2g} times as fast as" if then >= now else f"{now / then:.2g} times as slow as"
+        text += f"; frozen, it answers in {now:.3g} ms at batch 1, {ratio} the dense one frozen"
+    return f"{text}."
+
+
+def shown(metric: Metric, entry: Entry) -> str:
+    """The mean of a metric as tables show it."""
+    return f"{metric.scale * entry['mean'][metric.name]:.{metric.digits}f}"
