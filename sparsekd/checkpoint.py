@@ -31,13 +31,14 @@ from .convert import replace_layers, sparse_layer
 from .nn import BlockSparseLayer
 from .nn.embedding import SparseTable
 
-__all__ = ["load", "load_state", "metadata", "save", "save_state", "write_atomically"]
+__all__ = ["load", "load_state", "metadata", "save", "save_state", "sweep", "write_atomically"]
 
 VERSION = 1
+_PART = (".sparsekd.", ".part")  # how the name of a file that is being written begins and ends
 _MODEL, _STATE = "sparsekd-model", "sparsekd-state"
 _REMEDY = {
     _MODEL: "fetch or save it again",
-    _STATE: "delete it to train this network from its start, or pass --fresh to begin the run anew",
+    _STATE: "write it again",
 }
 _EXTRA = "extra state: "  # before the names of tensors that stand in extra state
 _KEY = "sparsekd"  # our one entry in the safetensors header, a JSON text
@@ -186,16 +187,20 @@ def save_state(state: Any, path: Path_) -> None:
     _write(path, tensors, {"format": _STATE, "tree": tree})
 
 
-def load_state(path: Path_) -> Any:
-    """The tree that `save_state` wrote, equal to the bit.  Raises FileNotFoundError, ValueError for a damaged file."""
-    tensors, header = _read(path, _STATE)
+def load_state(path: Path_, remedy: str | None = None) -> Any:
+    """The tree that `save_state` wrote, equal to the bit.  Raises FileNotFoundError, ValueError for a damaged file.
+
+    remedy: what the message of that ValueError advises, as the caller knows what the file is for.
+    """
+    tensors, header = _read(path, _STATE, remedy)
     return _unpacked(header["tree"], tensors)
 
 
 def write_atomically(path: Path_, data: bytes) -> None:
     """Write `data` beside `path` and rename it into place: after an OSError, or a kill, the old file is still there.
 
-    A symbolic link stays one: what it points to is replaced. A device, a pipe or a socket is refused with an OSError.
+    The OSError names `path`. A symbolic link stays one: what it points to is replaced. A device, a pipe or a socket is
+    refused with an OSError.
     """
     path = Path(path)
     if path.is_symlink():
@@ -206,7 +211,7 @@ def write_atomically(path: Path_, data: bytes) -> None:
             "give the path of a file"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".sparsekd.", suffix=".part", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=_PART[0], suffix=_PART[1], dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -214,9 +219,20 @@ def write_atomically(path: Path_, data: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner may read
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if (
+            isinstance(error, OSError) and error.errno and error.filename is None
+        ):  # a full disk does not say of which file
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def sweep(folder: Path_) -> None:
+    """Remove from `folder` what writers that were killed left half written; nobody else may be writing there."""
+    if Path(folder).is_dir():
+        for left in Path(folder).glob("*".join(_PART)):
+            left.unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -232,9 +248,9 @@ def _write(path: Path_, tensors: dict[str, Tensor], header: dict[str, Any]) -> N
     write_atomically(path, to_bytes(plain, {_KEY: json.dumps(header)}))
 
 
-def _read(path: Path_, expected: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(path: Path_, expected: str, remedy: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a file, checked."""
-    path = Path(path)
+    path, remedy = Path(path), remedy or _REMEDY[expected]
     if not path.is_file():
         raise FileNotFoundError(f"sparsekd.checkpoint: {path} does not exist; give the path of a saved file")
     try:
@@ -242,9 +258,7 @@ def _read(path: Path_, expected: str) -> tuple[dict[str, Tensor], dict[str, Any]
             header = json.loads((file.metadata() or {}).get(_KEY, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"sparsekd.checkpoint: {path} is corrupt or cut short ({error}); {_REMEDY[expected]}"
-        ) from error
+        raise ValueError(f"sparsekd.checkpoint: {path} is corrupt or cut short ({error}); {remedy}") from error
     named = header.get("format") if isinstance(header, dict) else None
     if named != expected:
         raise ValueError(
@@ -257,7 +271,7 @@ def _read(path: Path_, expected: str) -> tuple[dict[str, Tensor], dict[str, Any]
             "upgrade sparsekd"
         )
     if _digest(tensors) != header["sha256"]:
-        raise ValueError(f"sparsekd.checkpoint: {path} is corrupt (its checksum differs); {_REMEDY[expected]}")
+        raise ValueError(f"sparsekd.checkpoint: {path} is corrupt (its checksum differs); {remedy}")
     return tensors, header
 
 

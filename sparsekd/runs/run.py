@@ -27,6 +27,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from ..pruning import CostTable
 from . import baselines, budgets, record, tasks
 from .config import RunConfig
 from .epochs import STATE, fit
+from .folder import claimed
 from .memory import keep_freed_memory
 from .plans.network import Network, Plan
 from .record import Finished, Row
@@ -56,7 +58,8 @@ def _print(line: str) -> None:
 def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[str, Any], Path]:
     """Do everything `config` asks for; returns the contents of results.json and the folder it lies in.
 
-    Raises ValueError and FileNotFoundError for bad input, RuntimeError where training diverges, OutOfTime when
+    Raises ValueError and FileNotFoundError for bad input, RuntimeError where training diverges or another process works
+    in the folder, OSError where it cannot be written to (before anything is trained), OutOfTime when
     `stop_after` is over and KeyboardInterrupt on Ctrl-C; whatever had finished is on disk (results.json included), and
     the same call goes on from there.
     """
@@ -71,23 +74,25 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[st
     runtime = start(config, entry.on_gpu, deadline)
     task = loaded.to(runtime.device)
     out = tasks.folder_of(config, task)
-    if config.unit == "latency_us" and config.costs is None:
-        config = _with_costs(config, task, out, say)
-    plan = tasks.plan_of(task, config)
-    _check_costs(plan)
-    out.mkdir(parents=True, exist_ok=True)  # raises now, not after the first epoch, where there can be no such folder
-    if config.fresh and rank() == 0:
-        clear(out)
-    wait_for_all()
-    # First: what these need is missing before anything was trained, or not at all. They compute with numpy, on the CPU.
-    baseline_scores = [score.to_dict() for score in baselines.run(loaded)]
-    work = _Run(config, task, plan, runtime, out, say, baseline_scores)
-    for seed in range(config.seeds):
-        teacher = work.train(plan.teacher, seed, None)
-        for student in plan.students:
-            work.train(student, seed, teacher)
-    wait_for_all()
-    return report.read(out), out
+    to_measure = config.unit == "latency_us" and config.costs is None
+    plan = None if to_measure else _checked_plan(task, config)  # bad input raises before there is a folder
+    with claimed(out) if rank() == 0 else nullcontext():
+        if plan is None:
+            config = _with_costs(config, task, out, say)
+            plan = _checked_plan(task, config)
+        if config.fresh and rank() == 0:
+            clear(out)
+        wait_for_all()
+        # First: what these need is missing before anything was trained, or not at all. They compute with numpy, on the
+        # CPU.
+        baseline_scores = [score.to_dict() for score in baselines.run(loaded)]
+        work = _Run(config, task, plan, runtime, out, say, baseline_scores)
+        for seed in range(config.seeds):
+            teacher = work.train(plan.teacher, seed, None)
+            for student in plan.students:
+                work.train(student, seed, teacher)
+        wait_for_all()
+        return report.read(out), out
 
 
 @dataclass
@@ -173,12 +178,14 @@ def _with_costs(config: RunConfig, task: Task, out: Path, say: Callable[[str], N
     return dataclasses.replace(config, costs=str(out / budgets.COSTS))
 
 
-def _check_costs(plan: Plan) -> None:
-    """Raise FileNotFoundError or ValueError where a student cannot be pruned by its costs: now, not once the teacher is
-    trained."""
+def _checked_plan(task: Task, config: RunConfig) -> Plan:
+    """The plan. Raises FileNotFoundError or ValueError where a student cannot be pruned by its costs: now, not once the
+    teacher is trained."""
+    plan = tasks.plan_of(task, config)
     for network in plan.students:
         if network.costs is not None:
             CostTable.load(network.costs).check(network.make())
+    return plan
 
 
 def clear(out: Path) -> None:

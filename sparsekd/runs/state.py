@@ -11,6 +11,8 @@ import torch
 
 from .. import checkpoint
 
+_REMEDY = "delete it to train this network from its start, or pass --fresh to begin the run anew"
+
 
 class StateFile:
     """The state of `parts`, which have state_dict() and load_state_dict(), at a boundary: an epoch's, or a window's.
@@ -42,7 +44,7 @@ class StateFile:
         """
         if not self.path.is_file():
             return []
-        state = checkpoint.load_state(self.path)
+        state = checkpoint.load_state(self.path, _REMEDY)
         check_same_settings(self.path, state["settings"], self.settings)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])

@@ -39,6 +39,7 @@ from ..goals import Click
 from ..methods import D2S, Method, OnlinePruned
 from ..pruning import Budget, CostTable
 from ..version import __version__
+from .folder import claimed
 from .memory import keep_freed_memory
 from .state import StateFile
 from .stream import Learner, Online
@@ -160,26 +161,26 @@ def run(config: StreamConfig, say: Callable[[str], None] = _print) -> tuple[dict
     source = _source(config)
     name = "files" if config.data else config.stream
     out = Path(config.out or f"runs/stream-{name}")
-    out.mkdir(parents=True, exist_ok=True)
-    arms = _arms(config, source)
-    if config.fresh:
-        _clear(out, [*arms])
-    work = _Run(config, source, arms, out)
-    number = work.resume()
-    if number:
-        say(f"sparsekd: going on after window {number} of {out}")
-    with _bar(source, number, config.limit) as bar:
-        for window in work.coming():
-            line = work.learn(window)
-            bar.clear()
-            say(line)
-            bar.update()
-    results = work.results()
-    if results["windows"]:
-        report.write(results, out)
-    else:
-        say("sparsekd: the stream has no window (yet): nothing was learnt")
-    return results, out
+    with claimed(out):
+        arms = _arms(config, source)
+        if config.fresh:
+            _clear(out, [*arms])
+        work = _Run(config, source, arms, out)
+        number = work.resume()
+        if number:
+            say(f"sparsekd: going on after window {number} of {out}")
+        with _bar(source, number, config.limit) as bar:
+            for window in work.coming():
+                line = work.learn(window)
+                bar.clear()
+                say(line)
+                bar.update()
+        results = work.results()
+        if results["windows"]:
+            report.write(results, out)
+        else:
+            say("sparsekd: the stream has no window (yet): nothing was learnt")
+        return results, out
 
 
 class _Run:
