@@ -25,13 +25,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
     group.addoption("--threads", type=int, help="threads of torch and of the CPU kernels (default: torch's)")
     group.addoption("--density", type=float, action="append", help="share of weights kept; repeat for several")
-    group.addoption("--batch", type=int, action="append", help="batch size of the built-in networks and of --layers")
+    group.addoption("--batch", type=int, action="append", help="batch size of networks and of --layers; repeatable")
     group.addoption(
         "--layers", action="append", default=[], choices=["all", *BATCHES], help="all layers of a network; repeatable"
     )
     group.addoption("--model", metavar="MODULE:FACTORY", help="your network instead of the built-in ones")
     group.addoption(
-        "--input-shape", action="append", default=[], metavar="N,C,H,W", help="of --model; once for each input tensor"
+        "--input-shape",
+        action="append",
+        default=[],
+        metavar="C,H,W",
+        help="of --model, without the batch, which --batch says (1); once for each input",
     )
     group.addoption("--exclude", action="append", default=[], help="layers of --model to leave dense (fnmatch)")
     group.addoption("--compile", action="store_true", help="losses: torch.compile as a contestant too")
@@ -52,12 +56,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def setup_of(config: pytest.Config) -> Setup:
     option = config.option
     if bool(option.model) != bool(option.input_shape):
-        raise pytest.UsageError("--model and --input-shape go together: --model pkg.mod:factory --input-shape 1,3,8,8")
+        raise pytest.UsageError("--model and --input-shape go together: --model pkg.mod:factory --input-shape 3,8,8")
     try:
         shapes = tuple(tuple(int(size) for size in shape.split(",")) for shape in option.input_shape)
         device = torch.device(option.device)
     except (ValueError, RuntimeError) as error:
-        expected = "--input-shape takes integers, as in 1,3,224,224, and --device cpu or cuda"
+        expected = "--input-shape takes integers, as in 3,224,224, and --device cpu or cuda"
         raise pytest.UsageError(f"{expected}: {error}") from None
     default = Setup()
     return Setup(

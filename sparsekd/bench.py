@@ -124,7 +124,9 @@ def _check_takes(name: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> Non
         model(*inputs)
     except RuntimeError as error:
         shapes = [list(x.shape) for x in inputs]
-        raise RuntimeError(f"sparsekd bench: {name} does not take inputs of shape {shapes}: {error}") from error
+        raise RuntimeError(
+            f"sparsekd bench: {name} does not take inputs of shape {shapes} (the batch, then --input-shape): {error}"
+        ) from error
 
 
 @torch.no_grad()
@@ -172,20 +174,30 @@ def _channels_last(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Callab
     return call, None
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as Markdown; the ratios say how many times as fast the frozen sparse network is."""
-    lines = [
-        "| threads | batch | kept | weights | multiply-adds | layers sparse | dense eager, ms | dense frozen, ms "
-        "| sparse frozen, ms | x eager | x dense frozen |",
-        "|---" * 11 + "|",
-    ]
+_HEADING = (
+    *("kept", "threads", "batch", "weights", "multiply-adds", "layers sparse"),
+    *("dense eager, ms", "dense frozen, ms", "sparse frozen, ms", "x eager", "x dense frozen"),
+)
+
+
+def table(rows: Sequence[dict[str, Any]], draw: Callable[[Sequence[str], Sequence[Sequence[str]]], str]) -> str:
+    """The rows, as `draw` shows heading and rows; ratios say how many times as fast the frozen sparse network is."""
+    cells = []
     for row in rows:
         eager, dense, ours = row["eager_ms"], row["dense_frozen_ms"], row["frozen_ms"]
-        lines.append(
-            f"| {row['threads']} | {row['batch']} | {row['budget']} | {row['weights']:.1%} "
-            f"| {row['macs']:.1%} | {row['sparse']} of {row['layers']} "
-            f"| {eager:.3f} | {dense:.3f} | {ours:.3f} | {eager / ours:.2f} | {dense / ours:.2f} |"
+        cells.append(
+            [
+                row["budget"],
+                f"{row['threads']}",
+                f"{row['batch']}",
+                f"{row['weights']:.1%}",
+                f"{row['macs']:.1%}",
+                f"{row['sparse']} of {row['layers']}",
+                *(f"{ms:.3f}" for ms in (eager, dense, ours)),
+                f"{eager / ours:.2f}",
+                f"{dense / ours:.2f}",
+            ]
         )
     left_out = {(what, why) for row in rows for what, why in row.get("left_out", {}).items()}
-    lines += [f"\nDense eager without {what}, which could not run: {why}" for what, why in sorted(left_out)]
-    return "\n".join(lines)
+    notes = [f"\nDense eager without {what}, which could not run: {why}" for what, why in sorted(left_out)]
+    return "\n".join([draw(_HEADING, cells), *notes])

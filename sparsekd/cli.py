@@ -37,7 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = {"run": _run, STREAM: _stream, "bench": _bench, "export": _export, "report": _report}
     commands |= {"recommend": _recommend, "doctor": _doctor}
     try:
-        options = _parser(arguments).parse_args(_joined(arguments))
+        parser = _parser(arguments)
+        if not arguments:
+            parser.print_help()
+            return 0
+        options = parser.parse_args(_joined(arguments))
     except ModuleNotFoundError as error:  # the options of `run` follow from its tasks
         return _lacking(error, "run")
     try:
@@ -89,7 +93,11 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="time your own networks: dense, dense frozen, block-sparse frozen")
     bench.add_argument("models", nargs="+", metavar="MODEL", help="package.module:factory, called without arguments")
     bench.add_argument(
-        "--input-shape", action="append", required=True, metavar="C,H,W", help="without the batch; once for each input"
+        "--input-shape",
+        action="append",
+        required=True,
+        metavar="C,H,W",
+        help="without the batch, which --batch says; once for each input",
     )
     bench.add_argument("--batch", nargs="+", type=int, default=[1], metavar="N", help="batch sizes (1)")
     bench.add_argument("--threads", nargs="+", type=int, default=[], metavar="N", help="numbers of threads (torch's)")
@@ -123,7 +131,11 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     export.add_argument("--frozen", metavar="FILE", help="a file of FrozenModel.save; or")
     export.add_argument("--checkpoint", metavar="FILE", help="a file of checkpoint.save, which is frozen here")
     export.add_argument(
-        "--input-shape", action="append", default=[], metavar="C,H,W", help="without the batch; once for each input"
+        "--input-shape",
+        action="append",
+        default=[],
+        metavar="C,H,W",
+        help="without the batch, which --batch says; once for each input",
     )
     export.add_argument("--batch", type=int, default=1, metavar="N", help="that the network is measured with (1)")
     export.add_argument("--threads", type=int, metavar="N", help="that it is measured with (torch's)")
@@ -282,7 +294,7 @@ def _stream(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     config = streaming.StreamConfig(**of_run, columns=Columns(**fields[Columns]), command=command)
     results, folder = streaming.run(config)
     if results["windows"]:
-        print(f"\n{report.result_tables(results)}\n\nresults.json, report.md and report.html: {folder}")
+        print(f"\n{report.for_terminal([results])}\n\nresults.json, report.md and report.html: {folder}")
     return 0
 
 
@@ -309,8 +321,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             return TRY_AGAIN
         if runs.rank():  # rank 0 of torchrun prints
             continue
-        tables = report.result_tables(results)
-        print(f"\n{results['task']['name']}\n\n{tables}\n\nresults.json, report.md and report.html: {folder}")
+        print(f"\n{report.for_terminal([results])}\n\nresults.json, report.md and report.html: {folder}")
     return 0
 
 
@@ -329,7 +340,7 @@ def _config(options: argparse.Namespace, arguments: Sequence[str]) -> RunConfig:
 
 
 def _bench(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    from . import bench
+    from . import bench, report
     from .pruning import Budget
 
     shapes = _shapes("bench", options.input_shape)
@@ -348,7 +359,7 @@ def _bench(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             exclude=options.exclude,
             seconds=options.seconds,
         )
-        print(f"{name} {options.dtype}\n\n{bench.table(timed)}\n")
+        print(f"== {name} {options.dtype}\n\n{bench.table(timed, report.drawn_for_terminal())}\n")
         rows += timed
     if options.json:
         command = shlex.join(["sparsekd", *arguments])
@@ -391,8 +402,8 @@ def _report(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         paths = report.write(runs[0], options.folders[0])
     else:
         paths = report.merge(options.folders, options.out or "report")
-    tables = "\n\n".join(report.result_tables(run) for run in runs)
-    print(f"{tables}\n\nwritten: {', '.join(map(str, paths))}")
+    named = [{**run, "source": Path(folder).name} for run, folder in zip(runs, options.folders, strict=True)]
+    print(f"{report.for_terminal(named)}\n\nwritten: {', '.join(map(str, paths))}")
     return 0
 
 

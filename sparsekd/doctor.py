@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -46,7 +47,7 @@ NO_KERNELS = {False: "pure-torch reference", True: "none: float32 ops on the CPU
 
 
 def report(facts: dict[str, Any] | None = None) -> str:
-    """The facts of `collect()` as text: one line per part, an indented line per reason."""
+    """The facts of `collect()` as text: one line per part, an indented line per reason; then what runs ops."""
     facts = collect() if facts is None else facts
     cpu, threads, gpu = facts["cpu"], facts["threads"], facts["gpu"]
     isas = f"{cpu['isa']} chosen of {', '.join(cpu['isas'])}" if cpu["isa"] else NO_KERNELS[bool(cpu["isas"])]
@@ -67,8 +68,6 @@ def report(facts: dict[str, Any] | None = None) -> str:
     if facts["energy"]["reason"]:
         rows.append(("energy", "unknown", facts["energy"]["reason"]))
     dispatch = facts["dispatch"]
-    for op, chosen in dispatch["ops"].items():
-        rows.append((f"op {op}", "; ".join(f"{device}: {kernel}" for device, kernel in chosen.items()), None))
     if dispatch["reason"]:
         rows.append(("ops", "unknown", dispatch["reason"]))
     width = max(len(name) for name, _, _ in rows)
@@ -77,7 +76,27 @@ def report(facts: dict[str, Any] | None = None) -> str:
         lines.append(f"{name:<{width}}  {value}")
         if reason:
             lines.append(f"{'':<{width}}    {reason}")
+    lines += [line for device in _devices(dispatch["ops"]) for line in _ops_on(device, dispatch["ops"])]
     return "\n".join(lines)
+
+
+def _devices(ops: dict[str, dict[str, str]]) -> list[str]:
+    return list(dict.fromkeys(device for chosen in ops.values() for device in chosen))
+
+
+def _ops_on(device: str, ops: dict[str, dict[str, str]]) -> list[str]:
+    """What runs the ops on a device: each kernel once, and below it the ops that it runs."""
+    by_kernel: dict[str, list[str]] = {}
+    for op, chosen in ops.items():
+        if device in chosen:
+            by_kernel.setdefault(chosen[device], []).append(op)
+    lines = [f"ops on {device}"]
+    for kernel, names in by_kernel.items():
+        lines += [f"  {kernel}", *textwrap.wrap(", ".join(names), 100, initial_indent=_DEEP, subsequent_indent=_DEEP)]
+    return lines
+
+
+_DEEP = 6 * " "
 
 
 def _attempt(question: Callable[[], Any]) -> tuple[Any, str | None]:

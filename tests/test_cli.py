@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from threadpoolctl import threadpool_limits
@@ -138,7 +139,7 @@ def test_quick_run_prints_its_table_and_report_prints_it_again(capsys, tmp_path,
         "SP-SAD @ macs=0.5",
         "SS-SAD @ macs=0.3",
     ):
-        assert f"| {name} " in printed
+        assert f"\n{name} " in printed
     assert str(out) in printed
     written = {path.name for path in out.iterdir()}
     assert written == {"seed0", "results.json", "report.md", "report.html"}
@@ -178,6 +179,7 @@ nothing = dict
 
 def test_bench_times_an_own_network(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "own.py").write_text(FACTORY)
     sizes = "--input-shape 3,8,8 --batch 1 2 --threads 1 --density 0.5 0.3 --exclude 0 --seconds 0.05 --json rows.json"
     assert cli.main(["bench", "own:small", *sizes.split()]) == 0
@@ -187,11 +189,14 @@ def test_bench_times_an_own_network(capsys, tmp_path, monkeypatch):
     for row in rows:
         assert row["layers"] == 2 and row["sparse"] <= 1 and row["left_out"] == {}
         assert min(row["eager_ms"], row["dense_frozen_ms"], row["frozen_ms"]) > 0
-        assert f"| {row['eager_ms']:.3f} | {row['dense_frozen_ms']:.3f} | {row['frozen_ms']:.3f} |" in printed
+        assert [f"{row[key]:.3f}" for key in ("eager_ms", "dense_frozen_ms", "frozen_ms")] in [
+            line.split()[8:11] for line in printed.splitlines() if line.startswith(f"{row['budget']} ")
+        ]
 
 
 def test_bench_prunes_to_a_budget(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "own_budget.py").write_text(FACTORY)
     sizes = "--input-shape 3,8,8 --threads 1 --budget macs=0.5 weights=0.4 --scope layer --seconds 0.05 --json r.json"
     assert cli.main(["bench", "own_budget:small", *sizes.split()]) == 0
@@ -199,7 +204,9 @@ def test_bench_prunes_to_a_budget(capsys, tmp_path, monkeypatch):
     assert [row["budget"] for row in rows] == ["macs=0.5", "weights=0.4"] and {row["density"] for row in rows} == {None}
     assert [rows[0]["macs"], rows[1]["weights"]] == pytest.approx([0.5, 0.4], abs=0.02)
     printed = capsys.readouterr().out
-    assert all(f"| {row['budget']} | {row['weights']:.1%} | {row['macs']:.1%} |" in printed for row in rows)
+    for row in rows:
+        (words,) = (line.split() for line in printed.splitlines() if line.startswith(row["budget"]))
+        assert words[3:5] == [f"{row['weights']:.1%}", f"{row['macs']:.1%}"]
 
 
 VIEWS = """
@@ -271,6 +278,27 @@ def test_ctrl_c_says_how_to_go_on(capsys, tmp_path, tiny, monkeypatch):
 def test_doctor(capsys):
     assert cli.main(["doctor"]) == 0
     assert "torch" in capsys.readouterr().out
+
+
+def test_alone_it_says_what_it_can_do(capsys):
+    assert cli.main([]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("usage: sparsekd") and "report" in said and "doctor" in said
+
+
+def test_tables_are_as_wide_as_the_terminal(capsys, tmp_path, monkeypatch):
+    """And of several reports each has its name, below what compares them."""
+    results = Path(__file__).parents[1] / "benchmarks" / "results"
+    files = [str(results / name) for name in ("movietweetings.json", "movies-social.json")]
+    for width in (80, 140):
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert cli.main(["report", *files, "--out", str(tmp_path)]) == 0
+        printed = capsys.readouterr().out
+        rules = [len(line) for line in printed.splitlines() if set(line) == {"-"}]
+        assert width - 20 <= max(rules) <= width
+        parts = printed.split("\n== ")
+        assert [part.splitlines()[0] for part in parts[1:]] == ["movietweetings", "movies-social"]
+        assert "better" in parts[0] and parts[0].count("SS-SAD @ 0.45") == 2
 
 
 def test_python_dash_m():

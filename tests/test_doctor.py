@@ -20,7 +20,11 @@ GPU = SimpleNamespace(name="H200", major=9, minor=0, total_memory=140 * 2**30)
 CPU_TORCH = SimpleNamespace(
     __version__="2.13.0+cpu", get_num_threads=lambda: 7, version=SimpleNamespace(cuda=None, hip=None)
 )
-OPS = {"conv2d": {"cpu": "sparsekd._C avx512", "cuda": "pure-torch reference"}}
+OPS = {
+    "linear": {"cpu": "sparsekd._C avx512", "cuda": "sparsekd.kernels"},
+    "kd": {"cpu": "pure-torch reference", "cuda": "sparsekd.kernels"},
+    "conv2d": {"cpu": "sparsekd._C avx512", "cuda": "pure-torch reference"},
+}
 ALL_THERE = {
     "torch": CPU_TORCH,
     "sparsekd._C": NATIVE,
@@ -92,7 +96,9 @@ def test_a_machine_that_has_everything(bare):
     assert "avx512 chosen of scalar, avx2, avx512" in lines_of(text, "cpu kernels")
     assert "7, OpenMP: libgomp (OpenMP 4.5)" in lines_of(text, "threads")
     assert "2.13.0+cpu" in lines_of(text, "torch") and "3.7.1" in lines_of(text, "triton")
-    assert "cpu: sparsekd._C avx512; cuda: pure-torch reference" in lines_of(text, "op conv2d")
+    on_cpu = ["ops on cpu", "  sparsekd._C avx512", "      linear, conv2d", "  pure-torch reference", "      kd"]
+    on_cuda = ["ops on cuda", "  sparsekd.kernels", "      linear, kd", "  pure-torch reference", "      conv2d"]
+    assert text.splitlines()[-10:] == on_cpu + on_cuda  # every kernel once
     assert json.loads(json.dumps(facts)) == facts
 
 

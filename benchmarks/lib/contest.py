@@ -26,9 +26,9 @@ class Setup:
     densities: tuple[float, ...] = (0.5, 0.3, 0.1)
     batches: tuple[int, ...] = (1, 64, 512)
     layers: tuple[str, ...] = ()
-    layer_batches: tuple[int, ...] = ()
+    layer_batches: tuple[int, ...] = ()  # of --model, too
     model: str | None = None
-    input_shapes: tuple[tuple[int, ...], ...] = ()
+    input_shapes: tuple[tuple[int, ...], ...] = ()  # of --model, without the batch
     exclude: tuple[str, ...] = ()
     compile: bool = False
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import sparsekd
 from benchmarks.lib import shapes
 from benchmarks.lib.contest import Case, Contest, Setup, agree
-from benchmarks.suites.networks import sources
+from benchmarks.suites.networks import Source, sources
 from benchmarks.suites.students import infer
 from benchmarks.suites.training import agree_gradients
 from sparsekd import BlockSparse
@@ -146,7 +146,10 @@ def layers_of_groups(setup: Setup) -> list[Layer]:
 
 def layers_of_model(setup: Setup) -> list[Layer]:
     """Each layer of --model that `sparsify` would take, once for every geometry, with the input it gets."""
-    (source,) = sources(setup)
+    return [layer for source in sources(setup) for layer in _layers_of(source)]
+
+
+def _layers_of(source: Source) -> list[Layer]:
     model = source.build().eval()
     wanted = {name for name, _ in named_layers(model, DENSE_TYPES, None, source.exclude)}
     found: dict[str, Layer] = {}

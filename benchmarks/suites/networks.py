@@ -26,10 +26,9 @@ class Source:
 
 
 def sources(setup: Setup) -> list[Source]:
-    """The network of --model at its --input-shape, or the built-in ones at each batch size."""
+    """The network of --model, or the built-in ones, at each batch size."""
     if setup.model:
-        id = f"{setup.model.replace(':', '.')}-n{setup.input_shapes[0][0]}"
-        return [Source(id, partial(load, setup.model), partial(_random, *setup.input_shapes), setup.exclude)]
+        return [_own(setup.model, batch, setup) for batch in setup.layer_batches or (1,)]
     found = []
     for batch in setup.batches:
         rows = partial(_random, *((batch, columns) for columns in _RATING_SIZES.values()), (batch,))  # the prior
@@ -38,6 +37,11 @@ def sources(setup: Setup) -> list[Source]:
             images = partial(_random, (batch, 3, 32, 32))
             found.append(Source(f"wrn-16-2-n{batch}", _wide_resnet, images, ("stem", "head")))
     return found
+
+
+def _own(model: str, batch: int, setup: Setup) -> Source:
+    inputs = partial(_random, *((batch, *shape) for shape in setup.input_shapes))
+    return Source(f"{model.replace(':', '.')}-n{batch}", partial(load, model), inputs, setup.exclude)
 
 
 # The columns of MovieTweetings' inputs.

@@ -89,7 +89,9 @@ def test_own_models_are_loaded_by_name():
 
 
 def test_layers_of_an_own_model_are_measured_at_the_inputs_they_get():
-    setup = Setup(model="benchmarks.lib.models:wrn_16_2", input_shapes=((2, 3, 32, 32),), exclude=("stem",))
+    setup = Setup(
+        model="benchmarks.lib.models:wrn_16_2", input_shapes=((3, 32, 32),), layer_batches=(2,), exclude=("stem",)
+    )
     found = layers.cases(setup)
     assert not any("stem" in case.id for case in found)
     shapes = {layer.id.split("n2-")[1]: layer.input for layer in layers.layers_of_model(setup)}
