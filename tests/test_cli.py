@@ -242,7 +242,7 @@ def test_bench_names_what_it_could_not_time(capsys, tmp_path, monkeypatch):
         (["torch.nn:Identity", "--budget", "macs"], "--budget takes UNIT=NUMBER with one of weights, macs, bytes"),
         (["torch.nn:Identity", "--budget", "joules=0.5"], "got 'joules=0.5': sparsekd bench: a budget counts one of"),
         (["builtins:dict"], "builtins:dict must make an nn.Module, got dict"),
-        (["sparsekd.models:MobileNetV2"], "does not take inputs of shape [[1, 5]]: "),
+        (["sparsekd.models:MobileNetV2"], "does not take inputs of shape [[1, 5]] (the batch, then --input-shape): "),
     ],
 )
 def test_bench_says_what_is_wrong(capsys, arguments, message):

@@ -37,16 +37,17 @@ def sentence(results: Mapping[str, Any], summary: Sequence[Entry]) -> str:
     judge, chosen, dense = metrics_of(results)[0], best(results, summary), reference(summary)
     if chosen is None:
         return ""
+    name, unit = judge.heading.removesuffix(" %"), " %" if judge.heading.endswith(" %") else ""
     kept = f"{chosen['mean']['weights_kept']:.0%} of the weights"
     if chosen["mean"].get("macs_kept") is not None and chosen["mean"].get("macs", 1):
         kept += f" and {chosen['mean']['macs_kept']:.0%} of the multiply-adds"
-    text = f"{label(chosen)} keeps {kept} and has a {judge.heading} of {shown(judge, chosen)}"
+    text = f"{label(chosen)} keeps {kept} and has a {name} of {shown(judge, chosen)}{unit}"
     if dense is None:
         return f"{text}."
-    text += f", where the dense {dense['name']} has {shown(judge, dense)}".replace("dense dense", "dense network")
+    text += f", where the dense {dense['name']} has {shown(judge, dense)}{unit}".replace("dense dense", "dense network")
     now, then = (entry["mean"].get("latency_ms_frozen") for entry in (chosen, dense))
     if now and then:
-        ratio = f"{then / now:.2g} times as fast as" if then >= now else f"{now / then:.2g} times as slow as"
+        ratio = f"{then / now:.1f} times as fast as" if then >= now else f"{now / then:.1f} times as slow as"
         text += f"; frozen, it answers in {now:.3g} ms at batch 1, {ratio} the dense one frozen"
     return f"{text}."
 

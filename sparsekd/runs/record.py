@@ -48,8 +48,14 @@ class Finished:
         return self.network.densities or (None,)
 
     def load(self, density: float | None) -> nn.Module:
-        """The network as it was kept at `density`, on the CPU."""
-        return checkpoint.load(fresh(self.network, self.seed), self.folder / self.network.file(density))
+        """The network as it was kept at `density`, on the CPU.  Raises ValueError for a damaged file."""
+        try:
+            return checkpoint.load(fresh(self.network, self.seed), self.folder / self.network.file(density))
+        except ValueError as error:
+            raise ValueError(
+                f"sparsekd run: a network that had finished cannot be read: {error}; in a run, delete {self.folder} to "
+                "train it again, or pass --fresh to begin anew"
+            ) from error
 
 
 def fresh(network: Network, seed: int) -> nn.Module:

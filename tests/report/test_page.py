@@ -122,8 +122,8 @@ def test_the_result_comes_first_in_a_sentence(run):
     words = Outline(page.html([run])).words
     sentence = next(word for word in words if "keeps" in word)
     assert sentence == (
-        "LTH-SAD @ 0.5 keeps 50% of the weights and has a test accuracy % of 73.12, where the dense SAD has 75.47; "
-        "frozen, it answers in 0.5 ms at batch 1, 3 times as fast as the dense one frozen."
+        "LTH-SAD @ 0.5 keeps 50% of the weights and has a test accuracy of 73.12 %, where the dense SAD has 75.47 %; "
+        "frozen, it answers in 0.5 ms at batch 1, 3.0 times as fast as the dense one frozen."
     )
     order = [words.index(word) for word in (sentence, "Quality against latency", "model", "Training (seed 0)")]
     assert order == sorted(order)

@@ -5,11 +5,13 @@ import multiprocessing
 import os
 import platform
 import time
+from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 from sparsekd import checkpoint, cli
-from sparsekd.runs import run
+from sparsekd.runs import record, run
 from sparsekd.runs.config import RunConfig
 from sparsekd.runs.folder import LOCK, OWNER, claimed
 
@@ -104,3 +106,13 @@ def test_the_advice_on_a_damaged_file_is_that_of_its_reader(tmp_path):
     assert "train" not in str(plain.value) and "--fresh" not in str(plain.value)
     with pytest.raises(ValueError, match="bake another"):
         checkpoint.load_state(path, "bake another")
+
+
+def test_a_damaged_network_of_a_run_is_trained_again_by_deleting_it(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"no such file")
+    network = SimpleNamespace(make=lambda: nn.Linear(2, 2), file=lambda density: "model.safetensors")
+    finished = record.Finished(network, 0, tmp_path, {}, [])
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors is corrupt.*delete .* to train it again, or pass --fresh"
+    ):
+        finished.load(None)
