@@ -47,7 +47,12 @@ def rows_of(
         for scope in scopes:
             began = time.perf_counter()
             options: dict[str, Any] = {asked.unit: asked.number, "exclude": exclude, "scope": scope, "costs": costs}
-            sparse = sparsekd.sparsify(copy.deepcopy(model), example_inputs=inputs, **options)
+            try:
+                sparse = sparsekd.sparsify(copy.deepcopy(model), example_inputs=inputs, **options)
+            except ValueError as error:  # less than what has to stay takes
+                rows.append({**common, "budget": str(asked), "scope": scope, "refused": str(error)})
+                print(f"{name} n{batch} {asked} {scope}: {error}", flush=True)
+                continue
             seconds_to_prune = time.perf_counter() - began
             frozen = sparsekd.freeze(sparse, inputs)
             predicted, took = costs.predict(sparse), timing.medians({"frozen": partial(frozen, *inputs)}, seconds)

@@ -47,11 +47,12 @@ def prepare(name: str, density: float, folder: Path) -> None:
     convert_for_mnn(folder)
 
 
-def write_files(frozen: Any, inputs: tuple[torch.Tensor, ...], folder: Path) -> None:
-    """A frozen network for every run time but MNN, what goes in, and what has to come out."""
+def write_files(frozen: Any, inputs: tuple[torch.Tensor, ...], folder: Path, onnx: bool = True) -> None:
+    """A frozen network for every run time but MNN, what goes in, and what has to come out. onnx: not for ours alone."""
     frozen.save(folder / "network.frozen")
     frozen.export(folder / "network.skd")
-    sparsekd.export_onnx(frozen, folder / "network.onnx", inputs)
+    if onnx:
+        sparsekd.export_onnx(frozen, folder / "network.onnx", inputs)
     names = sparsekd.runtime.Session(folder / "network.skd").inputs
     arrays: Any = {one.name: x.numpy() for one, x in zip(names, inputs, strict=True)}
     np.savez(folder / "inputs.npz", **arrays)

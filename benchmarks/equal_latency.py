@@ -31,7 +31,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ import sparsekd
 from benchmarks import deploy
 from benchmarks.lib.equal_latency_chart import picture
 from benchmarks.lib.timing import machine, write_json
-from sparsekd import checkpoint, models, timing
+from sparsekd import checkpoint, models
 from sparsekd.data import Rows
 from sparsekd.distill import Plain
 from sparsekd.methods import METHODS, Method, Staged
@@ -66,7 +65,7 @@ PATTERN = sparsekd.BlockPattern(16, 1)
 PIXELS, CLASSES = 28, 10
 ALPHA, BETA = 0.9, 30.0
 ROWS, COSTS = "rows.jsonl", "costs.json"
-TURNS = 5  # of OpenVINO
+TURNS = 3  # of timing
 
 
 @dataclass(frozen=True)
@@ -308,7 +307,7 @@ def append(out: Path, row: dict[str, Any]) -> None:
 
 def in_one_line(row: dict[str, Any]) -> str:
     predicted = "" if row["predicted_us"] is None else f", {row['predicted_us']:.0f} us predicted"
-    measured = f", {row['measured_us']:.0f} measured" if "measured_us" in row else ""
+    measured = f", {row['measured_us']:.0f} measured" if row.get("measured_us") else ""
     return (
         f"seed {row['seed']} {row['method']} {row['way']} @ latency {row['point']:g}: {row['accuracy']:.2%}, "
         f"{row['weights_kept']:.1%} of the weights, {row['macs_kept']:.1%} of the multiply-adds{predicted}{measured}"
@@ -352,29 +351,32 @@ def measure_costs(options: argparse.Namespace) -> None:
 
 
 def time_all(options: argparse.Namespace) -> None:
-    """Freeze every student that has been trained at the batch and threads of the table of costs, and time it."""
+    """Export the students of the first seed, frozen at the batch and threads of the table of costs, and time each in a
+    process of its own, in turns, and the dense one in OpenVINO too. Those of other seeds keep as many blocks in as many
+    layers, so that their time is the same; only their accuracy is used."""
     out = Path(options.out)
     costs = CostTable.load(out / COSTS)
     torch.set_num_threads(costs.threads)
-    rows = [row for row in rows_in(out) if row["method"] != "teacher"]
+    rows = [{**row, "measured_us": None} for row in rows_in(out) if row["method"] != "teacher"]
+    rows.append({**next(row for row in rows if row["way"] == "dense"), "method": "openvino"})
+    timed = [row for row in rows if row["seed"] == rows[0]["seed"]]
     x = torch.randn(costs.batch, 3, PIXELS, PIXELS).contiguous(memory_format=torch.channels_last)
-    calls: dict[int, Callable[[], object]] = {}
-    frozen_dense: Any = None
-    for place, row in enumerate(rows):
-        dense = row["way"] == "dense"
-        name = "student" if dense else f"{row['method']}-{row['way']}-{row['point']:g}"
-        model = checkpoint.load(network(STUDENT), out / f"seed{row['seed']}" / f"{name}.safetensors")
-        frozen = frozen_at(model, costs.batch, costs.threads, options.layer_ms)
-        calls[place] = partial(frozen, x)
-        frozen_dense = frozen if dense else frozen_dense
-    dense_row = next(row for row in rows if row["way"] == "dense")
-    with torch.inference_mode():
-        taken = timing.samples(calls, options.seconds * len(calls))
-        for place, row in enumerate(rows):
-            row["measured_us"] = 1e6 * statistics.median(taken[place])
-            print(in_one_line(row), flush=True)
-        rows.append({**dense_row, "method": "openvino", **in_openvino(frozen_dense, x, costs.threads, options)})
-    print(f"OpenVINO, dense: {rows[-1]['measured_us'] or rows[-1]['absent']}", flush=True)
+    turns: list[list[float]] = [[] for _ in timed]
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = [Path(temporary) / str(place) for place in range(len(timed))]
+        for row, folder in zip(timed, folders, strict=True):
+            folder.mkdir()
+            row["absent"] = write_student(out, row, costs, x, folder, options.layer_ms)
+        for _ in range(TURNS):
+            for row, folder, taken in zip(timed, folders, turns, strict=True):
+                if row["absent"] is None:
+                    runtime = "OpenVINO" if row["method"] == "openvino" else "sparsekd.runtime"
+                    turn = deploy.turn(runtime, folder, costs.threads, options.seconds)
+                    row["absent"] = turn.get("absent")
+                    taken += [turn["us"]] if row["absent"] is None else []
+    for row, taken in zip(timed, turns, strict=True):
+        row["measured_us"] = statistics.median(taken) if row["absent"] is None else None
+        print(in_one_line(row), flush=True)
     protocol = json.loads((out / "protocol.json").read_text())
     about = {"protocol": protocol, "batch": costs.batch, "threads": costs.threads, "dense_us": costs.dense_us}
     about["costs_sha256"] = hashlib.sha256((out / COSTS).read_bytes()).hexdigest()
@@ -382,23 +384,18 @@ def time_all(options: argparse.Namespace) -> None:
     write_json(options.json, command, rows, {**machine(), **about})
 
 
-def in_openvino(frozen: Any, x: Tensor, threads: int, options: argparse.Namespace) -> dict[str, Any]:
-    """The time of the dense network there, in turns with ours: each in a process of its own, or their threads would
-    stall each other."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            deploy.write_files(frozen, (x,), Path(folder))
-        except ImportError as error:
-            return {"measured_us": None, "absent": str(error)}
-        turns = [
-            [deploy.turn(name, Path(folder), threads, options.seconds) for name in ("OpenVINO", "sparsekd.runtime")]
-            for _ in range(TURNS)
-        ]
-    absent = next((row["absent"] for turn in turns for row in turn if "absent" in row), None)
-    if absent is not None:
-        return {"measured_us": None, "absent": absent}
-    theirs, ours = (statistics.median(row["us"] for row in rows) for rows in zip(*turns, strict=True))
-    return {"measured_us": theirs, "runtime_us": ours, "absent": None}
+def write_student(
+    out: Path, row: dict[str, Any], costs: CostTable, x: Tensor, folder: Path, layer_ms: float
+) -> str | None:
+    """The files that it is timed from; or why there are none."""
+    name = "student" if row["way"] == "dense" else f"{row['method']}-{row['way']}-{row['point']:g}"
+    model = checkpoint.load(network(STUDENT), out / f"seed{row['seed']}" / f"{name}.safetensors")
+    try:
+        frozen = frozen_at(model, costs.batch, costs.threads, layer_ms)
+        deploy.write_files(frozen, (x,), folder, onnx=row["method"] == "openvino")
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 def chart(options: argparse.Namespace) -> None:

@@ -41,7 +41,9 @@ def _panel(rows: Sequence[Row], method: str, ways: Sequence[str]) -> str:
     for colour, way in enumerate(ways):
         drawn.series.append(Series(way, colour, _points([r for r in rows if (r["method"], r["way"]) == (method, way)])))
     for colour, (name, kind) in enumerate(DENSE.items(), len(ways)):
-        there = [row for row in rows if row["method"] == kind and row["measured_us"] is not None]
+        there = [row for row in rows if row["method"] == kind]
+        if all(row["measured_us"] is None for row in there):
+            continue  # OpenVINO is not installed
         drawn.series.append(Series(name, colour, _points(there), hollow=True))
     return drawn.svg()
 
@@ -51,7 +53,8 @@ def _points(rows: Sequence[Row]) -> list[tuple[float, float, float | None, str]]
     for point in sorted({row["point"] for row in rows}):
         here = [row for row in rows if row["point"] == point]
         accuracies = [100 * row["accuracy"] for row in here]
-        us, mean = statistics.fmean(row["measured_us"] for row in here), statistics.fmean(accuracies)
+        us = statistics.fmean(row["measured_us"] for row in here if row["measured_us"] is not None)
+        mean = statistics.fmean(accuracies)
         spread = statistics.stdev(accuracies) if len(here) > 1 else None
         points.append((us, mean, spread, f"{point:g} of the dense time: {mean:.2f} % in {us:.0f} us"))
     return points

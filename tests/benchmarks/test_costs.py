@@ -43,6 +43,12 @@ def test_rows_say_what_was_predicted_and_measured(capsys, table):
     assert "small n2" in capsys.readouterr().out
 
 
+def test_what_cannot_be_reached_is_a_row(table):
+    network = (small, lambda batch: (torch.randn(batch, 3, 24, 24),), ("0",))
+    (row,) = costs.rows_of("small", network, 2, [costs.Budget.parse("x", "latency_us=0.01")], ["layer"], 0.01, 0.5)
+    assert "cannot be reached" in row["refused"] and "measured_us" not in row
+
+
 def test_the_networks_are_those_that_the_script_names():
     for name in ("resnet18", "wrn-16-2", "rating-cnn"):
         build, inputs_of, exclude = costs.NETWORKS[name]
