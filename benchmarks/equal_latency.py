@@ -65,7 +65,7 @@ PATTERN = sparsekd.BlockPattern(16, 1)
 PIXELS, CLASSES = 28, 10
 ALPHA, BETA = 0.9, 30.0
 ROWS, COSTS = "rows.jsonl", "costs.json"
-TURNS = 3  # of timing
+TURNS = 7  # of timing
 
 
 @dataclass(frozen=True)

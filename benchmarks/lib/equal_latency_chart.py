@@ -10,6 +10,7 @@ from typing import Any
 from sparsekd.report.charts import STYLE, Chart, Series
 
 DENSE = {"dense, frozen": "student", "dense, OpenVINO": "openvino"}  # what the chart calls it -> its rows
+SAID = {"uniform": "every layer alike", "random": "at random"}
 GROUND = "svg { color: #1f2328; } @media (prefers-color-scheme: dark) { svg { color: #e6edf3; } }"  # of the text
 Row = dict[str, Any]
 
@@ -23,21 +24,21 @@ def picture(rows: Sequence[Row], about: Row, methods: Sequence[str], ways: Seque
     legend = "".join(
         f'<g class="s{colour}"><circle class="dot" cx="{30 + 130 * colour}" cy="16" r="5"/>'
         f'<text x="{40 + 130 * colour}" y="20">{name}</text></g>'
-        for colour, name in enumerate((*(f"by {way}" for way in ways), *DENSE))
+        for colour, name in enumerate((*(SAID.get(way, f"by {way}") for way in ways), *DENSE))
     )
     seeds = len({row["seed"] for row in rows})
     foot = (
         f"Fashion-MNIST, ResNet-18 of 16 to 128 channels, batch {about['batch']}, {about['threads']} thread(s) of "
-        f"{about['cpu']}, {seeds} seed(s); bars: standard deviation over seeds"
+        f"{about['cpu']}, {seeds} seed(s); bars: standard deviation over seeds; times of the first seed's, exported"
     )
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1320 384" width="1320"><style>{STYLE}{GROUND}</style>'
-        f'{legend}{"".join(panels)}<text class="note" x="20" y="376">{foot}</text></svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1320 416" width="1320"><style>{STYLE}{GROUND}</style>'
+        f'{legend}{"".join(panels)}<text class="note" x="20" y="408">{foot}</text></svg>\n'
     )
 
 
 def _panel(rows: Sequence[Row], method: str, ways: Sequence[str]) -> str:
-    drawn = Chart("us a call, frozen", f"{method.upper()}: test accuracy, %", width=420, height=320)
+    drawn = Chart("us a call, frozen", f"{method.upper()}: test accuracy, %", width=420, height=320, x_from_zero=True)
     for colour, way in enumerate(ways):
         drawn.series.append(Series(way, colour, _points([r for r in rows if (r["method"], r["way"]) == (method, way)])))
     for colour, (name, kind) in enumerate(DENSE.items(), len(ways)):
