@@ -27,6 +27,7 @@ def folder(tmp_path, monkeypatch):
     for part, count in (("train", 100), ("t10k", 20)):
         write_idx(tmp_path / f"{part}-images-idx3-ubyte", pictures[:count])
         write_idx(tmp_path / f"{part}-labels-idx1-ubyte", np.arange(count) % 10)
+    monkeypatch.setattr(equal_latency, "TURNS", 1)
     monkeypatch.setattr(equal_latency, "STUDENT", (16, 16, 16, 16))
     monkeypatch.setattr(equal_latency, "TEACHER", (16, 16, 16, 16))
     monkeypatch.setattr(equal_latency, "METHOD_NAMES", ("sp-sad", "ss-sad"))
