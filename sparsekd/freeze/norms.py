@@ -10,16 +10,26 @@ from torch import Tensor, nn
 from .kinds import hooked
 
 
-class ScaleAndShift(nn.Module):
-    """What no layer takes in of a BatchNorm1d: ``x * scale + shift``, in a fifth of the time of torch's own call."""
+class ScaleAndShift(nn.BatchNorm1d):
+    """What no layer takes in of a BatchNorm1d: ``x * scale + shift``, in a fifth of the time of torch's own call.
+
+    It has the state of the norm, which is what files hold.
+    """
 
     scale: Tensor
     shift: Tensor
 
     def __init__(self, norm: nn.BatchNorm1d) -> None:
-        super().__init__()
-        for name, tensor in zip(("scale", "shift"), scale_and_shift(norm), strict=True):
-            self.register_buffer(name, tensor.to(norm.running_mean.dtype), persistent=False)  # type: ignore[union-attr]
+        mean: Any = norm.running_mean
+        super().__init__(norm.num_features, norm.eps, affine=norm.affine, device=mean.device, dtype=mean.dtype)
+        for name in ("scale", "shift"):
+            self.register_buffer(name, torch.empty_like(mean), persistent=False)
+        self.eval().requires_grad_(False).load_state_dict(norm.state_dict())
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        for own, tensor in zip((self.scale, self.shift), scale_and_shift(self), strict=True):
+            own.copy_(tensor)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C]`` or ``[N, C, L]``."""

@@ -129,7 +129,7 @@ def test_a_process_that_is_killed_leaves_a_model_that_serves(file, tmp_path, cap
     assert "Finished windows are kept: the same command goes on from there" in capsys.readouterr().err
     assert answers()
     assert cli.main(command) == 0
-    assert "| d2s-1 @ 0.8 |" in capsys.readouterr().out
+    assert "\nd2s-1 @ 0.8 " in capsys.readouterr().out
     assert len((out / "windows.jsonl").read_text().splitlines()) == 4
     assert checkpoint.metadata(serving)["window"] == 4
 
@@ -161,7 +161,7 @@ def test_the_command_takes_columns_by_other_names(tmp_path, capsys):
     names = ["--user", "who", "--item", "what", "--timestamp", "when", "--label", "stars", "--click-at", "8"]
     command = ["run", "stream", "--data", str(tmp_path / "a.csv"), *names, "--rows", "50", "--widths", "32"]
     assert cli.main([*command, "--arms", "full", "--out", str(tmp_path / "out")]) == 0
-    assert "| full |" in capsys.readouterr().out
+    assert "\nfull " in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "results.json").read_text())["stream"]["click_at"] == 8.0
     clicked = ["run", "stream", "--data", str(tmp_path / "a.csv"), *names[:6], "--no-label", "--rows", "50"]
     assert cli.main([*clicked, "--widths", "32", "--arms", "full", "--out", str(tmp_path / "clicked")]) == 0
