@@ -50,7 +50,16 @@ def test_every_configuration_that_may_be_chosen(sm, direction, dtype):
 
 
 def test_the_kept_sweep_is_of_the_kernels_as_they_are():
-    """After a change of a kernel, of a tile or of how one is launched: python -m benchmarks.gpu.aot --sm 90"""
+    """After a change of a kernel, of a tile or of how one is launched: python -m benchmarks.gpu.aot --sm 90
+
+    In a process of its own, since other tests put kernels and tiles of their own in place.
+    """
+    check = "from tests.cuda import test_machine_code; test_machine_code.check_the_kept_sweep()"
+    found = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+
+
+def check_the_kept_sweep():
     record = json.loads(KEPT.read_text())
     assert not [one for one in aot.missing(record["rows"], list(CURRENT)) if one.split()[2] in CURRENT[90]]
     sources = {(sm, str(one)): aot.source_of(one) for sm in aot.LIMITS for one in aot.configurations(False, sm)}
