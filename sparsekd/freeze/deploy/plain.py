@@ -175,13 +175,12 @@ def _layer_norm(low: Lowering, node: fx.Node, module: nn.Module | None) -> int:
 def _scale_and_shift(low: Lowering, node: fx.Node, module: nn.Module | None) -> int:
     """A batch norm that no layer takes in."""
     assert module is not None
-    if not isinstance(module, ScaleAndShift) and module.running_mean is None:
+    if module.running_mean is None:
         raise CannotExport("normalises by the statistics of its batch")
-    of_norm = (module.scale, module.shift) if isinstance(module, ScaleAndShift) else scale_and_shift(module)
     x = low.value(node.args[0])
     dtype = low.dtypes[node]
     sides = (-1, *(1 for _ in low.shapes[node][2:]))
-    for op, tensor in zip(("mul", "add"), of_norm, strict=True):
+    for op, tensor in zip(("mul", "add"), scale_and_shift(module), strict=True):
         held = low.graph.constant(f"{node.target}.{op}", tensor.to(dtype).reshape(sides))
         x = low.emit(op, node, [x, held])
     return x
