@@ -214,12 +214,13 @@ def _straight_line(network: Any, images: int) -> Callable[..., Any]:
     graph.output(graph.graph_copy(network.graph, {}))
     layers = {name: module for name, module in network.named_modules() if isinstance(module, FrozenLayer)}
     bound: dict[str, Any] = {}
+    chains = set[fx.Node]()
     for links in reversed(find_chains(graph, layers)):  # a chain refers to nodes in front of it
-        _replace(graph, Chain(links, images), f"chain_{len(bound)}", bound)
+        chains.add(_replace(graph, Chain(links, images), f"chain_{len(bound)}", bound))
     for node in graph.nodes:
-        if node.op in ("call_module", "get_attr") and node.target not in bound:
+        if node.op in ("call_module", "get_attr") and node not in chains:
             value = operator.attrgetter(node.target)(network)
-            node.target = f"{node.name}_{len(bound)}"
+            node.target = f"part_{len(bound)}"  # not the node's own name: another node's target may be spelt like it
             bound[node.target] = value.run if isinstance(value, FrozenLayer) else value
     code = graph.python_code("self")
     scope = dict(code.globals)
@@ -227,8 +228,8 @@ def _straight_line(network: Any, images: int) -> Callable[..., Any]:
     return partial(scope["forward"], SimpleNamespace(**bound))
 
 
-def _replace(graph: fx.Graph, chain: Chain, name: str, bound: dict[str, Any]) -> None:
-    """Puts one call, `name`, in the place of the nodes of a chain."""
+def _replace(graph: fx.Graph, chain: Chain, name: str, bound: dict[str, Any]) -> fx.Node:
+    """Puts one call, `name`, in the place of the nodes of a chain, and returns it."""
     bound[name] = chain.run
     inside = {link.y for link in chain.links}
     with graph.inserting_after(chain.links[-1].y):
@@ -241,6 +242,7 @@ def _replace(graph: fx.Graph, chain: Chain, name: str, bound: dict[str, Any]) ->
         node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
     for link in reversed(chain.links):
         graph.erase_node(link.y)
+    return call
 
 
 def assemble(source: nn.Module, sites: Sequence[Site], layers: Mapping[str, FrozenLayer]) -> nn.Module:

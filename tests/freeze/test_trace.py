@@ -302,3 +302,28 @@ def test_layers_inside_a_module_that_no_trace_opens(density, tmp_path):
     frozen.save(tmp_path / "frozen")
     assert torch.equal(load_frozen(tmp_path / "frozen", Closed())(x), frozen(x))
     torch.testing.assert_close(frozen.to_torch()(x), frozen(x), rtol=1e-4, atol=1e-5)
+
+
+class Numbered(nn.Module):
+    """What stays in the graph has names that are those of other parts with a number behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+        for name in ("slope", "slope_0", "slope_1", "slope_2", "slope_3", "part_1", "chain_0"):
+            self.add_module(name, nn.PReLU(16))
+
+    def forward(self, x):
+        x = self.conv(x)
+        for slope in (self.slope_2, self.slope, self.slope_3, self.slope_1, self.slope_0, self.part_1, self.chain_0):
+            x = 0.1 - slope(x)
+        return x
+
+
+@gains
+def test_names_with_numbers_are_not_mistaken_for_one_another(min_gain):
+    model = sparsekd.sparsify(Numbered(), density=0.5)
+    for number, slope in enumerate(list(model.children())[1:]):
+        nn.init.constant_(slope.weight, 0.1 + 0.2 * number)
+    x = torch.rand(IMAGE)
+    assert_frozen_equals(model, quick(model, x, min_gain=min_gain), x)
