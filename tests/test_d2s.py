@@ -42,7 +42,7 @@ def method_of(model=None, budget=0.8, **options):
         every=2,
         exclude=model.not_pruned,
         example_inputs=examples,
-        **({"trigger": 9.0, "accept": 9.0} | options),
+        **({"trigger": 9.0, "accept": 9.0, "compare": False} | options),
     )
 
 
@@ -78,7 +78,7 @@ def test_a_convolution_is_pruned_as_well():
 
     torch.manual_seed(0)
     model, x = Net(), torch.randn(64, 3, 8, 8)
-    options = {"accept": 9.0, "trigger": 9.0}
+    options = {"accept": 9.0, "trigger": 9.0, "compare": False}
     method = D2S(
         Plain(model, Click()), Budget("macs", 0.7, removed=True), **options, exclude=["head"], example_inputs=(x,)
     )
@@ -99,10 +99,10 @@ class Kill(Exception):
     pass
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_resume_is_bit_identical_also_after_a_kill_in_mid_hand_over(share, tmp_path, monkeypatch):
+@pytest.mark.parametrize("share, compare", [(True, True), (False, True), (True, False)])
+def test_resume_is_bit_identical_also_after_a_kill_in_mid_hand_over(share, compare, tmp_path, monkeypatch):
     def run(state, **options):
-        method = method_of(share_tables=share, **options)
+        method = method_of(share_tables=share, compare=compare, **options)
         return stream.learn(method, clicks(), Click(), ONLINE, state=tmp_path / state), method
 
     history, whole = run("whole")
@@ -166,6 +166,41 @@ def test_a_copy_that_is_worse_does_not_serve(monkeypatch):
     method.loss(*next(window.batches(100)))
     assert method.after_boundary(3) is None
     assert method.sparse is first and (method.handed_over, method.refused) == (1, 1)
+
+
+def spoil(copy):
+    for layer in copy.pruner.layers().values():
+        layer.values.data.mul_(-30)
+
+
+def test_of_two_copies_that_learn_a_window_the_better_one_stays():
+    method = method_of(compare=True)
+    method.attach(torch.optim.SGD(method.student.parameters(), lr=1e-3))
+    source = iter(clicks(windows=12))
+
+    def learn(number):
+        for batch in next(source).batches(100):
+            method.student.zero_grad()
+            method.loss(*batch).total.backward()
+            method.after_step()
+        return method.after_boundary(number)
+
+    assert learn(1).stage == "hand-over" and method.beside is None  # nothing to compare the first one with
+    first = method.sparse
+    learn(2)
+    assert learn(3) is None and method.sparse is first  # the new one is only tried
+    spoil(method.beside)
+    assert learn(4) is None and method.sparse is first
+    assert (method.beside, method.handed_over, method.refused) == (None, 1, 1)
+    assert learn(5) is None
+    better = method.beside
+    spoil(first)
+    assert learn(6).stage == "hand-over" and method.sparse is better and method.newer_was_better
+    assert learn(7).stage == "hand-over" and method.sparse is not better  # as the last one was, it serves at once
+    spoil(method.sparse)
+    assert learn(8).stage == "hand-back" and method.sparse is better and not method.newer_was_better
+    assert learn(9) is None and method.sparse is better
+    assert (method.handed_over, method.refused) == (3, 2)
 
 
 def test_a_copy_that_falls_behind_is_replaced_before_its_turn():

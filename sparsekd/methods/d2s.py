@@ -11,9 +11,11 @@ The equations of the paper are not public; what is done here:
 2. Remove blocks in several rounds, the least salient first over all layers (saliency.py), by the gradients of the
    latest batches; a floor keeps every layer alive.
 3. Between and after the rounds catch up on the latest batches.
-4. Serve it if it is complete and no worse than the one that serves now; until then the old one answers. A copy that
-   falls behind the full model is replaced before its turn.
-5. The copy learns every batch that the full model learns, and if it is wished what the full model says of it, which is
+4. Compare it with the one that serves: both learn the next window, and are scored on every batch before they learn it.
+   The better one serves from then on. Which of the two serves meanwhile is what the comparison before has said: the
+   newer one where new copies have been better of late, as on a stream that moves, else the older one.
+5. A copy that falls behind the full model is replaced at once, before its turn.
+6. The copy learns every batch that the full model learns, and if it is wished what the full model says of it, which is
    computed anyway.
 """
 
@@ -24,7 +26,6 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -32,43 +33,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import distributed
-from ..blocks import BlockPattern, BlockSparse, tap_major
+from ..blocks import BlockPattern
 from ..distill import Losses, Plain
 from ..freeze import freeze
 from ..modes import evaluation_mode
-from ..nn import BlockSparseLayer, SparseEmbedding, SparseEmbeddingBag
 from ..outputs import check_tensor, pick
 from ..pruning import Budget, CostTable, Grouping, Pruner
-from ..pruning.cost import network_of
 from ..serving import ServingModel
 from .base import Method, PruneEvent, part_of
 from .rounds import Batch, in_turn, prune_event, prune_in_rounds, scored
 from .saliency import CRITERIA, Criterion, saliency
+from .sparse_copy import SparseCopy
 
 __all__ = ["D2S"]
 
-_TABLES = (nn.Embedding, nn.EmbeddingBag, SparseEmbedding, SparseEmbeddingBag)
+_COPIES = ("sparse", "beside")
+_COUNTED = ("handed_over", "refused", "newer_is_beside", "newer_was_better")
 _WATCHED = 32  # batches at the end of a window that say whether the copy falls behind
-
-
-class _Shared(nn.Module):
-    """A table of the full model that the sparse copy reads as it is, and does not train."""
-
-    def __init__(self, table: nn.Module) -> None:
-        super().__init__()
-        self._table = (table,)  # in a tuple, so that torch does not register it here too
-
-    @property
-    def table(self) -> nn.Module:
-        return self._table[0]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        with torch.no_grad():
-            return self.table(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        """A copy stands alone: it has the table itself."""
-        return copy.deepcopy(self.table, memo)
 
 
 class D2S(Method):
@@ -92,7 +73,7 @@ class D2S(Method):
             latency_us (``Budget("macs", 0.9, removed=True)``).
         every, start: windows between two copies, and the window after which the first is made.
         trigger: share of the loss by which the copy may fall behind the full model at the end of a window; beyond it a
-            new one is made at once. ``math.inf`` waits for its turn.
+            new one is made and serves at once. ``math.inf`` waits for its turn.
         imitation: share of the full model's answer in what the copy learns; 0 learns from the labels alone, which was
             the best on the synthetic streams: a sparse copy may be better than the full model just after a change.
         rounds: prunings on the way to the budget.
@@ -100,7 +81,10 @@ class D2S(Method):
         remember: how many of these are kept, at most those of one window.
         evolve: a copy whose turn it is takes over the weights of the one before where that has them, which is better as
             long as the stream is steady. One that is made because the copy fell behind begins from the full model.
-        accept: share of the loss on the latest batches by which a new copy may be worse than the one that serves.
+        accept: share of the loss on the latest batches by which a new copy that is to serve at once may be worse than
+            the one that does.
+        compare: a new copy and the one before learn one window side by side, and the better one stays. Where this is
+            off, every new copy that ``accept`` lets pass serves at once, for good.
         criterion: what the blocks are judged by, see ``saliency``.
         share_tables: the copy reads the tables of ids of the full model while both learn, and has none of its own.
         serving: answers by the copy; swapped at a hand-over, and brought up to date at the end of every window.
@@ -126,6 +110,7 @@ class D2S(Method):
         evolve: bool = True,
         trigger: float = 0.01,
         accept: float = 0.01,
+        compare: bool = True,
         serving: ServingModel | None = None,
         freezing: Mapping[str, Any] | None = None,
         granularity: Literal["block", "filter"] = "block",
@@ -165,11 +150,14 @@ class D2S(Method):
         self._options: dict[str, Any] = {"granularity": granularity, "pattern": pattern, "grouping": grouping}
         self._options |= {"include": include, "exclude": exclude, "scope": scope, "floor": floor, "costs": costs}
         self._options["example_inputs"] = example_inputs
-        self.sparse: _Sparse | None = None
+        self.sparse: SparseCopy | None = None
+        self.beside: SparseCopy | None = None  # what it is compared with in this window
+        self.newer_is_beside = self.newer_was_better = False
         self._recent: deque[Batch] = deque(maxlen=remember)
         self._optimizer: Optimizer | None = None
-        self.evolve, self.trigger, self.accept = evolve, trigger, accept
-        self._lag: deque[tuple[Tensor, Tensor]] = deque(maxlen=_WATCHED)
+        self.evolve, self.trigger, self.accept, self.compare = evolve, trigger, accept, compare
+        self._lag: deque[Tensor] = deque(maxlen=_WATCHED)  # losses: of the full model, the copy, the one beside it
+        self._sum: Tensor | float = 0.0  # of all of them in this window
         self.handed_over = self.refused = 0  # copies that came to serve, and that were worse than the one that did
         self._check_budget()
 
@@ -195,31 +183,55 @@ class D2S(Method):
             nothing = task.new_zeros(())
             return Losses(task, task.detach(), nothing, nothing)
         learnt, own, kd = self._copy_loss(self.sparse.model.train(), inputs, target, full.detach())
-        self._lag.append((own, task.detach()))
+        losses = [task.detach(), own]
+        if self.beside is not None:
+            also, other, _ = self._copy_loss(self.beside.model.train(), inputs, target, full.detach())
+            learnt = learnt + also
+            losses.append(other)
+        self._lag.append(torch.stack(losses))
+        self._sum = self._sum + self._lag[-1]
         return Losses(task + learnt, task.detach(), kd, task.new_zeros(()))
 
     def after_step(self) -> None:
-        if self.sparse is not None:
-            self.sparse.step(self._attached())
+        for one in (self.sparse, self.beside):
+            if one is not None:
+                one.step(self._attached())
 
     def after_boundary(self, number: int) -> PruneEvent | None:
         """At the end of a window: a new copy where it is time, and what serves is brought up to date."""
-        event = None
+        event = self._end_comparison(number)
         behind = self._falls_behind()
         if number >= self.start and ((number - self.start) % self.every == 0 or behind):
             if not self._recent:
                 raise RuntimeError("D2S.after_boundary: no batch has been learnt since the last one; call loss first")
-            event = self._hand_over(number, evolve=self.evolve and not behind)
+            event = self._hand_over(number, behind) or event
         self._serve()
         self._recent.clear()
         self._lag.clear()
+        self._sum = 0.0
         return event
+
+    def _end_comparison(self, number: int) -> PruneEvent | None:
+        """Keeps the better of the two copies that have learnt this window; an event where that is another one now."""
+        if self.sparse is None or self.beside is None or not self._lag:
+            return None
+        _, own, other = torch.as_tensor(self._sum).tolist()
+        changes = other < own or not math.isfinite(own)
+        self.newer_was_better = changes == self.newer_is_beside
+        if changes:
+            self.sparse, self.beside = self.beside, self.sparse
+            self._lag = deque((losses[[0, 2, 1]] for losses in self._lag), maxlen=_WATCHED)
+        self.beside = None
+        self.handed_over += changes and self.newer_was_better
+        self.refused += not self.newer_was_better
+        stage = "hand-over" if self.newer_was_better else "hand-back"
+        return prune_event(number, stage, self.budget, self.sparse.pruner) if changes else None
 
     def _falls_behind(self) -> bool:
         """Whether the loss of the copy has been beyond that of the full model, at the end of this window."""
         if not self._lag:
             return False
-        own, full = (float(torch.stack(losses).mean()) for losses in zip(*self._lag, strict=True))
+        full, own = torch.stack([losses[:2] for losses in self._lag]).mean(0).tolist()
         return own > (1 + self.trigger) * full
 
     def standalone(self) -> nn.Module:
@@ -227,21 +239,22 @@ class D2S(Method):
         return copy.deepcopy(self.serving_student).eval().requires_grad_(False)
 
     def state_dict(self) -> dict[str, Any]:
-        state = {
-            **super().state_dict(),
-            "handed_over": self.handed_over,
-            "refused": self.refused,
-            "has_copy": self.sparse is not None,
-        }
-        return state if self.sparse is None else state | {f"copy.{k}": v for k, v in self.sparse.state_dict().items()}
+        state = super().state_dict() | {name: getattr(self, name) for name in _COUNTED}
+        for name in _COPIES:
+            one = getattr(self, name)
+            state[f"has_{name}"] = one is not None
+            state |= {} if one is None else {f"{name}.{key}": value for key, value in one.state_dict().items()}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.handed_over, self.refused = state["handed_over"], state["refused"]
-        self.sparse = None
-        if state["has_copy"]:
-            self.sparse = self._new_copy()
-            self.sparse.load_state_dict(part_of(state, "copy."))
+        for name in _COUNTED:
+            setattr(self, name, state[name])
+        for name in _COPIES:
+            one = self._new_copy() if state[f"has_{name}"] else None
+            if one is not None:
+                one.load_state_dict(part_of(state, f"{name}."))
+            setattr(self, name, one)
 
     def _describe_plan(self) -> dict[str, Any]:
         names = (
@@ -249,6 +262,7 @@ class D2S(Method):
             "start",
             "trigger",
             "accept",
+            "compare",
             "imitation",
             "rounds",
             "catch_up",
@@ -280,16 +294,13 @@ class D2S(Method):
 
     # ---- a new copy
 
-    def _new_copy(self) -> _Sparse:
+    def _new_copy(self) -> SparseCopy:
         """The full model as it is, in blocks, with nothing removed."""
-        tables = [module for module in self.student.modules() if isinstance(module, _TABLES)]
-        memo: dict[int, Any] = {id(table): _Shared(table) for table in tables} if self.share_tables else {}
-        model = copy.deepcopy(self.student, memo)
-        return _Sparse(model, self.student, self._attached(), self._options)
+        return SparseCopy(self.student, self._attached(), self.share_tables, self._options)
 
-    def _hand_over(self, number: int, evolve: bool) -> PruneEvent | None:
+    def _hand_over(self, number: int, behind: bool) -> PruneEvent | None:
         candidate = self._new_copy()
-        if evolve and self.sparse is not None:
+        if self.evolve and not behind and self.sparse is not None:
             candidate.adopt(self.sparse)
         batches = list(self._recent)
         taught: list[Tensor | None] = [None] * len(batches)
@@ -309,10 +320,18 @@ class D2S(Method):
             return saliency(candidate.pruner, losses, self.criterion)
 
         prune_in_rounds(candidate.pruner, self.budget, self.rounds, scores, learn, round(self.catch_up * len(batches)))
+        if self.sparse is None or behind or self.newer_was_better or not self.compare:
+            return self._serves_at_once(candidate, number, batches)
+        self.beside, self.newer_is_beside = candidate, True
+        return None
+
+    def _serves_at_once(self, candidate: SparseCopy, number: int, batches: Sequence[Batch]) -> PruneEvent | None:
         new, old = (self._mean_loss(model, batches) for model in (candidate.model, self.serving_student))
         if not math.isfinite(new) or (self.sparse is not None and new > (1 + self.accept) * old):
             self.refused += 1
             return None
+        if self.compare:
+            self.beside, self.newer_is_beside = self.sparse, False
         self.sparse = candidate
         self.handed_over += 1
         return prune_event(number, "hand-over", self.budget, candidate.pruner)
@@ -336,88 +355,3 @@ class D2S(Method):
             pruner = Pruner(model, **self._options, rewindable=False)
             if not (self.budget.unit == "macs" and not pruner.has_seen_example):
                 pruner.prune_to(self.budget)
-
-
-class _Sparse:
-    """A sparse copy in training: the model, its pruner, and an optimizer like that of the full model."""
-
-    def __init__(self, model: nn.Module, full: nn.Module, optimizer: Optimizer, options: Mapping[str, Any]) -> None:
-        self.model = model
-        costs = options["costs"]
-        if costs is not None:  # of the full model; the copy has no tables, which nothing in it asks for
-            costs.check(full)
-            options = {**options, "costs": replace(costs, network=network_of(model))}
-        self.pruner = Pruner(model, **options, rewindable=False)
-        self.optimizer = _like(optimizer, [p for p in model.parameters() if p.requires_grad])
-        self._take_over(full, optimizer)
-        self.pruner.attach(self.optimizer)
-        self.optimizer.zero_grad()
-
-    def step(self, of_full: Optimizer) -> None:
-        """One step, at the rate of the full model."""
-        for name in ("lr", "weight_decay"):
-            if name in of_full.param_groups[0]:
-                self.optimizer.param_groups[0][name] = of_full.param_groups[0][name]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.pruner.after_step()
-
-    def state_dict(self) -> dict[str, Any]:
-        state = {f"pruner.{key}": value for key, value in self.pruner.state_dict().items()}
-        return state | {"model": dict(self.model.state_dict()), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.state.clear()
-        self.pruner.load_state_dict(part_of(state, "pruner."))
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
-    @torch.no_grad()
-    def adopt(self, before: _Sparse) -> None:
-        """Where the copy of before has a weight, take that one, with its optimizer state."""
-        ours, theirs = dict(self.model.named_parameters()), dict(before.model.named_parameters())
-        layers, of_before = self.pruner.layers(), before.pruner.layers()
-        for name, parameter in ours.items():
-            owner, _, leaf = name.rpartition(".")
-            source: Tensor = theirs[name]
-            place: Any = ...
-            if owner in layers and leaf == "values":
-                mask = of_before[owner].block_mask()
-                place = tap_major(mask)[tap_major(layers[owner].block_mask())]
-            parameter.data[place] = source.data
-            for key, value in before.optimizer.state.get(source, {}).items():
-                mine = self.optimizer.state[parameter].get(key)
-                if isinstance(mine, Tensor) and mine.dim():
-                    mine[place] = value
-        for name, buffer in self.model.named_buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(before.model.get_buffer(name))
-
-    def _take_over(self, full: nn.Module, optimizer: Optimizer) -> None:
-        """The optimizer state of the full model, that of pruned layers in blocks."""
-        theirs = dict(full.named_parameters())
-        layers = self.pruner.layers()
-        for name, parameter in self.model.named_parameters():
-            owner, _, leaf = name.rpartition(".")
-            layer = layers.get(owner) if leaf == "values" else None
-            source = theirs.get(name if layer is None else f"{owner}.weight".lstrip("."))
-            state = {} if source is None else optimizer.state.get(source, {})
-            for key, value in state.items():
-                self.optimizer.state[parameter][key] = _in_blocks(value, layer, source)
-
-
-def _in_blocks(value: Any, layer: BlockSparseLayer | None, source: Tensor | None) -> Any:
-    if not isinstance(value, Tensor):
-        return copy.deepcopy(value)
-    if layer is None or source is None or value.shape != source.shape:
-        return value.clone()
-    return BlockSparse.from_dense(value.reshape(layer.matrix_shape), layer.pattern).values
-
-
-def _like(optimizer: Optimizer, parameters: list[Tensor]) -> Optimizer:
-    """One of the same kind for other parameters."""
-    kind: Any = type(optimizer)
-    settings = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-    made: Optimizer = kind(parameters)
-    made.param_groups[0].update(settings)
-    return made
