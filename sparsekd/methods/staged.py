@@ -108,6 +108,7 @@ class Staged(Method):
         )
         if schedule.is_absolute:
             self._set_plan(self._in_shares(schedule))
+        self._check_floors()
         if any(stage.rewinds for stage in self.stages):
             self.pruner.snapshot()
 
@@ -139,6 +140,7 @@ class Staged(Method):
         """``Distiller.loss`` of the running stage; in stage ``"ticket"`` the teacher is not run."""
         if not self.pruner.has_seen_example and isinstance(inputs, (tuple, list)):
             self.pruner.observe(*inputs)
+            self._check_floors()
         learner = self.distiller
         return learner.loss(inputs, target) if self.stage == "distil" else learner.task_loss(inputs, target)
 
@@ -240,6 +242,13 @@ class Staged(Method):
                 f"{type(self).__name__}: rewind_to must come before the first prune, after epoch {first_prune}, "
                 f"got {self.rewind_to}"
             )
+
+    def _check_floors(self) -> None:
+        """Refuses before the training what a prune would refuse in it; ``macs`` are known with the first example."""
+        for stage in self.stages:
+            target = Budget(stage.schedule.unit, stage.schedule.removed_after(stage.epochs), removed=True)
+            if target.number and (target.unit != "macs" or self.pruner.has_seen_example):
+                self.pruner.check_reachable(target)
 
     def _describe_plan(self) -> dict[str, Any]:
         stages = [dataclasses.asdict(stage) for stage in self.stages]

@@ -70,22 +70,46 @@ class Rule:
             worth = [score.square() for score in scores] if energies else scores
             at_random = given is None and self.score == "random"
             order = worth if at_random else self._for_their_cost(layers, entries, worth, meter, [0] * len(layers))
-        floors = self.floors(layers)
-        stays = [strongest(*of_layer) for of_layer in zip(order, sizes, floors, strict=True)]
+        stays = self._stays(layers, order, sizes)
+        costs = self._check(layers, meter, remove, entries, sizes, stays)
+        if isinstance(meter, Linear):
+            chosen = choose_units(order, costs, remove, stays)
+        else:
+            chosen = self._choose_timed(layers, order, sizes, stays, meter, remove)
+        return [units[of_layer.unit] for units, of_layer in zip(chosen, entries, strict=True)]
+
+    def check(self, layers: Sequence[Units], meter: Meter, remove: float) -> None:
+        """Raises Unreachable where ``kept`` would, whatever the weights are by then."""
+        entries = [units.kept(None) for units in layers]
+        sizes = [of_layer.unit_sizes() for of_layer in entries]
+        alike = [torch.zeros(len(size)) for size in sizes]
+        self._check(layers, meter, remove, entries, sizes, self._stays(layers, alike, sizes))
+
+    def _stays(self, layers: Sequence[Units], order: list[Tensor], sizes: list[Tensor]) -> list[Tensor]:
+        return [strongest(*of_layer) for of_layer in zip(order, sizes, self.floors(layers), strict=True)]
+
+    def _check(
+        self,
+        layers: Sequence[Units],
+        meter: Meter,
+        remove: float,
+        entries: list[Entries],
+        sizes: list[Tensor],
+        stays: list[Tensor],
+    ) -> list[Tensor]:
+        """What each unit costs, nothing where costs do not add up. Raises Unreachable."""
         if isinstance(meter, Linear):
             costs = [meter.marginal(units, of_layer) for units, of_layer in zip(layers, entries, strict=True)]
             least = [float(cost[stay].sum()) for cost, stay in zip(costs, stays, strict=True)]
             short = sum(least) - (sum(float(cost.sum()) for cost in costs) - remove)
             if short >= max(float(cost.max()) for cost in costs):
                 raise self._unreachable(layers, least, sum(least))
-            chosen = choose_units(order, costs, remove, stays)
-        else:
-            floor = [float(size[stay].sum()) for size, stay in zip(sizes, stays, strict=True)]
-            if meter.after(layers, floor) - (meter.total(layers) - remove) > meter.grain(layers):
-                least = [meter.us(units, kept) for units, kept in zip(layers, floor, strict=True)]
-                raise self._unreachable(layers, least, meter.after(layers, floor))
-            chosen = self._choose_timed(layers, order, sizes, stays, meter, remove)
-        return [units[of_layer.unit] for units, of_layer in zip(chosen, entries, strict=True)]
+            return costs
+        floor = [float(size[stay].sum()) for size, stay in zip(sizes, stays, strict=True)]
+        if meter.after(layers, floor) - (meter.total(layers) - remove) > meter.grain(layers):
+            least = [meter.us(units, kept) for units, kept in zip(layers, floor, strict=True)]
+            raise self._unreachable(layers, least, meter.after(layers, floor))
+        return []
 
     def growth(self, layers: Sequence[Units], meter: Meter, add: float, given: Scores | None) -> list[Tensor]:
         """For each layer, which of its entries that are gone come back (bool) if ``add`` of the cost does."""

@@ -22,7 +22,7 @@ from .meters import Meters
 from .observe import observe
 from .rewind import Theta0, check_state
 from .surgery import check_optimizer, forget, parameter_ids, state_slots
-from .units import check_finite, prunable_layers
+from .units import check_finite, drop, grow, of_gone, prunable_layers
 
 COST_FLOOR = 0.02  # of the weights of a layer: less is seldom faster, and a layer that is nearly empty learns nothing
 
@@ -243,8 +243,16 @@ class Pruner:
                 keep = self._rule.kept(self._layers, meter, remove, scores)
             except Unreachable as error:
                 raise ValueError(f"Pruner.prune_to: {error.describe(budget, meter.dense)}") from None
-            self._drop(self._agree(keep))
+            drop(self._layers, self._agree(keep), self._optimizers)
         self._held.bury(self._optimizers)
+
+    def check_reachable(self, budget: Budget) -> None:
+        """Raise now the ValueError with which :meth:`prune_to` would refuse a budget that a floor forbids."""
+        meter = self._meters.of("Pruner.check_reachable", budget.unit)
+        try:
+            self._rule.check(self._layers, meter, budget.excess(meter.dense, meter.total(self._layers)))
+        except Unreachable as error:
+            raise ValueError(f"Pruner.check_reachable: {error.describe(budget, meter.dense)}") from None
 
     @torch.no_grad()
     def grow_to(
@@ -282,8 +290,9 @@ class Pruner:
                 "prune_to removes more"
             )
         if add > 0:
-            growth = self._plan_growth(meter, add, scores)
-            self._grow(growth, self._held.dead())
+            growth, dead = self._growth(meter, add, scores), self._held.dead()
+            grow(self._layers, growth, self._optimizers)
+            self._held.revive(dead, self._theta0.rest or {})
         self._held.bury(self._optimizers)
 
     @torch.no_grad()
@@ -319,10 +328,11 @@ class Pruner:
         except Unreachable as error:
             raise ValueError(f"Pruner.exchange: {error.describe(None, meter.dense)}") from None
         dropped = now - meter.left(self._layers, keep)
-        growth = self._plan_growth(meter, dropped, scores)  # among what is gone before the drop
+        growth = self._growth(meter, dropped, scores)  # among what is gone before the drop
         dead = self._held.dead()
-        self._drop(keep)
-        self._grow(growth, dead)
+        drop(self._layers, keep, self._optimizers)
+        grow(self._layers, growth, self._optimizers)
+        self._held.revive(dead, self._theta0.rest or {})
         self._held.bury(self._optimizers)
 
     def layers(self) -> dict[str, Any]:
@@ -413,21 +423,8 @@ class Pruner:
     def _agree(self, entries: list[Tensor]) -> list[Tensor]:
         return agree(entries, self._layers[0].parameter.device)
 
-    def _drop(self, keep: list[Tensor]) -> None:
-        for units, entries in zip(self._layers, keep, strict=True):
-            units.planned = int(units.kept_sizes()[entries].sum())
-            units.keep(entries, self._optimizers)
-
-    def _plan_growth(self, meter: Meter, add: float, scores: Scores | None) -> list[tuple[Tensor, int]]:
-        """For each layer a mask of what comes back, and the weights in it."""
-        comes = zip(self._layers, self._agree(self._rule.growth(self._layers, meter, add, scores)), strict=True)
-        return [(units.mask_of_gone(entries), int(units.gone().sizes[entries].sum())) for units, entries in comes]
-
-    def _grow(self, plan: list[tuple[Tensor, int]], dead_before: dict[str, Tensor]) -> None:
-        for units, (mask, num_weights) in zip(self._layers, plan, strict=True):
-            units.planned = units.num_kept + num_weights
-            units.grow(mask, self._optimizers)
-        self._held.revive(dead_before, self._theta0.rest or {})
+    def _growth(self, meter: Meter, add: float, scores: Scores | None) -> list[tuple[Tensor, int]]:
+        return of_gone(self._layers, self._agree(self._rule.growth(self._layers, meter, add, scores)))
 
     def _check_ready(self, caller: str) -> None:
         if not self.observed:

@@ -347,3 +347,23 @@ def check_finite(caller: str, layers: Sequence[Units]) -> None:
                 f"{caller}: expected finite weights, got NaN or infinity in layer {units.name!r}: training has "
                 "diverged; load a checkpoint from before, or lower the learning rate"
             )
+
+
+def drop(layers: Sequence[Units], keep: Sequence[Tensor], optimizers: Sequence[Optimizer]) -> None:
+    """Of each layer what is kept loses the entries that its mask does not name."""
+    for units, entries in zip(layers, keep, strict=True):
+        units.planned = int(units.kept_sizes()[entries].sum())
+        units.keep(entries, optimizers)
+
+
+def of_gone(layers: Sequence[Units], entries: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
+    """For each layer a mask of those of its entries that are gone, and the weights in it."""
+    pairs = zip(layers, entries, strict=True)
+    return [(units.mask_of_gone(some), int(units.gone().sizes[some].sum())) for units, some in pairs]
+
+
+def grow(layers: Sequence[Units], growth: Sequence[tuple[Tensor, int]], optimizers: Sequence[Optimizer]) -> None:
+    """Brings back what ``of_gone`` names, as zeros."""
+    for units, (mask, num_weights) in zip(layers, growth, strict=True):
+        units.planned = units.num_kept + num_weights
+        units.grow(mask, optimizers)

@@ -67,3 +67,19 @@ def test_a_schedule_may_end_at_a_number(name):
 def test_a_number_that_means_nothing_is_refused_at_once(schedule, options, says):
     with pytest.raises(ValueError, match=says):
         build("ss-sad", plan=(schedule, 10), **options)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("example", [True, False])
+def test_a_floor_that_forbids_the_end_is_named_before_the_training(name, example):
+    says = r"macs=0.9 cannot be reached: one unit of each layer stays, and 0.5 of its weights, .* 'conv2'"
+    schedule = LinearSchedule(0.3, 2, final=0.9)
+    method = None
+    with pytest.raises(ValueError, match=says):
+        given = {"example_inputs": (torch.randn(2, 2, 5, 5),)} if example else {}
+        method, student, _ = build(name, plan=(schedule, 10), floor=0.5, **given)
+        before = weights(student)
+        method.loss((torch.randn(2, 2, 5, 5),), torch.randn(2, 13))
+    if not example:  # nobody knew what a weight costs before the first loss
+        assert all(torch.equal(before[key], value) for key, value in weights(student).items())
+    assert (method is None) == example
