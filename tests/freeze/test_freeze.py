@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparsekd
-from sparsekd.freeze import freeze, measure
+from sparsekd.freeze import freeze, measure, network
 from sparsekd.freeze.layer import FrozenLayer
 from sparsekd.models import FeatureCNN, RatingCNN, Shape
 from sparsekd.nn import SparseLinear
@@ -179,3 +179,28 @@ def test_frozen_is_frozen():
         frozen.double()
     with pytest.raises(RuntimeError, match=r"use sparsekd\.load_frozen"):
         frozen.load_state_dict({})
+
+
+class Enlarging(nn.Module):
+    """What float32 rounds off in the convolution, folded or not, is enlarged by as much as `times`."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.conv, self.bn, self.times = nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), times
+
+    def forward(self, x):
+        return torch.sin(self.times * self.bn(self.conv(x)))
+
+
+def test_a_network_that_enlarges_rounding_is_held_against_its_answer_in_float64(monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(1, 64, 12, 12)
+    model = sparsekd.sparsify(trained(Enlarging(300.0)), density=0.5).eval()
+    quick(model, x)
+    with monkeypatch.context() as patch:
+        patch.setattr(network, "_in_float64", lambda *given: None)
+        with pytest.raises(RuntimeError, match="differ from the model's by"):
+            quick(model, x)
+        patch.setattr(network, "_in_float64", lambda frozen, traced, inputs: model(*inputs))  # as if exact
+        with pytest.raises(RuntimeError, match="differ from the model's by"):
+            quick(model, x)
