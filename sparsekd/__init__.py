@@ -9,6 +9,7 @@ losses     SAD, AT and KD: what a student can learn from a teacher
 goals      Regression, Classification, Ranking, Click: what a network learns and how it is judged
 taps       FeatureTap: the outputs of inner modules
 distill    Distiller: the loss of a student, with its teacher or without
+teacher_cache  TeacherCache: what a teacher says and sees, once a row
 pruning    scores, schedules, budgets, Pruner; sparsify
 distributed  one mask and one gradient on every rank
 optim      SGD, Adagrad and Adam that touch the rows of a batch alone
@@ -44,6 +45,7 @@ _HOMES = {
     "pruning": ("CostTable", "LinearSchedule", "Pruner", "sparsify"),
     "serving": ("ServingModel",),
     "taps": ("FeatureTap",),
+    "teacher_cache": ("TeacherCache",),
 }
 _TRAINING = ("torch", "safetensors")  # what the extra [train] installs
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -70,6 +72,7 @@ __all__ = [
     "Ranking",
     "Regression",
     "ServingModel",
+    "TeacherCache",
     "__version__",
     "attention_transfer_loss",
     "backends",

@@ -12,6 +12,7 @@ from .methods import D2S, LTHSAD, SPSAD, SSSAD
 from .pruning import CostTable, LinearSchedule, Pruner, sparsify
 from .serving import ServingModel
 from .taps import FeatureTap
+from .teacher_cache import TeacherCache
 from .version import __version__
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Ranking",
     "Regression",
     "ServingModel",
+    "TeacherCache",
     "__version__",
     "attention_transfer_loss",
     "backends",

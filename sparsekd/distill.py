@@ -20,37 +20,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .features import channels_first
+from .features import Features, selected
 from .goals import Batches, Goal, Metric, evaluating
 from .losses import SAD
-from .modes import evaluation_mode
-from .nn import BlockSparseLayer, SparseLinear
-from .outputs import Pick, check_tensor, pick
-from .taps import FeatureTap
+from .outputs import Pick
+from .tapped import TappedNetwork, TeacherTargets
 
-__all__ = ["Custom", "Distiller", "Losses", "Plain", "has_channels_last"]
-
-
-_CHANNELS_LAST = (
-    nn.Linear,
-    SparseLinear,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.Embedding,
-    nn.MultiheadAttention,
-    nn.TransformerEncoderLayer,
-    nn.TransformerDecoderLayer,
-)
-_CHANNELS_FIRST = (
-    nn.modules.conv._ConvNd,
-    BlockSparseLayer,  # those that are not linear
-    nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-)
+__all__ = ["Custom", "Distiller", "Losses", "Plain"]
 
 
 @dataclass(frozen=True)
@@ -118,17 +94,19 @@ class Plain(nn.Module):
     def __init__(self, student: nn.Module, goal: Goal | Callable[[Any, Any], Tensor], *, output: Pick = None) -> None:
         super().__init__()
         self.goal, self.output = _checked_goal("Plain", goal), output
-        # In a tuple, so that torch does not register it as a part of this module.
-        self._student = (student,)
+        self._student = TappedNetwork("Plain", student, output=output, takes_tensor=self.goal.takes_tensor)
 
     @property
     def student(self) -> nn.Module:
-        return self._student[0]
+        return self._student.network
 
-    def loss(self, inputs: Sequence[Any], target: Tensor) -> Losses:
-        """The goal's loss of one batch: `inputs` for the network, `target` as the goal wants it."""
+    def loss(self, inputs: Sequence[Any], target: Tensor, taught: TeacherTargets | None = None) -> Losses:
+        """The goal's loss of one batch: `inputs` for the network, `target` as the goal wants it.
+
+        `taught` is for loops that train with a teacher and without: nothing is looked at in it.
+        """
         _check_inputs("Plain.loss", inputs)
-        return _task_alone(self.goal, _picked("Plain", self.student(*inputs), self.output, self.goal), target)
+        return _task_alone(self.goal, self._student.run(inputs)[0], target)
 
     def task_loss(self, inputs: Sequence[Any], target: Tensor) -> Losses:
         """The same: there is no teacher to leave out."""
@@ -195,9 +173,10 @@ class Distiller(nn.Module):
                 f"got {type(matching).__name__} {matching!r}; None makes a SAD, or pass AttentionTransfer()"
             )
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
-        # In tuples, so that torch registers neither network as a part of this module.
-        self._networks = (teacher, student)
-        self._taps: tuple[FeatureTap, FeatureTap] | None = None
+        self._teacher, self._student = (
+            TappedNetwork("Distiller", network, output=output, takes_tensor=self.goal.takes_tensor)
+            for network in (teacher, student)
+        )
         self.sad: nn.Module | None = None
         if beta > 0:
             if not isinstance(example_inputs, (tuple, list)):
@@ -205,36 +184,34 @@ class Distiller(nn.Module):
                     "sparsekd.Distiller: beta > 0 needs example_inputs, a tuple of inputs for both networks, "
                     f"got {type(example_inputs).__name__}; pass one small batch, e.g. (x[:2],)"
                 )
-            self._taps = (FeatureTap(teacher, teacher_taps), FeatureTap(student, student_taps))
-            examples = [_example_features(tap, example_inputs) for tap in self._taps]
-            self._channels_last = [
-                [_channels_are_last(tap, *named, channels_last) for named in zip(tap.names, features, strict=True)]
-                for tap, features in zip(self._taps, examples, strict=True)
-            ]
-            teacher_features, student_features = (self._turned(which, examples[which]) for which in (0, 1))
+            teacher_features = self._teacher.attach(teacher_taps, example_inputs, channels_last)
+            student_features = self._student.attach(student_taps, example_inputs, channels_last)
             self.sad = SAD.from_features(teacher_features, student_features, dim) if matching is None else matching
 
     @property
     def teacher(self) -> nn.Module:
-        return self._networks[0]
+        return self._teacher.network
 
     @property
     def student(self) -> nn.Module:
-        return self._networks[1]
+        return self._student.network
 
-    def loss(self, inputs: Sequence[Any], target: Tensor) -> Losses:
+    def loss(self, inputs: Sequence[Any], target: Tensor, taught: TeacherTargets | None = None) -> Losses:
         """The loss of one batch: `inputs` for the networks, `target` as the goal wants it.
 
-        Raises what the goal, `FeatureTap` and `SAD` do for outputs and features that do not fit.
+        taught: what the teacher says and sees of these rows, out of a `TeacherCache`; without it the teacher is run.
+
+        Raises what the goal, `FeatureTap` and `SAD` do for outputs and features that do not fit, and ValueError for
+        `taught` of other taps, or where `matching` needs whole features.
         """
         _check_inputs("Distiller.loss", inputs)
-        student_output, student_features = self._run(1, inputs)
+        if self.beta and self.sad is None:
+            raise ValueError("sparsekd.Distiller: made with beta=0, so without SAD, got beta > 0 later; make a new one")
+        student_output, student_features = self._student.run(inputs, tapped=bool(self.beta))
         task = self.goal.loss(student_output, target)
         kd, sad = task.new_zeros(()), task.new_zeros(())
         if self.alpha or self.beta:
-            self.teacher.eval()  # each time: whoever holds the teacher may have called .train() on it
-            with torch.no_grad():
-                teacher_output, teacher_features = self._run(0, inputs)
+            teacher_output, teacher_features = self._ask(inputs) if taught is None else self._told(taught)
             if self.alpha:
                 kd = self.goal.imitation(student_output, teacher_output, self.temperature)
             if self.beta and self.sad is not None:
@@ -246,26 +223,33 @@ class Distiller(nn.Module):
     def task_loss(self, inputs: Sequence[Any], target: Tensor) -> Losses:
         """The task alone: the teacher is not run, whatever alpha and beta are."""
         _check_inputs("Distiller.task_loss", inputs)
-        return _task_alone(self.goal, _picked("Distiller", self.student(*inputs), self.output, self.goal), target)
+        return _task_alone(self.goal, self._student.run(inputs, tapped=False)[0], target)
 
     def extra_repr(self) -> str:
         return f"goal={self.goal}, alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}"
 
-    def _run(self, which: int, inputs: Sequence[Any]) -> tuple[Any, list[Tensor]]:
-        """Output and tapped features of the teacher (0) or the student (1); no features where SAD needs none."""
-        if not self.beta:
-            output, features = self._networks[which](*inputs), []
-        elif self._taps is None:
-            raise ValueError("sparsekd.Distiller: made with beta=0, so without SAD, got beta > 0 later; make a new one")
-        else:
-            output, features = self._taps[which](*inputs)
-        return _picked("Distiller", output, self.output, self.goal), self._turned(which, features)
+    def _ask(self, inputs: Sequence[Any]) -> tuple[Any, Features]:
+        """Output and features of the teacher, which is run."""
+        self.teacher.eval()  # each time: whoever holds the teacher may have called .train() on it
+        with torch.no_grad():
+            return self._teacher.run(inputs, tapped=bool(self.beta))
 
-    def _turned(self, which: int, features: list[Tensor]) -> list[Tensor]:
-        """The features with their channels second."""
-        if not features:
-            return []
-        return [channels_first(f, last) for f, last in zip(features, self._channels_last[which], strict=True)]
+    def _told(self, taught: TeacherTargets) -> tuple[Any, Features]:
+        """Output of the teacher and statistics of its features, which are known."""
+        if not self.beta:
+            return taught.output, []
+        if not getattr(self.sad, "takes_stats", False):
+            raise ValueError(
+                f"sparsekd.Distiller.loss: {type(self.sad).__name__} compares whole features, got the statistics of a "
+                "TeacherCache; call loss without them, which runs the teacher, or match by SAD or AttentionTransfer"
+            )
+        missing = [name for name in self._teacher.taps if name not in taught.taps]
+        if missing:
+            raise ValueError(
+                f"sparsekd.Distiller.loss: expected what the teacher's {', '.join(missing)} return, got a TeacherCache "
+                f"of {', '.join(taught.taps) or 'no taps'}; make one of {list(self._teacher.taps)}"
+            )
+        return taught.output, selected(taught.stats, [taught.taps.index(name) for name in self._teacher.taps])
 
     def _check_graph(self, features: list[Tensor]) -> None:
         """Raise ValueError where SAD could train nothing of the student."""
@@ -294,58 +278,6 @@ def _checked_goal(where: str, goal: Goal | Callable[[Any, Any], Tensor]) -> Goal
     )
 
 
-def _picked(caller: str, output: Any, which: Pick, goal: Goal) -> Any:
-    picked = pick(caller, output, which)
-    return check_tensor(caller, picked) if goal.takes_tensor else picked
-
-
-def _channels_are_last(tap: FeatureTap, name: str, feature: Tensor, given: bool | None) -> bool:
-    if given is not None or feature.dim() != 3:
-        return bool(given)
-    last = has_channels_last(tap.model, name)
-    if last is None:
-        raise ValueError(
-            f"sparsekd.Distiller: {name!r} returns {tuple(feature.shape)}, and its type does not say which dimension "
-            "holds the channels; give channels_last=True for [B, T, C], False for [B, C, T]"
-        )
-    return last
-
-
 def _check_inputs(function: str, inputs: Sequence[Any]) -> None:
     if not isinstance(inputs, (tuple, list)):
         raise TypeError(f"sparsekd.{function}: inputs must be a tuple, got {type(inputs).__name__}; pass (x,)")
-
-
-def _example_features(tap: FeatureTap, inputs: Sequence[Any]) -> list[Tensor]:
-    """Features of one forward pass that leaves no trace: no batch-norm update, every module's mode as it was."""
-    with evaluation_mode(tap.model), torch.no_grad():
-        features: list[Tensor] = tap(*inputs)[1]
-    return features
-
-
-def has_channels_last(model: nn.Module, name: str) -> bool | None:
-    """Whether the module of this name returns tokens [B, T, C] rather than [B, C, T]; None if that cannot be told.
-
-    Told from its type, else from the layers inside it, else from what stands before it in an ``nn.Sequential``.
-    """
-    module = model.get_submodule(name)
-    kinds = {_of_type(child) for child in module.modules()} - {None}
-    if len(kinds) == 1:
-        return kinds.pop()
-    if kinds:
-        return _of_type(module)
-    parent, _, last = name.rpartition(".")
-    before = model.get_submodule(parent)
-    if name and isinstance(before, nn.Sequential):
-        siblings = [child for child, _ in before.named_children()]
-        for sibling in reversed(siblings[: siblings.index(last)]):
-            kind = has_channels_last(model, f"{parent}.{sibling}".lstrip("."))
-            if kind is not None:
-                return kind
-    return None
-
-
-def _of_type(module: nn.Module) -> bool | None:
-    if isinstance(module, _CHANNELS_LAST):
-        return True
-    return False if isinstance(module, _CHANNELS_FIRST) else None

@@ -8,13 +8,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .features import check_rank, common_depth, map_sizes, stats
+from .features import Features, check_rank, common_depth, feature_shapes, map_sizes, stats, without_graph
 from .ops.attention import kd, match_maps
 
 __all__ = [
@@ -54,7 +54,7 @@ def kd_regression_loss(student_output: Tensor, teacher_output: Tensor) -> Tensor
     return F.mse_loss(at_least_float32(student_output), at_least_float32(teacher_output.detach()))
 
 
-def attention_transfer_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
+def attention_transfer_loss(student_features: Sequence[Tensor], teacher_features: Features) -> Tensor:
     """Attention transfer (Zagoruyko & Komodakis, arXiv 1612.03928): one student layer beside one teacher layer.
 
     Features: equally long lists of [B, C, H, W], or of 2 to 5 dimensions as `features.py` reads them; the channels of a
@@ -62,26 +62,26 @@ def attention_transfer_loss(student_features: Sequence[Tensor], teacher_features
 
         sum_g mean_{b,hw} (a(student_g) - a(teacher_g))^2,   a(F) = mean_C F^2 as a vector, L2-normalised
 
-    The usual weight with this mean is 1000. The teacher gets no gradient.
+    The usual weight with this mean is 1000. The teacher gets no gradient; its `FeatureStats` do for its features.
     """
-    if len(student_features) != len(teacher_features) or not student_features:
+    student_shapes, teacher_shapes = feature_shapes(student_features), feature_shapes(teacher_features)
+    if len(student_shapes) != len(teacher_shapes) or not student_shapes:
         raise ValueError(
             "sparsekd.attention_transfer_loss: expected equally many student and teacher features (at least one), "
-            f"got {len(student_features)} and {len(teacher_features)}; tap one teacher layer for each student layer"
+            f"got {len(student_shapes)} and {len(teacher_shapes)}; tap one teacher layer for each student layer"
         )
-    for index, (student, teacher) in enumerate(zip(student_features, teacher_features, strict=True)):
+    for index, (student, teacher) in enumerate(zip(student_shapes, teacher_shapes, strict=True)):
         check_rank("attention_transfer_loss", f"student feature {index}", student)
         check_rank("attention_transfer_loss", f"teacher feature {index}", teacher)
-        positions = [f.shape[1:] if f.dim() == 2 else f.shape[2:] for f in (student, teacher)]
-        if student.shape[0] != teacher.shape[0] or positions[0] != positions[1]:
+        positions = [shape[1:] if len(shape) == 2 else shape[2:] for shape in (student, teacher)]
+        if student[0] != teacher[0] or positions[0] != positions[1]:
             raise ValueError(
                 f"sparsekd.attention_transfer_loss: pair {index} must agree in B, H and W, got student "
-                f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}; tap layers of the same size, "
-                "or use SAD, which pools"
+                f"{student} and teacher {teacher}; tap layers of the same size, or use SAD, which pools"
             )
     depth = common_depth(student_features)
     student_energy = stats(student_features, depth)[1]
-    teacher_energy = stats([f.detach() for f in teacher_features], depth)[1]
+    teacher_energy = stats(without_graph(teacher_features), depth)[1]
     sizes = map_sizes(student_features, depth)
     return match_maps(None, teacher_energy.to(student_energy.dtype), student_energy, sizes, sizes)
 
@@ -89,7 +89,9 @@ def attention_transfer_loss(student_features: Sequence[Tensor], teacher_features
 class AttentionTransfer(nn.Module):
     """`attention_transfer_loss` as a module that a `Distiller` can take for its `matching`."""
 
-    def forward(self, teacher_features: Sequence[Tensor], student_features: Sequence[Tensor]) -> Tensor:
+    takes_stats: ClassVar[bool] = True  # of the teacher, in place of its features
+
+    def forward(self, teacher_features: Features, student_features: Sequence[Tensor]) -> Tensor:
         return attention_transfer_loss(student_features, teacher_features)
 
 
@@ -128,6 +130,8 @@ class SAD(nn.Module):
     torch.Size([])
     """
 
+    takes_stats: ClassVar[bool] = True  # of the teacher, in place of its features
+
     def __init__(self, teacher_channels: Sequence[int], student_channels: Sequence[int], dim: int = 128) -> None:
         super().__init__()
         self.teacher_channels = _checked_channels("teacher_channels", teacher_channels)
@@ -149,20 +153,21 @@ class SAD(nn.Module):
         """A SAD for features like these (see :meth:`forward`), on the student's device; only their channels matter."""
         for side, features in (("teacher", teacher_features), ("student", student_features)):
             for index, feature in enumerate(features):
-                check_rank("SAD", f"{side} feature {index}", feature)
+                check_rank("SAD", f"{side} feature {index}", feature.shape)
         sad = cls([f.shape[1] for f in teacher_features], [f.shape[1] for f in student_features], dim)
         return sad.to(student_features[0].device)
 
-    def forward(self, teacher_features: Sequence[Tensor], student_features: Sequence[Tensor]) -> Tensor:
+    def forward(self, teacher_features: Features, student_features: Sequence[Tensor]) -> Tensor:
         """The loss, a scalar, of T teacher features [B, C_t, H_t, W_t] and S student features [B, C_s, H_s, W_s].
 
-        Each may have 2 to 5 dimensions instead, channels second: see `features.py`.
+        Each may have 2 to 5 dimensions instead, channels second: see `features.py`. The teacher's `FeatureStats` do for
+        its features.
         """
         self._check(teacher_features, student_features)
         # Differences of unit vectors do not survive bfloat16, and full precision costs little beside the networks.
         with torch.autocast(student_features[0].device.type, enabled=False):
             depth = common_depth(teacher_features, student_features)
-            teacher_means, teacher_energy = stats([feature.detach() for feature in teacher_features], depth)
+            teacher_means, teacher_energy = stats(without_graph(teacher_features), depth)
             student_means, student_energy = stats(student_features, depth)
             attention = self.attention(teacher_means, student_means)
             teacher_energy, student_energy = (maps.to(attention.dtype) for maps in (teacher_energy, student_energy))
@@ -191,15 +196,16 @@ class SAD(nn.Module):
     def extra_repr(self) -> str:
         return f"teacher_channels={self.teacher_channels}, student_channels={self.student_channels}, dim={self.dim}"
 
-    def _check(self, teacher_features: Sequence[Tensor], student_features: Sequence[Tensor]) -> None:
+    def _check(self, teacher_features: Features, student_features: Sequence[Tensor]) -> None:
         if self.teacher_position.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"sparsekd.SAD: its parameters must be float32 or float64, got {self.teacher_position.dtype}; "
                 "call .float() on it (the features may be of half type)"
             )
-        _check_features("teacher", teacher_features, self.teacher_channels)
-        _check_features("student", student_features, self.student_channels)
-        batches = {feature.shape[0] for feature in (*teacher_features, *student_features)}
+        sides = feature_shapes(teacher_features), feature_shapes(student_features)
+        _check_shapes("teacher", sides[0], self.teacher_channels)
+        _check_shapes("student", sides[1], self.student_channels)
+        batches = {shape[0] for shapes in sides for shape in shapes}
         if len(batches) > 1:
             raise ValueError(
                 f"sparsekd.SAD: all features must have the same batch size, got {sorted(batches)}; "
@@ -284,16 +290,16 @@ def _checked_channels(name: str, channels: Sequence[int]) -> tuple[int, ...]:
     return channels
 
 
-def _check_features(side: str, features: Sequence[Tensor], channels: tuple[int, ...]) -> None:
-    if len(features) != len(channels):
+def _check_shapes(side: str, shapes: Sequence[tuple[int, ...]], channels: tuple[int, ...]) -> None:
+    if len(shapes) != len(channels):
         raise ValueError(
-            f"sparsekd.SAD: expected {len(channels)} {side} features, got {len(features)}; "
+            f"sparsekd.SAD: expected {len(channels)} {side} features, got {len(shapes)}; "
             "pass them as (teacher_features, student_features), one for each tapped layer"
         )
-    for index, (feature, expected) in enumerate(zip(features, channels, strict=True)):
-        check_rank("SAD", f"{side} feature {index}", feature)
-        if feature.shape[1] != expected:
+    for index, (shape, expected) in enumerate(zip(shapes, channels, strict=True)):
+        check_rank("SAD", f"{side} feature {index}", shape)
+        if shape[1] != expected:
             raise ValueError(
-                f"sparsekd.SAD: {side} feature {index} must have {expected} channels, got {feature.shape[1]} in "
-                f"{tuple(feature.shape)}; keep the order of layers, or build a new SAD.from_features"
+                f"sparsekd.SAD: {side} feature {index} must have {expected} channels, got {shape[1]} in "
+                f"{shape}; keep the order of layers, or build a new SAD.from_features"
             )

@@ -227,3 +227,24 @@ def test_losses_and_gradients_of_two_ranks_are_those_of_one_process(tmp_path):
         for first, second, want in zip(*results, alone, strict=True):
             assert torch.equal(first, second), name
             torch.testing.assert_close(first, want, rtol=1e-4, atol=near, msg=lambda text, at=name: f"{at}: {text}")
+
+
+def _check_cache(rank, folder):
+    torch.manual_seed(0)
+    teacher, x = network(), torch.randn(9, 3, 4, 4)
+    for path in (None, f"{folder}/{rank}.cache"):
+        options = {"rows": 9, "example_inputs": (x[:2],), "path": path}
+        shared = sparsekd.TeacherCache(teacher, ["1", "2"], **options)
+        mine = torch.cat([torch.arange(7)[rank::RANKS], torch.tensor([7])])  # row 7 is of both, row 8 of none
+        shared.add(mine, (x[mine],))
+        shared.synchronize()
+        assert shared.holds(torch.arange(8)) and not shared.holds(torch.tensor([8]))
+        got = shared[torch.arange(8)]
+        whole = sparsekd.TeacherCache(teacher, ["1", "2"], rows=9, example_inputs=(x[:2],))
+        whole.add(torch.arange(9), (x,))
+        want = whole[torch.arange(8)]
+        torch.testing.assert_close((got.output, *got.stats[:2]), (want.output, *want.stats[:2]))
+
+
+def test_ranks_run_a_teacher_on_their_share_and_have_all_of_it(tmp_path):
+    run_on_every_rank(_check_cache, tmp_path)

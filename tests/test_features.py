@@ -11,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 import sparsekd
 from sparsekd import SAD, Classification, Distiller, FeatureTap, Regression, attention_transfer_loss
-from sparsekd.distill import Custom, Plain, has_channels_last
+from sparsekd.distill import Custom, Plain
 from sparsekd.features import common_depth, map_sizes, stats
 from sparsekd.losses import AttentionTransfer
+from sparsekd.tapped import has_channels_last
 
 RANKS = {
     "[B, F]": (3, 8),

@@ -16,10 +16,11 @@ FLOORS = [
     ["ops", "energy", "runtime"],  # what an op means; joules; exported networks without torch
     ["backends", "features", "outputs", "taps"],  # what runs an op here; what a student can look at
     ["losses", "nn"],  # what it can learn; layers
-    ["conversion", "goals", "optim"],  # which layers are converted; what a network learns and by which steps
+    # which layers are converted; what a network learns and by which steps; a network as distillation calls it
+    ["conversion", "goals", "optim", "tapped"],
     ["convert", "data", "distill", "distributed", "models"],
     ["checkpoint"],
-    ["freeze"],
+    ["freeze", "teacher_cache"],  # networks for inference; what a teacher says and sees, kept
     ["serving"],  # swaps what answers
     ["pruning"],  # measures what layers cost when they are frozen
     ["methods"],

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..distill import Distiller, Losses, Plain
+from ..tapped import TeacherTargets
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,12 @@ class Method:
     def attach(self, optimizer: Optimizer) -> None:
         """Call once, before training: a method that prunes shrinks this optimizer's state along with the weights."""
 
-    def loss(self, inputs: Sequence[Any], target: Tensor) -> Losses:
-        """The loss of one batch, as it is to be at this point of the training."""
-        return self.distiller.loss(inputs, target)
+    def loss(self, inputs: Sequence[Any], target: Tensor, taught: TeacherTargets | None = None) -> Losses:
+        """The loss of one batch, as it is to be at this point of the training.
+
+        taught: what the teacher says and sees of these rows, out of a ``TeacherCache``; without it the teacher is run.
+        """
+        return self.distiller.loss(inputs, target, taught)
 
     def after_step(self) -> None:
         """Call after every ``optimizer.step()``: what is gone stays gone."""

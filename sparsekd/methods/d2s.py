@@ -40,6 +40,7 @@ from ..modes import evaluation_mode
 from ..outputs import check_tensor, pick
 from ..pruning import Budget, CostTable, Grouping, Pruner
 from ..serving import ServingModel
+from ..tapped import TeacherTargets
 from .base import Method, PruneEvent, part_of
 from .rounds import Batch, in_turn, prune_event, prune_in_rounds, scored
 from .saliency import CRITERIA, Criterion, saliency
@@ -174,8 +175,11 @@ class D2S(Method):
         """The optimizer of the full model; the copy learns by one of the same kind, at the same rate."""
         self._optimizer = optimizer
 
-    def loss(self, inputs: Sequence[Any], target: Tensor) -> Losses:
-        """That of the full model, and of the copy: ``sad`` is 0, ``kd`` what the copy is short of the full model."""
+    def loss(self, inputs: Sequence[Any], target: Tensor, taught: TeacherTargets | None = None) -> Losses:
+        """That of the full model, and of the copy: ``sad`` is 0, ``kd`` what the copy is short of the full model.
+
+        ``taught`` is not looked at: the teacher of the copy is the full model, which learns.
+        """
         full = self._output(self.student, inputs)
         task = self.distiller.goal.loss(full, target)
         self._recent.append((inputs, target))

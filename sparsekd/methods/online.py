@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ..distill import Losses, Plain
 from ..pruning import Budget, DenseGradients, Pruner
+from ..tapped import TeacherTargets
 from .base import Method, PruneEvent, part_of
 from .rounds import Batch, in_turn, prune_event, prune_in_rounds, scored
 from .saliency import CRITERIA, Criterion, saliency
@@ -71,14 +72,14 @@ class OnlinePruned(Method):
         self.pruner.attach(optimizer)
         self._optimizers.append(optimizer)
 
-    def loss(self, inputs: Sequence[Any], target: Tensor) -> Losses:
+    def loss(self, inputs: Sequence[Any], target: Tensor, taught: TeacherTargets | None = None) -> Losses:
         if not self.is_pruned:
             self._recent.append((inputs, target))
         elif self.exchange and (self.steps + 1) % self.exchange_every == 0:
             self._gradients = DenseGradients(self.pruner)
             with self._gradients:
-                return self.distiller.loss(inputs, target)  # the gradients come with backward()
-        return self.distiller.loss(inputs, target)
+                return self.distiller.loss(inputs, target, taught)  # the gradients come with backward()
+        return self.distiller.loss(inputs, target, taught)
 
     def after_step(self) -> None:
         self.pruner.after_step()

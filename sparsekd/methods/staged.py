@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from ..blocks import BlockPattern
 from ..distill import Distiller, Losses, Plain
 from ..pruning import Budget, CostTable, Grouping, Pruner, Schedule
+from ..tapped import TeacherTargets
 from .base import Method, PruneEvent, part_of
 
 
@@ -136,13 +137,13 @@ class Staged(Method):
         """Shrink this optimizer's state along with the weights (see ``Pruner.attach``)."""
         self.pruner.attach(optimizer)
 
-    def loss(self, inputs: Sequence[Any], target: Tensor) -> Losses:
-        """``Distiller.loss`` of the running stage; in stage ``"ticket"`` the teacher is not run."""
+    def loss(self, inputs: Sequence[Any], target: Tensor, taught: TeacherTargets | None = None) -> Losses:
+        """``Distiller.loss`` of the running stage; in stage ``"ticket"`` the teacher is not run, nor looked at."""
         if not self.pruner.has_seen_example and isinstance(inputs, (tuple, list)):
             self.pruner.observe(*inputs)
             self._check_floors()
         learner = self.distiller
-        return learner.loss(inputs, target) if self.stage == "distil" else learner.task_loss(inputs, target)
+        return learner.loss(inputs, target, taught) if self.stage == "distil" else learner.task_loss(inputs, target)
 
     def after_step(self) -> None:
         """Call after every ``optimizer.step()``: what is gone stays gone."""

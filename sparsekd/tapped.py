@@ -1,0 +1,142 @@
+"""A network as distillation calls it: its output, its tapped features, and what is kept of both from a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .features import FeatureStats, channels_first
+from .modes import evaluation_mode
+from .nn import BlockSparseLayer, SparseLinear
+from .outputs import Pick, check_tensor, pick
+from .taps import FeatureTap
+
+__all__ = ["TappedNetwork", "TeacherTargets", "has_channels_last"]
+
+_CHANNELS_LAST = (
+    nn.Linear,
+    SparseLinear,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.Embedding,
+    nn.MultiheadAttention,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
+_CHANNELS_FIRST = (
+    nn.modules.conv._ConvNd,
+    BlockSparseLayer,  # those that are not linear
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+)
+
+
+class TeacherTargets(NamedTuple):
+    """What a student is to match of a teacher in one batch, known before the step: see `TeacherCache`.
+
+    output  [B, ...], what the goal takes of the teacher's output.
+    stats   of its tapped features, in the order of `taps`.
+    taps    their names.
+    """
+
+    output: Tensor
+    stats: FeatureStats
+    taps: tuple[str, ...]
+
+    def to(self, device: torch.device | str) -> TeacherTargets:
+        """The same on another device."""
+        means, energy = (part.to(device, non_blocking=True) for part in self.stats[:2])
+        return TeacherTargets(
+            self.output.to(device, non_blocking=True), FeatureStats(means, energy, self.stats.shapes), self.taps
+        )
+
+
+class TappedNetwork:
+    """A network, the part of its output that a goal takes, and its tapped features with their channels second.
+
+    caller         whom error messages name.
+    output         as in `Distiller`.
+    takes_tensor   whether what `output` names must be a tensor.
+    """
+
+    def __init__(self, caller: str, network: nn.Module, *, output: Pick = None, takes_tensor: bool = True) -> None:
+        self.caller, self.network, self.output, self.takes_tensor = caller, network, output, takes_tensor
+        self.tap: FeatureTap | None = None
+        self._channels_last: list[bool] = []
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return () if self.tap is None else self.tap.names
+
+    def attach(self, names: Sequence[str], inputs: Sequence[Any], channels_last: bool | None) -> list[Tensor]:
+        """Tap these modules; returns their features of `inputs`. The network runs once and keeps no trace of it.
+
+        channels_last: as in `Distiller`.
+        """
+        self.tap = FeatureTap(self.network, names)
+        with evaluation_mode(self.network), torch.no_grad():
+            features = self.tap(*inputs)[1]
+        named = zip(self.tap.names, features, strict=True)
+        self._channels_last = [self._channels_are_last(name, feature, channels_last) for name, feature in named]
+        return self._turned(features)
+
+    def run(self, inputs: Sequence[Any], *, tapped: bool = True) -> tuple[Any, list[Tensor]]:
+        """Output and features; no features where nothing is tapped, or not now."""
+        if self.tap is None or not tapped:
+            return self.picked(self.network(*inputs)), []
+        output, features = self.tap(*inputs)
+        return self.picked(output), self._turned(features)
+
+    def picked(self, output: Any) -> Any:
+        """The part of the network's output that the goal takes."""
+        part = pick(self.caller, output, self.output)
+        return check_tensor(self.caller, part) if self.takes_tensor else part
+
+    def _turned(self, features: Sequence[Tensor]) -> list[Tensor]:
+        return [channels_first(f, last) for f, last in zip(features, self._channels_last, strict=True)]
+
+    def _channels_are_last(self, name: str, feature: Tensor, given: bool | None) -> bool:
+        if given is not None or feature.dim() != 3:
+            return bool(given)
+        last = has_channels_last(self.network, name)
+        if last is None:
+            raise ValueError(
+                f"sparsekd.{self.caller}: {name!r} returns {tuple(feature.shape)}, and its type does not say which "
+                "dimension holds the channels; give channels_last=True for [B, T, C], False for [B, C, T]"
+            )
+        return last
+
+
+def has_channels_last(model: nn.Module, name: str) -> bool | None:
+    """Whether the module of this name returns tokens [B, T, C] rather than [B, C, T]; None if that cannot be told.
+
+    Told from its type, else from the layers inside it, else from what stands before it in an ``nn.Sequential``.
+    """
+    module = model.get_submodule(name)
+    kinds = {_of_type(child) for child in module.modules()} - {None}
+    if len(kinds) == 1:
+        return kinds.pop()
+    if kinds:
+        return _of_type(module)
+    parent, _, last = name.rpartition(".")
+    before = model.get_submodule(parent)
+    if name and isinstance(before, nn.Sequential):
+        siblings = [child for child, _ in before.named_children()]
+        for sibling in reversed(siblings[: siblings.index(last)]):
+            kind = has_channels_last(model, f"{parent}.{sibling}".lstrip("."))
+            if kind is not None:
+                return kind
+    return None
+
+
+def _of_type(module: nn.Module) -> bool | None:
+    if isinstance(module, _CHANNELS_LAST):
+        return True
+    return False if isinstance(module, _CHANNELS_FIRST) else None
