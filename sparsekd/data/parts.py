@@ -106,11 +106,24 @@ class Rows:
         self, order: Tensor, batch_size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
     ) -> Iterator[Batch]:
         """The batches of the rows `order` [N], one after the other; a generator augments them."""
+        for _, batch in self._numbered(order, batch_size, generator, rank, ranks):
+            yield batch
+
+    def numbered(
+        self, batch_size: int, generator: torch.Generator | None = None, rank: int = 0, ranks: int = 1
+    ) -> Iterator[tuple[Tensor, Batch]]:
+        """The same as `batches`, each with the numbers of its rows, int64 [B]."""
+        yield from self._numbered(self._epoch(generator), batch_size, generator, rank, ranks)
+
+    def _numbered(
+        self, order: Tensor, batch_size: int, generator: torch.Generator | None, rank: int, ranks: int
+    ) -> Iterator[tuple[Tensor, Batch]]:
         if generator is not None and rank:  # other crops than rank 0 has, in the same order of rows
             generator = torch.Generator().manual_seed(generator.initial_seed() + 7_919 * rank)
         for rows in _training_batches(order, batch_size, generator, ranks):
-            inputs, target = self._rows(rows[rank::ranks])
-            yield self.prepared(inputs, generator), target
+            mine = rows[rank::ranks]
+            inputs, target = self._rows(mine)
+            yield mine, (self.prepared(inputs, generator), target)
 
     def prepared(self, inputs: tuple[Tensor, ...], generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
         return inputs if self.prepare is None else self.prepare(inputs, generator)

@@ -21,6 +21,7 @@ from .. import checkpoint, distributed, energy
 from ..data import Part, Task
 from ..goals import Metric
 from ..methods import Staged
+from ..teacher_cache import TeacherCache
 from .evaluate import kept_share
 from .learners import learner_of
 from .plans.network import Network
@@ -29,6 +30,7 @@ from .rates import cycle_of, learning_rate, level_of
 from .runtime import OutOfTime, Runtime, is_over, rank
 from .state import StateFile
 from .steps import Rate, Stepper
+from .teaching import taught_batches
 
 __all__ = ["STATE", "fit", "picked_epoch", "recalibrate"]
 
@@ -41,12 +43,15 @@ def fit(
     network: Network,
     *,
     teacher: nn.Module | None = None,
+    kept: TeacherCache | None = None,
     seed: int = 0,
     folder: Path,
     settings: dict[str, Any] | None = None,
     runtime: Runtime | None = None,
 ) -> list[dict[str, Any]]:
     """Train `model` in place; returns what happened in each epoch.
+
+    `kept` is what the teacher says and sees of every train row; without it the teacher is run in every step.
 
     `folder` gets the picked epoch of every density of the network (`network.file`), and state.safetensors, from which
     the same call (with the same `settings`) goes on after a kill. Raises OutOfTime after the epoch in which the
@@ -61,7 +66,7 @@ def fit(
     epochs = state.resume()
     for epoch in _progress(range(len(epochs) + 1, recipe.epochs + 1), recipe.epochs, f"{network.name} seed {seed}"):
         with energy.EnergyMeter(runtime.device) as meter:
-            losses = _train(stepper, task, network, epoch, seed)
+            losses = _train(stepper, task, network, epoch, seed, kept)
         _check_finite(losses["loss"], network, epoch)
         stepper.check_ranks()
         if recipe.recalibrate:
@@ -95,7 +100,9 @@ def fit(
     return epochs
 
 
-def _train(stepper: Stepper, task: Task, network: Network, epoch: int, seed: int) -> dict[str, float]:
+def _train(
+    stepper: Stepper, task: Task, network: Network, epoch: int, seed: int, kept: TeacherCache | None
+) -> dict[str, float]:
     """One epoch; the mean of every term of the loss."""
     recipe = _recipe_now(stepper, network)
     cycle = cycle_of(stepper.method, epoch, recipe)
@@ -104,8 +111,10 @@ def _train(stepper: Stepper, task: Task, network: Network, epoch: int, seed: int
     def rate_at(step: int) -> Rate:
         return Rate(learning_rate(recipe, epoch, step / steps, cycle), recipe.weight_decay)
 
-    batches = task.train.batches(recipe.batch_size, _shuffle(seed, epoch), rank(), distributed.num_ranks())
-    return stepper.learn(batches, rate_at)
+    of_epoch = recipe.batch_size, _shuffle(seed, epoch), rank(), distributed.num_ranks()
+    if kept is None:
+        return stepper.learn(task.train.batches(*of_epoch), rate_at)
+    return stepper.learn(taught_batches(task.train, kept, stepper.runtime, *of_epoch), rate_at)
 
 
 def _recipe_now(stepper: Stepper, network: Network) -> Recipe:

@@ -20,6 +20,7 @@ had never stopped.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -38,6 +39,7 @@ from torch import nn
 from .. import checkpoint, report
 from ..data import Task
 from ..pruning import CostTable
+from ..teacher_cache import TeacherCache
 from . import baselines, budgets, record, tasks
 from .config import RunConfig
 from .epochs import STATE, fit
@@ -47,6 +49,7 @@ from .plans.network import Network, Plan
 from .record import Finished, Row
 from .runtime import OutOfTime, Runtime, is_over, rank, start, wait_for_all
 from .state import check_same_settings
+from .teaching import kept_teacher
 
 __all__ = ["run"]
 
@@ -88,9 +91,11 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[st
         baseline_scores = [score.to_dict() for score in baselines.run(loaded)]
         work = _Run(config, task, plan, runtime, out, say, baseline_scores)
         for seed in range(config.seeds):
-            teacher = work.train(plan.teacher, seed, None)
+            teacher = work.train(plan.teacher, seed)
+            # Once a seed, and only if one of its students is not finished yet.
+            kept = functools.cache(functools.partial(kept_teacher, teacher, task, runtime, say))
             for student in plan.students:
-                work.train(student, seed, teacher)
+                work.train(student, seed, teacher, kept)
         wait_for_all()
         return report.read(out), out
 
@@ -108,8 +113,17 @@ class _Run:
     baseline_scores: list[dict[str, Any]]
     rows: list[Row] = field(default_factory=list)
 
-    def train(self, network: Network, seed: int, teacher: nn.Module | None) -> nn.Module:
-        """The network, trained; its rows are in the report then. Trains where an earlier run has not."""
+    def train(
+        self,
+        network: Network,
+        seed: int,
+        teacher: nn.Module | None = None,
+        kept: Callable[[], TeacherCache | None] = lambda: None,
+    ) -> nn.Module:
+        """The network, trained; its rows are in the report then. Trains where an earlier run has not.
+
+        kept: what the teacher says of every row, which is asked for by who learns from it.
+        """
         folder = self.out / f"seed{seed}" / network.folder
         path = folder / record.ROWS
         settings = self._settings(network, seed)
@@ -119,6 +133,8 @@ class _Run:
         else:
             model = record.fresh(network, seed).to(self.runtime.device)
             options: dict[str, Any] = {"folder": folder, "settings": settings, "runtime": self.runtime}
+            if network.alpha or network.beta:
+                options["kept"] = kept()
             epochs = fit(model, self.task, network, teacher=teacher, seed=seed, **options)
             finished = Finished(network, seed, folder, settings, epochs)
         wait_for_all()

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from .. import distributed
 from ..data.parts import Batch
 from ..methods import Method
+from ..tapped import TeacherTargets
 from .runtime import Runtime
+
+TaughtBatch = tuple[tuple[Tensor, ...], Tensor, TeacherTargets]
 
 
 @dataclass(frozen=True)
@@ -45,18 +48,21 @@ class Stepper:
         """All that trains now: a prune gives the model other parameters than it had."""
         return [*self.model.parameters(), *self.method.parameters()]
 
-    def learn(self, batches: Iterable[Batch], rate_at: Callable[[int], Rate]) -> dict[str, float]:
-        """One step for each batch, at the rate of its number (from 0); the mean of every term over steps and ranks."""
+    def learn(self, batches: Iterable[Batch | TaughtBatch], rate_at: Callable[[int], Rate]) -> dict[str, float]:
+        """One step for each batch, at the rate of its number (from 0); the mean of every term over steps and ranks.
+
+        A batch is what the loss of the method takes: inputs, target, and what a teacher that is not run says of them.
+        """
         loss = torch.compile(self.method.loss) if self.runtime.compiled else self.method.loss
         trained = self.parameters
         names: tuple[str, ...] = ()
         sums, taken = torch.zeros(0), 0
         self.model.train()
-        for inputs, target in batches:
+        for batch in batches:
             self._set(rate_at(taken))
             self.optimizer.zero_grad()
             with self.runtime.autocast():
-                losses = loss(inputs, target)
+                losses = loss(*batch)
             losses.total.backward()
             distributed.average_gradients(trained)
             self.optimizer.step()

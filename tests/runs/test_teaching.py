@@ -1,0 +1,89 @@
+"""A teacher that is run once teaches what one teaches that is run in every step."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from sparsekd import runs
+from sparsekd.data import Rows
+from sparsekd.methods import METHODS
+from sparsekd.runs import RunConfig, epochs, teaching
+from sparsekd.runs.runtime import Runtime
+
+from .made_up import network, student_of
+
+MOST = 1e-4  # relative: rounding of a few dozen steps
+
+
+def kept(teacher, task, heard=None):
+    return teaching.kept_teacher(teacher, task, Runtime(), (heard if heard is not None else []).append)
+
+
+@pytest.mark.parametrize("net", [None, *METHODS, "at", "kd"])
+def test_a_student_learns_the_same_from_what_was_kept(task, teacher, tmp_path, monkeypatch, net):
+    fields = {"at": {"features": "at"}, "kd": {"beta": 0.0}}.get(net, {})
+    described = network(net if net in METHODS else None, **fields)
+    cache = kept(teacher, task)
+    histories = []
+    for of_steps in (None, cache):
+        torch.manual_seed(0)
+        if of_steps is not None:
+            monkeypatch.setattr(type(teacher), "forward", refusing(type(teacher).forward, teacher))
+        folder = tmp_path / str(of_steps is None)
+        histories.append(
+            epochs.fit(student_of(task), task, described, teacher=teacher, kept=of_steps, seed=0, folder=folder)
+        )
+    for run, told in zip(*histories, strict=True):
+        for name in ("loss", "task", "kd", "sad", "val_mse", "density"):
+            assert told[name] == pytest.approx(run[name], rel=MOST), name
+    assert histories[0][-1]["kd"] > 0
+
+
+def refusing(forward, teacher):
+    """The teacher is run for two rows, by the distiller, which looks what there is to tap."""
+
+    def checked(self, *inputs):
+        assert self is not teacher or len(inputs[0]) == 2, "the teacher was not to run"
+        return forward(self, *inputs)
+
+    return checked
+
+
+def test_a_run_keeps_what_its_teacher_says_once_a_seed(task, tmp_path, untimed, monkeypatch):
+    config = RunConfig("synthetic", methods=("sp-sad", "at", "magnitude"), seeds=2, out=str(tmp_path / "kept"))
+    heard, made = [], []
+    fill = teaching.kept_teacher
+    run_module = __import__("sys").modules["sparsekd.runs.run"]
+    monkeypatch.setattr(run_module, "kept_teacher", lambda *args: made.append(fill(*args)) or made[-1])
+    results, _ = runs.run(config, heard.append)
+    assert len(made) == 2 and made[0].rows == len(task.train)
+    assert sum("has been run once on 256 rows" in line for line in heard) == 2
+    runs.run(config, heard.append)
+    assert len(made) == 2  # all of them had finished
+
+    monkeypatch.setattr(teaching, "MOST_BYTES", 0)
+    again, _ = runs.run(dataclasses.replace(config, out=str(tmp_path / "run")), heard.append)
+    assert made[2:] == [None, None] and "the teacher is run in every step" in heard[-1] + "".join(heard)
+    for row, other in zip(results["rows"], again["rows"], strict=True):
+        assert (row["name"], row["seed"]) == (other["name"], other["seed"])
+        for name in ("mse", "mae", "val_mse", "weights_kept"):
+            assert row["metrics"][name] == pytest.approx(other["metrics"][name], rel=MOST)
+
+
+def test_what_is_augmented_or_drawn_anew_is_not_kept(task, teacher):
+    augmented = dataclasses.replace(task.train, prepare=lambda inputs, generator: inputs)
+    assert kept(teacher, dataclasses.replace(task, train=augmented)) is None
+    pairs = type("Pairs", (), {})()
+    assert kept(teacher, dataclasses.replace(task, train=pairs)) is None
+
+
+def test_batches_are_told_what_belongs_to_their_rows(task, teacher):
+    cache, part = kept(teacher, task), task.train
+    assert isinstance(part, Rows)
+    generator, plain = (torch.Generator().manual_seed(3) for _ in range(2))
+    taught = teaching.taught_batches(part, cache, Runtime(), 64, generator, 0, 1)
+    with torch.no_grad():
+        for (inputs, target, told), (same_inputs, same_target) in zip(taught, part.batches(64, plain), strict=True):
+            assert torch.equal(inputs[0], same_inputs[0]) and torch.equal(target, same_target)
+            torch.testing.assert_close(told.output, teacher(*inputs))
