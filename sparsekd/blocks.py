@@ -125,8 +125,10 @@ class BlockSparse:
         grid = self.pattern.grid(self.shape)
         rows, cols, taps = grid[0], grid[1], grid[2:] or (1, 1)
         bh, bw = self.pattern.bh, self.pattern.bw
-        blocks = self.values.new_zeros(rows * math.prod(taps) * cols, bh, bw)
-        blocks[self._flat_position()] = self.values
+        blocks = self.values  # all of them, in this very order; or
+        if len(blocks) < rows * math.prod(taps) * cols:
+            blocks = self.values.new_zeros(rows * math.prod(taps) * cols, bh, bw)
+            blocks[self._flat_position()] = self.values
         dense = blocks.view(rows, *taps, cols, bh, bw).permute(0, 4, 3, 5, 1, 2)  # [Rb, bh, Cb, bw, R, S]
         dense = dense.reshape(rows * bh, cols * bw, *taps)[: self.shape[0], : self.shape[1]]
         return dense.reshape(self.shape).contiguous()

@@ -82,6 +82,10 @@ class Convolution(BlockSparseLayer):
         return input, padding
 
     def _convolved(self, image: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Tensor:
+        if self.computes_densely:
+            return F.conv2d(
+                image, self.weight.view(self.matrix_shape), self.bias, stride, padding, dilation, self.groups
+            )
         return ops.conv2d(
             image,
             self.values,

@@ -63,6 +63,9 @@ class BlockSparseLayer(TracedWhole):
     pattern: BlockPattern
     weight_shape: tuple[int, ...]  # of the dense layer's weight
     matrix_shape: tuple[int, ...]  # the same weights as `BlockSparse` takes them: [out, in] or [K, C/groups, R, S]
+    # Whether a linear layer or convolution runs as torch's own as long as every block is kept, which is faster in
+    # training. A pruner sets it on its layers: they cost what the dense ones do before the first prune.
+    dense_while_full: bool = False
 
     @classmethod
     def from_dense(
@@ -193,6 +196,11 @@ class BlockSparseLayer(TracedWhole):
     def density(self) -> float:
         """``num_kept / num_weights``."""
         return self.num_kept / max(self.num_weights, 1)
+
+    @property
+    def computes_densely(self) -> bool:
+        """Whether it runs as torch's layer now: see ``dense_while_full``."""
+        return self.dense_while_full and len(self.col_idx) == math.prod(self.pattern.grid(self.matrix_shape))
 
     def block_mask(self) -> Tensor:
         """Bool block mask of the kept blocks, in the shape that ``from_dense(mask=)`` takes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
@@ -44,6 +45,8 @@ class SparseLinear(BlockSparseLayer):
     def forward(self, input: Tensor) -> Tensor:
         if input.shape[-1] != self.in_features:
             raise ValueError(f"SparseLinear: expected [..., {self.in_features}], got shape {tuple(input.shape)}")
+        if self.computes_densely:
+            return F.linear(input, self.weight, self.bias)
         return ops.linear(input, self.values, self.row_ptr, self.col_idx, self.bias, out_features=self.out_features)
 
     def extra_repr(self) -> str:

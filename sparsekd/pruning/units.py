@@ -304,7 +304,10 @@ def prunable_layers(
             meant = {name: layer for name, layer in meant.items() if not isinstance(layer, across)}
         _make_sparse(model, meant, granularity, pattern, include, exclude)
         kind = FilterUnits if granularity == "filter" else BlockUnits
-        layers = {name: model.get_submodule(name) for name in meant}
+        layers: dict[str, Any] = {name: model.get_submodule(name) for name in meant}
+        for layer in layers.values():
+            if isinstance(layer, SPARSE_TYPES):
+                layer.dense_while_full = True
         units = [kind(name, layer, grouping) for name, layer in layers.items() if isinstance(layer, SPARSE_TYPES)]
     units = [each for each in units if each.num_kept]
     if not units:
