@@ -1,0 +1,271 @@
+"""The whole job, as arXiv 2401.10484 counts it: training of a student and inference over the test part.
+
+    python -m benchmarks.headline run --out runs/headline --threads 2 --minutes 3     # goes on where it was stopped
+    python -m benchmarks.headline table --out runs/headline --json benchmarks/results/headline.json
+
+On movietweetings, in turns, each job in a process of its own:
+
+    plain torch   dense SAD as one would write it: the teacher in every step, the loss of lib/plain_sad.py
+    SAD           the same with this library: a cache of the teacher, our loss, channels_last, a frozen dense student
+    SP-SAD, LTH-SAD, SS-SAD at .45, .3, .2 and .1 of the multiply-adds, with the same, frozen
+
+All train for as many epochs of the same batches, and keep the epoch of smallest validation error. A job takes the pass
+of the teacher that fills the cache (every job pays all of it, though a run shares it), training with its validation,
+freezing, and the test part in batches of 512. Reading the data and the teacher's own training are in none: both sides
+need them alike. `table` takes the density of each method that has the smallest validation error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.lib import plain_sad
+from benchmarks.lib.timing import Elsewhere, machine, write_json
+from sparsekd import checkpoint, energy
+from sparsekd.data import Task
+from sparsekd.runs import RunConfig, record, tasks, teaching
+from sparsekd.runs.epochs import fit, picked_epoch
+from sparsekd.runs.evaluate import freeze_for
+from sparsekd.runs.memory import keep_freed_memory
+from sparsekd.runs.plans.network import Network, Plan
+from sparsekd.runs.runtime import Runtime
+
+DENSITIES = (0.45, 0.3, 0.2, 0.1)
+PLAIN = "plain torch"
+BATCH = 512  # of inference
+LAYER_MS = 3.0  # to choose what a layer runs on: it is part of the job
+ROWS = "rows.jsonl"
+
+
+def read(options: argparse.Namespace) -> tuple[Task, Plan]:
+    config = RunConfig("movietweetings", data_dir=options.data, densities=DENSITIES, quick=options.quick)
+    config = tasks.complete(config)
+    task = tasks.entry_of(config.task).load(config)
+    return task, tasks.plan_of(task, config)
+
+
+def networks_of(plan: Plan) -> dict[str, Network]:
+    """Name of a job -> the student that it trains."""
+    pruned = {f"{net.name} @ {net.densities[0]:g}": net for net in plan.students if net.densities}
+    sad = next(net for net in plan.students if net.folder == "sad")
+    return {PLAIN: sad, "SAD": sad, **pruned}
+
+
+def teacher_of(options: argparse.Namespace, task: Task, plan: Plan) -> nn.Module:
+    """Trained now, or read where an earlier call has."""
+    folder = Path(options.out) / f"seed{options.seed}" / "teacher"
+    model = record.fresh(plan.teacher, options.seed)
+    if not (folder / "done").is_file():
+        fit(model, task, plan.teacher, seed=options.seed, folder=folder)
+        (folder / "done").touch()
+    return checkpoint.load(model, folder / plan.teacher.file(None)).eval()
+
+
+def job(options: argparse.Namespace) -> dict[str, Any]:
+    """One row: what the job took, and how good its student is."""
+    task, plan = read(options)
+    network = networks_of(plan)[options.job]
+    teacher = teacher_of(options, task, plan)
+    student = record.fresh(network, options.seed)
+    work = plain if options.job == PLAIN else ours
+    with Elsewhere() as elsewhere, tempfile.TemporaryDirectory() as folder:
+        measured = work(task, network, teacher, student, options.seed, Path(folder))
+    took = [value for name, value in measured.items() if name.endswith("_seconds")]
+    joules = measured.pop("joules")
+    return {
+        "job": options.job,
+        "seed": options.seed,
+        "turn": options.turn,
+        "seconds": sum(took),
+        **measured,
+        "joules": None if None in joules else sum(joules),
+        "elsewhere": elsewhere.share,
+        "threads": torch.get_num_threads(),
+        "quick": options.quick,
+    }
+
+
+def plain(task: Task, network: Network, teacher: nn.Module, student: nn.Module, seed: int, folder: Path) -> Any:
+    """Dense SAD in plain torch."""
+    with energy.EnergyMeter("cpu") as training:
+        state, val = plain_sad.train(task, network, teacher, student, seed)
+    student.load_state_dict(state)
+    with energy.EnergyMeter("cpu") as inference:
+        prediction = predicted(student.eval(), task)
+    return {
+        "train_seconds": training.reading.seconds,
+        "infer_seconds": inference.reading.seconds,
+        "val_mse": val,
+        **scored(task, prediction),
+        "joules": [training.reading.joules, inference.reading.joules],
+    }
+
+
+def ours(task: Task, network: Network, teacher: nn.Module, student: nn.Module, seed: int, folder: Path) -> Any:
+    """What `sparsekd run` does for one student."""
+    keep_freed_memory()
+    meters = [energy.EnergyMeter("cpu") for _ in range(4)]
+    with meters[0]:
+        kept = teaching.kept_teacher(teacher, task, Runtime(), print)
+    with meters[1]:
+        epochs = fit(student, task, network, teacher=teacher, kept=kept, seed=seed, folder=folder)
+    density = network.densities[0] if network.densities else None
+    with meters[2]:
+        model = checkpoint.load(record.fresh(network, seed), folder / network.file(density))
+        frozen = freeze_for(model, task, (BATCH,), LAYER_MS)[BATCH]
+    with meters[3]:
+        prediction = predicted(frozen, task)
+    picked = picked_epoch(epochs, density or 1.0, network.recipe.select, task.goal.judge)
+    assert picked is not None
+    stages = ("teacher", "train", "freeze", "infer")
+    return {
+        **{f"{stage}_seconds": meter.reading.seconds for stage, meter in zip(stages, meters, strict=True)},
+        "val_mse": picked["val_mse"],
+        **scored(task, prediction),
+        "epoch_seconds": [round(epoch["seconds"], 3) for epoch in epochs],
+        "epoch_density": [round(epoch["density"], 4) for epoch in epochs],
+        "joules": [meter.reading.joules for meter in meters],
+    }
+
+
+def predicted(model: Callable[..., Any], task: Task) -> Tensor:
+    with torch.inference_mode():
+        return torch.cat([model(*inputs) for inputs, _ in task.test.batches(BATCH)])
+
+
+def scored(task: Task, prediction: Tensor) -> dict[str, float]:
+    measured = task.goal.measure(prediction, task.test.target)  # type: ignore[attr-defined]
+    return {f"test_{name}": value for name, value in measured.items()}
+
+
+def run(options: argparse.Namespace) -> None:
+    """All jobs that are not in the file yet, in turns, as long as there is time for the longest one known."""
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    task, plan = read(options)
+    teacher_of(options, task, plan)
+    names = options.jobs or list(networks_of(plan))
+    del task, plan
+    began = time.monotonic()
+    for turn in range(options.turns):
+        for name in names:
+            known = rows_in(out)
+            if any((row["job"], row["seed"], row["turn"]) == (name, options.seed, turn) for row in known):
+                continue
+            left = 60 * options.minutes - (time.monotonic() - began)
+            if left < 1.15 * expected(known, name):
+                print(f"{left:.0f} s left: no time for {name}; the same call goes on from here", flush=True)
+                return
+            in_a_process(options, name, turn)
+
+
+def expected(rows: Iterable[dict[str, Any]], name: str) -> float:
+    """Seconds that a job takes with its start; of one that has not run, as long as the longest that has."""
+    took = {row["job"]: row["wall_seconds"] for row in rows}
+    return took.get(name, max(took.values(), default=0.0))
+
+
+def in_a_process(options: argparse.Namespace, name: str, turn: int) -> None:
+    began = time.monotonic()
+    command = [sys.executable, "-m", "benchmarks.headline", "job", "--job", name, "--turn", str(turn)]
+    command += ["--out", options.out, "--seed", str(options.seed), "--threads", str(options.threads)]
+    command += ["--quick"] if options.quick else []
+    command += [] if options.data is None else ["--data", options.data]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    row = json.loads(done.stdout.splitlines()[-1]) | {"wall_seconds": time.monotonic() - began}
+    with (Path(options.out) / ROWS).open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(in_one_line(row), flush=True)
+
+
+def in_one_line(row: dict[str, Any]) -> str:
+    return (
+        f"seed {row['seed']} turn {row['turn']} {row['job']}: {row['seconds']:.1f} s ({row['train_seconds']:.1f} of "
+        f"training), validation MSE {row['val_mse']:.4f}, test MSE {row['test_mse']:.4f}, "
+        f"{row['elsewhere']:.1%} of the machine elsewhere"
+    )
+
+
+def rows_in(out: Path) -> list[dict[str, Any]]:
+    path = out / ROWS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each job the medians over turns of its seconds, beside those of plain torch, and means over seeds."""
+    by_job: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_job.setdefault(row["job"], []).append(row)
+    base = statistics.median(row["seconds"] for row in by_job[PLAIN])
+    return [
+        {
+            "job": name,
+            "seconds": statistics.median(row["seconds"] for row in taken),
+            "ratio": statistics.median(row["seconds"] for row in taken) / base,
+            "train_seconds": statistics.median(row["train_seconds"] for row in taken),
+            "val_mse": statistics.fmean(row["val_mse"] for row in taken),
+            "test_mse": statistics.fmean(row["test_mse"] for row in taken),
+            "seeds": len({row["seed"] for row in taken}),
+            "turns": len(taken),
+            "chosen": False,
+        }
+        for name, taken in by_job.items()
+    ]
+
+
+def table(options: argparse.Namespace) -> None:
+    rows = rows_in(Path(options.out))
+    lines = summary(rows)
+    for method in dict.fromkeys(line["job"].split(" @ ")[0] for line in lines):
+        densities = [line for line in lines if line["job"].split(" @ ")[0] == method]
+        min(densities, key=lambda line: line["val_mse"])["chosen"] = True
+    print("| job | seconds | of plain torch | validation MSE | test MSE | turns |\n|---|---|---|---|---|---|")
+    for line in lines:
+        name = f"**{line['job']}**" if line["chosen"] else line["job"]
+        print(
+            f"| {name} | {line['seconds']:.1f} | {line['ratio']:.2f} | {line['val_mse']:.4f} | {line['test_mse']:.4f} "
+            f"| {line['turns']} |"
+        )
+    if options.json:
+        command = shlex.join(["python", "-m", "benchmarks.headline", *sys.argv[1:]])
+        torch.set_num_threads(options.threads)
+        write_json(options.json, command, [*lines, *rows], machine())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=["run", "job", "table"])
+    parser.add_argument("--out", default="runs/headline", metavar="DIR", help="rows and the teacher")
+    parser.add_argument("--data", metavar="DIR", help="MovieTweetings, if not the embedded one")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--turns", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=60.0, help="no job is begun that would take longer")
+    parser.add_argument("--jobs", nargs="+", metavar="NAME", help="these alone")
+    parser.add_argument("--quick", action="store_true", help="few rows: to see it work, not to quote")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--job", help="of the step job, which run calls")
+    parser.add_argument("--turn", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.step == "job":
+        print(json.dumps(job(options)))
+    else:
+        {"run": run, "table": table}[options.step](options)
+
+
+if __name__ == "__main__":
+    main()

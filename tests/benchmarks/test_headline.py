@@ -1,0 +1,58 @@
+"""The headline benchmark: its plain side computes the loss that ours does, and its table chooses on validation."""
+
+import json
+import math
+
+import torch
+
+from benchmarks import headline
+from benchmarks.lib.plain_sad import PlainSAD
+from sparsekd import SAD
+
+
+def same_parameters(sad, plain):
+    """Give the plain module the parameters of ours, which holds those of all layers side by side."""
+    for ours, theirs in ((sad.queries, plain.queries), (sad.keys, plain.keys)):
+        weights = [weight for run in ours.weights for weight in run]
+        for place, (layer, weight) in enumerate(zip(theirs, weights, strict=True)):
+            layer[0].weight.copy_(weight.T)
+            layer[0].bias.copy_(ours.bias[place, 0])
+    plain.bilinear.load_state_dict(sad.bilinear.state_dict())
+    plain.teacher_position.copy_(sad.teacher_position)
+    plain.student_position.copy_(sad.student_position)
+
+
+def test_the_plain_loss_is_ours():
+    torch.manual_seed(0)
+    teacher = [torch.rand(6, 8, 8, 8), torch.rand(6, 8, 8, 8), torch.rand(6, 12, 4, 4)]
+    student = [torch.rand(6, 4, 8, 8, requires_grad=True), torch.rand(6, 6, 4, 4, requires_grad=True)]
+    sad, plain = SAD([8, 8, 12], [4, 6], 16), PlainSAD([8, 8, 12], [4, 6], 16)
+    with torch.no_grad():
+        same_parameters(sad, plain)
+    gradients = []
+    for loss in (sad(teacher, student), plain(teacher, student)):
+        gradients.append((loss.detach(), *torch.autograd.grad(loss, student)))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
+
+
+def row(job, seconds, val, test, turn=0):
+    measured = {"seconds": seconds, "train_seconds": seconds / 2, "val_mse": val, "test_mse": test, "elsewhere": 0.0}
+    return {"job": job, "seed": 0, "turn": turn, "wall_seconds": seconds + 5, **measured}
+
+
+def test_the_table_chooses_densities_on_validation_and_counts_turns(tmp_path, capsys):
+    rows = [
+        row(headline.PLAIN, 80, 2.0, 2.5),
+        row(headline.PLAIN, 90, 2.0, 2.5, 1),
+        row(headline.PLAIN, 100, 2.0, 2.5, 2),
+    ]
+    rows += [row("LTH-SAD @ 0.3", 30, 1.9, 2.6), row("LTH-SAD @ 0.1", 20, 2.1, 2.4)]
+    (tmp_path / headline.ROWS).write_text("".join(json.dumps(each) + "\n" for each in rows))
+    options = type("Options", (), {"out": str(tmp_path), "json": None})
+    headline.table(options)
+    said = capsys.readouterr().out
+    assert f"| **{headline.PLAIN}** | 90.0 | 1.00 | 2.0000 | 2.5000 | 3 |" in said
+    assert "| **LTH-SAD @ 0.3** | 30.0 | 0.33 | 1.9000 | 2.6000 | 1 |" in said
+    assert "| LTH-SAD @ 0.1 | 20.0 | 0.22 |" in said
+    assert headline.expected(rows, "LTH-SAD @ 0.1") == 25 and headline.expected(rows, "new") == 105
+    assert headline.expected([], "new") == 0.0 and math.isfinite(headline.expected(rows, headline.PLAIN))
