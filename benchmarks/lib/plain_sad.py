@@ -45,7 +45,7 @@ class PlainSAD(nn.Module):
         attention = torch.softmax(logits / math.sqrt(self.dim), 2)
         loss = query.new_zeros(())
         for place, feature in enumerate(teacher):
-            size = feature.shape[2:]
+            size = feature.shape[2], feature.shape[3]
             wanted = F.normalize(feature.square().mean(1).flatten(1))
             for other, seen in enumerate(student):
                 pooled = F.adaptive_avg_pool2d(seen.square().mean(1, keepdim=True), size).flatten(1)
@@ -79,7 +79,8 @@ def train(
     with torch.no_grad():
         for model in (teacher.eval(), student.eval()):
             model(*task.train.examples(2))
-    sad = PlainSAD(*([feature.shape[1] for feature in tap.features] for tap in taps))
+    channels = [[feature.shape[1] for feature in tap.features] for tap in taps]
+    sad = PlainSAD(channels[0], channels[1])
     optimizer = torch.optim.AdamW([*student.parameters(), *sad.parameters()], weight_decay=recipe.weight_decay)
     steps = task.train.steps(recipe.batch_size)
     best: tuple[dict[str, Tensor], float] = {}, math.inf
