@@ -65,3 +65,12 @@ def test_the_kernels_come_with_the_first_prune_and_go_with_the_last_block_back(m
     called.clear()
     torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)  # what comes back is zero
     assert called == []
+
+
+def test_full_layers_compile_into_one_graph():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(4, 16, 3), nn.Flatten(), nn.Linear(64, 16)), torch.randn(2, 4, 4, 4)
+    Pruner(model, pattern=BlockPattern(16, 1))
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
