@@ -135,8 +135,7 @@ def ours(task: Task, network: Network, teacher: nn.Module, student: nn.Module, s
         **{f"{stage}_seconds": meter.reading.seconds for stage, meter in zip(stages, meters, strict=True)},
         "val_mse": picked["val_mse"],
         **scored(task, prediction),
-        "epoch_seconds": [round(epoch["seconds"], 3) for epoch in epochs],
-        "epoch_density": [round(epoch["density"], 4) for epoch in epochs],
+        "epochs": [{"seconds": round(e["seconds"], 3), "density": round(e["density"], 4)} for e in epochs],
         "joules": [meter.reading.joules for meter in meters],
     }
 
