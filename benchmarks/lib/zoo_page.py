@@ -88,4 +88,9 @@ def _summary(merged: Mapping[str, Row]) -> list[str]:
     return lines
 
 
-_TRACED = {"torch.fx": "traced by torch.fx", "torch.export": "by torch.export", "no": "not at all"}
+_TRACED = {
+    "torch.fx": "traced by torch.fx",
+    "torch.export": "by torch.export",
+    "torch.export of one size": "by torch.export with the example's sizes",
+    "no": "not at all",
+}

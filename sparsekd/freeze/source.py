@@ -21,7 +21,7 @@ from .outputs import check_no_nan, deviation
 from .simplify import simplify
 from .sites import Site, clone, find_eager_sites, find_sites, fused_by_torch, layers_inside, shapes_in
 from .sizes import free_sizes
-from .trace import METHODS, Trace, batch_of, traces, with_batch
+from .trace import METHODS, PATIENCE, Trace, batch_of, traces, with_batch
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def find_source(
     found, said = _trace_that_agrees(model, call, inputs, expected, tolerance)
     sites = find_eager_sites(model, run, inputs) if found is None else find_sites(found.network, inputs, pools=pools)
     free: list[list[int]] = [[] for _ in inputs]
-    if found is None or found.by == METHODS[0] or found.guards is not None:
+    if found is None or found.by == METHODS[0] or (found.by == METHODS[1] and found.guards is not None):
         free = free_sizes(run, run if found is None else _rebuilt(found), inputs, tolerance)
     record = describe(model, call, found, sites, inputs, free, _sample(run, inputs))
     return Source(model, call, found, tuple(said), inputs, expected, sites, record)
@@ -138,9 +138,11 @@ def _rebuilt(found: Trace) -> Callable[..., Any]:
     return lambda *tensors: rebuild(found.network(*tensors))
 
 
-def trace_by(method: str, model: nn.Module, call: Call, inputs: tuple[Tensor, ...]) -> Trace:
+def trace_by(
+    method: str, model: nn.Module, call: Call, inputs: tuple[Tensor, ...], patience: float | None = None
+) -> Trace:
     """The simplified trace by one of `METHODS`; raises whatever stops it."""
-    for name, make in traces(model, call, inputs):
+    for name, make in traces(model, call, inputs, patience):
         if name == method:
             found = make()
             simplify(found.network)
@@ -164,7 +166,7 @@ def _trace_that_agrees(
     partial: tuple[Trace, list[str]] | None = None
     for method in METHODS:
         try:
-            found = trace_by(method, model, call, inputs)
+            found = trace_by(method, model, call, inputs, PATIENCE)
         except Exception as error:  # the model has just run: whatever this is says that it cannot be traced so
             reasons.append(f"{method} cannot trace the model ({_first_line(error)})")
             continue

@@ -1,5 +1,8 @@
 """A model as a graph: by torch.fx where that can, else by torch.export, in which no Python code is left.
 
+torch.export takes every size for a symbol, and what a model computes from its sizes may keep it busy for many minutes.
+So `freeze` has a limit to its patience; then the batch alone is a symbol, and the other sizes are the example's.
+
 Either way the model's dense twin is what is traced, so that a block-sparse model has the graph of its dense one, and a
 freshly built dense model that of the block-sparse one a file was written from. In the graph the layers are the model's.
 """
@@ -10,8 +13,10 @@ import copy
 import inspect
 import itertools
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +31,8 @@ from .call import Call
 # Tracing patches nn.Module for as long as it lasts, and networks that are timed at once disturb each other: of two
 # threads that freeze, one waits.
 LOCK = threading.RLock()
-METHODS = ("torch.fx", "torch.export")
+METHODS = ("torch.fx", "torch.export", "torch.export of one size")
+PATIENCE = 30.0  # seconds of processor time for torch.export with all sizes free; most models take less than 5
 TENSORS = "_tensors"  # the module of a trace that holds what it reads
 
 
@@ -44,13 +50,18 @@ class Trace:
     guards: Callable[..., Any] | None = None
 
 
-def traces(model: nn.Module, call: Call, inputs: tuple[Tensor, ...]) -> Iterator[tuple[str, Callable[[], Trace]]]:
-    """Ways to trace a model, the one with the plainest graph first; each raises whatever stops it."""
+def traces(
+    model: nn.Module, call: Call, inputs: tuple[Tensor, ...], patience: float | None = None
+) -> Iterator[tuple[str, Callable[[], Trace]]]:
+    """Ways to trace a model, the one with the plainest graph first; each raises whatever stops it.
+
+    patience: seconds for torch.export with all sizes free; None: as long as it takes."""
     twin = dense_twin(model)
     if twin is None:
         return
     yield METHODS[0], lambda: by_fx(model, twin, call, inputs)
-    yield METHODS[1], lambda: by_export(model, twin, call, inputs)
+    yield METHODS[1], lambda: by_export(model, twin, call, inputs, patience)
+    yield METHODS[2], lambda: by_export(model, twin, call, inputs, None, one_size=True)
 
 
 def dense_twin(model: nn.Module) -> nn.Module | None:
@@ -220,15 +231,23 @@ def _graph_module(parts: dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
 # ---- torch.export
 
 
-def by_export(model: nn.Module, twin: nn.Module, call: Call, inputs: tuple[Tensor, ...]) -> Trace:
-    """Raises whatever torch.export raises, and TypeError where it has fixed the batch size."""
+def by_export(
+    model: nn.Module,
+    twin: nn.Module,
+    call: Call,
+    inputs: tuple[Tensor, ...],
+    patience: float | None,
+    one_size: bool = False,
+) -> Trace:
+    """Raises whatever torch.export raises, TypeError where it has fixed the batch size, and TimeoutError where it takes
+    longer than ``patience`` in seconds. one_size: the batch alone may differ from the example's."""
     batch = batch_of(inputs)
     given = with_batch(inputs, max(batch, 2))  # a batch of one would be taken for a constant
     args, kwargs = call.build(given)
-    dims = call.build([{i: torch.export.Dim.AUTO for i in range(x.dim())} for x in given])
+    dims = call.build([_free_dims(x, max(batch, 2), one_size) for x in given])
     shapes = dict(inspect.signature(twin.forward).bind(*dims[0], **dims[1]).arguments)
     # With gradients no fused path is taken that hides layers.
-    with LOCK, torch.enable_grad(), warnings.catch_warnings():
+    with LOCK, torch.enable_grad(), warnings.catch_warnings(), _impatient(twin, patience):
         warnings.simplefilter("ignore")
         program = torch.export.export(twin, args, kwargs, dynamic_shapes=shapes, strict=False)
     graph, parts = _lifted(model, program)
@@ -236,7 +255,30 @@ def by_export(model: nn.Module, twin: nn.Module, call: Call, inputs: tuple[Tenso
     network = _graph_module(parts, graph)
     one = out_spec.is_leaf()
     rebuild = (lambda flat: flat[0]) if one else (lambda flat: pytree.tree_unflatten(list(flat), out_spec))
-    return Trace(network, METHODS[1], rebuild, _guards(program))
+    return Trace(network, METHODS[2 if one_size else 1], rebuild, _guards(program))
+
+
+def _free_dims(x: Tensor, batch: int, one_size: bool) -> dict[int, Any]:
+    if one_size:
+        return {0: torch.export.Dim.AUTO} if x.dim() and x.shape[0] == batch else {}
+    return {i: torch.export.Dim.AUTO for i in range(x.dim())}
+
+
+@contextmanager
+def _impatient(model: nn.Module, seconds: float | None) -> Iterator[None]:
+    """TimeoutError from the first call of a module after so much time of this thread's."""
+    began = time.thread_time()
+
+    def look(*_: Any) -> None:
+        if seconds is not None and time.thread_time() - began > seconds:
+            raise TimeoutError(f"it takes longer than {seconds:g} s with all sizes free")
+
+    hooks = [one.register_forward_pre_hook(look) for one in model.modules()] if seconds is not None else []
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _guards(program: torch.export.ExportedProgram) -> Callable[..., None] | None:

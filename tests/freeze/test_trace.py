@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import sparsekd
-from sparsekd.freeze import load_frozen
+from sparsekd.freeze import load_frozen, source
 from sparsekd.nn import SparseConv2d
 
 from .networks import (
@@ -120,6 +120,20 @@ def test_what_fx_cannot_trace_is_exported(tmp_path):
     assert [one.geometry.fused for one in frozen.plan if not one.geometry.pool] == ["bn+relu", "relu", ""]
     for shape in ((1, 3, 8, 8), (5, 3, 8, 8), (2, 3, 11, 6)):
         assert_frozen_equals(model, frozen, torch.randn(shape))
+    frozen.save(tmp_path / "frozen")
+    assert torch.equal(load_frozen(tmp_path / "frozen", Checked())(x), frozen(x))
+
+
+def test_where_free_sizes_keep_torch_export_busy_the_batch_alone_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "PATIENCE", 0.0)
+    model = sparsekd.sparsify(trained(Checked()), density=0.5)
+    x = torch.randn(1, 3, 8, 8)
+    frozen = quick(model, x)
+    assert frozen.record["traced"] == "torch.export of one size"
+    for batch in (1, 5):
+        assert_frozen_equals(model, frozen, torch.randn(batch, 3, 8, 8))
+    with pytest.raises(ValueError, match="freeze again with an example of this size"):
+        frozen(torch.randn(2, 3, 11, 6))
     frozen.save(tmp_path / "frozen")
     assert torch.equal(load_frozen(tmp_path / "frozen", Checked())(x), frozen(x))
 
