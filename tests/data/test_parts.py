@@ -69,6 +69,16 @@ def test_ranks_share_every_batch(kind, training):
                 assert torch.equal(inputs[place], column[rank::2])
 
 
+@pytest.mark.parametrize("weight", [None, np.arange(24.0)], ids=["evenly", "weighted"])
+def test_batches_may_come_with_the_numbers_of_their_rows(weight):
+    part = numbered(24, weight=weight)
+    for rank, ranks in ((0, 1), (1, 2)):
+        plain = part.batches(10, seeded(5), rank, ranks)
+        for (rows, (inputs, target)), batch in zip(part.numbered(10, seeded(5), rank, ranks), plain, strict=True):
+            assert torch.equal(inputs[0], batch[0][0]) and torch.equal(target, batch[1])
+            assert torch.equal(part.inputs[0][rows], inputs[0]) and torch.equal(part.target[rows], target)
+
+
 def test_training_leaves_out_batches_with_less_than_two_rows_a_rank():
     for rows, ranks, expected in ((11, 1, 1), (12, 1, 2), (13, 2, 1), (14, 2, 2)):
         for part in (numbered(rows), some_pairs(rows), Period(numbered(rows), 0, 1)):

@@ -102,8 +102,8 @@ def in_one_plan(config: RunConfig, recipe: Recipe, make: Callable[[Shape], nn.Mo
         students=tuple(_students(config, student, partial(make, STUDENT))),
         about={
             "budget": "every student, dense or pruned, trains for the same number of epochs with the same optimizer",
-            "distillation": "the teacher is run once on every train row, and all students of a seed learn from what it "
-            "said; that pass is in no row's training time",
+            "distillation": "the teacher is run once on every train row (in every step, where what it says would take "
+            "over 1 GiB), and all students of a seed learn from what it said; that pass is in no row's training time",
             "selection": "epoch of smallest validation MSE among those at the final density; the test part is used "
             "once, for that epoch",
             "batch_norm": f"statistics of {RECALIBRATION} training batches, taken before each validation with dropout "
