@@ -203,11 +203,21 @@ def _serve(pipe: Any, threads: int) -> None:
             samples.append(time.perf_counter() - begin)
         return samples
 
+    def block(one: Contestant, count: int) -> list[float]:
+        """Seconds of `count` calls; one call before them is not counted."""
+        calls[one]()
+        samples = []
+        for _ in range(count):
+            begin = time.perf_counter()
+            calls[one]()
+            samples.append(time.perf_counter() - begin)
+        return samples
+
     def forget() -> None:
         calls.clear()
         gc.collect()
 
-    known: dict[str, Callable[..., Any]] = {"build": build, "window": window, "forget": forget}
+    known: dict[str, Callable[..., Any]] = {"build": build, "window": window, "block": block, "forget": forget}
     for what, *arguments in iter(pipe.recv, None):
         try:
             pipe.send(("ok", known[what](*arguments)))

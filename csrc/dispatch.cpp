@@ -94,7 +94,7 @@ std::string openmp_name() {
   if (dladdr(reinterpret_cast<void*>(&omp_get_max_threads), &info) != 0 && info.dli_fname) path = info.dli_fname;
   return path + " (max threads " + std::to_string(omp_get_max_threads()) + ")";
 #else
-  return "none: built without OpenMP, kernels run on one thread";
+  return "none: built without OpenMP, kernels have threads of their own";
 #endif
 }
 

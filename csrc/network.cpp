@@ -42,6 +42,7 @@ void Network::run_slice(const std::vector<std::uintptr_t>& pointers, int64_t fir
 }
 
 void Network::run(const std::vector<std::uintptr_t>& pointers, int64_t n, int64_t images, int threads) const {
+  const NetworkLoops loops(threads);
   const int64_t slices = images < 1 || n <= images ? 1 : (n + images - 1) / images;
   struct Work {
     const Network& network;

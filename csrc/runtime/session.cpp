@@ -115,6 +115,7 @@ void Session::run_slice(const Call& call, int64_t first, int64_t n, int threads)
 
 void Session::run(int64_t batch, const void* const* inputs, void* const* outputs) const {
   if (batch < 1) return;  // outputs are empty
+  const NetworkLoops loops(threads_);
   const Call call{batch, inputs, outputs};
   const bool slices = program_.sliceable && images_ > 0 && batch > images_;
   const int64_t count = slices ? (batch + images_ - 1) / images_ : 1;

@@ -86,4 +86,7 @@ void parallel_for(int threads, int64_t items, ParallelBody body, void* context) 
   for (std::thread& worker : workers) worker.join();
 }
 
+NetworkLoops::NetworkLoops(int) : before_(false) {}
+NetworkLoops::~NetworkLoops() = default;
+
 }  // namespace sparsekd
