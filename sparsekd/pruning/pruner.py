@@ -32,7 +32,8 @@ class Pruner:
 
     Args:
         model: its layers are replaced by block-sparse ones in place, as by ``sparsify`` (except under
-            ``"unstructured"``). Put it on its device first, and make the optimizer afterwards: the parameters are new.
+            ``"unstructured"``), which run as torch's own until their first block goes. Put it on its device first, and
+            make the optimizer afterwards: the parameters are new.
         granularity: ``"block"`` (runs on the block-sparse kernels), ``"filter"`` (whole output rows; stored as blocks
             of 1 x C/groups), ``"unstructured"`` (dense layers under masks, for comparison: it makes nothing faster).
         pattern: block shape for ``"block"``; default ``BlockPattern.for_device`` of each layer.
