@@ -1,6 +1,8 @@
 """TeacherCache: its losses are those of a teacher that is run, and files that do not fit are refused."""
 
 import copy
+import doctest
+import importlib
 import itertools
 
 import pytest
@@ -328,3 +330,8 @@ def test_every_pair_of_views_and_rows_has_a_place_of_its_own():
     for count, (row, view) in enumerate(itertools.product(range(3), range(4))):
         assert sum(cache.holds(torch.tensor([r]), v) for r, v in itertools.product(range(3), range(4))) == count
         cache.add(torch.tensor([row]), (x[row : row + 1],), view)
+
+
+def test_the_example_in_the_docs_is_right():
+    result = doctest.testmod(importlib.import_module("sparsekd.teacher_cache.cache"))
+    assert result.attempted and not result.failed
