@@ -93,7 +93,7 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[st
         for seed in range(config.seeds):
             teacher = work.train(plan.teacher, seed)
             # Once a seed, and only if one of its students is not finished yet.
-            kept = functools.cache(functools.partial(kept_teacher, teacher, task, runtime, say))
+            kept = functools.cache(functools.partial(kept_teacher, teacher, task, runtime, work.say_once))
             for student in plan.students:
                 work.train(student, seed, teacher, kept)
         wait_for_all()
@@ -148,6 +148,11 @@ class _Run:
         if rank() == 0:
             report.write(self._results(model), self.out)
         return model
+
+    def say_once(self, line: str) -> None:
+        """Of several ranks the first one says it."""
+        if rank() == 0:
+            self.say(line)
 
     def _settings(self, network: Network, seed: int) -> dict[str, Any]:
         common = record.settings_of_task(self.task, self.plan, self.config)
