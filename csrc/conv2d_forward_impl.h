@@ -30,6 +30,7 @@ struct ForwardTile {
   int64_t output_stride;  // floats from one pixel to the next
   float* buffer;          // [A * B][16], written when not null, instead of the output
   bool stream;            // output is written past the caches
+  bool bounded;           // bounds are not infinite
   Bounds bounds;
 };
 
@@ -59,24 +60,36 @@ inline Vec16 sum_value(const ForwardTile<Sums>& t, Vec16 sum) {
   return Vec16::fma(Vec16::load(lane), Vec16::load(t.scale), Vec16::load(t.bias));
 }
 
-// Hands finished accumulators over: to the buffer, or with residual and activation to the output.
+// Hands finished accumulators over: to the buffer, or with residual and activation to the output. What is the same for
+// all pixels is decided once and read before the stores, which may alias it. Inlined, or GCC 12 keeps all sums in memory.
 template <IsSums Sums, int A, int B>
-inline void finish_tile(const ForwardTile<Sums>& t, const Vec16 (&acc)[A * B]) {
+[[gnu::always_inline]] inline void finish_tile(const ForwardTile<Sums>& t, Vec16 (&acc)[A * B]) {
   if (Sums::kInteger || t.buffer != nullptr) {
 #pragma GCC unroll 32
     for (int i = 0; i < A * B; ++i) sum_value(t, acc[i]).store(t.buffer + i * kStripRows);
     return;
   }
   if constexpr (!Sums::kInteger) {
+    const int64_t stride = t.output_stride;
+    typename Sums::Stored* output[A];
 #pragma GCC unroll 8
-    for (int a = 0; a < A; ++a)
+    for (int a = 0; a < A; ++a) output[a] = t.output[a];
+    if (t.residual[0] != nullptr) {
 #pragma GCC unroll 32
-      for (int b = 0; b < B; ++b) {
-        Vec16 v = acc[a * B + b];
-        if (t.residual[a] != nullptr) v = Vec16::add(v, load16(t.residual[a] + b * t.output_stride));
-        v = t.bounds.clamp(v);
-        t.stream ? stream16(t.output[a] + b * t.output_stride, v) : store16(t.output[a] + b * t.output_stride, v);
-      }
+      for (int i = 0; i < A * B; ++i) acc[i] = Vec16::add(acc[i], load16(t.residual[i / B] + i % B * stride));
+    }
+    if (t.bounded) {
+      const Bounds bounds = t.bounds;
+#pragma GCC unroll 32
+      for (int i = 0; i < A * B; ++i) acc[i] = bounds.clamp(acc[i]);
+    }
+    if (t.stream) {
+#pragma GCC unroll 32
+      for (int i = 0; i < A * B; ++i) stream16(output[i / B] + i % B * stride, acc[i]);
+    } else {
+#pragma GCC unroll 32
+      for (int i = 0; i < A * B; ++i) store16(output[i / B] + i % B * stride, acc[i]);
+    }
   }
 }
 
@@ -226,6 +239,7 @@ template <IsWords Words>
 inline void store_rows(const ForwardCall<Words>& call, const Strip& strip, const float* buffer, int64_t image,
                        int64_t pixel, int64_t count) {
   const int64_t area = call.g.p * call.g.q;
+  count = min64(count, Vec16::kTilePixels);  // which it is, and the compiler may know
   for (int64_t i = 0; i < count; i += 16) {
     const int n = static_cast<int>(min64(16, count - i));
     Vec16 v[16];
@@ -238,29 +252,35 @@ inline void store_rows(const ForwardCall<Words>& call, const Strip& strip, const
   }
 }
 
-// All strips of [strips.begin, strips.end) on one register tile: `rows` image rows from `first_row` of the band, `cols`
-// pixels from `col`.
+// Where a register tile lies in its band: `cols` pixels from `col` in each of `rows` image rows from `first`, or, where it
+// is `single`, `rows` pixels from `first`, counted row by row.
+struct TilePlace {
+  bool single;
+  int64_t first, rows, col, cols;
+};
+
+// All strips of [strips.begin, strips.end) on one register tile.
 template <IsWords Words>
-inline void forward_strips(const ForwardCall<Words>& call, const Band& band, const float* input, int64_t first_row,
-                           int64_t rows, int64_t col, int64_t cols, Range strips,
-                           ForwardTileFn<typename Words::Sums> kernel) {
+[[gnu::noinline]] void forward_strips(const ForwardCall<Words>& call, const Band& band, const float* input,
+                                      const TilePlace& place, Range strips,
+                                      ForwardTileFn<typename Words::Sums> kernel) {
+  const auto [single, first, rows, col, cols] = place;
   const Conv2dGeometry& g = call.g;
   alignas(64) float buffer[Vec16::kTilePixels * kStripRows];
   ForwardTile<typename Words::Sums> tile;
   int64_t image[kTileRowsMax], pixel[kTileRowsMax];
-  const bool pixels = call.source == Source::kPixels;  // then a "row" of the tile is one pixel
-  const int64_t per_row = pixels ? band.cols : 1;
-  int64_t x = first_row % per_row, y = first_row / per_row % band.rows, i = first_row / per_row / band.rows;
+  const int64_t per_row = single ? band.cols : 1;
+  int64_t x = first % per_row, y = first / per_row % band.rows, i = first / per_row / band.rows;
   for (int64_t a = 0; a < rows; ++a) {
-    const int64_t left = band.x + (pixels ? x : col);
+    const int64_t begin = single ? x : col, left = band.x + begin;
     image[a] = band.image + i;
     pixel[a] = (band.y + y) * g.q + left;
-    if (pixels)
+    if (call.source == Source::kPixels)
       tile.input[a] = input + ((image[a] * g.h + (band.y + y) * g.stride_h) * g.w + left * g.stride_w) * g.c;
     else if (call.source == Source::kChannels)
       tile.input[a] = input + image[a] * g.c * g.w + pixel[a];
     else
-      tile.input[a] = input + call.layout.row(i, y) + col;
+      tile.input[a] = input + call.layout.row(i, y) + begin;
     if (++x < per_row) continue;
     x = 0;
     if (++y < band.rows) continue;
@@ -270,6 +290,7 @@ inline void forward_strips(const ForwardCall<Words>& call, const Band& band, con
   tile.weight_stride = call.args.strips.weight_stride;
   tile.output_stride = g.k;
   tile.bounds = bounds_of(call.args.activation);
+  tile.bounded = call.args.activation != sparsekd::Activation::kNone;
   for (int64_t s = strips.begin; s < strips.end; ++s) {
     const Strip& strip = call.args.strips.strip[s];
     if (strip.lanes == 0) continue;
@@ -306,19 +327,56 @@ inline void forward_strips(const ForwardCall<Words>& call, const Band& band, con
   }
 }
 
+constexpr int64_t kFewPixels = 16;  // of a call
+
+// Whether every pixel of a tile can have a base pointer: then tiles may run on into the next row, and be as wide in
+// channels_last memory as in packed.
+constexpr bool kPixelPointers = Vec16::kTilePixels <= kTileRowsMax;
+
+// Tiles of neighbouring pixels, counted row by row.
+template <IsWords Words>
+inline void forward_pixels(const ForwardCall<Words>& call, const Band& band, const float* input, Range strips) {
+  using Sums = typename Words::Sums;
+  const int64_t total = band.images * band.rows * band.cols;
+  const Cuts cuts{total, ceil_div(total, choose_tile(1).rows)};
+  for (int64_t i = 0; i < cuts.count; ++i) {
+    const int64_t first = cuts.begin(i), count = cuts.size(i), col = first % band.cols;
+    if (call.source != Source::kPixels && col + count <= band.cols) {
+      const TilePlace place{false, first / band.cols, 1, col, count};
+      forward_strips(call, band, input, place, strips, find_forward_tile<Sums>(1, count));
+    } else {
+      // Its order of sums is another one, so it must not depend on how the call was cut.
+      const bool few = !kPixelPointers || call.g.n * call.g.p * call.g.q < kFewPixels;
+      ForwardTileFn<Sums> kernel = few ? find_few_tile<Sums>(count) : nullptr;
+      if (kernel == nullptr) kernel = find_forward_tile<Sums>(count, 1);
+      forward_strips(call, band, input, {true, first, count, 0, 1}, strips, kernel);
+    }
+  }
+}
+
+template <IsWords Words>
+inline void forward_tiles(const ForwardCall<Words>& call, const Band& band, const float* input, Range strips) {
+  const bool ragged = band.cols >= Vec16::kTilePixels && band.cols % Vec16::kTilePixels != 0;
+  if (call.source == Source::kPixels || (kPixelPointers && ragged)) return forward_pixels(call, band, input, strips);
+  const TileShape shape = choose_tile(band.cols);
+  const Cuts rows{band.images * band.rows, ceil_div(band.images * band.rows, shape.rows)};
+  const Cuts cols{band.cols, ceil_div(band.cols, shape.cols)};
+  for (int64_t i = 0; i < rows.count; ++i)
+    for (int64_t j = 0; j < cols.count; ++j)
+      forward_strips(call, band, input, {false, rows.begin(i), rows.size(i), cols.begin(j), cols.size(j)}, strips,
+                     find_forward_tile<typename Words::Sums>(rows.size(i), cols.size(j)));
+}
+
+// So many strips at a time that their weights stay in L2 while the tiles pass.
 template <IsWords Words>
 inline void forward_band(const ForwardCall<Words>& call, const Band& band, const float* input, Range strips) {
-  const bool pixels = call.source == Source::kPixels;
-  const TileShape shape = pixels ? choose_tile(1) : choose_tile(band.cols);
-  const int64_t num_rows = band.images * band.rows * (pixels ? band.cols : 1), num_cols = pixels ? 1 : band.cols;
-  const Cuts rows{num_rows, ceil_div(num_rows, shape.rows)};
-  const Cuts cols{num_cols, ceil_div(num_cols, shape.cols)};
-  for (int64_t i = 0; i < rows.count; ++i)
-    for (int64_t j = 0; j < cols.count; ++j) {
-      ForwardTileFn<typename Words::Sums> kernel = pixels ? find_few_tile<typename Words::Sums>(rows.size(i)) : nullptr;
-      if (kernel == nullptr) kernel = find_forward_tile<typename Words::Sums>(rows.size(i), cols.size(j));
-      forward_strips(call, band, input, rows.begin(i), rows.size(i), cols.begin(j), cols.size(j), strips, kernel);
-    }
+  constexpr int64_t kWeightFloats = 64 * 1024;
+  const Strip* const strip = call.args.strips.strip;
+  for (int64_t begin = strips.begin, end; begin < strips.end; begin = end) {
+    int64_t floats = strip[begin].count * kStripRows;
+    for (end = begin + 1; end < strips.end && (floats += strip[end].count * kStripRows) <= kWeightFloats;) ++end;
+    forward_tiles(call, band, input, {begin, end});
+  }
 }
 
 template <IsWords Words>
@@ -335,10 +393,13 @@ inline Source choose_source(const Conv2dForward<typename Words::X, typename Word
   if (Words::kDepth == 1 && is_pointwise(g) && !args.x_channels_last && near) return Source::kChannels;
   const bool single_tap = g.r == 1 && g.s == 1 && g.pad_h == 0 && g.pad_w == 0;
   if (!single_tap || !args.x_channels_last) return Source::kPacked;
-  constexpr int64_t kUses = 2, kManyChannels = 128, kFewPixels = 16;
+  constexpr int64_t kUses = 2, kManyChannels = 128;
+  constexpr int64_t kTileFloats = 6 * 1024;  // 24 KB beside weights that stream through the 32 KB of most CPUs
   int64_t columns = 0;
   for (int32_t i = 0; i < args.strips.count; ++i) columns += args.strips.strip[i].count;
   const bool rarely_used = columns < kUses * g.c && g.c >= kManyChannels;
+  // Tiles of single pixels as wide as others need no packing at all, while their channels stay in L1.
+  if (kPixelPointers && Vec16::kTilePixels * g.c <= kTileFloats) return Source::kPixels;
   return rarely_used || g.n * g.p * g.q < kFewPixels ? Source::kPixels : Source::kPacked;
 }
 
