@@ -118,10 +118,12 @@ def _learner(stream: Any, widths: tuple[int, ...], share: float | None, batch_si
 
 def _bytes(learner: Learner) -> int:
     """Of parameters, buffers and optimizer states; what is shared counts once."""
-    holders: list[Any] = [learner.method.student, learner.method.serving_student]
+    holders: list[Any] = [learner.method.student]
     optimizers = [learner.stepper.optimizer]
-    if isinstance(learner.method, D2S) and learner.method.sparse is not None:
-        optimizers.append(learner.method.sparse.optimizer)
+    if isinstance(learner.method, D2S):
+        for one in filter(None, (learner.method.sparse, learner.method.beside)):
+            holders.append(one.model)
+            optimizers.append(one.optimizer)
     tensors = [t for holder in holders for t in (*holder.parameters(), *holder.buffers())]
     tensors += [
         v for optimizer in optimizers for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)
