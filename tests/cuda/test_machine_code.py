@@ -17,7 +17,8 @@ from benchmarks.gpu import aot
 from .common import tiles
 
 ROOT = Path(__file__).parents[2]
-CURRENT = {90: ("bf16",)}  # what the kept table must have of the kernels as they are, by device
+_ALL = ("bf16", "fp16", "fp32")
+CURRENT = {80: _ALL, 90: _ALL, 100: ("bf16",)}  # what the kept table must have of the kernels as they are, by device
 KEPT = ROOT / "benchmarks" / "results" / "gpu_aot.json"
 
 
@@ -61,7 +62,9 @@ def test_the_kept_sweep_is_of_the_kernels_as_they_are():
 
 def check_the_kept_sweep():
     record = json.loads(KEPT.read_text())
-    assert not [one for one in aot.missing(record["rows"], list(CURRENT)) if one.split()[2] in CURRENT[90]]
+    wanted = {aot.device_name(capability): dtypes for capability, dtypes in CURRENT.items()}
+    missing = [one.split() for one in aot.missing(record["rows"], list(CURRENT))]
+    assert not [one for one in missing if one[2] in wanted[one[0]]]
     sources = {(sm, str(one)): aot.source_of(one) for sm in aot.LIMITS for one in aot.configurations(False, sm)}
     for row in record["rows"]:  # the others are marked as what they are
         assert row["current"] == (row.get("source") == sources[row["sm"], row["config"]]), row["config"]
