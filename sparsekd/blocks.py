@@ -130,6 +130,7 @@ class BlockSparse:
             blocks = self.values.new_zeros(rows * math.prod(taps) * cols, bh, bw)
             blocks[self._flat_position()] = self.values
         dense = blocks.view(rows, *taps, cols, bh, bw).permute(0, 4, 3, 5, 1, 2)  # [Rb, bh, Cb, bw, R, S]
+        dense = dense.clone(memory_format=torch.contiguous_format)  # blocks of whole rows would lie as they should
         dense = dense.reshape(rows * bh, cols * bw, *taps)[: self.shape[0], : self.shape[1]]
         return dense.reshape(self.shape).contiguous()
 

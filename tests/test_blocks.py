@@ -107,3 +107,10 @@ def test_patterns_follow_the_device():
     assert BlockPattern.for_device("cuda").bh % 16 == 0
     with pytest.raises(ValueError, match="cpu or cuda"):
         BlockPattern.for_device("xla")
+
+
+def test_the_dense_weight_is_a_copy_also_where_blocks_of_whole_rows_lie_as_it_does():
+    weight = torch.randn(8, 12)
+    sparse = BlockSparse.from_dense(weight, BlockPattern(1, 12))
+    sparse.to_dense().zero_()
+    assert torch.equal(sparse.to_dense(), weight)
