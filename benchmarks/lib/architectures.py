@@ -85,6 +85,7 @@ def _segmentation(name: str) -> tuple[nn.Module, Example]:
 
 
 def _transformers(name: str) -> tuple[nn.Module, Example]:
+    _import_torchvision()  # which transformers imports where it is installed
     import transformers
 
     kind, sizes = TRANSFORMERS[name]

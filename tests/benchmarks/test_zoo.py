@@ -1,7 +1,9 @@
 """The zoo: one network through every stage, rows that are kept, and a page that says what they say."""
 
 import argparse
+import functools
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -102,3 +104,24 @@ def test_the_page_says_what_the_rows_say():
     rows = zoo.rows_in(root / "benchmarks/results/zoo.jsonl")
     assert zoo_page.between_marks((root / "docs/zoo.md").read_text()) == zoo_page.table(rows)
     assert {name for name, _ in rows} <= set(architectures.NETWORKS)
+
+
+def test_times_are_of_a_process_that_is_started_anew(monkeypatch):
+    options = argparse.Namespace(seconds=1.0, layer_ms=2.0, threads=1, minutes=0.01)
+    row, given = {"network": "small", "kind": "time", "failed": None}, []
+
+    def answer(command, *, returncode=0, **_):
+        given.append(command[3:])
+        return subprocess.CompletedProcess(command, returncode, f"a package says hello\n{json.dumps(row)}\n")
+
+    def late(command, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(zoo.subprocess, "run", answer)
+    assert zoo.in_a_process("small", "time", options) == row
+    expected = "--one time --network small --seconds 1.0 --layer-ms 2.0 --threads 1"
+    assert given == [expected.split()]
+    monkeypatch.setattr(zoo.subprocess, "run", functools.partial(answer, returncode=-11))
+    assert zoo.in_a_process("small", "time", options)["failed"] == "its process ended with status -11"
+    monkeypatch.setattr(zoo.subprocess, "run", late)
+    assert zoo.in_a_process("small", "time", options)["failed"] == "took more than 0.01 minutes"
