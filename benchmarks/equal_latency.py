@@ -5,8 +5,9 @@
     python -m benchmarks.equal_latency time  --out runs/equal-latency --json benchmarks/results/equal_latency.json
     python -m benchmarks.equal_latency chart --json benchmarks/results/equal_latency.json --svg docs/equal_latency.svg
 
-Fashion-MNIST, a ResNet-18 of 16 to 128 channels under one of 24 to 192. LTH-SAD, SS-SAD and SP-SAD each prune the same
-student, which SAD has trained dense, to shares of the predicted time of the dense frozen network, in four ways:
+Fashion-MNIST, or what --dataset names; a ResNet-18 of 16 to 128 channels under one of 24 to 192. LTH-SAD, SS-SAD and
+SP-SAD each prune the same student, which SAD has trained dense, to shares of the predicted time of the dense frozen
+network, in four ways:
 
     cost     by what a block is worth for the microseconds that it costs (scope "cost")
     weights  the smallest blocks of the whole network (scope "global", magnitudes)
@@ -22,25 +23,23 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import lzma
 import shlex
 import statistics
-import struct
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import sparsekd
 from benchmarks import deploy
 from benchmarks.lib.equal_latency_chart import picture
+from benchmarks.lib.equal_latency_data import DATASETS, Pictures
 from benchmarks.lib.timing import machine, write_json
 from sparsekd import checkpoint, models
 from sparsekd.data import Rows
@@ -62,7 +61,6 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 STUDENT, TEACHER = (16, 32, 64, 128), (24, 48, 96, 192)
 PATTERN = sparsekd.BlockPattern(16, 1)
-PIXELS, CLASSES = 28, 10
 ALPHA, BETA = 0.9, 30.0
 ROWS, COSTS = "rows.jsonl", "costs.json"
 TURNS = 7  # of timing
@@ -85,43 +83,18 @@ class Protocol:
     round_epochs: int
     batch: int = 32
     lr: float = 0.05
+    dataset: str = "fashion-mnist"
+
+    @property
+    def pictures(self) -> Pictures:
+        return DATASETS[self.dataset]
 
     def recipe(self, epochs: int) -> Recipe:
         return Recipe(self.lr, 5e-4, epochs, self.batch, optimizer="nesterov", restart="prune", select="last")
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """The array of an idx file, plain or in xz."""
-    for file in (path, path.with_name(path.name + ".xz")):
-        if file.is_file():
-            raw = file.read_bytes()
-            data = lzma.decompress(raw) if file.suffix == ".xz" else raw
-            dims = struct.unpack(f">{data[3]}I", data[4 : 4 + 4 * data[3]])
-            return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(dims)
-    raise FileNotFoundError(f"benchmarks.equal_latency: {path} does not exist, nor with .xz; --data names its folder")
-
-
-def prepared(images: tuple[Tensor, ...], generator: torch.Generator | None) -> tuple[Tensor, ...]:
-    """Bytes [N, 28, 28] -> [N, 3, 28, 28] of mean 0 and variance 1, mirrored at random in training."""
-    (x,) = images
-    x = (x.float() / 255 - 0.286) / 0.353
-    if generator is not None:
-        mirrored = torch.rand(len(x), generator=generator) < 0.5
-        x = torch.where(mirrored[:, None, None], x.flip(2), x)
-    return (x[:, None].expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last),)
-
-
-def part(folder: Path, name: str, images: int | None) -> Rows:
-    pictures, labels = read_idx(folder / f"{name}-images-idx3-ubyte"), read_idx(folder / f"{name}-labels-idx1-ubyte")
-    if images is not None:  # the first of each class
-        each = images // CLASSES
-        rows = np.sort(np.concatenate([np.flatnonzero(labels == c)[:each] for c in range(CLASSES)]))
-        pictures, labels = pictures[rows], labels[rows]
-    return Rows((torch.tensor(pictures),), torch.tensor(labels, dtype=torch.int64), None, prepare=prepared)
-
-
-def network(widths: Sequence[int]) -> nn.Module:
-    model: nn.Module = models.ResNet((2, 2, 2, 2), CLASSES, widths)
+def network(widths: Sequence[int], pictures: Pictures) -> nn.Module:
+    model: nn.Module = models.ResNet((2, 2, 2, 2), pictures.classes, widths)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -158,9 +131,8 @@ def accuracy(frozen: nn.Module, test: Rows) -> float:
     return right / len(test)
 
 
-def frozen_at(model: nn.Module, batch: int, threads: int, layer_ms: float) -> nn.Module:
+def frozen_at(model: nn.Module, x: Tensor, threads: int, layer_ms: float) -> nn.Module:
     """Frozen as it is served, whatever the number of threads that it was trained with."""
-    x = torch.randn(batch, 3, PIXELS, PIXELS).contiguous(memory_format=torch.channels_last)
     return sparsekd.freeze(model.eval(), x, threads=threads, layer_ms=layer_ms)
 
 
@@ -170,7 +142,7 @@ def dense_network(
     """Trained now, or read where an earlier call has."""
     path = out / f"seed{seed}" / f"{name}.safetensors"
     torch.manual_seed(seed)
-    model = network(widths)
+    model = network(widths, protocol.pictures)
     if not path.is_file():
         learn(Method(learner(model, teacher, train, seed)), protocol.recipe(epochs), train, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,8 +177,9 @@ def train_all(options: argparse.Namespace) -> None:
     out, folder = Path(options.out), Path(options.data)
     protocol = protocol_of(options)
     costs = CostTable.load(out / COSTS)
-    train, test = part(folder, "train", protocol.images), part(folder, "t10k", None)
-    for_rounds = part(folder, "train", protocol.round_images)
+    pictures = protocol.pictures
+    whole, test = pictures.load(folder)
+    train, for_rounds = (pictures.first(whole, count) for count in (protocol.images, protocol.round_images))
     done = {(row["seed"], row["method"], row["way"]) for row in rows_in(out) if row["last"]}
     for seed in range(options.seeds):
         dense: dict[str, Any] = {"train": train, "seed": seed, "protocol": protocol}
@@ -214,12 +187,10 @@ def train_all(options: argparse.Namespace) -> None:
         dense_network(out, "student", STUDENT, protocol.dense_epochs, **dense, teacher=teacher)
         for name in ("teacher", "student"):
             if (seed, name, "dense") not in done:
-                model = checkpoint.load(
-                    network(TEACHER if name == "teacher" else STUDENT), out / f"seed{seed}" / f"{name}.safetensors"
-                )
-                append(
-                    out, row_of(seed, name, "dense", 1.0, model, test, costs if name == "student" else None, 0.0, True)
-                )
+                fresh = network(TEACHER if name == "teacher" else STUDENT, pictures)
+                model = checkpoint.load(fresh, out / f"seed{seed}" / f"{name}.safetensors")
+                of_student = costs if name == "student" else None
+                append(out, row_of(seed, name, "dense", 1.0, model, pictures, test, of_student, 0.0, True))
         for method in METHOD_NAMES:
             for way in WAYS:
                 if (seed, method, way) not in done:
@@ -238,7 +209,7 @@ def one_student(
     teacher: Any,
 ) -> None:
     """Prunes the dense student to every point; a row for each, written when the last one is there."""
-    student = checkpoint.load(network(STUDENT), out / f"seed{seed}" / "student.safetensors")
+    student = checkpoint.load(network(STUDENT, protocol.pictures), out / f"seed{seed}" / "student.safetensors")
     schedule, more, epochs = schedule_of(method, protocol)
     began, ready = time.process_time(), []
     pruner_options: dict[str, Any] = {"pattern": PATTERN, "exclude": not_pruned(student), "seed": seed, "costs": costs}
@@ -251,7 +222,7 @@ def one_student(
         **WAYS[way],
         **more,
     )
-    last = min(protocol.points)
+    last, pictures = min(protocol.points), protocol.pictures
 
     def after_round(removed: float) -> None:
         point = round(1 - removed, 6)
@@ -259,7 +230,7 @@ def one_student(
             path = out / f"seed{seed}" / f"{method}-{way}-{point:g}.safetensors"
             checkpoint.save(student, path)
             seconds = time.process_time() - began
-            ready.append(row_of(seed, method, way, point, student, test, costs, seconds, point == last))
+            ready.append(row_of(seed, method, way, point, student, pictures, test, costs, seconds, point == last))
 
     learn(staged, protocol.recipe(epochs), train, seed, after_round)
     for row in ready:
@@ -272,20 +243,21 @@ def row_of(
     way: str,
     point: float,
     model: Any,
+    pictures: Pictures,
     test: Rows,
     costs: CostTable | None,
     seconds: float,
     last: bool,
 ) -> dict[str, Any]:
     weights, kept = sparsekd.pruning.count_weights(model, not_pruned(model))
-    x = torch.zeros(1, 3, PIXELS, PIXELS)
+    x = pictures.example(1)
     dense_macs, macs = sparsekd.pruning.count_macs(model, (x,), not_pruned(model))
     return {
         "seed": seed,
         "method": method,
         "way": way,
         "point": point,
-        "accuracy": accuracy(frozen_at(model, 1, 1, 0.5), test),
+        "accuracy": accuracy(frozen_at(model, x, 1, 0.5), test),
         "predicted_us": None if costs is None else costs.predict(model),
         "weights_kept": kept / weights,
         "macs_kept": macs / dense_macs,
@@ -328,8 +300,9 @@ def protocol_of(options: argparse.Namespace) -> Protocol:
         options.teacher_epochs,
         options.dense_epochs,
         options.round_epochs,
+        dataset=options.dataset,
     )
-    fields = json.loads(json.dumps(protocol.__dict__))
+    fields = json.loads(json.dumps(asdict(protocol)))
     path = Path(options.out) / "protocol.json"
     if path.is_file() and json.loads(path.read_text()) != fields:
         raise ValueError(f"benchmarks.equal_latency: {path} holds another protocol, got {fields}; take another --out")
@@ -340,8 +313,9 @@ def protocol_of(options: argparse.Namespace) -> Protocol:
 def measure_costs(options: argparse.Namespace) -> None:
     """The table that all students are pruned by."""
     torch.manual_seed(0)
-    model: Any = network(STUDENT).eval()
-    x = torch.randn(options.batch, 3, PIXELS, PIXELS).contiguous(memory_format=torch.channels_last)
+    pictures = DATASETS[options.dataset]
+    model: Any = network(STUDENT, pictures).eval()
+    x = pictures.example(options.batch)
     torch.set_num_threads(options.threads)
     costs = CostTable.measure(model, (x,), pattern=PATTERN, exclude=not_pruned(model))
     Path(options.out).mkdir(parents=True, exist_ok=True)
@@ -356,17 +330,18 @@ def time_all(options: argparse.Namespace) -> None:
     layers, so that their time is the same; only their accuracy is used."""
     out = Path(options.out)
     costs = CostTable.load(out / COSTS)
+    protocol = Protocol(**json.loads((out / "protocol.json").read_text()))
     torch.set_num_threads(costs.threads)
     rows = [{**row, "measured_us": None} for row in rows_in(out) if row["method"] != "teacher"]
     rows.append({**next(row for row in rows if row["way"] == "dense"), "method": "openvino"})
     timed = [row for row in rows if row["seed"] == rows[0]["seed"]]
-    x = torch.randn(costs.batch, 3, PIXELS, PIXELS).contiguous(memory_format=torch.channels_last)
+    x = protocol.pictures.example(costs.batch)
     turns: list[list[float]] = [[] for _ in timed]
     with tempfile.TemporaryDirectory() as temporary:
         folders = [Path(temporary) / str(place) for place in range(len(timed))]
         for row, folder in zip(timed, folders, strict=True):
             folder.mkdir()
-            row["absent"] = write_student(out, row, costs, x, folder, options.layer_ms)
+            row["absent"] = write_student(out, row, protocol.pictures, costs, x, folder, options.layer_ms)
         for _ in range(TURNS):
             for row, folder, taken in zip(timed, folders, turns, strict=True):
                 if row["absent"] is None:
@@ -377,21 +352,20 @@ def time_all(options: argparse.Namespace) -> None:
     for row, taken in zip(timed, turns, strict=True):
         row["measured_us"] = statistics.median(taken) if row["absent"] is None else None
         print(in_one_line(row), flush=True)
-    protocol = json.loads((out / "protocol.json").read_text())
-    about = {"protocol": protocol, "batch": costs.batch, "threads": costs.threads, "dense_us": costs.dense_us}
+    about = {"protocol": asdict(protocol), "batch": costs.batch, "threads": costs.threads, "dense_us": costs.dense_us}
     about["costs_sha256"] = hashlib.sha256((out / COSTS).read_bytes()).hexdigest()
     command = shlex.join(["python", "-m", "benchmarks.equal_latency", *sys.argv[1:]])
     write_json(options.json, command, rows, {**machine(), **about})
 
 
 def write_student(
-    out: Path, row: dict[str, Any], costs: CostTable, x: Tensor, folder: Path, layer_ms: float
+    out: Path, row: dict[str, Any], pictures: Pictures, costs: CostTable, x: Tensor, folder: Path, layer_ms: float
 ) -> str | None:
     """The files that it is timed from; or why there are none."""
     name = "student" if row["way"] == "dense" else f"{row['method']}-{row['way']}-{row['point']:g}"
-    model = checkpoint.load(network(STUDENT), out / f"seed{row['seed']}" / f"{name}.safetensors")
+    model = checkpoint.load(network(STUDENT, pictures), out / f"seed{row['seed']}" / f"{name}.safetensors")
     try:
-        frozen = frozen_at(model, costs.batch, costs.threads, layer_ms)
+        frozen = frozen_at(model, x, costs.threads, layer_ms)
         deploy.write_files(frozen, (x,), folder, onnx=row["method"] == "openvino")
     except ImportError as error:
         return str(error)
@@ -408,7 +382,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["costs", "train", "time", "chart"])
     parser.add_argument("--out", default="runs/equal-latency", metavar="DIR", help="tables, students and rows")
-    parser.add_argument("--data", metavar="DIR", help="the idx files of Fashion-MNIST, plain or .xz")
+    parser.add_argument("--data", metavar="DIR", help="the idx files of Fashion-MNIST, plain or .xz, or CIFAR-100")
+    parser.add_argument("--dataset", choices=DATASETS, default="fashion-mnist")
     parser.add_argument("--json", metavar="FILE", default="benchmarks/results/equal_latency.json")
     parser.add_argument("--svg", metavar="FILE", default="docs/equal_latency.svg")
     parser.add_argument("--seeds", type=int, default=1)

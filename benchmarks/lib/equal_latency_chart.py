@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.lib.equal_latency_data import DATASETS
 from sparsekd.report.charts import STYLE, Chart, Series
 
 DENSE = {"dense, frozen": "student", "dense, OpenVINO": "openvino"}  # what the chart calls it -> its rows
@@ -26,9 +27,10 @@ def picture(rows: Sequence[Row], about: Row, methods: Sequence[str], ways: Seque
         f'<text x="{40 + 130 * colour}" y="20">{name}</text></g>'
         for colour, name in enumerate((*(SAID.get(way, f"by {way}") for way in ways), *DENSE))
     )
+    dataset = DATASETS[about["protocol"]["dataset"]].title
     seeds = len({row["seed"] for row in rows})
     foot = (
-        f"Fashion-MNIST, ResNet-18 of 16 to 128 channels, batch {about['batch']}, {about['threads']} thread(s) of "
+        f"{dataset}, ResNet-18 of 16 to 128 channels, batch {about['batch']}, {about['threads']} thread(s) of "
         f"{about['cpu']}, {seeds} seed(s); bars: standard deviation over seeds; times of the first seed's, exported"
     )
     return (

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from benchmarks import equal_latency
+from benchmarks.lib import equal_latency_data
+from sparsekd.data import cifar100
 from sparsekd.pruning import CostTable, LayerCost, Pruner
 from sparsekd.pruning.cost import network_of
 
+from .. import cifar
 from .test_scripts import run_script
 
 
@@ -32,7 +35,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(equal_latency, "TEACHER", (16, 16, 16, 16))
     monkeypatch.setattr(equal_latency, "METHOD_NAMES", ("sp-sad", "ss-sad"))
     monkeypatch.setattr(equal_latency, "WAYS", {way: equal_latency.WAYS[way] for way in ("cost", "random")})
-    model = equal_latency.network(equal_latency.STUDENT)
+    model = equal_latency.network(equal_latency.STUDENT, equal_latency_data.DATASETS["fashion-mnist"])
     shapes = network_of(model)
     layers = Pruner(model, pattern=equal_latency.PATTERN, exclude=equal_latency.not_pruned(model), rewindable=False)
     costs = {name: LayerCost("16x1", 20.0, (0.1, 0.5), (2.0, 10.0)) for name in layers.layers()}
@@ -51,6 +54,7 @@ def options_of(folder, **fields):
         "layer_ms": 0.1,
         "seconds": 0.01,
         "json": folder / "kept.json",
+        "dataset": "fashion-mnist",
     }
     return type("Options", (), {**common, "svg": folder / "docs" / "picture.svg", **fields})
 
@@ -85,14 +89,27 @@ def test_every_way_of_every_method_is_trained_timed_and_drawn(folder, capsys):
 
 def test_a_missing_file_is_named(monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"train-images-idx3-ubyte does not exist, nor with .xz"):
-        equal_latency.part(tmp_path, "train", None)
+        equal_latency_data.fashion_mnist(tmp_path)
     assert run_script(monkeypatch, "benchmarks.equal_latency", "train") == 2
 
 
 def test_pictures_are_mirrored_in_training_only():
     x = torch.arange(28.0).expand(3, 28, 28)
-    plain = equal_latency.prepared((x,), None)[0]
-    mirrored = equal_latency.prepared((x,), torch.Generator().manual_seed(0))[0]
-    assert plain.shape == (3, 3, 28, 28) and torch.equal(plain, equal_latency.prepared((x,), None)[0])
+    plain = equal_latency_data.prepared((x,), None)[0]
+    mirrored = equal_latency_data.prepared((x,), torch.Generator().manual_seed(0))[0]
+    assert plain.shape == (3, 3, 28, 28) and torch.equal(plain, equal_latency_data.prepared((x,), None)[0])
     flipped = [torch.equal(m, p.flip(2)) for m, p in zip(mirrored, plain, strict=True)]
     assert all(f or torch.equal(m, p) for f, m, p in zip(flipped, mirrored, plain, strict=True)) and any(flipped)
+
+
+def test_reduced_cifar_has_the_pictures_of_the_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(cifar100, "IMAGES", {part: 100 * count for part, count in cifar.PER_CLASS.items()})
+    load = equal_latency_data.data.load
+    few = {"validation": 20}  # the made-up parts are small
+    monkeypatch.setattr(equal_latency_data.data, "load", lambda *args, **options: load(*args, **options | few))
+    pictures = equal_latency_data.DATASETS["cifar100-reduced"]
+    train, test = pictures.load(cifar.write(tmp_path))
+    (x,), labels = next(iter(train.batches(64)))
+    assert x.shape[1:] == (3, 16, 16) == pictures.example(1).shape[1:] and int(labels.max()) < 20
+    few = pictures.first(train, 60)
+    assert torch.bincount(few.target).tolist() == [3] * 20 and set(test.target.tolist()) == set(range(20))
