@@ -147,7 +147,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     best.add_argument("--model", required=True, metavar="FILE", help="recommender*.safetensors of a run of sparserec")
     best.add_argument("--user", required=True, metavar="ID", help="as the data has it")
     best.add_argument("--top", type=int, default=20, metavar="N", help="how many items (20)")
-    commands.add_parser("doctor", help="what this machine offers sparsekd, and why not more")
+    doctor = commands.add_parser("doctor", help="what this machine offers sparsekd, and why not more")
+    doctor.add_argument("--measure", action="store_true", help="measure the peak of multiply-adds, and their width")
     return parser
 
 
@@ -420,5 +421,5 @@ def _recommend(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 def _doctor(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from . import doctor
 
-    print(doctor.report())
+    print(doctor.report(doctor.collect(measure=options.measure)))
     return 0

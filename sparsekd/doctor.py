@@ -20,20 +20,24 @@ from .energy import Machine, available_sources
 Import = Callable[[str], ModuleType]
 
 
-def collect(import_module: Import = importlib.import_module, machine: Machine | None = None) -> dict[str, Any]:
+def collect(
+    import_module: Import = importlib.import_module, machine: Machine | None = None, measure: bool = False
+) -> dict[str, Any]:
     """The facts as plain dicts, lists, strings and numbers, ready for json.
 
-    Keys: python, cpu, threads, torch, triton, gpu, energy, dispatch. A part that is missing has a "reason". Takes a few
-    seconds where there are energy counters, whose update period is measured. Tests hand in `import_module` and
-    `machine`.
+    Keys: python, cpu, threads, torch, triton, gpu, energy, dispatch; with `measure` also peak, which keeps all threads
+    busy for half a second. A part that is missing has a "reason". Takes a few seconds where there are energy counters,
+    whose update period is measured. Tests hand in `import_module` and `machine`.
     """
     # torch first: its OpenMP run time is then the one the compiled kernels share.
     torch, torch_reason = _imported(import_module, "torch", "`pip install torch`")
     native, native_reason = _imported(import_module, "sparsekd._C", "`pip install sparsekd` builds it")
+    threads = _threads(torch, torch_reason, native)
     return {
         "python": {"version": platform.python_version(), "platform": platform.platform()},
         "cpu": _cpu(native, native_reason, machine.cpuinfo if machine else processor.CPUINFO),
-        "threads": _threads(torch, torch_reason, native),
+        **({"peak": _peak(native, native_reason, threads["torch"] or os.cpu_count() or 1)} if measure else {}),
+        "threads": threads,
         "torch": _version(torch, torch_reason),
         "triton": _version(*_imported(import_module, "triton", "`pip install triton` (Linux)")),
         "gpu": _gpu(torch, torch_reason),
@@ -56,6 +60,7 @@ def report(facts: dict[str, Any] | None = None) -> str:
         ("python", f"{facts['python']['version']} on {facts['python']['platform']}", None),
         ("cpu", f"{cpu['name']}, {cpu['cores']} cores", None),
         ("cpu kernels", isas + forced, cpu["reason"]),
+        *([("cpu peak", _said(facts["peak"]), facts["peak"]["reason"])] if "peak" in facts else []),
         ("threads", f"{threads['torch'] or 'unknown'}, OpenMP: {threads['openmp'] or 'unknown'}", threads["reason"]),
         ("torch", facts["torch"]["version"] or "missing", facts["torch"]["reason"]),
         ("triton", facts["triton"]["version"] or "missing", facts["triton"]["reason"]),
@@ -145,6 +150,45 @@ def _cpu(native: Any, reason: str | None, cpuinfo: Path) -> dict[str, Any]:
     facts["isa"], isa_failed = _attempt(lambda: str(native.isa()))
     facts["reason"] = _joined(isas_failed, isa_failed)
     return facts
+
+
+def _peak(native: Any, reason: str | None, threads: int) -> dict[str, Any]:
+    """Multiply-adds in float32, 1e9 operations a second, of one thread and of all, for each vector instruction set."""
+    facts: dict[str, Any] = {"threads": threads, "gflops": {}, "avx512": None, "reason": reason}
+    if native is None:
+        return facts
+    chosen, failed = _attempt(lambda: str(native.isa()))
+    names, names_failed = _attempt(lambda: [str(isa) for isa in native.isas() if isa != "scalar"])
+    facts["reason"] = _joined(failed, names_failed)
+    if facts["reason"]:
+        return facts
+
+    def measured(isa: str) -> list[float]:
+        native.use_isa(isa)
+        return [round(native.peak_gflops(count, 0.1), 1) for count in (1, threads)]
+
+    for isa in names:
+        facts["gflops"][isa], failed = _attempt(lambda isa=isa: measured(isa))  # type: ignore[misc]
+        facts["reason"] = _joined(facts["reason"], failed)
+    native.use_isa(chosen)
+    narrow, wide = facts["gflops"].get("avx2"), facts["gflops"].get("avx512")
+    if narrow and wide:
+        facts["avx512"] = "full width" if wide[0] > FULL_WIDTH * narrow[0] else "half width"
+    return facts
+
+
+# 512-bit multiply-adds do up to twice the work of 256-bit ones where the units are as wide; where a unit takes two
+# cycles for each, just as much.
+FULL_WIDTH = 1.4
+
+
+def _said(peak: dict[str, Any]) -> str:
+    there = {isa: rates for isa, rates in peak["gflops"].items() if rates}
+    said = [
+        f"{isa} {rates[0]:g} GFLOP/s on one thread, {rates[1]:g} on {peak['threads']}" for isa, rates in there.items()
+    ]
+    width = [f"512-bit multiply-adds of {peak['avx512']}"] if peak["avx512"] else []
+    return "; ".join(said + width) or "unknown"
 
 
 def _threads(torch: Any, torch_reason: str | None, native: Any) -> dict[str, Any]:

@@ -252,3 +252,22 @@ def test_this_machine_as_it_is(capsys):
     ):
         assert lines_of(text, name)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("wide, said", [(200.0, "full width"), (104.0, "half width")])
+def test_the_peak_is_measured_when_asked(bare, wide, said):
+    used = []
+    native = SimpleNamespace(
+        **vars(NATIVE),
+        use_isa=used.append,
+        peak_gflops=lambda threads, seconds: threads * (wide if used[-1] == "avx512" else 100.0),
+    )
+    facts = doctor.collect(importer(ALL_THERE | {"sparsekd._C": native}), bare, measure=True)
+    assert facts["peak"]["gflops"] == {"avx2": [100.0, 700.0], "avx512": [wide, 7 * wide]}
+    assert used[-1] == "avx512"  # the one that was in use
+    line = lines_of(doctor.report(facts), "cpu peak")
+    assert "avx2 100 GFLOP/s on one thread, 700 on 7" in line and f"512-bit multiply-adds of {said}" in line
+    assert json.loads(json.dumps(facts)) == facts
+    without = doctor.collect(importer(ALL_THERE | {"sparsekd._C": ImportError("no")}), bare, measure=True)
+    assert "import sparsekd._C failed" in lines_of(doctor.report(without), "cpu peak")
+    assert "cpu peak" not in doctor.report(doctor.collect(importer(ALL_THERE), bare))
