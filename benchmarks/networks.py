@@ -1,4 +1,4 @@
-"""Whole networks against the dense run times users have: PyTorch, OpenVINO, ONNX Runtime, DeepSparse if installed.
+"""Whole networks against the run times users have: PyTorch, OpenVINO, ONNX Runtime, MNN, DeepSparse if installed.
 
     python -m benchmarks.networks --out benchmarks/results/networks.json
     python -m benchmarks.networks --network resnet50-n1 --density 0.3 --dtype fp32
@@ -6,7 +6,8 @@
 Random weights, batch norms that fit them, every layer but the stem (and depthwise ones) pruned to a share of 16x1
 blocks (16x2 in bf16). Outputs are compared with PyTorch's before anything is timed. Thread pools of several run times
 in one process stall each other, so each run time has a process of its own; they work in turns, one window each, while
-the others sleep, and a ratio is taken inside each round. The first calls of a window are not counted.
+the others sleep, and a ratio is taken inside each round. The first calls of a window are not counted. "mnn-sparse" is
+MNN of the pruned network, whose converter was told to look for blocks of zeros.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import os
 import shlex
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +35,8 @@ import torch
 from torch import Tensor, nn
 
 import sparsekd
+from benchmarks.deploy import convert_for_mnn
+from benchmarks.lib import serve
 from benchmarks.lib.models import MobileNetV2, resnet50, settle, small_resnet18, wrn_16_2
 from benchmarks.lib.timing import write_json
 from sparsekd.pruning import Budget
@@ -139,7 +144,7 @@ def _onnx(one: Contestant) -> tuple[bytes, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the new exporter needs onnxscript
         to_file: Any = file  # a path by its annotation, and a file by its documentation
-        torch.onnx.export(model, (x,), to_file, dynamo=False, input_names=["x"])
+        torch.onnx.export(model, (x,), to_file, dynamo=False, input_names=["x"], output_names=["output"])
     return file.getvalue(), x.contiguous().numpy()
 
 
@@ -161,7 +166,18 @@ def deepsparse(one: Contestant, threads: int) -> Call:
     return lambda: torch.from_numpy(engine.run([x])[0])
 
 
-SPARSE = ("ours", "deepsparse")
+def mnn(one: Contestant, threads: int) -> Call:
+    network, x = _onnx(one)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "network.onnx").write_bytes(network)
+        convert_for_mnn(Path(folder))
+        file = Path(folder, "network-sparse.mnn" if one.runtime == "mnn-sparse" else "network.mnn")
+        call = serve.mnn(str(file), ["x"], [x.shape], threads)
+        call([x])  # reads the file
+    return lambda: torch.from_numpy(call([x]))
+
+
+SPARSE = ("ours", "deepsparse", "mnn-sparse")
 # Run time -> (how to build a call, its process, the dtypes it has).
 RUNTIMES: dict[str, tuple[Callable[[Contestant, int], Call], str, tuple[str, ...]]] = {
     "eager": (eager, "torch", ("fp32", "bf16")),
@@ -170,6 +186,8 @@ RUNTIMES: dict[str, tuple[Callable[[Contestant, int], Call], str, tuple[str, ...
     "openvino": (openvino, "openvino", ("fp32", "bf16")),
     "onnxruntime": (onnxruntime, "onnxruntime", ("fp32",)),
     "deepsparse": (deepsparse, "deepsparse", ("fp32",)),
+    "mnn": (mnn, "mnn", ("fp32",)),
+    "mnn-sparse": (mnn, "mnn", ("fp32",)),
     "frozen": (frozen, "torch", ("fp32", "bf16")),
     "ours": (frozen, "torch", ("fp32", "bf16")),
 }

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +24,8 @@ def test_models_have_the_published_sizes(build, millions):
 
 def test_the_command_times_and_keeps_what_it_found(tmp_path, monkeypatch, capsys):
     out = tmp_path / "networks.json"
-    arguments = "--network wrn-16-2-n1 --density 0.3 --skip compiled openvino onnxruntime --seconds 0.01 --rounds 2"
+    arguments = "--network wrn-16-2-n1 --density 0.3 --skip compiled openvino onnxruntime mnn mnn-sparse"
+    arguments += " --seconds 0.01 --rounds 2"
     arguments += f" --threads {torch.get_num_threads()}"
     monkeypatch.setattr(sys, "argv", ["networks", *arguments.split(), "--out", str(out)])
     networks.main()
@@ -40,8 +42,25 @@ def test_a_budget_is_what_the_whole_network_keeps():
     dense, now = sparsekd.pruning.count_macs(model, (x,), ["stem*"])
     assert now / dense == pytest.approx(0.3, abs=0.01) and ours.name == "ours fp32 macs=0.3"
     assert len({layer.density for layer in model.modules() if hasattr(layer, "block_mask")}) > 5  # not all alike
-    field = networks.contestants("resnet18-n1", ["fp32"], [1.0], ["deepsparse"], ["macs=0.3"])
+    field = networks.contestants("resnet18-n1", ["fp32"], [1.0], ["deepsparse", "mnn-sparse"], ["macs=0.3"])
     assert field[-1] == ours and sum(one.runtime == "ours" for one in field) == 2
+
+
+@pytest.mark.parametrize("runtime, file", [("mnn", "network.mnn"), ("mnn-sparse", "network-sparse.mnn")])
+def test_mnn_runs_what_its_converter_wrote(runtime, file, monkeypatch):
+    def convert(folder):
+        assert (folder / "network.onnx").stat().st_size
+        (folder / file).write_text("converted")
+
+    def serve(path, names, shapes, threads):
+        assert names == ["x"] and shapes == [(1, 3, 32, 32)] and threads == 1
+        written = Path(path).read_text()
+        return lambda arrays: np.full(arrays[0].shape[0], float(written == "converted"), np.float32)
+
+    monkeypatch.setattr(networks, "convert_for_mnn", convert)
+    monkeypatch.setattr(networks.serve, "mnn", serve)
+    call = networks.RUNTIMES[runtime][0](Contestant("wrn-16-2-n1", runtime, "fp32", 0.5), 1)
+    assert call().tolist() == [1.0]
 
 
 class Team:
