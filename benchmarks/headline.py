@@ -8,6 +8,7 @@ On movietweetings, in turns, each job in a process of its own:
     plain torch   dense SAD as one would write it: the teacher in every step, the loss of lib/plain_sad.py
     SAD           the same with this library: a cache of the teacher, our loss, channels_last, a frozen dense student
     SP-SAD, LTH-SAD, SS-SAD at .45, .3, .2 and .1 of the multiply-adds, with the same, frozen
+    SP-SAD at once, ...   the same, before the first step ("at once by snip": by a saliency); if --jobs names them
 
 All train for as many epochs of the same batches, and keep the epoch of smallest validation error. A job takes the pass
 of the teacher that fills the cache (every job pays all of it, though a run shares it), training with its validation,
@@ -41,7 +42,7 @@ from sparsekd.runs import RunConfig, record, tasks, teaching
 from sparsekd.runs.epochs import fit, picked_epoch
 from sparsekd.runs.evaluate import freeze_for
 from sparsekd.runs.memory import keep_freed_memory
-from sparsekd.runs.plans.network import Network, Plan
+from sparsekd.runs.plans.network import AT_ONCE, Network, Plan
 from sparsekd.runs.runtime import Runtime
 
 DENSITIES = (0.45, 0.3, 0.2, 0.1)
@@ -60,7 +61,8 @@ def read(options: argparse.Namespace) -> tuple[Task, Plan]:
 
 def networks_of(plan: Plan) -> dict[str, Network]:
     """Name of a job -> the student that it trains."""
-    pruned = {f"{net.name} @ {net.densities[0]:g}": net for net in plan.students if net.densities}
+    students = [*plan.students, *(net for score in AT_ONCE for net in plan.at_once(score).students)]
+    pruned = {f"{net.name} @ {net.densities[0]:g}": net for net in students if net.densities}
     sad = next(net for net in plan.students if net.folder == "sad")
     return {PLAIN: sad, "SAD": sad, **pruned}
 
@@ -157,7 +159,7 @@ def run(options: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     task, plan = read(options)
     teacher_of(options, task, plan)
-    names = options.jobs or list(networks_of(plan))
+    names = options.jobs or [name for name in networks_of(plan) if " at once" not in name]
     del task, plan
     began = time.monotonic()
     for turn in range(options.turns):
@@ -255,7 +257,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=60.0, help="no job is begun that would take longer")
-    parser.add_argument("--jobs", nargs="+", metavar="NAME", help="these alone")
+    parser.add_argument(
+        "--jobs",
+        nargs="+",
+        metavar="NAME",
+        help="these alone, as in 'LTH-SAD at once @ 0.1' (all that prune while they train)",
+    )
     parser.add_argument("--quick", action="store_true", help="few rows: to see it work, not to quote")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--job", help="of the step job, which run calls")

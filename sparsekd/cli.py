@@ -163,7 +163,7 @@ def _add_run(commands: Any, with_options: bool) -> None:
         return
     from .pruning import SCOPES, UNITS
     from .runs import TASKS, RunConfig
-    from .runs.plans.network import KNOWN_METHODS, RANKING_METHODS_ALL
+    from .runs.plans.network import AT_ONCE, KNOWN_METHODS, RANKING_METHODS_ALL
 
     usual = RunConfig()
     run.add_argument("task", nargs="?", help=f"{', '.join(TASKS)} ({usual.task})")
@@ -198,6 +198,14 @@ def _add_run(commands: Any, with_options: bool) -> None:
         help="both in one: macs=0.3, latency_us=80, bytes=2e6, weights=0.2; up to 1 a share",
     )
     run.add_argument("--scope", choices=SCOPES, help="how methods choose blocks (cost; of weights as in the paper)")
+    run.add_argument(
+        "--at-once",
+        nargs="?",
+        const="magnitude",
+        choices=AT_ONCE,
+        help="prune before the first step, by the first weights (magnitude, the default) or by a saliency of some "
+        "batches",
+    )
     run.add_argument(
         "--costs", metavar="FILE", help="times of the student's layers, for --unit latency_us (measured now)"
     )

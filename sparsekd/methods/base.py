@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from ..tapped import TeacherTargets
 
 @dataclass(frozen=True)
 class PruneEvent:
-    """What happened at a boundary.
+    """What happened at a boundary; 0 is before training.
 
     target: share that the schedule wanted gone, of what ``unit`` names. kept: weights as ``Pruner.num_kept`` counts
     them, ``removed_share`` is theirs. dead: biases and batch norm weights that died with their filters. macs:
@@ -42,6 +42,7 @@ class Method:
         method = Method(distiller)
         optimizer = SGD([*method.student.parameters(), *method.parameters()], lr=0.05, momentum=0.9)
         method.attach(optimizer)
+        method.before_training()                        # a PruneEvent or None
         for number, batches in enumerate(epochs, 1):    # or windows of a stream
             for inputs, target in batches:              # inputs: a tuple
                 optimizer.zero_grad()
@@ -88,6 +89,11 @@ class Method:
         taught: what the teacher says and sees of these rows, out of a ``TeacherCache``; without it the teacher is run.
         """
         return self.distiller.loss(inputs, target, taught)
+
+    def before_training(self, batches: Iterable[Sequence[Any]] = ()) -> PruneEvent | None:
+        """Call after ``attach``, before the first step: prunes where that is to be done before training. The batches,
+        as ``loss`` takes them, are for methods that judge by them what goes."""
+        return None
 
     def after_step(self) -> None:
         """Call after every ``optimizer.step()``: what is gone stays gone."""

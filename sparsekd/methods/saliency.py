@@ -12,8 +12,8 @@ from ..nn import BlockSparseLayer
 from ..pruning import Pruner
 from ..pruning.scores import energies, picture
 
-Criterion = Literal["fisher", "taylor", "both", "magnitude"]
-CRITERIA = ("fisher", "taylor", "both", "magnitude")
+Criterion = Literal["fisher", "taylor", "snip", "both", "magnitude"]
+CRITERIA = ("fisher", "taylor", "snip", "both", "magnitude")
 
 
 def saliency(pruner: Pruner, losses: Iterable[Callable[[], Tensor]], criterion: Criterion) -> dict[str, Tensor]:
@@ -25,6 +25,8 @@ def saliency(pruner: Pruner, losses: Iterable[Callable[[], Tensor]], criterion: 
                  the empirical Fisher matrix in the place of the Hessian (LeCun et al. 1990; Theis et al.,
                  arXiv 1801.05787). Comparable over layers as it is.
     "taylor"     (sum of w g over the block)^2 over batches (Molchanov et al., arXiv 1906.10771).
+    "snip"       sum of |w g| over batches: how much gates on its weights would matter (Lee et al., arXiv 1810.02340,
+                 equation 5, not divided by the sum over the network). Meant for weights that are not trained yet.
     "both"       z(|w|) + z(|w g|), each brought to mean 0 and variance 1 over the layer.
     "magnitude"  root mean square of the weights.
     """
@@ -37,8 +39,7 @@ def saliency(pruner: Pruner, losses: Iterable[Callable[[], Tensor]], criterion: 
         loss().backward()
         for name, layer in layers.items():
             if layer.values.grad is not None:
-                product = (layer.values * layer.values.grad).detach().double()
-                sums[name] += product.sum((1, 2)).square() if criterion == "taylor" else product.square().sum((1, 2))
+                sums[name] += _of_blocks((layer.values * layer.values.grad).detach().double(), criterion).cpu()
     pruner.model.zero_grad()
     if criterion != "both":
         return {name: _picture(layer, sums[name]) for name, layer in layers.items()}
@@ -48,6 +49,13 @@ def saliency(pruner: Pruner, losses: Iterable[Callable[[], Tensor]], criterion: 
         parts = (energies(layer.values) / size).sqrt(), (sums[name] / size).sqrt()
         scores[name] = picture(_standard(parts[0]) + _standard(parts[1]), layer.blocks)
     return scores
+
+
+def _of_blocks(products: Tensor, criterion: Criterion) -> Tensor:
+    """``[nnzb]``, what one batch says of every block by w g of its weights, ``[nnzb, bh, bw]``."""
+    if criterion == "snip":
+        return products.abs().sum((1, 2))
+    return products.sum((1, 2)).square() if criterion == "taylor" else products.square().sum((1, 2))
 
 
 def _picture(layer: BlockSparseLayer, of_blocks: Tensor) -> Tensor:

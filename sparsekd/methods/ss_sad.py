@@ -19,7 +19,7 @@ class SSSAD(Staged):
     Args:
         schedule: of the second stage; its ``start`` is the share that the first stage removes. A schedule that starts
             at 0 is shared out: its first prune makes the ticket, the others follow in the second stage (of a single
-            prune, the first stage does half).
+            prune, the first stage does half). ``first`` is then the first stage's: 0 makes the ticket before training.
         initial: schedule of the first stage; default: the same rate (listed: one prune) and interval, up to
             ``schedule.start``.
         initial_epochs: length of the first stage; default: one interval of training after its last prune, or, of a
@@ -55,21 +55,28 @@ class SSSAD(Staged):
                 f"{schedule.unit!r}"
             )
         given = None if given is None else self._in_shares(given)
-        starts_at_zero = schedule.start == 0.0
+        starts_at_zero, first = schedule.start == 0.0, None
+        if starts_at_zero and given is None:
+            first = schedule.first
+        elif schedule.first == 0:
+            raise ValueError(
+                "SSSAD: the second stage prunes after its first epoch at the earliest, got schedule.first 0; to prune "
+                "before training give initial first=0"
+            )
         if starts_at_zero:
             schedule = _shared_out(schedule, None if given is None else given.final)
         rate = schedule.rate if isinstance(schedule, LinearSchedule) else schedule.start
-        initial = given or LinearSchedule(rate, schedule.every, final=schedule.start, unit=schedule.unit)
+        initial = given or LinearSchedule(rate, schedule.every, final=schedule.start, unit=schedule.unit, first=first)
         if initial.final != schedule.start:
             raise ValueError(
                 f"SSSAD: the second stage starts at {schedule.start} but the first ends at {initial.final}; "
                 "make initial.final and schedule.start the same"
             )
-        ticket_epochs = (initial.prunes + 1) * initial.every if self._initial_epochs is None else self._initial_epochs
+        ticket_epochs = initial.last_prune + initial.every if self._initial_epochs is None else self._initial_epochs
         if starts_at_zero and self._initial_epochs is None:
-            left = epochs - schedule.prunes * schedule.every - 1
-            ticket_epochs = max(initial.prunes * initial.every + 1, min(ticket_epochs, left))
-        shortest = ticket_epochs + schedule.prunes * schedule.every + 1
+            left = epochs - schedule.last_prune - 1
+            ticket_epochs = max(initial.last_prune + 1, min(ticket_epochs, left))
+        shortest = ticket_epochs + schedule.last_prune + 1
         if epochs < shortest:
             raise ValueError(
                 f"SSSAD: a first stage of {ticket_epochs} epochs and {schedule.prunes} prunes every {schedule.every} "
@@ -85,7 +92,8 @@ def _shared_out(schedule: Schedule, start: float | None) -> Schedule:
     """What is left for the second stage after the first has removed ``start``; default: what the first prune does, or
     half of a single one."""
     if start is None:
-        start = schedule.removed_after(schedule.every) if schedule.prunes > 1 else schedule.final / 2
+        start = schedule.removed_after(schedule.first_prune) if schedule.prunes > 1 else schedule.final / 2
+        schedule = replace(schedule, first=None)
     if isinstance(schedule, ListedSchedule):
         return replace(schedule, targets=tuple(t for t in schedule.targets if t > start), start=start)
     return replace(schedule, start=start)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
@@ -13,8 +13,10 @@ from torch.optim import Optimizer
 from ..blocks import BlockPattern
 from ..distill import Distiller, Losses, Plain
 from ..pruning import Budget, CostTable, Grouping, Pruner, Schedule
+from ..pruning.schedule import described
 from ..tapped import TeacherTargets
 from .base import Method, PruneEvent, part_of
+from .first_scores import FIRST_SCORES, FirstScore, first_scores
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Staged(Method):
         method = LTHSAD(distiller, LinearSchedule(rate=0.05, every=4, final=0.55), epochs=60)
         optimizer = SGD([*student.parameters(), *method.parameters()], lr=0.05, momentum=0.9)
         method.attach(optimizer)
+        method.before_training(batches)                 # prunes where the schedule has first=0
         for epoch in range(1, method.epochs + 1):
             for inputs, target in batches:              # inputs: a tuple
                 optimizer.zero_grad()
@@ -62,6 +65,9 @@ class Staged(Method):
         rewind: ``"all"`` sets the whole student back at a prune, ``"weights"`` only the surviving weights of the pruned
             layers (biases, batch norm and unpruned layers go on). For methods that rewind.
         rewind_to: boundary whose state is theta0; 0 is the student as given (the paper), 1 or 2 is late rewinding.
+        first_score: of a schedule that prunes before the first step, what judges the units then: "snip", "taylor" or
+            "fisher", saliencies of some batches (see ``saliency``). Default: ``score``, of weights that have learnt
+            nothing.
 
     A loop that changes the learning rate asks ``round(epoch)``; ``stage`` says whether the teacher takes part.
     """
@@ -85,9 +91,10 @@ class Staged(Method):
         example_inputs: Sequence[Any] | None = None,
         rewind: Literal["all", "weights"] = "all",
         rewind_to: int = 0,
+        first_score: FirstScore | None = None,
     ) -> None:
         super().__init__(distiller)
-        self.epochs, self.rewind, self.rewind_to = epochs, rewind, rewind_to
+        self.epochs, self.rewind, self.rewind_to, self.first_score = epochs, rewind, rewind_to, first_score
         if not schedule.is_absolute:  # of another the pruner says what it means
             self._set_plan(schedule)
         self.boundary = 0  # number of the latest boundary that was passed
@@ -138,10 +145,19 @@ class Staged(Method):
         self.pruner.attach(optimizer)
 
     def loss(self, inputs: Sequence[Any], target: Tensor, taught: TeacherTargets | None = None) -> Losses:
-        """``Distiller.loss`` of the running stage; in stage ``"ticket"`` the teacher is not run, nor looked at."""
+        """``Distiller.loss`` of the running stage; in stage ``"ticket"`` the teacher is not run, nor looked at.
+
+        Raises RuntimeError where :meth:`before_training` should have come first."""
+        if self._prunes_first and not self._target:
+            raise RuntimeError(
+                f"{type(self).__name__}.loss: the schedule prunes before the first step; call before_training() after "
+                "attach(optimizer)"
+            )
+        return self._loss(inputs, target, taught)
+
+    def _loss(self, inputs: Sequence[Any], target: Tensor, taught: TeacherTargets | None = None) -> Losses:
         if not self.pruner.has_seen_example and isinstance(inputs, (tuple, list)):
-            self.pruner.observe(*inputs)
-            self._check_floors()
+            self._observe(inputs)
         learner = self.distiller
         return learner.loss(inputs, target, taught) if self.stage == "distil" else learner.task_loss(inputs, target)
 
@@ -149,25 +165,50 @@ class Staged(Method):
         """Call after every ``optimizer.step()``: what is gone stays gone."""
         self.pruner.after_step()
 
+    def _observe(self, inputs: Sequence[Any]) -> None:
+        self.pruner.observe(*inputs)
+        self._check_floors()
+
+    def before_training(self, batches: Iterable[Sequence[Any]] = ()) -> PruneEvent | None:
+        """Call before the first step: prunes where the schedule has ``first=0``, and does nothing else.
+
+        batches: each what ``loss`` takes, ``(inputs, target)`` or ``(inputs, target, taught)``. With a ``first_score``
+            all of them are read: give a few. Without, at most the first, which does for ``example_inputs``. The student
+            learns nothing from them. On several ranks each gives its own.
+
+        Raises RuntimeError before ``attach``, and ValueError where a ``first_score`` has no batches, or no gradient
+        reaches a layer: behind a last layer of zeros the task has none, and a stage without a teacher no other.
+        """
+        if not self._prunes_first or self._target:
+            return None
+        self._check_attached("before_training")
+        stage, scores, batches = self.stages[0], None, iter(batches)
+        if not self.pruner.has_seen_example and (example := next(batches, None)) is not None:
+            self._observe(example[0])
+            batches = chain([example], batches)
+        if self.first_score is not None:
+            scores = first_scores(self.pruner, self.distiller, self._loss, batches, self.first_score)
+        return self._prune(0, stage, stage.schedule.removed_after(0), scores)
+
     def after_boundary(self, number: int) -> PruneEvent | None:
         """Call at the end of every epoch or window: prunes, and rewinds, where the schedule says so.
 
         Raises ValueError for a number outside ``1 .. epochs`` and RuntimeError before ``attach``.
         """
         stage, first = self._stage_of(number)
-        unattached = self.pruner.unattached()
-        if unattached:
-            raise RuntimeError(
-                f"{type(self).__name__}.after_boundary: no attached optimizer holds the weights of "
-                f"{', '.join(unattached)}; call attach(optimizer) before training"
-            )
+        self._check_attached("after_boundary")
         self.boundary = number
         if number == self.rewind_to:
             self.pruner.snapshot()
         target = stage.schedule.removed_after(number - first + 1)
-        if target <= self._target:
-            return None
-        self._prune(stage.schedule.unit, target, stage.rewinds)
+        return self._prune(number, stage, target) if target > self._target else None
+
+    def _prune(self, number: int, stage: Stage, target: float, scores: dict[str, Tensor] | None = None) -> PruneEvent:
+        self.pruner.prune_to(Budget(stage.schedule.unit, target, removed=True), scores)
+        if stage.rewinds:
+            self.pruner.rewind(weights_only=self.rewind == "weights")
+        else:
+            self.pruner.reset_momentum()
         self._target = target
         pruner = self.pruner
         counts = (pruner.removed_share, pruner.num_kept, pruner.num_dead_parameters)
@@ -195,6 +236,9 @@ class Staged(Method):
     def prunes(self) -> list[tuple[int, float]]:
         """(epoch, share removed, in the schedule's unit) of every prune of the plan; it comes after that epoch."""
         planned, removed = [], 0.0
+        if self._prunes_first:
+            removed = self.stages[0].schedule.removed_after(0)
+            planned.append((0, removed))
         for epoch in range(1, self.epochs + 1):
             stage, first = self._stage_of(epoch)
             target = stage.schedule.removed_after(epoch - first + 1)
@@ -214,12 +258,18 @@ class Staged(Method):
         super().load_state_dict(state)
         self.boundary, self._target = state["boundary"], state["target"]
 
-    def _prune(self, unit: str, target: float, rewinds: bool) -> None:
-        self.pruner.prune_to(Budget(unit, target, removed=True))
-        if rewinds:
-            self.pruner.rewind(weights_only=self.rewind == "weights")
-        else:
-            self.pruner.reset_momentum()
+    @property
+    def _prunes_first(self) -> bool:
+        """Whether the first prune comes before the first step."""
+        return self.stages[0].schedule.first_prune == 0
+
+    def _check_attached(self, caller: str) -> None:
+        unattached = self.pruner.unattached()
+        if unattached:
+            raise RuntimeError(
+                f"{type(self).__name__}.{caller}: no attached optimizer holds the weights of "
+                f"{', '.join(unattached)}; call attach(optimizer) before training"
+            )
 
     def _stage_of(self, epoch: int) -> tuple[Stage, int]:
         """(stage, its first epoch) of an epoch."""
@@ -235,13 +285,23 @@ class Staged(Method):
             raise ValueError(f"{type(self).__name__}: rewind must be 'all' or 'weights', got {self.rewind!r}")
         for stage in self.stages:
             stage.schedule.check_reaches(stage.epochs)
-        first_prune = self.stages[0].schedule.every
+        first_prune = self.stages[0].schedule.first_prune
         if self.rewind_to and not any(stage.rewinds for stage in self.stages):
             raise ValueError(f"{type(self).__name__}: survivors keep their values, got rewind_to={self.rewind_to}")
-        if not 0 <= self.rewind_to < first_prune:
+        if not 0 <= self.rewind_to < max(first_prune, 1):
             raise ValueError(
                 f"{type(self).__name__}: rewind_to must come before the first prune, after epoch {first_prune}, "
                 f"got {self.rewind_to}"
+            )
+        if self.first_score not in (None, *FIRST_SCORES):
+            raise ValueError(
+                f"{type(self).__name__}: first_score must be one of {', '.join(FIRST_SCORES)}, or None for score, got "
+                f"{self.first_score!r}"
+            )
+        if self.first_score is not None and not self._prunes_first:
+            raise ValueError(
+                f"{type(self).__name__}: first_score={self.first_score!r} judges a prune before the first step, but "
+                f"the first one comes after epoch {first_prune}; give the schedule first=0, or leave first_score out"
             )
 
     def _check_floors(self) -> None:
@@ -252,9 +312,10 @@ class Staged(Method):
                 self.pruner.check_reachable(target)
 
     def _describe_plan(self) -> dict[str, Any]:
-        stages = [dataclasses.asdict(stage) for stage in self.stages]
-        return {**super()._describe_plan(), "rewind": self.rewind, "rewind_to": self.rewind_to, "stages": stages}
+        stages = [{**vars(stage), "schedule": described(stage.schedule)} for stage in self.stages]
+        plan = {**super()._describe_plan(), "rewind": self.rewind, "rewind_to": self.rewind_to, "stages": stages}
+        return plan if self.first_score is None else {**plan, "first_score": self.first_score}
 
 
 def _prune_epochs(stage: Stage, first: int) -> list[int]:
-    return [first - 1 + prune * stage.schedule.every for prune in range(1, stage.schedule.prunes + 1)]
+    return [first - 1 + epoch for epoch in stage.schedule.prune_epochs]

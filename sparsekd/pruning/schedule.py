@@ -3,13 +3,51 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from .budget import UNITS, check_unit
 
 
+class _Rhythm:
+    """What schedules share: after which epochs they prune."""
+
+    every: int
+    first: int | None
+    prunes: int | property
+
+    @property
+    def first_prune(self) -> int:
+        """The epoch after which the first prune comes; 0 is before the first step of training."""
+        return self.every if self.first is None else self.first
+
+    @property
+    def prune_epochs(self) -> list[int]:
+        """The epochs after which a prune comes; of a schedule in shares."""
+        return [self.first_prune + place * self.every for place in range(self.prunes)]  # type: ignore[arg-type]
+
+    @property
+    def last_prune(self) -> int:
+        """The epoch after which the last prune comes; of a schedule in shares."""
+        return self.prune_epochs[-1]
+
+    def _passed(self, epoch: int) -> int:
+        """How many prunes have come after ``epoch``, if they go on."""
+        return max(0, (epoch - self.first_prune) // self.every + 1)
+
+    def _check_rhythm(self) -> None:
+        kind = type(self).__name__
+        if not _is_whole(self.every) or self.every < 1:
+            raise ValueError(f"{kind}: every must be a positive number of epochs, got {self.every!r}")
+        if self.first is not None and (not _is_whole(self.first) or self.first < 0):
+            raise ValueError(
+                f"{kind}: first must be an epoch, after which the first prune comes, or 0 for a prune before the first "
+                f"step, got {self.first!r}"
+            )
+
+
 @dataclass(frozen=True)
-class LinearSchedule:
+class LinearSchedule(_Rhythm):
     """Every ``every`` epochs, remove another ``rate`` of the ORIGINAL cost, from ``start`` until ``final`` is gone.
 
     Linear in the original count because that is the only reading under which the paper reaches its 60 % (arXiv
@@ -17,8 +55,13 @@ class LinearSchedule:
     ``unit`` names: multiply-adds (``"macs"``), ``"weights"``, ``"bytes"`` or predicted time (``"latency_us"``). A
     ``final`` above 1 is absolute and says what stays: ``LinearSchedule(0.2, 5, final=80, unit="latency_us")``.
 
+    The first prune comes after epoch ``first``, by default ``every``; 0 is before the first step, see
+    ``Staged.before_training``.
+
     >>> LinearSchedule(rate=0.05, every=75, final=0.6).removed_after(epoch=160)
     0.1
+    >>> LinearSchedule(rate=0.05, every=75, final=0.6, first=0).removed_after(epoch=0)
+    0.05
     """
 
     rate: float
@@ -26,6 +69,7 @@ class LinearSchedule:
     final: float
     start: float = 0.0
     unit: str = "macs"
+    first: int | None = None
 
     def __post_init__(self) -> None:
         check_unit("LinearSchedule", self.unit)
@@ -34,8 +78,7 @@ class LinearSchedule:
                 raise ValueError(
                     f"LinearSchedule: {name} must lie in (0, 1), got {share}; 0.05 is 5 % of the {UNITS[self.unit]}"
                 )
-        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
-            raise ValueError(f"LinearSchedule: every must be a positive number of epochs, got {self.every!r}")
+        self._check_rhythm()
         if not 0.0 <= self.start < (1.0 if self.is_absolute else self.final):
             raise ValueError(
                 f"LinearSchedule: start must lie in [0, final), got start {self.start} and final {self.final}"
@@ -52,30 +95,30 @@ class LinearSchedule:
         return replace(self, final=_share_gone("LinearSchedule", self.unit, self.final, dense))
 
     @property
-    def prunes(self) -> int:
+    def prunes(self) -> int:  # type: ignore[override]
         """How many prunes it takes to reach ``final``; of one in shares."""
         return math.ceil(round((self.final - self.start) / self.rate, 6))
 
     def removed_after(self, epoch: int) -> float:
-        """Share of the original count that is to be gone after epoch ``epoch`` (counted from 1)."""
-        done = epoch // self.every
+        """Share of the original count that is to be gone after ``epoch`` (counted from 1; 0: before training)."""
+        done = self._passed(epoch)
         return self.final if done >= self.prunes else self.start + self.rate * done
 
     def check_reaches(self, epochs: int) -> None:
         """Raise ValueError unless ``final`` is reached before the last of ``epochs`` epochs, which does not prune."""
-        last_prune = self.prunes * self.every
-        if last_prune >= epochs:
+        if self.last_prune >= epochs:
             raise ValueError(
                 f"LinearSchedule: {self.prunes} prunes every {self.every} epochs reach {self.final} after epoch "
-                f"{last_prune}, and at least one epoch must follow, got {epochs} epochs; "
-                f"train {last_prune + 1} epochs, prune more at a time or more often, or lower final"
+                f"{self.last_prune}, and at least one epoch must follow, got {epochs} epochs; "
+                f"train {self.last_prune + 1} epochs, prune more at a time or more often, or lower final"
             )
 
 
 @dataclass(frozen=True)
-class ListedSchedule:
+class ListedSchedule(_Rhythm):
     """Every ``every`` epochs, prune to the next of ``targets``: shares of the ORIGINAL that are then gone, of what
-    ``unit`` names, as in :class:`LinearSchedule`. Numbers above 1 are absolute, fall, and say what stays.
+    ``unit`` names, as in :class:`LinearSchedule`. Numbers above 1 are absolute, fall, and say what stays. ``first`` is
+    as there: ``ListedSchedule((0.9,), every=1, first=0)`` removes everything at once, before the first step.
 
     >>> ListedSchedule((0.3, 0.5, 0.6), every=10).removed_after(epoch=25)
     0.5
@@ -85,6 +128,7 @@ class ListedSchedule:
     every: int
     start: float = 0.0
     unit: str = "macs"
+    first: int | None = None
 
     def __post_init__(self) -> None:
         check_unit("ListedSchedule", self.unit)
@@ -95,8 +139,7 @@ class ListedSchedule:
                 f"ListedSchedule: targets must rise from above start ({self.start}) to below 1, or fall as numbers of "
                 f"{UNITS[self.unit]} above 1, got {self.targets}"
             )
-        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
-            raise ValueError(f"ListedSchedule: every must be a positive number of epochs, got {self.every!r}")
+        self._check_rhythm()
 
     @property
     def is_absolute(self) -> bool:
@@ -114,23 +157,33 @@ class ListedSchedule:
         return self.targets[-1]
 
     @property
-    def prunes(self) -> int:
+    def prunes(self) -> int:  # type: ignore[override]
         return len(self.targets)
 
     def removed_after(self, epoch: int) -> float:
-        """Share of the original count that is to be gone after epoch ``epoch`` (counted from 1)."""
-        return (self.start, *self.targets)[min(epoch // self.every, self.prunes)]
+        """Share of the original count that is to be gone after ``epoch`` (counted from 1; 0: before training)."""
+        return (self.start, *self.targets)[min(self._passed(epoch), self.prunes)]
 
     def check_reaches(self, epochs: int) -> None:
         """Raise ValueError unless the last prune comes before the last of ``epochs`` epochs."""
-        if self.prunes * self.every >= epochs:
+        if self.last_prune >= epochs:
             raise ValueError(
                 f"ListedSchedule: {self.prunes} prunes every {self.every} epochs end after epoch "
-                f"{self.prunes * self.every}, and at least one epoch must follow, got {epochs} epochs"
+                f"{self.last_prune}, and at least one epoch must follow, got {epochs} epochs"
             )
 
 
 Schedule = LinearSchedule | ListedSchedule
+
+
+def described(schedule: Schedule) -> dict[str, Any]:
+    """Its fields as JSON values; ``first`` only where it was given, as in states from before there was one."""
+    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(schedule).items()}
+    return {name: value for name, value in fields.items() if name != "first" or value is not None}
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)
 
 
 def _share_gone(caller: str, unit: str, stays: float, dense: float) -> float:

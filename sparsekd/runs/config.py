@@ -7,7 +7,7 @@ from typing import Any
 
 from ..blocks import BlockPattern, check_density
 from ..pruning import SCOPES, Budget, check_unit
-from .plans.network import KNOWN_METHODS, RANKING_METHODS_ALL
+from .plans.network import AT_ONCE, KNOWN_METHODS, RANKING_METHODS_ALL
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class RunConfig:
                network at batch 1 ("latency_us"). None: multiply-adds, or weights by the published recipe.
     scope      how the methods choose, as in `Pruner`: "cost", "global" or "layer"; None: by cost, but where weights are
                counted as each method has it in the paper.
+    at_once    prune before the first step of training, by what: the first weights ("magnitude"), or saliencies of some
+               batches, "snip", "taylor" or "fisher". None: while they train, when the plan of the task says so.
     costs      a file of `CostTable.save` for the student, for `unit` "latency_us"; None: measured now, kept in `out`.
     seeds      how many; seed s initialises all students of that seed alike.
     quick      fewer rows, fewer epochs, short timings: to see it work, not to quote.
@@ -51,6 +53,7 @@ class RunConfig:
     budgets: tuple[str, ...] | None = None
     unit: str | None = None
     scope: str | None = None
+    at_once: str | None = None
     costs: str | None = None
     seeds: int = 1
     quick: bool = False
@@ -82,6 +85,8 @@ class RunConfig:
             )
         if self.scope not in (None, *SCOPES):
             raise ValueError(f"sparsekd run: scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
+        if self.at_once not in (None, *AT_ONCE):
+            raise ValueError(f"sparsekd run: at_once must be one of {', '.join(AT_ONCE)}, got {self.at_once!r}")
         BlockPattern.parse(self.pattern)
         known = (*KNOWN_METHODS, *RANKING_METHODS_ALL)
         for method in self.methods or ():

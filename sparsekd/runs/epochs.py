@@ -8,7 +8,7 @@ which was not. On several ranks (torchrun) each takes its share of every batch, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import checkpoint, distributed, energy
 from ..data import Part, Task
+from ..data.parts import Batch
 from ..goals import Metric
 from ..methods import Staged
 from ..teacher_cache import TeacherCache
@@ -29,12 +30,13 @@ from .plans.recipe import RECALIBRATION, Recipe
 from .rates import cycle_of, learning_rate, level_of
 from .runtime import OutOfTime, Runtime, is_over, rank
 from .state import StateFile
-from .steps import Rate, Stepper
+from .steps import Rate, Stepper, TaughtBatch
 from .teaching import taught_batches
 
 __all__ = ["STATE", "fit", "picked_epoch", "recalibrate"]
 
 STATE = "state.safetensors"
+SCORED = 8  # batches by which blocks are judged before training
 
 
 def fit(
@@ -64,6 +66,9 @@ def fit(
     parts = {"method": method, "model": model, "optimizer": stepper.optimizer}
     state = StateFile(folder / STATE, parts, settings, runtime.device)
     epochs = state.resume()
+    if not epochs:
+        with runtime.autocast():
+            method.before_training(islice(_batches(stepper, task, network, 1, seed, kept), SCORED))
     for epoch in _progress(range(len(epochs) + 1, recipe.epochs + 1), recipe.epochs, f"{network.name} seed {seed}"):
         with energy.EnergyMeter(runtime.device) as meter:
             losses = _train(stepper, task, network, epoch, seed, kept)
@@ -111,10 +116,16 @@ def _train(
     def rate_at(step: int) -> Rate:
         return Rate(learning_rate(recipe, epoch, step / steps, cycle), recipe.weight_decay)
 
-    of_epoch = recipe.batch_size, _shuffle(seed, epoch), rank(), distributed.num_ranks()
+    return stepper.learn(_batches(stepper, task, network, epoch, seed, kept), rate_at)
+
+
+def _batches(
+    stepper: Stepper, task: Task, network: Network, epoch: int, seed: int, kept: TeacherCache | None
+) -> Iterator[Batch | TaughtBatch]:
+    of_epoch = _recipe_now(stepper, network).batch_size, _shuffle(seed, epoch), rank(), distributed.num_ranks()
     if kept is None:
-        return stepper.learn(task.train.batches(*of_epoch), rate_at)
-    return stepper.learn(taught_batches(task.train, kept, stepper.runtime, *of_epoch), rate_at)
+        return task.train.batches(*of_epoch)
+    return taught_batches(task.train, kept, stepper.runtime, *of_epoch)
 
 
 def _recipe_now(stepper: Stepper, network: Network) -> Recipe:

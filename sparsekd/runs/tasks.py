@@ -218,10 +218,15 @@ def plan_of(task: Task, config: RunConfig) -> Plan:
             "sparsekd run: the published recipe counts weights, each method in its own scope; "
             f"got unit {config.unit} and scope {config.scope}; leave them out, or take --recipe ours"
         )
+    if config.options.get("recipe") == "paper" and config.at_once is not None:
+        raise ValueError(
+            "sparsekd run: the published recipe prunes while it trains, got at_once too; leave one of them out"
+        )
     shares = budgets.in_shares(config, task, lambda: plain_student(task, config)())
     plan = entry_of(config.task).plan(task, dataclasses.replace(config, budgets=None, densities=tuple(shares)))
     counted = Counting(unit_of(config), config.scope, config.costs, shares)
-    return plan.in_blocks(config.pattern).counting(counted)
+    plan = plan.in_blocks(config.pattern).counting(counted)
+    return plan if config.at_once is None else plan.at_once(config.at_once)
 
 
 def plain_student(task: Task, config: RunConfig) -> Callable[[], nn.Module]:

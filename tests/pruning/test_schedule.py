@@ -35,6 +35,25 @@ def test_a_schedule_refuses_nonsense(arguments):
         LinearSchedule(*arguments)
 
 
+def test_the_first_prune_may_come_at_any_epoch_or_before_training():
+    schedule = LinearSchedule(0.2, 3, final=0.6, first=0)
+    assert schedule.prune_epochs == [0, 3, 6]
+    removed = [schedule.removed_after(epoch) for epoch in (0, 2, 3, 6, 9)]
+    assert removed == pytest.approx([0.2, 0.2, 0.4, 0.6, 0.6])
+    schedule.check_reaches(7)
+    with pytest.raises(ValueError, match=r"reach 0\.6 after epoch 6"):
+        schedule.check_reaches(6)
+    at_once = ListedSchedule((0.9,), every=1, first=0)
+    assert at_once.prune_epochs == [0] and at_once.removed_after(0) == at_once.removed_after(5) == 0.9
+    at_once.check_reaches(1)
+    assert ListedSchedule((0.3, 0.5), 2, first=5).prune_epochs == [5, 7]
+    usual = ListedSchedule((0.3, 0.5), 2)
+    assert usual.prune_epochs == [2, 4] and usual.removed_after(0) == 0.0
+    for first in (-1, 0.5, True):
+        with pytest.raises(ValueError, match="ListedSchedule: first must be an epoch"):
+            ListedSchedule((0.3,), 2, first=first)
+
+
 def test_rounding_adds_no_prune():
     final = 1 - 0.7  # a little over 0.3
     schedule = LinearSchedule(rate=final / 3, every=2, final=final)

@@ -11,6 +11,7 @@ from sparsekd.runs import RunConfig
         ({"densities": (0.0,)}, "density"),
         ({"densities": (1.5,)}, "density"),
         ({"methods": ("sp",)}, "method must be one of sp-sad, lth-sad, ss-sad, .*, got 'sp'"),
+        ({"at_once": "luck"}, "at_once must be one of magnitude, snip, taylor, fisher, got 'luck'"),
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"threads": 0}, "threads must be at least 1"),
     ],

@@ -77,6 +77,23 @@ def test_the_folder_names_what_differs(task):
         assert tasks.folder_of(tasks.complete(config), task) == Path(folder)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"task": "cifar100"}, "SP-SAD trains one student along 5 densities, .*; leave --at-once out"),
+        (
+            {"task": "cifar100", "options": {"recipe": "paper"}},
+            "the published recipe prunes while it trains, got at_once",
+        ),
+        ({"task": "synthetic", "methods": ()}, "no student of this task is pruned by a schedule; leave --at-once out"),
+    ],
+)
+def test_what_cannot_be_pruned_at_once_is_refused(task, fields, message):
+    images = dataclasses.replace(task, sizes={"classes": 20, "pixels": 8})
+    with pytest.raises(ValueError, match=message):
+        tasks.plan_of(images, tasks.complete(RunConfig(at_once="magnitude", **fields)))
+
+
 def test_a_new_task_is_one_entry(task, tmp_path, monkeypatch, untimed):
     """Nothing but the registry knows it: its option reaches the reader, its methods and densities are run."""
     seen = []

@@ -12,7 +12,9 @@ from typing import Any
 from torch import nn
 
 from ...methods import METHODS, PAPER
-from ...pruning import Schedule
+from ...methods.first_scores import FIRST_SCORES
+from ...pruning import ListedSchedule, Schedule
+from ...pruning.schedule import described
 from .recipe import Recipe
 
 # Students that leave something out: features or logits of the teacher, the choice of blocks, the teacher altogether.
@@ -25,6 +27,8 @@ RANKING_ABLATIONS = tuple(f"sparserec-{what}" for what in ("kd", "random", "norm
 RANKING_METHODS_ALL = (*RANKING_METHODS, *RANKING_ABLATIONS)
 # The weight of AT: that of its authors' code for a mean over positions.
 AT_BETA = 1000.0
+# By what a student can be pruned before its first step: its first weights, or saliencies of some batches.
+AT_ONCE = ("magnitude", *FIRST_SCORES)
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,32 @@ class Network:
         asked = {density: counted.named(density) for density in self.densities}
         return dataclasses.replace(self, schedule=schedule, options=options, costs=counted.costs, asked=asked)
 
+    def at_once(self, score: str) -> Network:
+        """The same network, pruned before its first step by ``score``, one of AT_ONCE; random blocks stay random.
+
+        SS-SAD makes a ticket of two thirds of what is to go, and removes the rest after the first epoch of its second
+        stage. Raises ValueError where one student passes several densities.
+        """
+        if self.schedule is None or self.method is None:
+            return self
+        if len(self.densities) > 1:
+            raise ValueError(
+                f"sparsekd run: {self.name} trains one student along {len(self.densities)} densities, which cannot all "
+                "be reached before its first step; leave --at-once out, or give one --density"
+            )
+        final, every, unit = self.schedule.final, self.schedule.every, self.schedule.unit
+        options, start, first = dict(self.options), 0.0, 0
+        if "initial" in options:
+            start, first = round(2 * final / 3, 6), 1
+            options["initial"] = ListedSchedule((start,), every, unit=unit, first=0)
+        if score != "magnitude" and options.get("score") != "random":
+            options["first_score"] = score
+        schedule = ListedSchedule((final,), every, start=start, unit=unit, first=first)
+        name, folder = f"{self.name} at once", f"{self.folder}-at-once"
+        if score != "magnitude":
+            name, folder = f"{name} by {score}", f"{folder}-{score}"
+        return dataclasses.replace(self, name=name, folder=folder, schedule=schedule, options=options)
+
     def file(self, density: float | None) -> str:
         """Name of the file with the weights of one row."""
         return "model.safetensors" if len(self.densities) < 2 else f"model-{density:g}.safetensors"
@@ -98,6 +128,10 @@ class Network:
         settings = dataclasses.asdict(dataclasses.replace(self, make=nn.Identity))
         for name in ("make", "costs", "asked"):
             del settings[name]
+        if self.schedule is not None:
+            settings["schedule"] = described(self.schedule)
+        if "initial" in self.options:
+            settings["options"]["initial"] = described(self.options["initial"])
         if self.costs is not None:  # what the table says, not where it lies
             settings["costs"] = hashlib.sha256(Path(self.costs).read_bytes()).hexdigest()
         for schedule in (settings["schedule"], settings["options"].get("initial")):
@@ -152,6 +186,12 @@ class Plan:
         """The same plan, its students pruned by shares of what is counted."""
         students = tuple(network.counting(counted) for network in self.students)
         return dataclasses.replace(self, students=students)
+
+    def at_once(self, score: str) -> Plan:
+        """The same plan, its students pruned before their first step by ``score``."""
+        if not any(network.schedule for network in self.students):
+            raise ValueError("sparsekd run: no student of this task is pruned by a schedule; leave --at-once out")
+        return dataclasses.replace(self, students=tuple(network.at_once(score) for network in self.students))
 
     def in_blocks(self, pattern: str) -> Plan:
         """The same plan with blocks of `pattern`."""
