@@ -100,7 +100,8 @@ class Stepper:
 def _optimizer(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """An optimizer whose rate and decay are set anew before every step."""
     if name == "adamw":
-        return torch.optim.AdamW(parameters)
+        # One kernel a parameter: of a small pruned student, a dozen each are 6 % of a step.
+        return torch.optim.AdamW(parameters, fused=True)
     if name in ("sgd", "nesterov"):
         return torch.optim.SGD(parameters, lr=0.0, momentum=0.9, nesterov=name == "nesterov")
     raise ValueError(f"sparsekd.runs: optimizer must be adamw, sgd or nesterov, got {name!r}")
