@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from sparsekd import models
+from sparsekd.models.maps import in_training_layout
 
 SIZES = {"features": 9, "user_features": 6, "item_features": 8}
 
@@ -96,6 +97,24 @@ def test_every_parameter_learns(kind):
         nn.functional.mse_loss(model(*inputs), target).backward()
         optimizer.step()
     assert [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])] == []
+
+
+@KINDS
+def test_evaluation_in_the_layout_of_training_says_the_same(kind):
+    model, inputs, seen = make(kind).eval(), inputs_of(kind), []
+    nn.init.normal_(model.cnn.head.weight)
+    model.cnn.stem[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].is_contiguous()))
+    with torch.no_grad():
+        usual = model(*inputs)
+        with in_training_layout(model):
+            torch.testing.assert_close(model(*inputs), usual)
+        model(*inputs)
+    assert seen == [True, False, True]
+    with pytest.raises(RuntimeError), in_training_layout(model):
+        raise RuntimeError
+    assert not model.cnn.channels_last
+    with in_training_layout(nn.Linear(2, 2)):
+        pass
 
 
 def test_interaction_maps_are_outer_products():

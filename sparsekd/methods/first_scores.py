@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -42,7 +43,7 @@ def first_scores(
             "takes"
         )
     with _without_a_trace(pruner.model, beside):
-        found = saliency(pruner, (lambda b=batch: loss(*b).total for batch in batches), score)
+        found = saliency(pruner, [partial(_total, loss, batch) for batch in batches], score)
     device = next(pruner.model.parameters()).device  # a process group of GPUs adds up nothing else
     scores = {name: distributed.total(of_layer.to(device)).cpu() for name, of_layer in found.items()}
     untouched = [name for name, of_layer in scores.items() if not bool(of_layer.any())]
@@ -52,6 +53,10 @@ def first_scores(
             "of it; a last layer of zeros passes none to what lies before it: leave first_score out, to go by score"
         )
     return scores
+
+
+def _total(loss: Callable[..., Losses], batch: Sequence[Any]) -> Tensor:
+    return loss(*batch).total
 
 
 @contextmanager

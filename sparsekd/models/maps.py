@@ -17,6 +17,8 @@ feature maps to distil, shallow to deep.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +48,7 @@ class MapCNN(nn.Module):
     def __init__(self, shape: Shape, dropout: float):
         super().__init__()
         self.shape = shape
+        self.channels_last = False  # in evaluation; in training always
         self.stem = nn.Sequential(
             nn.Conv2d(shape.maps, shape.widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(shape.widths[0]), nn.ReLU()
         )
@@ -68,10 +71,23 @@ class MapCNN(nn.Module):
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         size = (self.shape.maps, self.shape.side)
         maps = left.unflatten(1, size).unsqueeze(3) * right.unflatten(1, size).unsqueeze(2)  # [B, C, S, S]
-        if self.training:  # what follows keeps this layout, in which a step of training is faster
+        if self.training or self.channels_last:  # what follows keeps this layout, in which large batches are faster
             maps = maps.contiguous(memory_format=torch.channels_last)
         pooled = self.pool(self.blocks(self.stem(maps))).flatten(1)
         return self.head(self.dropout(pooled)).squeeze(1)
+
+
+@contextmanager
+def in_training_layout(model: nn.Module) -> Iterator[None]:
+    """Evaluation in the layout of training: of large batches in half the time. Networks without maps are left alone."""
+    cnns = [module for module in model.modules() if isinstance(module, MapCNN)]
+    for cnn in cnns:
+        cnn.channels_last = True
+    try:
+        yield
+    finally:
+        for cnn in cnns:
+            cnn.channels_last = False
 
 
 class RatingCNN(nn.Module):

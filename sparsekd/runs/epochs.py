@@ -22,6 +22,7 @@ from ..data import Part, Task
 from ..data.parts import Batch
 from ..goals import Metric
 from ..methods import Staged
+from ..models.maps import in_training_layout
 from ..teacher_cache import TeacherCache
 from .evaluate import kept_share
 from .learners import learner_of
@@ -74,10 +75,11 @@ def fit(
             losses = _train(stepper, task, network, epoch, seed, kept)
         _check_finite(losses["loss"], network, epoch)
         stepper.check_ranks()
-        if recipe.recalibrate:
-            recalibrate(model, task.train, recipe.batch_size, _shuffle(seed, epoch))
-        with runtime.autocast():
-            scores = task.goal.scores(model, task.val)
+        with in_training_layout(model):
+            if recipe.recalibrate:
+                recalibrate(model, task.train, recipe.batch_size, _shuffle(seed, epoch))
+            with runtime.autocast():
+                scores = task.goal.scores(model, task.val)
         epochs.append(
             {
                 "epoch": epoch,

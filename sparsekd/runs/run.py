@@ -49,7 +49,7 @@ from .plans.network import Network, Plan
 from .record import Finished, Row
 from .runtime import OutOfTime, Runtime, is_over, rank, start, wait_for_all
 from .state import check_same_settings
-from .teaching import kept_teacher
+from .teaching import in_fast_layout, kept_teacher
 
 __all__ = ["run"]
 
@@ -91,7 +91,7 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[st
         baseline_scores = [score.to_dict() for score in baselines.run(loaded)]
         work = _Run(config, task, plan, runtime, out, say, baseline_scores)
         for seed in range(config.seeds):
-            teacher = work.train(plan.teacher, seed)
+            teacher = in_fast_layout(work.train(plan.teacher, seed))
             # Once a seed, and only if one of its students is not finished yet.
             kept = functools.cache(functools.partial(kept_teacher, teacher, task, runtime, work.say_once))
             for student in plan.students:
