@@ -14,7 +14,8 @@ All train for as many epochs of the same batches, and keep the epoch of smallest
 of the teacher that fills the cache (every job pays all of it, though a run shares it), training with its validation,
 and the test part in batches of 512; freezing would take longer than it saves on so few rows. Reading the data and the
 teacher's own training are in none: both sides need them alike. `table` marks the density of each method that has the
-smallest validation error, of those that have run.
+smallest validation error, of those that have run; where a job has other turns, it leaves out the seconds of those in
+which other processes had more than a twentieth of the machine.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from sparsekd.runs.runtime import Runtime
 DENSITIES = (0.45, 0.3, 0.2, 0.1)
 PLAIN = "plain torch"
 BATCH = 512  # of inference
+ELSEWHERE = 0.05  # share of the machine that other processes may have
 ROWS = "rows.jsonl"
 
 
@@ -205,17 +207,18 @@ def rows_in(out: Path) -> list[dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each job the medians over turns of its seconds, beside those of plain torch, and means over seeds."""
+    """For each job the medians over its undisturbed turns of its seconds, beside those of plain torch, and means over
+    seeds."""
     by_job: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_job.setdefault(row["job"], []).append(row)
-    base = statistics.median(row["seconds"] for row in by_job[PLAIN])
+    base = _median(by_job[PLAIN], "seconds")
     return [
         {
             "job": name,
-            "seconds": statistics.median(row["seconds"] for row in taken),
-            "ratio": statistics.median(row["seconds"] for row in taken) / base,
-            "train_seconds": statistics.median(row["train_seconds"] for row in taken),
+            "seconds": _median(taken, "seconds"),
+            "ratio": _median(taken, "seconds") / base,
+            "train_seconds": _median(taken, "train_seconds"),
             "val_mse": statistics.fmean(row["val_mse"] for row in taken),
             "test_mse": statistics.fmean(row["test_mse"] for row in taken),
             "seeds": len({row["seed"] for row in taken}),
@@ -224,6 +227,11 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for name, taken in by_job.items()
     ]
+
+
+def _median(rows: list[dict[str, Any]], name: str) -> float:
+    undisturbed = [row for row in rows if row["elsewhere"] <= ELSEWHERE] or rows
+    return statistics.median(row[name] for row in undisturbed)
 
 
 def table(options: argparse.Namespace) -> None:

@@ -35,8 +35,9 @@ def test_the_plain_loss_is_ours():
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
 
 
-def row(job, seconds, val, test, turn=0):
-    measured = {"seconds": seconds, "train_seconds": seconds / 2, "val_mse": val, "test_mse": test, "elsewhere": 0.0}
+def row(job, seconds, val, test, turn=0, elsewhere=0.0):
+    measured = {"seconds": seconds, "train_seconds": seconds / 2, "val_mse": val, "test_mse": test}
+    measured["elsewhere"] = elsewhere
     return {"job": job, "seed": 0, "turn": turn, "wall_seconds": seconds + 5, **measured}
 
 
@@ -47,6 +48,8 @@ def test_the_table_chooses_densities_on_validation_and_counts_turns(tmp_path, ca
         row(headline.PLAIN, 100, 2.0, 2.5, 2),
     ]
     rows += [row("LTH-SAD @ 0.3", 30, 1.9, 2.6), row("LTH-SAD @ 0.1", 20, 2.1, 2.4)]
+    rows += [row("SAD", 40, 2.0, 2.5, elsewhere=0.2), row("SAD", 36, 2.0, 2.5, 1, elsewhere=0.04)]
+    rows += [row("SP-SAD @ 0.1", 45, 2.0, 2.5, elsewhere=0.2)]
     (tmp_path / headline.ROWS).write_text("".join(json.dumps(each) + "\n" for each in rows))
     options = type("Options", (), {"out": str(tmp_path), "json": None})
     headline.table(options)
@@ -54,5 +57,6 @@ def test_the_table_chooses_densities_on_validation_and_counts_turns(tmp_path, ca
     assert f"| **{headline.PLAIN}** | 90.0 | 1.00 | 2.0000 | 2.5000 | 3 |" in said
     assert "| **LTH-SAD @ 0.3** | 30.0 | 0.33 | 1.9000 | 2.6000 | 1 |" in said
     assert "| LTH-SAD @ 0.1 | 20.0 | 0.22 |" in said
+    assert "| **SAD** | 36.0 | 0.40 |" in said and "| **SP-SAD @ 0.1** | 45.0 | 0.50 |" in said
     assert headline.expected(rows, "LTH-SAD @ 0.1") == 25 and headline.expected(rows, "new") == 105
     assert headline.expected([], "new") == 0.0 and math.isfinite(headline.expected(rows, headline.PLAIN))
