@@ -27,21 +27,33 @@ inline int64_t count_kept(const EmbeddingTable& t, int64_t row) {
   return count;
 }
 
-// Where the values of a row begin. The counts before it are added eight at a time: pairs of bytes to words of 16 bits,
-// and those by a multiplication whose highest word is their sum.
+// 64 bytes of ones, then of zeros: from 64 - n on the first n of 64 bytes.
+struct BytesBefore {
+  uint8_t byte[2 * sparsekd::kRowsOfBase];
+  constexpr BytesBefore() : byte{} {
+    for (int i = 0; i < sparsekd::kRowsOfBase; ++i) byte[i] = 0xff;
+  }
+};
+alignas(64) constexpr BytesBefore kBytesBefore;
+
+// Where the values of a row begin: behind those of the rows before it in its 64. All 64 counts are added, those from the
+// row on as zeros: where a loop that ends at the row would end, no CPU can guess. Pairs of bytes are added as words of 16
+// bits, and those by a multiplication whose highest word is their sum.
 inline int64_t row_begin(const EmbeddingTable& t, int64_t row) {
   constexpr uint64_t kBytes = 0x0101010101010101u, kEven = 0x00ff00ff00ff00ffu, kPairs = 0x0001000100010001u;
   const int64_t first = row / sparsekd::kRowsOfBase * sparsekd::kRowsOfBase;
-  uint64_t sum = 0, many = 0;
-  for (int64_t i = first; i < row; i += 8) {
-    uint64_t counts;
-    memcpy(&counts, t.counts + i, sizeof counts);
-    if (row - i < 8) counts &= (uint64_t{1} << 8 * (row - i)) - 1;
-    sum += (((counts & kEven) + (counts >> 8 & kEven)) * kPairs) >> 48;
+  const uint8_t* before = kBytesBefore.byte + sparsekd::kRowsOfBase - (row - first);
+  uint64_t pairs = 0, many = 0;
+  for (int i = 0; i < sparsekd::kRowsOfBase; i += 8) {
+    uint64_t counts, wanted;
+    memcpy(&counts, t.counts + first + i, sizeof counts);
+    memcpy(&wanted, before + i, sizeof wanted);
+    counts &= wanted;
+    pairs += (counts & kEven) + (counts >> 8 & kEven);
     many |= (~counts - kBytes) & counts & kBytes << 7;  // a byte of kManyKept
   }
   int64_t begin = t.base[row / sparsekd::kRowsOfBase];
-  if (many == 0) return begin + static_cast<int64_t>(sum);
+  if (many == 0) return begin + static_cast<int64_t>(pairs * kPairs >> 48);
   for (int64_t i = first; i < row; ++i) begin += count_kept(t, i);
   return begin;
 }
@@ -102,8 +114,10 @@ class RowStream {
     begins_[i % kBitsAhead] = begin;
     const char* first = reinterpret_cast<const char*>(values_ + begin);
     const int64_t bytes = static_cast<int64_t>(sizeof(T)) * count_kept(t_, row);
-    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(first + byte);
-    if (bytes > 0) __builtin_prefetch(first + bytes - 1);
+    __builtin_prefetch(first);
+    __builtin_prefetch(first + bytes / 2);
+    __builtin_prefetch(first + bytes - (bytes > 0));
+    for (int64_t byte = 64; byte + 64 < bytes; byte += 64) __builtin_prefetch(first + byte);
   }
 
   const EmbeddingTable& t_;
