@@ -71,7 +71,7 @@ def register() -> None:
     layers: list[Callable[..., Tensor]]
     layers = [linear, linear_grad_input, linear_grad_values, conv2d, conv2d_grad_input, conv2d_grad_values]
     layers = [*map(_halves_in_float32, layers)]
-    DIRECT.update({op.__name__: op for op in layers})
+    DIRECT.update({op.__name__: op for op in (*layers, *cpu_embedding.LOOKUPS)})
     ops: list[Callable] = [*layers, feature_stats, feature_stats_grad, match_maps, kd]
     ops += cpu_embedding.OPS
     for op in ops:

@@ -277,9 +277,9 @@ def _rows_kernel(op: str, values: Tensor) -> Any:
     return None if suffix is None else getattr(native, f"{op}_{suffix}")
 
 
+LOOKUPS: list[Callable[..., Any]] = [embedding, embedding_bag]
 OPS: list[Callable[..., Any]] = [
-    embedding,
-    embedding_bag,
+    *LOOKUPS,
     embedding_grad,
     embedding_absent_,
     embedding_top_k,
