@@ -354,9 +354,11 @@ class Ranking(Goal):
             )
         if not len(part.users):
             raise ValueError("sparsekd.Ranking.scores: the part must hold out at least one pair, got none")
-        # A pair that is there twice is held out once.
-        held = torch.unique(torch.stack([part.users.cpu(), part.items.cpu()], dim=1), dim=0)
-        users, counts = torch.unique_consecutive(held[:, 0], return_counts=True)
+        # A pair that is there twice is held out once. As rows of two, pairs would take longer to sort than
+        # everything else here.
+        held = torch.unique(part.users.cpu() * part.num_items + part.items.cpu())
+        held_items = held % part.num_items
+        users, counts = torch.unique_consecutive(held // part.num_items, return_counts=True)
         offsets, seen_items = part.seen_offsets.cpu(), part.seen_items.cpu()
         sums = dict.fromkeys((metric.name for metric in self.metrics), 0.0)
         begin = 0
@@ -366,7 +368,7 @@ class Ranking(Goal):
                 first_pair, end_pair = int(counts[:begin].sum()), int(counts[:end].sum())
                 relevant = torch.zeros(len(block), part.num_items, dtype=torch.bool)
                 relevant[
-                    torch.arange(len(block)).repeat_interleave(counts[begin:end]), held[first_pair:end_pair, 1]
+                    torch.arange(len(block)).repeat_interleave(counts[begin:end]), held_items[first_pair:end_pair]
                 ] = True
                 seen = ranks.segments(offsets, seen_items, block)
                 _check_not_seen(relevant, block, seen)

@@ -216,7 +216,7 @@ def _graph(users: Tensor, items: Tensor, num_users: int, num_items: int) -> tupl
 
 def _products(mine: Tensor, chosen: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """Scores [B] and [B, K] of rows [B, D], [B, D] and [B, K, D]."""
-    return (mine * chosen).sum(1), (others @ mine[:, :, None]).squeeze(2)
+    return (mine * chosen).sum(1), (others * mine[:, None]).sum(2)
 
 
 def _all(rows: int, like: Tensor) -> Tensor:
