@@ -109,22 +109,24 @@ def _lookups(
 
 
 def top_k(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    rows, queries = (5_000, 64) if args.quick else (100_000, 256)
+    rows, most = (5_000, 64) if args.quick else (100_000, 256)
     for dim in (64, 128):
         for removed in (0.8, 0.9, 0.95):
             layer = SparseEmbedding(rows, dim, density=1 - removed)
-            weight, query = layer.rows(), torch.randn(queries, dim)
-            got, want = layer.top_k(query, 20), (query @ weight.T).topk(20)
-            torch.testing.assert_close(got[0], want.values, rtol=1e-4, atol=1e-4)
+            weight = layer.rows()
+            for queries in (1, most):  # a request, and a batch of them
+                query = torch.randn(queries, dim)
+                got, want = layer.top_k(query, 20), (query @ weight.T).topk(20)
+                torch.testing.assert_close(got[0], want.values, rtol=1e-4, atol=1e-4)
 
-            def dense(weight: Tensor = weight, query: Tensor = query) -> object:
-                return (query @ weight.T).topk(20)
+                def dense(weight: Tensor = weight, query: Tensor = query) -> object:
+                    return (query @ weight.T).topk(20)
 
-            def ours(layer: SparseEmbedding = layer, query: Tensor = query) -> object:
-                return layer.top_k(query, 20)
+                def ours(layer: SparseEmbedding = layer, query: Tensor = query) -> object:
+                    return layer.top_k(query, 20)
 
-            row = {"part": "top_k", "rows": rows, "dim": dim, "removed": removed, "queries": queries, "k": 20}
-            yield {**row, **compare(ours, {"matmul_topk": dense}, seconds=args.seconds)}
+                row = {"part": "top_k", "rows": rows, "dim": dim, "removed": removed, "queries": queries, "k": 20}
+                yield {**row, **compare(ours, {"matmul_topk": dense}, seconds=args.seconds)}
 
 
 # ---- Processes of their own, whose resident bytes are counted

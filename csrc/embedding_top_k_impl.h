@@ -9,7 +9,7 @@ namespace {
 
 using sparsekd::EmbeddingTopK;
 
-constexpr int kQueryVectors = 4;                  // queries of a tile: as many accumulators hide the latency of fma
+constexpr int kQueryVectors = 4;                  // at most in a tile: as many accumulators hide the latency of fma
 constexpr int64_t kQueries = 16 * kQueryVectors;  // a tile's queries of 64 dimensions are 16 KiB: half the L1 cache
 constexpr int64_t kRowsOfTile = 64;
 
@@ -68,37 +68,39 @@ inline bool is_excluded(const EmbeddingTopK<T>& args, int64_t query, int64_t row
   return false;
 }
 
-// products [kQueries] of one row with the queries of a tile, which lie [dim][kQueries].
+// products [16 * kVectors] of one row with the queries of a tile, which lie [dim][16 * kVectors].
+template <int kVectors>
 inline void row_products(const EmbeddingTable& t, int64_t row, const float* values, const float* queries,
                          float* products) {
-  Vec16 acc[kQueryVectors];
+  Vec16 acc[kVectors];
 #pragma GCC unroll 4
-  for (int v = 0; v < kQueryVectors; ++v) acc[v] = Vec16::zero();
+  for (int v = 0; v < kVectors; ++v) acc[v] = Vec16::zero();
   const uint64_t* kept = kept_of(t, row);
   for (int64_t word = 0; word < ceil_div(t.dim, 64); ++word)
     for (uint64_t bits = kept[word]; bits != 0; bits &= bits - 1, ++values) {
-      const float* query = queries + (64 * word + __builtin_ctzll(bits)) * kQueries;
+      const float* query = queries + (64 * word + __builtin_ctzll(bits)) * 16 * kVectors;
       const Vec16 value = Vec16::broadcast(values);
 #pragma GCC unroll 4
-      for (int v = 0; v < kQueryVectors; ++v) acc[v] = Vec16::fma(value, Vec16::load(query + 16 * v), acc[v]);
+      for (int v = 0; v < kVectors; ++v) acc[v] = Vec16::fma(value, Vec16::load(query + 16 * v), acc[v]);
     }
 #pragma GCC unroll 4
-  for (int v = 0; v < kQueryVectors; ++v) acc[v].store(products + 16 * v);
+  for (int v = 0; v < kVectors; ++v) acc[v].store(products + 16 * v);
 }
 
 // A tile's queries against the rows of a range; best [queries] are heaps.
-template <class T>
+template <int kVectors, class T>
 inline void top_k_rows(const EmbeddingTopK<T>& args, const float* queries, int64_t first, int64_t count, Range rows,
                        const Best* best) {
   const EmbeddingTable& t = args.table;
-  alignas(64) float products[kQueries], worst[kQueries];
-  for (int64_t q = 0; q < kQueries; ++q) worst[q] = q < count ? best[q].score[0] : __builtin_inff();
+  constexpr int64_t kOfTile = 16 * kVectors;
+  alignas(64) float products[kOfTile], worst[kOfTile];
+  for (int64_t q = 0; q < kOfTile; ++q) worst[q] = q < count ? best[q].score[0] : __builtin_inff();
   if (rows.begin >= rows.end) return;
   int64_t begin = row_begin(t, rows.begin);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const int64_t kept = count_kept(t, row);
     if constexpr (std::is_same_v<T, float>) {
-      row_products(t, row, args.values + begin, queries, products);
+      row_products<kVectors>(t, row, args.values + begin, queries, products);
     } else {
       float* values = scratch_of<float>(sparsekd::kScratchWords, t.dim);
       const float one = 1.0f;
@@ -107,11 +109,11 @@ inline void top_k_rows(const EmbeddingTopK<T>& args, const float* queries, int64
         const int have = static_cast<int>(min64(16, kept - i));
         Vec16::mul(scale, load16_first(args.values + begin + i, have)).store_first(values + i, have);
       }
-      row_products(t, row, values, queries, products);
+      row_products<kVectors>(t, row, values, queries, products);
     }
     begin += kept;
     int better = 0;
-    for (int64_t q = 0; q < kQueries; ++q) better |= products[q] > worst[q];
+    for (int64_t q = 0; q < kOfTile; ++q) better |= products[q] > worst[q];
     if (!better) continue;
     for (int64_t q = 0; q < count; ++q) {
       if (!(products[q] > worst[q]) || is_excluded(args, first + q, row)) continue;
@@ -119,6 +121,18 @@ inline void top_k_rows(const EmbeddingTopK<T>& args, const float* queries, int64
       worst[q] = best[q].score[0];
     }
   }
+}
+
+// Lays the queries of a tile out as its products read them, and finds their best rows in a range.
+template <int kVectors, class T>
+inline void top_k_tile(const EmbeddingTopK<T>& args, int64_t first, int64_t count, Range rows, const Best* best) {
+  constexpr int64_t kOfTile = 16 * kVectors;
+  const int64_t dim = args.table.dim;
+  float* queries = scratch_of<float>(sparsekd::kScratchInput, dim * kOfTile);
+  for (int64_t d = 0; d < dim; ++d)
+    for (int64_t q = 0; q < kOfTile; ++q)
+      queries[d * kOfTile + q] = q < count ? args.queries[(first + q) * dim + d] : 0.0f;
+  top_k_rows<kVectors>(args, queries, first, count, rows, best);
 }
 
 // Tiles of queries are dealt out; where they are fewer than threads, parts of the rows are, too. The order of scores and
@@ -142,10 +156,6 @@ void embedding_top_k(const EmbeddingTopK<T>& args) {
   };
   parallel(args.threads, tiles * parts, [&](int64_t item) {
     const int64_t first = item / parts * kQueries, part = item % parts, count = min64(kQueries, args.count - first);
-    float* queries = scratch_of<float>(sparsekd::kScratchInput, t.dim * kQueries);
-    for (int64_t d = 0; d < t.dim; ++d)
-      for (int64_t q = 0; q < kQueries; ++q)
-        queries[d * kQueries + q] = q < count ? args.queries[(first + q) * t.dim + d] : 0.0f;
     Best best[kQueries];
     for (int64_t q = 0; q < count; ++q) {
       best[q] = best_of(first + q, part);
@@ -154,7 +164,13 @@ void embedding_top_k(const EmbeddingTopK<T>& args) {
         best[q].id[i] = -1;
       }
     }
-    top_k_rows(args, queries, first, count, share(t.rows, parts, part), best);
+    const Range rows = share(t.rows, parts, part);
+    if (count <= 16)  // one user's request does not pay for 63 others
+      top_k_tile<1>(args, first, count, rows, best);
+    else if (count <= 32)
+      top_k_tile<2>(args, first, count, rows, best);
+    else
+      top_k_tile<kQueryVectors>(args, first, count, rows, best);
   });
   parallel(args.threads, args.count, [&](int64_t query) {
     const Best all{.score = args.scores + query * args.k, .id = args.ids + query * args.k, .k = args.k};

@@ -190,7 +190,7 @@ def test_compiled_and_exported(fresh_compiler):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("queries", [0, 1, 3, 65])
+@pytest.mark.parametrize("queries", [0, 1, 3, 20, 65])
 @pytest.mark.parametrize(("rows", "dim"), [(1, 1), (130, 37), (5000, 16)])
 def test_top_k_is_the_start_of_a_stable_sort(rows, dim, queries, dtype):
     """Whole numbers: products are exact and many are equal."""
