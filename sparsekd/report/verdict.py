@@ -1,4 +1,5 @@
-"""What a run comes to, in a sentence: its best pruned network beside the dense one of the same kind."""
+"""What a run comes to, in a sentence: its best pruned network beside the dense one of the same kind, and beside what
+does better without a network."""
 
 from __future__ import annotations
 
@@ -49,7 +50,20 @@ def sentence(results: Mapping[str, Any], summary: Sequence[Entry]) -> str:
     if now and then:
         ratio = f"{then / now:.1f} times as fast as" if then >= now else f"{now / then:.1f} times as slow as"
         text += f"; frozen, it answers in {now:.3g} ms at batch 1, {ratio} the dense one frozen"
+    ahead = ahead_of(results, judge, chosen)
+    if ahead is not None:
+        text += f"; {ahead['name']}, which is no network, has {judge.scale * ahead[judge.name]:.{judge.digits}f}{unit}"
     return f"{text}."
+
+
+def ahead_of(results: Mapping[str, Any], judge: Metric, chosen: Entry) -> Mapping[str, Any] | None:
+    """The baseline that does best, where it does better than `chosen` on the test part."""
+    best = None
+    for score in results["baselines"]:
+        value = score.get(judge.name)
+        if value is not None and judge.better(value, chosen["mean"][judge.name] if best is None else best[judge.name]):
+            best = score
+    return best
 
 
 def shown(metric: Metric, entry: Entry) -> str:

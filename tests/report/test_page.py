@@ -12,7 +12,7 @@ import pytest
 
 from sparsekd import report
 from sparsekd.goals import Classification, Regression
-from sparsekd.report import compare, page
+from sparsekd.report import compare, page, verdict
 from sparsekd.report.charts import Chart, Series, _apart, _Scale, pareto
 
 VOID = {"meta", "img", "br"}
@@ -127,6 +127,15 @@ def test_the_result_comes_first_in_a_sentence(run):
     )
     order = [words.index(word) for word in (sentence, "Quality against latency", "model", "Training (seed 0)")]
     assert order == sorted(order)
+
+
+def test_the_sentence_names_what_does_better_without_a_network(run):
+    run["baselines"] = [{"name": "ridge", "accuracy": 0.70}, {"name": "EASE"}]
+    assert "no network" not in verdict.sentence(run, run["summary"])
+    run["baselines"] += [{"name": "popularity", "accuracy": 0.74}, {"name": "ItemKNN", "accuracy": 0.7350}]
+    assert verdict.sentence(run, run["summary"]).endswith(
+        "as the dense one frozen; popularity, which is no network, has 74.00 %."
+    )
 
 
 def test_nothing_comes_from_outside(run):
