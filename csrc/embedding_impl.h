@@ -27,18 +27,18 @@ inline int64_t count_kept(const EmbeddingTable& t, int64_t row) {
   return count;
 }
 
-// 64 bytes of ones, then of zeros: from 64 - n on the first n of 64 bytes.
+// 64 bytes of 0xff, then as many of zero: from 64 - n on they choose the first n of 64 bytes.
 struct BytesBefore {
   uint8_t byte[2 * sparsekd::kRowsOfBase];
   constexpr BytesBefore() : byte{} {
     for (int i = 0; i < sparsekd::kRowsOfBase; ++i) byte[i] = 0xff;
   }
 };
-alignas(64) constexpr BytesBefore kBytesBefore;
+constexpr BytesBefore kBytesBefore;
 
 // Where the values of a row begin: behind those of the rows before it in its 64. All 64 counts are added, those from the
-// row on as zeros: where a loop that ends at the row would end, no CPU can guess. Pairs of bytes are added as words of 16
-// bits, and those by a multiplication whose highest word is their sum.
+// row on as zeros, since the trip count of a loop that ends at the row would be mispredicted. Pairs of bytes are added as
+// words of 16 bits, and those by a multiplication whose highest word is their sum.
 inline int64_t row_begin(const EmbeddingTable& t, int64_t row) {
   constexpr uint64_t kBytes = 0x0101010101010101u, kEven = 0x00ff00ff00ff00ffu, kPairs = 0x0001000100010001u;
   const int64_t first = row / sparsekd::kRowsOfBase * sparsekd::kRowsOfBase;
@@ -114,10 +114,11 @@ class RowStream {
     begins_[i % kBitsAhead] = begin;
     const char* first = reinterpret_cast<const char*>(values_ + begin);
     const int64_t bytes = static_cast<int64_t>(sizeof(T)) * count_kept(t_, row);
+    // Most rows lie in one to three lines, which are asked for without a branch.
     __builtin_prefetch(first);
     __builtin_prefetch(first + bytes / 2);
     __builtin_prefetch(first + bytes - (bytes > 0));
-    for (int64_t byte = 64; byte + 64 < bytes; byte += 64) __builtin_prefetch(first + byte);
+    for (int64_t byte = 64; byte < bytes - 1; byte += 64) __builtin_prefetch(first + byte);
   }
 
   const EmbeddingTable& t_;
