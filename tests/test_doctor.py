@@ -266,7 +266,7 @@ def test_the_peak_is_measured_when_asked(bare, wide, said):
     assert facts["peak"]["gflops"] == {"avx2": [100.0, 700.0], "avx512": [wide, 7 * wide]}
     assert used[-1] == "avx512"  # the one that was in use
     line = lines_of(doctor.report(facts), "cpu peak")
-    assert "avx2 100 GFLOP/s on one thread, 700 on 7" in line and f"512-bit multiply-adds of {said}" in line
+    assert "avx2 100 GFLOP/s on one thread, 700 on 7" in line and f"times the work of 256-bit ones: {said}" in line
     assert json.loads(json.dumps(facts)) == facts
     without = doctor.collect(importer(ALL_THERE | {"sparsekd._C": ImportError("no")}), bare, measure=True)
     assert "import sparsekd._C failed" in lines_of(doctor.report(without), "cpu peak")
