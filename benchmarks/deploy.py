@@ -33,6 +33,7 @@ LIMIT = 1e-3  # largest difference from the frozen network's answer, relative to
 FIGURES = ("us", "start_s", "numpy_s", "first_call_s", "resident_mb", "peak_mb", "numpy_mb")
 # Its command line would install a package for telemetry and report the conversion; the function beneath does not.
 CONVERT = "import sys, MNN, _tools; _tools.mnnconvert(['mnnconvert', *sys.argv[1:]])"
+MNN_FILES: dict[str, list[str]] = {"network.mnn": [], "network-sparse.mnn": ["--detectSparseSpeedUp"]}
 Row = dict[str, Any]
 
 
@@ -44,7 +45,8 @@ def prepare(name: str, density: float, folder: Path) -> None:
     model = settle(sparsekd.sparsify(build(), density=density, exclude=exclude), *inputs_of(8))
     folder.mkdir()
     write_files(sparsekd.freeze(model, inputs, layer_ms=20.0), inputs, folder)
-    convert_for_mnn(folder)
+    for file in MNN_FILES:
+        convert_for_mnn(folder, file)  # where MNN is not installed there is no file, and no row
 
 
 def write_files(frozen: Any, inputs: tuple[torch.Tensor, ...], folder: Path, onnx: bool = True) -> None:
@@ -59,11 +61,14 @@ def write_files(frozen: Any, inputs: tuple[torch.Tensor, ...], folder: Path, onn
     np.save(folder / "expected.npy", frozen(*inputs).numpy())
 
 
-def convert_for_mnn(folder: Path) -> None:
-    for file, more in (("network.mnn", []), ("network-sparse.mnn", ["--detectSparseSpeedUp"])):
-        arguments = ["-f", "ONNX", "--modelFile", str(folder / "network.onnx"), "--MNNModel", str(folder / file)]
-        command = [sys.executable, "-c", CONVERT, *arguments, "--bizCode", "sparsekd", *more]
-        subprocess.run(command, capture_output=True)  # where MNN is not installed there is no file, and no row
+def convert_for_mnn(folder: Path, file: str) -> str:
+    """Makes the file of network.onnx, or says why not."""
+    arguments = ["-f", "ONNX", "--modelFile", str(folder / "network.onnx"), "--MNNModel", str(folder / file)]
+    command = [sys.executable, "-c", CONVERT, *arguments, "--bizCode", "sparsekd", *MNN_FILES[file]]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if (folder / file).is_file():
+        return ""
+    return (done.stderr.strip() or done.stdout.strip() or f"mnnconvert ended with {done.returncode}").splitlines()[-1]
 
 
 def turn(runtime: str, folder: Path, threads: int, seconds: float) -> Row:

@@ -170,9 +170,10 @@ def mnn(one: Contestant, threads: int) -> Call:
     network, x = _onnx(one)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "network.onnx").write_bytes(network)
-        convert_for_mnn(Path(folder))
-        file = Path(folder, "network-sparse.mnn" if one.runtime == "mnn-sparse" else "network.mnn")
-        call = serve.mnn(str(file), ["x"], [x.shape], threads)
+        file = "network-sparse.mnn" if one.runtime == "mnn-sparse" else "network.mnn"
+        if failed := convert_for_mnn(Path(folder), file):
+            raise RuntimeError(failed)
+        call = serve.mnn(str(Path(folder, file)), ["x"], [x.shape], threads)
         call([x])  # reads the file
     return lambda: torch.from_numpy(call([x]))
 

@@ -48,9 +48,10 @@ def test_a_budget_is_what_the_whole_network_keeps():
 
 @pytest.mark.parametrize("runtime, file", [("mnn", "network.mnn"), ("mnn-sparse", "network-sparse.mnn")])
 def test_mnn_runs_what_its_converter_wrote(runtime, file, monkeypatch):
-    def convert(folder):
-        assert (folder / "network.onnx").stat().st_size
+    def convert(folder, wanted):
+        assert (folder / "network.onnx").stat().st_size and wanted == file
         (folder / file).write_text("converted")
+        return ""
 
     def serve(path, names, shapes, threads):
         assert names == ["x"] and shapes == [(1, 3, 32, 32)] and threads == 1
@@ -61,6 +62,9 @@ def test_mnn_runs_what_its_converter_wrote(runtime, file, monkeypatch):
     monkeypatch.setattr(networks.serve, "mnn", serve)
     call = networks.RUNTIMES[runtime][0](Contestant("wrn-16-2-n1", runtime, "fp32", 0.5), 1)
     assert call().tolist() == [1.0]
+    monkeypatch.setattr(networks, "convert_for_mnn", lambda *_: "ModuleNotFoundError: No module named 'MNN'")
+    with pytest.raises(RuntimeError, match="No module named 'MNN'"):
+        networks.RUNTIMES[runtime][0](Contestant("wrn-16-2-n1", runtime, "fp32", 0.5), 1)
 
 
 class Team:
