@@ -381,11 +381,11 @@ def chart(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["costs", "train", "time", "chart"])
-    parser.add_argument("--out", default="runs/equal-latency", metavar="DIR", help="tables, students and rows")
+    parser.add_argument("--out", metavar="DIR", help="tables, students and rows (runs/equal-latency)")
     parser.add_argument("--data", metavar="DIR", help="the idx files of Fashion-MNIST, plain or .xz, or CIFAR-100")
     parser.add_argument("--dataset", choices=DATASETS, default="fashion-mnist")
-    parser.add_argument("--json", metavar="FILE", default="benchmarks/results/equal_latency.json")
-    parser.add_argument("--svg", metavar="FILE", default="docs/equal_latency.svg")
+    parser.add_argument("--json", metavar="FILE", help="benchmarks/results/equal_latency.json for Fashion-MNIST")
+    parser.add_argument("--svg", metavar="FILE", help="docs/equal_latency.svg for Fashion-MNIST")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--points", type=float, nargs="+", default=[0.5, 0.3, 0.2])
     parser.add_argument("--images", type=int, default=16_000)
@@ -398,6 +398,10 @@ def main() -> None:
     parser.add_argument("--layer-ms", type=float, default=20.0)
     parser.add_argument("--seconds", type=float, default=0.3, help="to time a network for")
     options = parser.parse_args()
+    suffix = "" if options.dataset == "fashion-mnist" else f"-{options.dataset}"
+    options.out = options.out or f"runs/equal-latency{suffix}"
+    options.json = options.json or f"benchmarks/results/equal_latency{suffix}.json"
+    options.svg = options.svg or f"docs/equal_latency{suffix}.svg"
     if options.step == "train" and options.data is None:
         parser.error("train needs --data")
     {"costs": measure_costs, "train": train_all, "time": time_all, "chart": chart}[options.step](options)

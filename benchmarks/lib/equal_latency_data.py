@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from sparsekd import data
 from sparsekd.data import Rows
+from sparsekd.runs.plans.images import PROTOCOLS
+
+REDUCED = PROTOCOLS["reduced"]
 
 
 @dataclass(frozen=True)
@@ -50,14 +54,20 @@ def fashion_mnist(folder: Path) -> tuple[Rows, Rows]:
 
 
 def cifar100_reduced(folder: Path) -> tuple[Rows, Rows]:
-    """The twenty classes of 16 x 16 pixels of `sparsekd run cifar100 --protocol reduced`."""
-    task = data.load("cifar100", folder, validation=1_000, pixels=16, classes=20)
+    """As in `sparsekd run cifar100 --protocol reduced`, but all training images of these classes."""
+    sizes: Any = {"validation": REDUCED.validation, "pixels": REDUCED.pixels, "classes": REDUCED.classes}
+    task = data.load("cifar100", folder, **sizes)
     return task.train, task.test
 
 
 DATASETS = {
     "fashion-mnist": Pictures("Fashion-MNIST", 28, 10, fashion_mnist),
-    "cifar100-reduced": Pictures("CIFAR-100 of 20 classes and 16 x 16 pixels", 16, 20, cifar100_reduced),
+    "cifar100-reduced": Pictures(
+        f"CIFAR-100 of {REDUCED.classes} classes and {REDUCED.pixels} x {REDUCED.pixels} pixels",
+        REDUCED.pixels,
+        REDUCED.classes,
+        cifar100_reduced,
+    ),
 }
 
 
