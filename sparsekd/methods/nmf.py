@@ -10,7 +10,9 @@ from torch import Tensor
 
 __all__ = ["nmf"]
 
-_SMALLEST = torch.finfo(torch.float32).eps  # in place of a zero to divide by, as scikit-learn has it
+# To divide by at least. A row that no factor explains shrinks with every sweep, until its products with others are no
+# floats any more, or so small that the quotient is infinite.
+_SMALLEST = 1e-30
 
 
 @torch.no_grad()
@@ -50,5 +52,4 @@ def nmf(
 
 def _update(factor: Tensor, matrix: Tensor, other: Tensor) -> None:
     below = factor @ (other.T @ other)
-    below[below == 0] = _SMALLEST
-    factor *= torch.sparse.mm(matrix, other) / below
+    factor *= torch.sparse.mm(matrix, other) / below.clamp_(min=_SMALLEST)

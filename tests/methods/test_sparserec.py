@@ -11,7 +11,7 @@ from sparsekd import models
 from sparsekd.distill import Plain
 from sparsekd.goals import Ranking
 from sparsekd.methods import SparseRec
-from sparsekd.methods.nmf import nmf
+from sparsekd.methods.nmf import _update, nmf
 from sparsekd.methods.tables import bytes_of, largest
 
 from .made_up import CHOSEN, PART, SIZES, epoch, learner
@@ -219,3 +219,11 @@ def test_a_density_below_one_entry_a_row_and_dense_tables_are_refused():
         SparseRec(Plain(models.MF(SIZES, 8, density=0.25), Ranking()), CHOSEN, steps=10, density=0.05)
     with pytest.raises(TypeError, match=r"MF must have `tables`, pairs .* of SparseEmbedding"):
         SparseRec(Plain(models.MF(SIZES, 8), Ranking()), CHOSEN, steps=10)
+
+
+def test_rows_that_no_factor_explains_stay_finite():
+    factor, other = torch.tensor([[1e-38]]), torch.tensor([[1e-2]])
+    _update(factor, torch.ones(1, 1).to_sparse(), other)  # divides by 1e-42
+    assert factor.isfinite().all()
+    apart = torch.arange(40)  # every pair stands alone
+    assert all(one.isfinite().all() for one in nmf(apart, apart, 40, 40, 4, sweeps=300))
