@@ -8,7 +8,8 @@ On movietweetings, in turns, each job in a process of its own:
     plain torch   dense SAD as one would write it: the teacher in every step, the loss of lib/plain_sad.py
     SAD           the same with this library: a cache of the teacher, our loss, channels_last, one kernel for AdamW
     SP-SAD, LTH-SAD, SS-SAD at .45, .3, .2 and .1 of the multiply-adds, with the same
-    SP-SAD at once, ...   the same, before the first step ("at once by snip": by a saliency); if --jobs names them
+    SP-SAD at once, ...   the same, before the first step ("at once by snip": by a saliency, not for
+                          SS-SAD); if --jobs names them
 
 All train for as many epochs of the same batches, and keep the epoch of smallest validation error. A job takes the pass
 of the teacher that fills the cache (every job pays all of it, though a run shares it), training with its validation,

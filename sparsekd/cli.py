@@ -204,7 +204,7 @@ def _add_run(commands: Any, with_options: bool) -> None:
         const="magnitude",
         choices=AT_ONCE,
         help="prune before the first step, by the first weights (magnitude, the default) or by a saliency of some "
-        "batches",
+        "batches, which SS-SAD has no gradient for. Before the task write the choice out, as in --at-once=snip",
     )
     run.add_argument(
         "--costs", metavar="FILE", help="times of the student's layers, for --unit latency_us (measured now)"

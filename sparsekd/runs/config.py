@@ -25,8 +25,9 @@ class RunConfig:
                network at batch 1 ("latency_us"). None: multiply-adds, or weights by the published recipe.
     scope      how the methods choose, as in `Pruner`: "cost", "global" or "layer"; None: by cost, but where weights are
                counted as each method has it in the paper.
-    at_once    prune before the first step of training, by what: the first weights ("magnitude"), or saliencies of some
-               batches, "snip", "taylor" or "fisher". None: while they train, when the plan of the task says so.
+    at_once    prune before the first step of training, by what: the first weights ("magnitude", or LAMP where the plan
+               of the task has it), or saliencies of some batches, "snip", "taylor" or "fisher", where a teacher takes
+               part from the first step: not in SS-SAD. None: while they train, when the plan of the task says so.
     costs      a file of `CostTable.save` for the student, for `unit` "latency_us"; None: measured now, kept in `out`.
     seeds      how many; seed s initialises all students of that seed alike.
     quick      fewer rows, fewer epochs, short timings: to see it work, not to quote.

@@ -8,6 +8,8 @@ import torch
 from benchmarks import headline
 from benchmarks.lib.plain_sad import PlainSAD
 from sparsekd import SAD
+from sparsekd.runs import RunConfig
+from sparsekd.runs.plans import ratings
 
 
 def same_parameters(sad, plain):
@@ -60,3 +62,12 @@ def test_the_table_chooses_densities_on_validation_and_counts_turns(tmp_path, ca
     assert "| **SAD** | 36.0 | 0.40 |" in said and "| **SP-SAD @ 0.1** | 45.0 | 0.50 |" in said
     assert headline.expected(rows, "LTH-SAD @ 0.1") == 25 and headline.expected(rows, "new") == 105
     assert headline.expected([], "new") == 0.0 and math.isfinite(headline.expected(rows, headline.PLAIN))
+
+
+def test_jobs_are_named_after_what_judges_their_students():
+    config = RunConfig(methods=("sp-sad", "ss-sad"), densities=(0.1,))
+    jobs = headline.networks_of(ratings.in_one_plan(config, ratings.MOVIETWEETINGS, lambda shape: None))
+    scores = ("snip", "taylor", "fisher")
+    usual = ["SP-SAD @ 0.1", "SS-SAD @ 0.1", "SP-SAD at once @ 0.1", "SS-SAD at once @ 0.1"]
+    assert list(jobs) == [headline.PLAIN, "SAD", *usual, *(f"SP-SAD at once by {score} @ 0.1" for score in scores)]
+    assert "first_score" not in jobs["SS-SAD at once @ 0.1"].options

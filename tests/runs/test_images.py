@@ -10,6 +10,7 @@ import torch
 from sparsekd import checkpoint, data, models, report, runs
 from sparsekd.methods import METHODS, PAPER
 from sparsekd.runs import RunConfig, epochs, tasks
+from sparsekd.runs.learners import learner_of
 from sparsekd.runs.plans import images
 from sparsekd.runs.plans.network import KNOWN_METHODS
 from sparsekd.runs.rates import learning_rate
@@ -194,3 +195,26 @@ def test_compiled_steps_learn_the_same(folder, tmp_path, tiny, monkeypatch):
     assert [epoch["pruned"] for epoch in histories[1]] == [True, True, False]
     for key in ("loss", "task", "kd", "sad"):
         assert [e[key] for e in histories[1]] == pytest.approx([e[key] for e in histories[0]], rel=1e-3)
+
+
+@pytest.mark.parametrize("score", ["magnitude", "snip"])
+def test_methods_of_images_prune_before_the_first_step(tiny, folder, tmp_path, score):
+    """At one density, though LTH-SAD goes back to a later epoch where it prunes while it trains. A saliency judges what
+    a teacher takes part in from the first step."""
+    asked = config(folder, tmp_path, densities=(0.3,), methods=(*METHODS, "random", "magnitude"), at_once=score)
+    asked = tasks.complete(asked)
+    task = images.load("cifar100", asked)
+    pruned = [network for network in tasks.plan_of(task, asked).students if network.schedule]
+    by = {"magnitude": ("", " by lamp"), "snip": (" by snip", " by snip")}[score]
+    names = [f"SP-SAD at once{by[0]}", f"LTH-SAD at once{by[1]}", "SS-SAD at once by lamp"]
+    assert [network.name for network in pruned] == [*names, "random blocks, SAD at once", "SP, no teacher at once"]
+    teacher = Tiny(32).eval()
+    for network in pruned:
+        assert network.options.get("first_score") == ("snip" if "snip" in network.name else None)
+        method = learner_of(network.make(), task, network, teacher, 0)
+        method.attach(Stepper(method, "nesterov", runs.Runtime()).optimizer)
+        event = method.before_training([next(iter(task.train.batches(16)))])
+        assert event.boundary == 0 and event.target == pytest.approx(0.466667 if "SS" in network.name else 0.7)
+    with pytest.raises(ValueError, match="SP-SAD trains one student along 2 densities"):
+        runs.run(config(folder, tmp_path / "out", at_once=score), lambda line: None)
+    assert not (tmp_path / "out").exists()

@@ -27,7 +27,8 @@ RANKING_ABLATIONS = tuple(f"sparserec-{what}" for what in ("kd", "random", "norm
 RANKING_METHODS_ALL = (*RANKING_METHODS, *RANKING_ABLATIONS)
 # The weight of AT: that of its authors' code for a mean over positions.
 AT_BETA = 1000.0
-# By what a student can be pruned before its first step: its first weights, or saliencies of some batches.
+# By what a student can be pruned before its first step: its first weights, as its method scores them, or saliencies of
+# some batches.
 AT_ONCE = ("magnitude", *FIRST_SCORES)
 
 
@@ -97,7 +98,10 @@ class Network:
         """The same network, pruned before its first step by ``score``, one of AT_ONCE; random blocks stay random.
 
         SS-SAD makes a ticket of two thirds of what is to go, and removes the rest after the first epoch of its second
-        stage. Raises ValueError where one student passes several densities.
+        stage. A saliency needs a gradient, which networks whose last layer starts as zeros have from a teacher alone:
+        where none takes part at first (the ticket of SS-SAD, a student without a teacher) the first weights judge. The
+        name says what does: "at once by snip", "at once by lamp", and "at once" by magnitude. What rewinds goes back to
+        the first weights. Raises ValueError where one student passes several densities.
         """
         if self.schedule is None or self.method is None:
             return self
@@ -108,15 +112,18 @@ class Network:
             )
         final, every, unit = self.schedule.final, self.schedule.every, self.schedule.unit
         options, start, first = dict(self.options), 0.0, 0
-        if "initial" in options:
+        options.pop("rewind_to", None)  # there is no epoch before the first prune
+        in_stages = "initial" in options
+        if in_stages:
             start, first = round(2 * final / 3, 6), 1
             options["initial"] = ListedSchedule((start,), every, unit=unit, first=0)
-        if score != "magnitude" and options.get("score") != "random":
-            options["first_score"] = score
+        judge = options.get("score", "magnitude")
+        if score != "magnitude" and judge != "random" and not in_stages and (self.alpha or self.beta):
+            options["first_score"] = judge = score
         schedule = ListedSchedule((final,), every, start=start, unit=unit, first=first)
         name, folder = f"{self.name} at once", f"{self.folder}-at-once"
-        if score != "magnitude":
-            name, folder = f"{name} by {score}", f"{folder}-{score}"
+        if judge not in ("magnitude", "random"):
+            name, folder = f"{name} by {judge}", f"{folder}-{judge}"
         return dataclasses.replace(self, name=name, folder=folder, schedule=schedule, options=options)
 
     def file(self, density: float | None) -> str:
