@@ -30,7 +30,8 @@ def first_scores(
 
     beside: what trains beside the pruner's model; both keep their buffers, and have no gradients afterwards.
 
-    Raises ValueError without batches, for masks on dense layers, and where no gradient reaches a layer.
+    Raises ValueError without batches, for masks on dense layers, and where a layer has no score: no gradient reaches
+    it, or all of its weights are 0.
     """
     if not pruner.makes_faster:
         raise ValueError(
@@ -49,10 +50,20 @@ def first_scores(
     untouched = [name for name, of_layer in scores.items() if not bool(of_layer.any())]
     if untouched:
         raise ValueError(
-            f"sparsekd.methods: no gradient reaches {', '.join(untouched)}, so that first_score={score!r} says nothing "
-            "of it; a last layer of zeros passes none to what lies before it: leave first_score out, to go by score"
+            f"sparsekd.methods: {_why(untouched, pruner)}, so that first_score={score!r} says nothing of it; a last "
+            "layer of zeros passes no gradient to what lies before it: leave first_score out, to go by score"
         )
     return scores
+
+
+def _why(untouched: list[str], pruner: Pruner) -> str:
+    """A score is made of w g: which of the two is 0 in each of these layers."""
+    layers = pruner.layers()
+    zeros = [name for name in untouched if not bool(layers[name].values.any())]
+    unreached = [name for name in untouched if name not in zeros]
+    said = [f"no gradient reaches {', '.join(unreached)}"] if unreached else []
+    said += [f"all weights of {', '.join(zeros)} are 0"] if zeros else []
+    return " and ".join(said)
 
 
 def _total(loss: Callable[..., Losses], batch: Sequence[Any]) -> Tensor:

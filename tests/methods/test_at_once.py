@@ -139,9 +139,16 @@ def test_a_saliency_that_says_nothing_is_refused():
     student = Net(8)
     nn.init.zeros_(student.head.weight)
     method, _, _ = build("ss-sad", epochs=8, student=student, first_score="snip")  # its first stage has no teacher
-    with pytest.raises(ValueError, match=r"no gradient reaches conv, head, so that first_score='snip' says nothing"):
+    says = r"no gradient reaches conv and all weights of head are 0, so that first_score='snip' says nothing of it"
+    with pytest.raises(ValueError, match=says):
         method.before_training(batches())
     assert method.pruner.removed_share == 0.0
+    student = Net(8)
+    nn.init.zeros_(student.conv.weight)
+    nn.init.ones_(student.norm.bias)  # so that the head sees something
+    method, _, _ = build("sp-sad", student=student, first_score="snip")
+    with pytest.raises(ValueError, match=r"sparsekd\.methods: all weights of conv are 0, so that first_score='snip'"):
+        method.before_training(batches())
     with pytest.raises(ValueError, match=r"needs some batches; call before_training\(batches\)"):
         method.before_training()
     masks, _, _ = build("sp-sad", first_score="snip", granularity="unstructured", pattern=None)
