@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import checkpoint
 
@@ -48,10 +49,21 @@ class StateFile:
         check_same_settings(self.path, state["settings"], self.settings)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+            if isinstance(part, torch.optim.Optimizer):
+                lay_out_moments(part)
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         return state["history"]
+
+
+def lay_out_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give moments the memory layout of their parameters. Files hold tensors without one, and torch's fused kernels for
+    the CPU go through parameter, gradient and moments in the order in which they lie, whatever their strides."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def check_same_settings(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:

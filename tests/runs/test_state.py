@@ -1,6 +1,7 @@
 """The state file of a training: what it keeps beside the parts that it is given."""
 
 import torch
+from torch.optim import AdamW
 
 from sparsekd.runs.state import StateFile
 
@@ -22,3 +23,30 @@ def test_a_state_from_a_cpu_is_read_where_no_gpu_drew(tmp_path):
     file.save([])
     drawn = torch.rand(4)
     assert file.resume() == [] and torch.equal(torch.rand(4), drawn)
+
+
+def test_a_resumed_channels_last_network_steps_as_if_it_had_not_stopped(tmp_path):
+    """The moments come back contiguous, and AdamW's fused kernel reads them in the order in which they lie."""
+    torch.manual_seed(0)
+    batches = torch.randn(4, 2, 3, 6, 6)
+
+    def network():
+        conv = torch.nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+        return conv, AdamW(conv.parameters(), lr=0.01, fused=True)
+
+    def steps(conv, optimizer, batches):
+        for images in batches:
+            optimizer.zero_grad()
+            conv(images).square().mean().backward()
+            optimizer.step()
+
+    whole, optimizer = network()
+    steps(whole, optimizer, batches[:2])
+    StateFile(tmp_path / "state", {"model": whole, "optimizer": optimizer}, {}).save([{"epoch": 1}])
+    steps(whole, optimizer, batches[2:])
+    resumed, another = network()
+    assert StateFile(tmp_path / "state", {"model": resumed, "optimizer": another}, {}).resume()
+    moments = another.state[resumed.weight]
+    assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == resumed.weight.stride()
+    steps(resumed, another, batches[2:])
+    assert torch.equal(resumed.weight, whole.weight)
