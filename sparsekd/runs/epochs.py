@@ -8,6 +8,7 @@ which was not. On several ranks (torchrun) each takes its share of every batch, 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -57,7 +58,8 @@ def fit(
     `kept` is what the teacher says and sees of every train row; without it the teacher is run in every step.
 
     `folder` gets the picked epoch of every density of the network (`network.file`), and state.safetensors, from which
-    the same call (with the same `settings`) goes on after a kill. Raises OutOfTime after the epoch in which the
+    the same call (with the same `settings`) goes on after a kill. A prune before the first step counts among the
+    seconds and joules of the first epoch, which then is "pruned_before". Raises OutOfTime after the epoch in which the
     deadline of `runtime` passed, RuntimeError where training diverges.
     """
     recipe, settings, runtime = network.recipe, settings or {}, runtime or Runtime()
@@ -67,11 +69,13 @@ def fit(
     parts = {"method": method, "model": model, "optimizer": stepper.optimizer}
     state = StateFile(folder / STATE, parts, settings, runtime.device)
     epochs = state.resume()
-    if not epochs:
-        with runtime.autocast():
-            method.before_training(islice(_batches(stepper, task, network, 1, seed, kept), SCORED))
     for epoch in _progress(range(len(epochs) + 1, recipe.epochs + 1), recipe.epochs, f"{network.name} seed {seed}"):
         with energy.EnergyMeter(runtime.device) as meter:
+            began, first = time.perf_counter(), None
+            if epoch == 1:
+                with runtime.autocast():
+                    first = method.before_training(islice(_batches(stepper, task, network, 1, seed, kept), SCORED))
+            before = time.perf_counter() - began
             losses = _train(stepper, task, network, epoch, seed, kept)
         _check_finite(losses["loss"], network, epoch)
         stepper.check_ranks()
@@ -90,10 +94,12 @@ def fit(
                 "pruned": False,
                 "rewound": False,
                 "seconds": meter.reading.seconds,
-                "step_ms": 1e3 * meter.reading.seconds / task.train.steps(recipe.batch_size),
+                "step_ms": 1e3 * (meter.reading.seconds - before) / task.train.steps(recipe.batch_size),
                 "joules": meter.reading.joules,
             }
         )
+        if first is not None:
+            epochs[-1]["pruned_before"] = True
         _keep(model, network, epochs, task.goal.judge, folder, settings)
         event = method.after_boundary(epoch)
         if event is not None:
