@@ -113,6 +113,10 @@ def test_evaluation_in_the_layout_of_training_says_the_same(kind):
     with pytest.raises(RuntimeError), in_training_layout(model):
         raise RuntimeError
     assert not model.cnn.channels_last
+    with in_training_layout(model):
+        with in_training_layout(model):
+            pass
+        assert model.cnn.channels_last  # as it was
     with in_training_layout(nn.Linear(2, 2)):
         pass
 

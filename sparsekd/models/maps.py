@@ -48,7 +48,7 @@ class MapCNN(nn.Module):
     def __init__(self, shape: Shape, dropout: float):
         super().__init__()
         self.shape = shape
-        self.channels_last = False  # in evaluation; in training always
+        self.channels_last = False  # whether evaluation has this layout; training always has
         self.stem = nn.Sequential(
             nn.Conv2d(shape.maps, shape.widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(shape.widths[0]), nn.ReLU()
         )
@@ -81,13 +81,14 @@ class MapCNN(nn.Module):
 def in_training_layout(model: nn.Module) -> Iterator[None]:
     """Evaluation in the layout of training: of large batches in half the time. Networks without maps are left alone."""
     cnns = [module for module in model.modules() if isinstance(module, MapCNN)]
+    before = [cnn.channels_last for cnn in cnns]
     for cnn in cnns:
         cnn.channels_last = True
     try:
         yield
     finally:
-        for cnn in cnns:
-            cnn.channels_last = False
+        for cnn, layout in zip(cnns, before, strict=True):
+            cnn.channels_last = layout
 
 
 class RatingCNN(nn.Module):
