@@ -20,6 +20,8 @@ class SSSAD(Staged):
         schedule: of the second stage; its ``start`` is the share that the first stage removes. A schedule that starts
             at 0 is shared out: its first prune makes the ticket, the others follow in the second stage (of a single
             prune, the first stage does half). ``first`` is then the first stage's: 0 makes the ticket before training.
+            With ``initial``, or with a ``start`` above 0, it is the second stage's, counted from its beginning, and 0
+            raises ValueError: to prune before training give ``initial`` a ``first`` of 0.
         initial: schedule of the first stage; default: the same rate (listed: one prune) and interval, up to
             ``schedule.start``.
         initial_epochs: length of the first stage; default: one interval of training after its last prune, or, of a
