@@ -1,6 +1,7 @@
 """The loop over epochs learns, prunes to the target, and goes on after a kill as if nothing had happened."""
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from sparsekd import checkpoint
 from sparsekd.data import Rows
-from sparsekd.methods import METHODS
+from sparsekd.methods import METHODS, Method
 from sparsekd.runs import epochs, evaluate
 from sparsekd.runs.plans.network import Counting
 from sparsekd.runs.state import StateFile
@@ -120,3 +121,19 @@ def test_divergence_is_said(task, tmp_path):
     with pytest.raises(RuntimeError, match="diverged in epoch 1"):
         trained(broken, network(alpha=0.0, beta=0.0), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_first_epoch_holds_the_prune_before_it(task, tmp_path, monkeypatch):
+    """Its seconds do; the time of a step does not."""
+    before = Method.before_training
+
+    def slowly(self, batches):
+        time.sleep(1.0)
+        before(self, batches)
+        return "an event"
+
+    monkeypatch.setattr(Method, "before_training", slowly)
+    _, (first, second) = trained(task, network(epochs=2, alpha=0.0, beta=0.0), tmp_path)
+    assert first["pruned_before"] is True and "pruned_before" not in second
+    steps = task.train.steps(64)
+    assert first["seconds"] > 1.0 and first["step_ms"] * steps == pytest.approx(1e3 * (first["seconds"] - 1), abs=100)
