@@ -114,11 +114,8 @@ class RowStream {
     begins_[i % kBitsAhead] = begin;
     const char* first = reinterpret_cast<const char*>(values_ + begin);
     const int64_t bytes = static_cast<int64_t>(sizeof(T)) * count_kept(t_, row);
-    // Most rows lie in one to three lines, which are asked for without a branch.
-    __builtin_prefetch(first);
-    __builtin_prefetch(first + bytes / 2);
-    __builtin_prefetch(first + bytes - (bytes > 0));
-    for (int64_t byte = 64; byte < bytes - 1; byte += 64) __builtin_prefetch(first + byte);
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(first + byte);
+    if (bytes > 0) __builtin_prefetch(first + bytes - 1);
   }
 
   const EmbeddingTable& t_;
