@@ -14,7 +14,11 @@ class _Rhythm:
 
     every: int
     first: int | None
-    prunes: int | property
+
+    @property
+    def prunes(self) -> int:
+        """How many there are; of a schedule in shares."""
+        raise NotImplementedError
 
     @property
     def first_prune(self) -> int:
@@ -24,7 +28,7 @@ class _Rhythm:
     @property
     def prune_epochs(self) -> list[int]:
         """The epochs after which a prune comes; of a schedule in shares."""
-        return [self.first_prune + place * self.every for place in range(self.prunes)]  # type: ignore[arg-type]
+        return [self.first_prune + place * self.every for place in range(self.prunes)]
 
     @property
     def last_prune(self) -> int:
@@ -95,7 +99,7 @@ class LinearSchedule(_Rhythm):
         return replace(self, final=_share_gone("LinearSchedule", self.unit, self.final, dense))
 
     @property
-    def prunes(self) -> int:  # type: ignore[override]
+    def prunes(self) -> int:
         """How many prunes it takes to reach ``final``; of one in shares."""
         return math.ceil(round((self.final - self.start) / self.rate, 6))
 
@@ -157,7 +161,7 @@ class ListedSchedule(_Rhythm):
         return self.targets[-1]
 
     @property
-    def prunes(self) -> int:  # type: ignore[override]
+    def prunes(self) -> int:
         return len(self.targets)
 
     def removed_after(self, epoch: int) -> float:
