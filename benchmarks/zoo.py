@@ -163,20 +163,22 @@ def rows_in(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 def in_a_process(name: str, kind: str, options: argparse.Namespace) -> dict[str, Any]:
     """Times are of a process that is started anew, as a user's is: one that was forked cannot share torch's threads."""
-    return (in_a_new_process if kind == "time" else in_a_fork)(name, kind, options)
+    try:
+        return (in_a_new_process if kind == "time" else in_a_fork)(name, kind, options)
+    except (TimeoutError, subprocess.TimeoutExpired):
+        why = f"took more than {options.minutes:g} minutes"
+    except ChildProcessError as ended:
+        why = f"its process ended with status {ended}"
+    return {"network": name, "kind": kind, "failed": why}
 
 
 def in_a_new_process(name: str, kind: str, options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.zoo", "--one", kind, "--network", name]
     for option in ("seconds", "layer_ms", "threads"):
         command += [f"--{option.replace('_', '-')}", str(getattr(options, option))]
-    row = {"network": name, "kind": kind}
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60 * options.minutes)
-    except subprocess.TimeoutExpired:
-        return {**row, "failed": f"took more than {options.minutes:g} minutes"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60 * options.minutes)
     if done.returncode:
-        return {**row, "failed": f"its process ended with status {done.returncode}"}
+        raise ChildProcessError(done.returncode)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -188,14 +190,13 @@ def in_a_fork(name: str, kind: str, options: argparse.Namespace) -> dict[str, An
     process = context.Process(target=lambda: sender.send(measure(*given)))
     process.start()
     sender.close()
-    row = {"network": name, "kind": kind}
     try:
         if not receiver.poll(60 * options.minutes):
-            return {**row, "failed": f"took more than {options.minutes:g} minutes"}
+            raise TimeoutError
         return receiver.recv()
     except EOFError:
         process.join()
-        return {**row, "failed": f"its process ended with status {process.exitcode}"}
+        raise ChildProcessError(process.exitcode) from None
     finally:
         process.kill()
         process.join()
