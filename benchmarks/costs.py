@@ -3,9 +3,11 @@
     python -m benchmarks.costs --out benchmarks/results/costs.json
     python -m benchmarks.costs --network resnet50 --budget macs=0.3 latency_us=0.5 --threads 1 2
 
-For each network: its table is measured, then the network is pruned to each budget, by each scope, frozen and timed.
-`error` is predicted over measured, less one; for a budget of microseconds `arrived` is measured over what was asked
-for, less one. Random weights: the time of a layer does not depend on which blocks it keeps.
+For each network: its table is measured, then the network is pruned to each budget, by each scope, frozen, and timed in
+turns with the dense one. `drift` is the time of the dense network now over that in the table, less one: by how much the
+machine has become slower. `error` is predicted over measured, less one, both as shares of the dense network, so that
+the drift is not in it; for a budget of microseconds `arrived` is the measured share over the one asked for, less one.
+Random weights: the time of a layer does not depend on which blocks it keeps.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ def rows_of(
     began = time.perf_counter()
     costs = CostTable.measure(model, inputs, exclude=exclude, layer_ms=layer_ms)
     table_seconds = time.perf_counter() - began
+    dense = sparsekd.freeze(model, inputs)
     common = {"network": name, "batch": batch, "threads": torch.get_num_threads(), "table_seconds": table_seconds}
     rows = []
     for asked in budgets:
@@ -55,8 +58,10 @@ def rows_of(
                 continue
             seconds_to_prune = time.perf_counter() - began
             frozen = sparsekd.freeze(sparse, inputs)
-            predicted, took = costs.predict(sparse), timing.medians({"frozen": partial(frozen, *inputs)}, seconds)
-            measured = 1e6 * took["frozen"]
+            calls = {"dense": partial(dense, *inputs), "frozen": partial(frozen, *inputs)}
+            took = {name: 1e6 * median for name, median in timing.medians(calls, seconds).items()}
+            predicted, drift = costs.predict(sparse), took["dense"] / costs.dense_us
+            measured = took["frozen"]
             wanted = asked.number * costs.dense_us if asked.is_share else asked.number
             rows.append(
                 {
@@ -66,8 +71,10 @@ def rows_of(
                     "dense_us": costs.dense_us,
                     "predicted_us": predicted,
                     "measured_us": measured,
-                    "error": predicted / measured - 1,
-                    "arrived": measured / wanted - 1 if asked.unit == "latency_us" else None,
+                    "measured_dense_us": took["dense"],
+                    "drift": drift - 1,
+                    "error": predicted * drift / measured - 1,
+                    "arrived": measured / (wanted * drift) - 1 if asked.unit == "latency_us" else None,
                     "prune_seconds": seconds_to_prune,
                 }
             )
@@ -79,8 +86,8 @@ def in_one_line(row: dict[str, Any]) -> str:
     arrived = "" if row["arrived"] is None else f", {row['arrived']:+.1%} beside what was asked for"
     return (
         f"{row['network']} n{row['batch']} t{row['threads']} {row['budget']} {row['scope']}: predicted "
-        f"{row['predicted_us']:.0f} us, measured {row['measured_us']:.0f} ({row['error']:+.1%}){arrived}; "
-        f"the table took {row['table_seconds']:.0f} s"
+        f"{row['predicted_us']:.0f} of {row['dense_us']:.0f} us, measured {row['measured_us']:.0f} of "
+        f"{row['measured_dense_us']:.0f} ({row['error']:+.1%}){arrived}; the table took {row['table_seconds']:.0f} s"
     )
 
 
