@@ -3,7 +3,8 @@
     python -m benchmarks.headline run --out runs/headline --threads 2 --minutes 3     # goes on where it was stopped
     python -m benchmarks.headline table --out runs/headline --json benchmarks/results/headline.json
 
-On movietweetings, in turns, each job in a process of its own:
+On movietweetings (or, by --task, a group of films such as movies-categorical), in turns, each job in a process of its
+own:
 
     plain torch   dense SAD as one would write it: the teacher in every step, the loss of lib/plain_sad.py
     SAD           the same with this library: a cache of the teacher, our loss, channels_last, one kernel for AdamW
@@ -40,6 +41,7 @@ from benchmarks.lib import plain_sad
 from benchmarks.lib.timing import Elsewhere, machine, write_json
 from sparsekd import checkpoint, energy
 from sparsekd.data import Task
+from sparsekd.data.movies import GROUPS
 from sparsekd.models.maps import in_training_layout
 from sparsekd.runs import RunConfig, record, tasks, teaching
 from sparsekd.runs.epochs import fit, picked_epoch
@@ -47,6 +49,7 @@ from sparsekd.runs.memory import keep_freed_memory
 from sparsekd.runs.plans.network import AT_ONCE, Network, Plan
 from sparsekd.runs.runtime import Runtime
 
+TASKS = ("movietweetings", *(f"movies-{group}" for group in GROUPS))
 DENSITIES = (0.45, 0.3, 0.2, 0.1)
 PLAIN = "plain torch"
 BATCH = 512  # of inference
@@ -55,7 +58,9 @@ ROWS = "rows.jsonl"
 
 
 def read(options: argparse.Namespace) -> tuple[Task, Plan]:
-    config = RunConfig("movietweetings", data_dir=options.data, densities=DENSITIES, quick=options.quick)
+    name, _, group = options.task.partition("-")
+    of_task = {"group": group} if group else {}
+    config = RunConfig(name, data_dir=options.data, densities=DENSITIES, options=of_task, quick=options.quick)
     config = tasks.complete(config)
     task = tasks.entry_of(config.task).load(config)
     return task, tasks.plan_of(task, config)
@@ -185,7 +190,7 @@ def in_a_process(options: argparse.Namespace, name: str, turn: int) -> None:
     began = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.headline", "job", "--job", name, "--turn", str(turn)]
     command += ["--out", options.out, "--seed", str(options.seed), "--threads", str(options.threads)]
-    command += ["--quick"] if options.quick else []
+    command += ["--task", options.task, *(["--quick"] if options.quick else [])]
     command += [] if options.data is None else ["--data", options.data]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     row = json.loads(done.stdout.splitlines()[-1]) | {"wall_seconds": time.monotonic() - began}
@@ -208,26 +213,36 @@ def rows_in(out: Path) -> list[dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each job the medians over its undisturbed turns of its seconds, beside those of plain torch, and means over
-    seeds."""
+    """For each job the medians over its undisturbed turns of its seconds, and of their ratio to plain torch with the
+    same seed, which ran in the same hour; means over seeds of the errors, of the test error with the deviation."""
+    plain = [row for row in rows if row["job"] == PLAIN]
+    base = {}
+    for seed in {row["seed"] for row in rows}:
+        base[seed] = _median([row for row in plain if row["seed"] == seed] or plain, "seconds")
     by_job: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        by_job.setdefault(row["job"], []).append(row)
-    base = _median(by_job[PLAIN], "seconds")
+        by_job.setdefault(row["job"], []).append({**row, "ratio": row["seconds"] / base[row["seed"]]})
     return [
         {
             "job": name,
             "seconds": _median(taken, "seconds"),
-            "ratio": _median(taken, "seconds") / base,
+            "ratio": _median(taken, "ratio"),
             "train_seconds": _median(taken, "train_seconds"),
             "val_mse": statistics.fmean(row["val_mse"] for row in taken),
             "test_mse": statistics.fmean(row["test_mse"] for row in taken),
+            "test_mse_deviation": _deviation(taken),
             "seeds": len({row["seed"] for row in taken}),
             "turns": len(taken),
             "chosen": False,
         }
         for name, taken in by_job.items()
     ]
+
+
+def _deviation(rows: list[dict[str, Any]]) -> float | None:
+    """Of the test error over seeds; the turns of one seed have the same."""
+    of_seeds = list({row["seed"]: row["test_mse"] for row in rows}.values())
+    return statistics.stdev(of_seeds) if len(of_seeds) > 1 else None
 
 
 def _median(rows: list[dict[str, Any]], name: str) -> float:
@@ -241,12 +256,14 @@ def table(options: argparse.Namespace) -> None:
     for method in dict.fromkeys(line["job"].split(" @ ")[0] for line in lines):
         densities = [line for line in lines if line["job"].split(" @ ")[0] == method]
         min(densities, key=lambda line: line["val_mse"])["chosen"] = True
-    print("| job | seconds | of plain torch | validation MSE | test MSE | turns |\n|---|---|---|---|---|---|")
+    print("| job | seconds | of plain torch | validation MSE | test MSE | runs |\n|---|---|---|---|---|---|")
     for line in lines:
         name = f"**{line['job']}**" if line["chosen"] else line["job"]
+        deviation = line["test_mse_deviation"]
+        spread = "" if deviation is None else f" ± {deviation:.4f}"
         print(
-            f"| {name} | {line['seconds']:.1f} | {line['ratio']:.2f} | {line['val_mse']:.4f} | {line['test_mse']:.4f} "
-            f"| {line['turns']} |"
+            f"| {name} | {line['seconds']:.1f} | {line['ratio']:.2f} | {line['val_mse']:.4f} "
+            f"| {line['test_mse']:.4f}{spread} | {line['turns']} |"
         )
     if options.json:
         command = shlex.join(["python", "-m", "benchmarks.headline", *sys.argv[1:]])
@@ -259,7 +276,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["run", "job", "table"])
     parser.add_argument("--out", default="runs/headline", metavar="DIR", help="rows and the teacher")
-    parser.add_argument("--data", metavar="DIR", help="MovieTweetings, if not the embedded one")
+    parser.add_argument("--task", choices=TASKS, default=TASKS[0])
+    parser.add_argument("--data", metavar="DIR", help="of the task, if not the embedded MovieTweetings")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--turns", type=int, default=1)

@@ -3,6 +3,7 @@
 import json
 import math
 
+import pytest
 import torch
 
 from benchmarks import headline
@@ -37,10 +38,10 @@ def test_the_plain_loss_is_ours():
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
 
 
-def row(job, seconds, val, test, turn=0, elsewhere=0.0):
+def row(job, seconds, val, test, turn=0, elsewhere=0.0, seed=0):
     measured = {"seconds": seconds, "train_seconds": seconds / 2, "val_mse": val, "test_mse": test}
     measured["elsewhere"] = elsewhere
-    return {"job": job, "seed": 0, "turn": turn, "wall_seconds": seconds + 5, **measured}
+    return {"job": job, "seed": seed, "turn": turn, "wall_seconds": seconds + 5, **measured}
 
 
 def test_the_table_chooses_densities_on_validation_and_counts_turns(tmp_path, capsys):
@@ -62,6 +63,15 @@ def test_the_table_chooses_densities_on_validation_and_counts_turns(tmp_path, ca
     assert "| **SAD** | 36.0 | 0.40 |" in said and "| **SP-SAD @ 0.1** | 45.0 | 0.50 |" in said
     assert headline.expected(rows, "LTH-SAD @ 0.1") == 25 and headline.expected(rows, "new") == 105
     assert headline.expected([], "new") == 0.0 and math.isfinite(headline.expected(rows, headline.PLAIN))
+
+
+def test_ratios_are_to_plain_torch_of_the_same_seed():
+    rows = [row(headline.PLAIN, 100, 2.0, 2.5), row("SAD", 50, 2.0, 2.5)]
+    rows += [row(headline.PLAIN, 200, 2.0, 2.5, seed=1), row("SAD", 120, 2.2, 2.7, seed=1)]
+    plain, sad = headline.summary(rows)
+    assert plain["ratio"] == 1 and sad["ratio"] == pytest.approx((0.5 + 0.6) / 2) and sad["seconds"] == 85
+    assert sad["seeds"] == 2 and sad["test_mse"] == pytest.approx(2.6)
+    assert sad["test_mse_deviation"] == pytest.approx(0.2 / 2**0.5) and plain["test_mse_deviation"] == 0
 
 
 def test_jobs_are_named_after_what_judges_their_students():
