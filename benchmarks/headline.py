@@ -2,6 +2,7 @@
 
     python -m benchmarks.headline run --out runs/headline --threads 2 --minutes 3     # goes on where it was stopped
     python -m benchmarks.headline table --out runs/headline --json benchmarks/results/headline.json
+    python -m benchmarks.headline floor --out runs/headline --jobs SAD "LTH-SAD at once @ 0.1"
 
 On movietweetings (or, by --task, a group of films such as movies-categorical), in turns, each job in a process of its
 own:
@@ -17,12 +18,14 @@ of the teacher that fills the cache (every job pays all of it, though a run shar
 and the test part in batches of 512; freezing would take longer than it saves on so few rows. Reading the data and the
 teacher's own training are in none: both sides need them alike. `table` marks the density of each method that has the
 smallest validation error, of those that have run; where a job has other turns, it leaves out the seconds of those in
-which other processes had more than a twentieth of the machine.
+which other processes had more than a twentieth of the machine. `floor` times single steps beside what they cannot take
+less than (lib/floor.py), of dense students and of those that are pruned at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shlex
 import statistics
@@ -31,6 +34,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +42,25 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.lib import plain_sad
+from benchmarks.lib.floor import floor_of
 from benchmarks.lib.timing import Elsewhere, machine, write_json
 from sparsekd import checkpoint, energy
 from sparsekd.data import Task
 from sparsekd.data.movies import GROUPS
 from sparsekd.models.maps import in_training_layout
 from sparsekd.runs import RunConfig, record, tasks, teaching
-from sparsekd.runs.epochs import fit, picked_epoch
+from sparsekd.runs.epochs import SCORED, fit, picked_epoch
+from sparsekd.runs.learners import learner_of
 from sparsekd.runs.memory import keep_freed_memory
 from sparsekd.runs.plans.network import AT_ONCE, Network, Plan
 from sparsekd.runs.runtime import Runtime
+from sparsekd.runs.steps import Rate, Stepper
 
 TASKS = ("movietweetings", *(f"movies-{group}" for group in GROUPS))
 DENSITIES = (0.45, 0.3, 0.2, 0.1)
 PLAIN = "plain torch"
 BATCH = 512  # of inference
+STEPS = 40  # that are timed for a floor
 ELSEWHERE = 0.05  # share of the machine that other processes may have
 ROWS = "rows.jsonl"
 
@@ -272,9 +280,41 @@ def table(options: argparse.Namespace) -> None:
         write_json(options.json, command, [*lines, *rows], about)
 
 
+def floor(options: argparse.Namespace) -> None:
+    """A line for each job: a step, and what it cannot take less than."""
+    task, plan = read(options)
+    few = dataclasses.replace(task, train=task.train.take(slice(0, STEPS * BATCH)))
+    teacher = teaching.in_fast_layout(teacher_of(options, task, plan))
+    keep_freed_memory()
+    kept = teaching.kept_teacher(teacher, few, Runtime(), print)
+    assert kept is not None
+    for name in options.jobs or ("SAD", "LTH-SAD at once @ 0.1"):
+        network = networks_of(plan)[name]
+        student = record.fresh(network, options.seed)
+        method = learner_of(student, few, network, teacher, options.seed)
+        stepper = Stepper(method, network.recipe.optimizer, Runtime())
+
+        def epoch(number: int, network: Network = network) -> Any:
+            shuffle = torch.Generator().manual_seed(number)
+            return teaching.taught_batches(few.train, kept, Runtime(), network.recipe.batch_size, shuffle, 0, 1)
+
+        method.before_training(islice(epoch(0), SCORED))
+        stepper.learn(epoch(0), lambda _: Rate(lr=1e-3, weight_decay=0.0))
+        began = time.perf_counter()
+        stepper.learn(epoch(1), lambda _: Rate(lr=1e-3, weight_decay=0.0))
+        step_ms = 1e3 * (time.perf_counter() - began) / few.train.steps(network.recipe.batch_size)
+        least = floor_of(student, few.train.examples(network.recipe.batch_size))
+        print(
+            f"{name}: {step_ms:.1f} ms a step; at least {least.arithmetic_ms + least.traffic_ms:.1f}, of which "
+            f"{least.arithmetic_ms:.1f} for {least.macs / 1e6:.0f} million multiply-adds at {least.gflops:.0f} GFLOP/s "
+            f"and {least.traffic_ms:.1f} for {least.bytes / 1e6:.0f} MB at {least.gigabytes_a_second:.1f} GB/s",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["run", "job", "table"])
+    parser.add_argument("step", choices=["run", "job", "table", "floor"])
     parser.add_argument("--out", default="runs/headline", metavar="DIR", help="rows and the teacher")
     parser.add_argument("--task", choices=TASKS, default=TASKS[0])
     parser.add_argument("--data", metavar="DIR", help="of the task, if not the embedded MovieTweetings")
@@ -297,7 +337,7 @@ def main() -> None:
     if options.step == "job":
         print(json.dumps(job(options)))
     else:
-        {"run": run, "table": table}[options.step](options)
+        {"run": run, "table": table, "floor": floor}[options.step](options)
 
 
 if __name__ == "__main__":

@@ -36,10 +36,12 @@ def test_rows_say_what_was_predicted_and_measured(capsys, table):
     rows = costs.rows_of("small", network, 2, budgets, ["layer"], seconds=0.01, layer_ms=0.5)
     assert [row["budget"] for row in rows] == ["macs=0.3", "latency_us=0.5"]
     for row in rows:
-        assert row["error"] == pytest.approx(row["predicted_us"] / row["measured_us"] - 1)
+        drift = row["measured_dense_us"] / row["dense_us"]  # of the machine, which is no error of the table
+        assert row["drift"] == pytest.approx(drift - 1)
+        assert row["error"] == pytest.approx(drift * row["predicted_us"] / row["measured_us"] - 1)
         assert 0 < row["predicted_us"] <= row["dense_us"] == 105 and row["batch"] == 2
     assert rows[0]["arrived"] is None
-    assert rows[1]["arrived"] == pytest.approx(rows[1]["measured_us"] / (0.5 * rows[1]["dense_us"]) - 1)
+    assert rows[1]["arrived"] == pytest.approx(rows[1]["measured_us"] / (0.5 * rows[1]["measured_dense_us"]) - 1)
     assert "small n2" in capsys.readouterr().out
 
 

@@ -5,10 +5,13 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import headline
+from benchmarks.lib.floor import floor_of
 from benchmarks.lib.plain_sad import PlainSAD
 from sparsekd import SAD
+from sparsekd.backends import cpu
 from sparsekd.runs import RunConfig
 from sparsekd.runs.plans import ratings
 
@@ -81,3 +84,13 @@ def test_jobs_are_named_after_what_judges_their_students():
     usual = ["SP-SAD @ 0.1", "SS-SAD @ 0.1", "SP-SAD at once @ 0.1", "SS-SAD at once @ 0.1"]
     assert list(jobs) == [headline.PLAIN, "SAD", *usual, *(f"SP-SAD at once by {score} @ 0.1" for score in scores)]
     assert "first_score" not in jobs["SS-SAD at once @ 0.1"].options
+
+
+@pytest.mark.skipif(cpu.native is None, reason=f"no compiled kernels: {cpu.missing}")
+def test_a_floor_counts_three_products_and_five_maps_of_every_layer():
+    layers = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 5))
+    least = floor_of(layers, (torch.randn(4, 3, 6, 6),))
+    assert least.macs == 3 * 4 * (36 * 16 * 27 + 16 * 36 * 5)
+    assert least.bytes == 4 * 4 * (3 * 3 * 36 + 2 * 16 * 36 + 3 * 16 * 36 + 2 * 5)
+    assert least.arithmetic_ms == pytest.approx(2e-6 * least.macs / least.gflops) and least.gflops > 0
+    assert least.traffic_ms == pytest.approx(1e-6 * least.bytes / least.gigabytes_a_second)
