@@ -100,22 +100,30 @@ class Images:
         return cls(tuple(mean.tolist()), tuple(std.tolist()), pixels // 8)
 
     def __call__(self, inputs: tuple[Tensor, ...], generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
-        (x,) = inputs
         if generator is not None:
-            x = self._moved(x, generator)
-        mean, std = (x.new_tensor(values, dtype=torch.float32)[:, None, None] for values in (self.mean, self.std))
-        x = (x.float() / 255 - mean) / std
-        return (x.contiguous(memory_format=torch.channels_last),)
+            return self.apply(inputs, self.draw(len(inputs[0]), generator))
+        return self._standardised(inputs[0])
 
-    def _moved(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        batch, channels, height, width = x.shape
-        corner = torch.randint(2 * self.padding + 1, (2, batch, 1), generator=generator)
-        mirrored = torch.rand(batch, 1, generator=generator) < 0.5
-        rows, columns = corner[0] + torch.arange(height), corner[1] + torch.arange(width)  # [B, H], [B, W]
+    def draw(self, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """For each row the corner of its crop, int64 [B, 2] (row, column), and whether it is mirrored, bool [B]."""
+        corner = torch.randint(2 * self.padding + 1, (2, rows, 1), generator=generator)
+        mirrored = torch.rand(rows, 1, generator=generator) < 0.5
+        return corner[..., 0].T, mirrored[:, 0]
+
+    def apply(self, inputs: tuple[Tensor, ...], drawn: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        (x,), (corner, mirrored) = inputs, drawn
+        channels, height, width = x.shape[1:]
+        corner, mirrored = corner.cpu(), mirrored.cpu()[:, None]
+        rows, columns = corner[:, :1] + torch.arange(height), corner[:, 1:] + torch.arange(width)  # [B, H], [B, W]
         columns = torch.where(mirrored, columns.flip(1), columns)
         places = (rows[:, :, None] * (width + 2 * self.padding) + columns[:, None, :]).to(x.device)  # [B, H, W]
         padded = F.pad(x, (self.padding,) * 4).flatten(2)
-        return padded.gather(2, places.flatten(1)[:, None].expand(-1, channels, -1)).view(x.shape)
+        return self._standardised(padded.gather(2, places.flatten(1)[:, None].expand(-1, channels, -1)).view(x.shape))
+
+    def _standardised(self, x: Tensor) -> tuple[Tensor, ...]:
+        mean, std = (x.new_tensor(values, dtype=torch.float32)[:, None, None] for values in (self.mean, self.std))
+        x = (x.float() / 255 - mean) / std
+        return (x.contiguous(memory_format=torch.channels_last),)
 
 
 def _read(root: Path | None, part: str) -> tuple[np.ndarray, np.ndarray, str, str]:

@@ -14,17 +14,30 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Pairs", "Part", "Period", "Rows", "histories", "periods"]
+__all__ = ["Augmentation", "Batch", "Pairs", "Part", "Period", "Rows", "histories", "periods"]
 
 Batch = tuple[tuple[Tensor, ...], Tensor]  # (inputs of the network, target of the goal)
 Prepare = Callable[[tuple[Tensor, ...], torch.Generator | None], tuple[Tensor, ...]]
 P = TypeVar("P", bound="Part")
+
+
+@runtime_checkable
+class Augmentation(Protocol):
+    """What prepares rows and can say beforehand what it does to each of them: then every row has fixed views."""
+
+    def __call__(self, inputs: tuple[Tensor, ...], generator: torch.Generator | None = None) -> tuple[Tensor, ...]: ...
+
+    def draw(self, rows: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """What happens to so many rows, by chance: tensors of first axis ``rows``."""
+
+    def apply(self, inputs: tuple[Tensor, ...], drawn: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The rows, prepared as they were drawn."""
 
 
 class Part(Protocol):
@@ -92,6 +105,14 @@ class Rows:
         """The same rows with inputs and target on `device`."""
         return replace(self, inputs=tuple(x.to(device) for x in self.inputs), target=self.target.to(device))
 
+    def in_view(self, generator: torch.Generator) -> Rows:
+        """The same rows, each augmented in one way that is drawn now, whenever it is seen. ValueError without an
+        `Augmentation`."""
+        if not isinstance(self.prepare, Augmentation):
+            raise ValueError(f"sparsekd.data.Rows.in_view: expected rows with an Augmentation, got {self.prepare!r}")
+        drawn = tuple(x.to(self.target.device) for x in self.prepare.draw(len(self), generator))
+        return replace(self, inputs=(*self.inputs, *drawn), prepare=_AsDrawn(self.prepare, len(drawn)))
+
     def steps(self, batch_size: int) -> int:
         return math.ceil(len(self) / batch_size)
 
@@ -142,6 +163,17 @@ class Rows:
         if self.weight is None:
             return torch.randperm(len(self), generator=generator)
         return torch.from_numpy(self.weight).multinomial(len(self), replacement=True, generator=generator)
+
+
+@dataclass(frozen=True)
+class _AsDrawn:
+    """Prepares rows whose last ``count`` inputs are what was drawn for them."""
+
+    augmentation: Augmentation
+    count: int
+
+    def __call__(self, inputs: tuple[Tensor, ...], generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        return self.augmentation.apply(inputs[: -self.count], inputs[-self.count :])
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from .state import StateFile
 from .steps import Rate, Stepper, TaughtBatch
 from .teaching import taught_batches
 
-__all__ = ["STATE", "fit", "picked_epoch", "recalibrate"]
+__all__ = ["SCORED", "STATE", "fit", "picked_epoch", "recalibrate"]
 
 STATE = "state.safetensors"
 SCORED = 8  # batches by which blocks are judged before training
@@ -133,7 +133,7 @@ def _batches(
     of_epoch = _recipe_now(stepper, network).batch_size, _shuffle(seed, epoch), rank(), distributed.num_ranks()
     if kept is None:
         return task.train.batches(*of_epoch)
-    return taught_batches(task.train, kept, stepper.runtime, *of_epoch)
+    return taught_batches(task.train, kept, stepper.runtime, *of_epoch, seed=seed, epoch=epoch)
 
 
 def _recipe_now(stepper: Stepper, network: Network) -> Recipe:

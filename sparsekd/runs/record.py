@@ -214,6 +214,7 @@ def settings_of_task(task: Task, plan: Plan, config: RunConfig) -> dict[str, Any
         "sizes": task.sizes,
         "networks": plan.architectures,
         "quick": config.quick,
+        **({"views": plan.views} if plan.views else {}),
     }
 
 

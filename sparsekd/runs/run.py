@@ -93,7 +93,9 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[st
         for seed in range(config.seeds):
             teacher = in_fast_layout(work.train(plan.teacher, seed))
             # Once a seed, and only if one of its students is not finished yet.
-            kept = functools.cache(functools.partial(kept_teacher, teacher, task, runtime, work.say_once))
+            kept = functools.cache(
+                functools.partial(kept_teacher, teacher, task, runtime, work.say_once, plan.views, seed)
+            )
             for student in plan.students:
                 work.train(student, seed, teacher, kept)
         wait_for_all()

@@ -179,6 +179,32 @@ def test_crops_are_windows_of_the_padded_image(task):
     torch.testing.assert_close(plain, x.float())
 
 
+def test_a_view_shows_a_row_the_same_way_every_time(task):
+    view = task.train.in_view(torch.Generator().manual_seed(3))
+    assert len(view) == len(task.train)
+    in_order = {}
+    for rows, ((images,), _) in view.numbered(64):
+        in_order |= dict(zip(rows.tolist(), images, strict=True))
+    shuffled = 0
+    for rows, ((images,), target) in view.numbered(50, torch.Generator().manual_seed(8)):
+        assert torch.equal(target, task.train.target[rows])
+        for row, image in zip(rows.tolist(), images, strict=True):
+            assert torch.equal(image, in_order[row])
+            shuffled += 1
+    assert shuffled == len(view)
+    first = torch.stack([in_order[row] for row in range(64)])
+    (as_drawn,) = task.train.prepare((task.train.inputs[0],), torch.Generator().manual_seed(3))
+    torch.testing.assert_close(first, as_drawn[:64], rtol=0, atol=0)
+    other = task.train.in_view(torch.Generator().manual_seed(4)).examples(64)[0]
+    assert sum(not torch.equal(a, b) for a, b in zip(first, other, strict=True)) > 48
+
+
+def test_rows_that_are_not_augmented_have_no_views(task):
+    rows = dataclasses.replace(task.train, prepare=None)
+    with pytest.raises(ValueError, match="expected rows with an Augmentation, got None"):
+        rows.in_view(torch.Generator())
+
+
 def test_standardised_over_the_training_part(task):
     (x,) = task.train.examples(len(task.train))
     torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-3, rtol=0)

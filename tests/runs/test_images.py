@@ -79,9 +79,29 @@ def test_our_reduced_recipe_is_that_of_its_protocol(task):
     assert found["teacher"].recipe.epochs == protocol.teacher_epochs
     assert {found[name].recipe.epochs for name in ("student", "kd", "at", "sad")} == {6 * protocol.round_epochs}
     assert (found["at"].beta, found["at"].features) == (protocol.at_beta, "at")
-    assert {found[name].beta for name in ("sad", "random", *METHODS)} == {protocol.beta}
+    pruned = [f"{name}-{density}" for name in ("random", *METHODS) for density in (0.7, 0.2)]
+    assert {found[name].beta for name in ("sad", *pruned)} == {protocol.beta}
     quick = planned(task, (0.7, 0.2), quick=True, protocol="reduced")
     assert quick["teacher"].recipe.epochs == quick["student"].recipe.epochs == 6
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_student_of_the_reduced_protocol_sees_as_many_images(task, quick):
+    asked = RunConfig("cifar100", densities=(0.5, 0.2), methods=KNOWN_METHODS, quick=quick)
+    asked = tasks.complete(dataclasses.replace(asked, options={"protocol": "reduced"}))
+    plan = tasks.plan_of(task, asked)
+    lengths = {network.recipe.epochs for network in plan.students}
+    assert lengths == {6 if quick else 12} and plan.views == 12
+    pruned = [network for network in plan.students if network.method]
+    assert {network.densities for network in pruned} == {(0.5,), (0.2,)} and len(pruned) == 10
+    for network in pruned:
+        (density,) = network.densities
+        method = learner_of(Tiny(), task, dataclasses.replace(network, alpha=0.0, beta=0.0), None, 0)
+        last, removed = method.prunes()[-1]
+        assert removed == pytest.approx(1 - density)
+        assert last <= network.recipe.epochs / 3  # two thirds of the images are seen by what is left
+    full = tasks.plan_of(task, tasks.complete(RunConfig("cifar100", densities=(0.5, 0.2), quick=quick)))
+    assert full.views == 0 and {network.densities for network in full.students if network.method} == {(0.5, 0.2)}
 
 
 def test_the_ticket_of_the_paper_learns_at_its_own_rate(task, monkeypatch, tmp_path):

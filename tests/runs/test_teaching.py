@@ -6,8 +6,9 @@ import importlib
 import pytest
 import torch
 
-from sparsekd import runs
+from sparsekd import models, runs
 from sparsekd.data import Rows
+from sparsekd.data.cifar100 import Images
 from sparsekd.methods import METHODS
 from sparsekd.runs import RunConfig, epochs, teaching
 from sparsekd.runs.runtime import Runtime
@@ -91,3 +92,34 @@ def test_batches_are_told_what_belongs_to_their_rows(task, teacher):
         for (inputs, target, told), (same_inputs, same_target) in zip(taught, part.batches(64, plain), strict=True):
             assert torch.equal(inputs[0], same_inputs[0]) and torch.equal(target, same_target)
             torch.testing.assert_close(told.output, teacher(*inputs))
+
+
+def test_students_of_augmented_images_share_the_views_that_the_teacher_saw():
+    pictures = torch.randint(0, 256, (70, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    augmented = Images((0.5,) * 3, (0.25,) * 3, padding=1)
+    part = Rows((pictures,), torch.arange(70) % 4, None, prepare=augmented)
+    teacher = models.ResNet((1,), 4, (8,)).eval()
+    images = dataclasses.make_dataclass("Images", ["train"])(part)
+    heard = []
+    cache = teaching.kept_teacher(teacher, images, Runtime(), heard.append, views=3, seed=5)
+    assert cache.views == 3 and "has been run once on 70 rows in 3 views" in heard[0]
+
+    def epoch(number, seed=5):
+        shuffle = torch.Generator().manual_seed(number)
+        return list(taught(part, cache, shuffle, seed=seed, epoch=number))
+
+    for number in (1, 2, 3, 4):
+        for inputs, target, told in epoch(number):
+            torch.testing.assert_close(told.output, teacher(*inputs), rtol=1e-4, atol=1e-5)
+            assert target.dtype == torch.int64
+    by_sum = [{round(float(x.sum()), 2) for inputs, *_ in epoch(number) for x in inputs[0]} for number in (1, 2, 4)]
+    assert by_sum[0] == by_sum[2] and len(by_sum[0] & by_sum[1]) < 35  # a crop of few is the same in two views
+    inputs, _, told = epoch(1, seed=6)[0]  # the views of another seed
+    assert (told.output - teacher(*inputs)).abs().max() > 1e-3
+
+    assert teaching.kept_teacher(teacher, images, Runtime(), heard.append) is None  # the run of each step sees its own
+
+
+def taught(part, cache, shuffle, **where):
+    with torch.no_grad():
+        yield from teaching.taught_batches(part, cache, Runtime(), 16, shuffle, 0, 1, **where)

@@ -1,6 +1,7 @@
 """Small images: one student for every method, which passes all densities on its way and is kept from each of them.
 
-It trains a round at each density and is kept from the end of that round, which is how the paper sweeps.
+It trains a round at each density and is kept from the end of that round, which is how the paper sweeps. The reduced
+protocol has one student for every method and density instead, and all of them see as many images as a dense one.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ class Protocol:
     batch           rows of a batch.
     images, validation, pixels, classes   options of the reader.
     beta, at_beta   weights of SAD and of AT.
+    alike           a student for every density, which all train for six rounds as the dense ones do; False: one student
+                    passes all densities and trains on.
+    views           fixed views of an image in which the teacher is run once for all students; 0: in every step.
     """
 
     round_epochs: int
@@ -57,6 +61,8 @@ class Protocol:
     classes: int = 100
     beta: float = 200.0
     at_beta: float = AT_BETA
+    alike: bool = False
+    views: int = 0
 
 
 # What two CPU cores can do in an hour or two for three seeds; everything but these numbers is the same. Twenty classes,
@@ -75,6 +81,8 @@ PROTOCOLS = {
         classes=20,
         beta=30.0,
         at_beta=100.0,
+        alike=True,
+        views=12,
     ),
 }
 
@@ -101,12 +109,13 @@ def of_images(task: Task, config: RunConfig) -> Plan:
         plain = dataclasses.replace(PLAIN, batch_size=protocol.batch)
         networks = paper.networks(make_teacher, make_student, config, plain, scale)
     else:
-        networks = _swept(make_teacher, make_student, config, protocol, length)
+        networks = _networks(make_teacher, make_student, config, protocol, length)
     teacher, *students = networks
     return Plan(
         teacher=teacher,
         students=tuple(students),
         architectures=(options["teacher"], options["student"]),
+        views=protocol.views,
         timed_batches=(1, 64),
         about={
             "networks": (options["teacher"], options["student"]),
@@ -125,22 +134,22 @@ def image_network(name: str, classes: int) -> nn.Module:
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _swept(
+def _networks(
     make_teacher: Callable[[], nn.Module],
     make_student: Callable[[], nn.Module],
     config: RunConfig,
     protocol: Protocol,
     length: int,
 ) -> Iterator[Network]:
-    """The teacher, the dense students, and one student for each method that passes every density."""
+    """The teacher, the dense students, and those that are pruned."""
     assert config.methods is not None and config.densities is not None  # `tasks.complete` has filled them in
-    # On top of the published recipe: Nesterov, and a cosine to zero that every prune begins anew, so that each density
-    # is trained to its end; the published steps would leave all but the first rounds with 1 % of the learning rate.
+    # On top of the published recipe: Nesterov, and a cosine to zero, which a sweep begins anew at every prune, so that
+    # each density is trained to its end; the published steps would leave all but the first rounds with 1 % of the rate.
     recipe = dataclasses.replace(
         PLAIN,
         optimizer="nesterov",
         milestones=None,
-        restart="prune",
+        restart="rewind" if protocol.alike else "prune",
         epochs=6 * length,
         batch_size=protocol.batch,
     )
@@ -151,20 +160,80 @@ def _swept(
         make_student, recipe, config.methods, alpha=ALPHA, beta=protocol.beta, at_beta=protocol.at_beta
     )
     targets = tuple(sorted(round(1 - density, 6) for density in config.densities if density < 1))
+    pruned = _alike if protocol.alike else _swept
     for method in pruning_methods(config.methods) if targets else ():
+        weights: dict[str, Any] = weights_of(method, ALPHA, protocol.beta)
+        yield from pruned(method, make_student, recipe, targets, length, weights)
+
+
+def _alike(
+    method: str,
+    make: Callable[[], nn.Module],
+    recipe: Recipe,
+    targets: tuple[float, ...],
+    length: int,
+    weights: dict[str, Any],
+) -> Iterator[Network]:
+    """A student for every density, each trained as long as a dense one."""
+    for target in targets:
         base, options = without(method)
-        schedule, more, epochs = sweep(base, targets, length)
+        schedule, more = pruned_early(base, target, length)
+        density = round(1 - target, 6)
         yield Network(
             name=title_of(method),
-            folder=method,
-            make=make_student,
-            recipe=dataclasses.replace(recipe, epochs=epochs),
-            **weights_of(method, ALPHA, protocol.beta),
+            folder=f"{method}-{density:g}",
+            make=make,
+            recipe=recipe,
+            **weights,
             method=base,
-            densities=tuple(round(1 - target, 6) for target in targets),
+            densities=(density,),
             schedule=schedule,
-            options={**options, **more},
+            options={**more, **options},
         )
+
+
+def _swept(
+    method: str,
+    make: Callable[[], nn.Module],
+    recipe: Recipe,
+    targets: tuple[float, ...],
+    length: int,
+    weights: dict[str, Any],
+) -> Iterator[Network]:
+    """One student that passes every density."""
+    base, options = without(method)
+    schedule, more, epochs = sweep(base, targets, length)
+    yield Network(
+        name=title_of(method),
+        folder=method,
+        make=make,
+        recipe=dataclasses.replace(recipe, epochs=epochs),
+        **weights,
+        method=base,
+        densities=tuple(round(1 - target, 6) for target in targets),
+        schedule=schedule,
+        options={**options, **more},
+    )
+
+
+def pruned_early(method: str, removed: float, length: int) -> tuple[Schedule, dict[str, Any]]:
+    """When to prune in six rounds of ``length`` epochs: the first two.
+
+    SP-SAD and the two that leave something out prune in up to three steps. A ticket of LTH-SAD is found after one round
+    and goes back to the end of its first epoch, so that it has five rounds to learn in. SS-SAD has a ticket of a round,
+    with half of what goes, and removes the rest one round later.
+    """
+    if method == "lth-sad":
+        return ListedSchedule((removed,), length), {"score": "lamp", "rewind_to": 1 if length > 1 else 0}
+    if method == "ss-sad":
+        start = round(removed / 2, 6)
+        ticket = {"initial": ListedSchedule((start,), max(1, length // 2)), "initial_epochs": length, "score": "lamp"}
+        if length == 1:
+            ticket["initial"] = ListedSchedule((start,), 1, first=0)
+        return ListedSchedule((removed,), length, start=start), ticket
+    count = min(3, 2 * length)
+    steps = tuple(round(removed * step / count, 6) for step in range(1, count + 1))
+    return ListedSchedule(steps, 2 * length // count), {}
 
 
 def sweep(method: str, targets: tuple[float, ...], length: int) -> tuple[Schedule, dict[str, Any], int]:

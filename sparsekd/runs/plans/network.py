@@ -172,6 +172,8 @@ class Plan:
     """What a run trains, in this order.
 
     architectures  names of teacher and student where there is a choice, else None.
+    views          where rows are augmented: in how many fixed views of each the teacher is run, once for all students;
+                   0: it is run in every step.
     timed_batches  batch sizes at which frozen networks are timed; a quick run takes the first two.
     about          what the protocol in the report says of this plan, by its headings.
     published      figures of others at the same task, which the report shows below ours: {"heading": ..., "rows":
@@ -181,6 +183,7 @@ class Plan:
     teacher: Network
     students: tuple[Network, ...]
     architectures: tuple[str, str] | None = None
+    views: int = 0
     timed_batches: tuple[int, ...] = (1, 64, 512)
     about: dict[str, Any] = field(default_factory=dict)
     published: dict[str, Any] | None = None
