@@ -242,7 +242,7 @@ PackedConv2dInt8::PackedConv2dInt8(const Conv2dShape& shape, const int8_t* value
     strips_.pack(weight, values, reinterpret_cast<int16_t*>(weights_.data()));
     return;
   }
-  // The kernel multiplies x_u8 rather than x_u8 - zero, padding included.
+  // The kernel multiplies x_u8 less a zero of its own rather than that of x, padding included.
   int8_t* words = reinterpret_cast<int8_t*>(weights_.data());
   strips_.pack(weight, values, words);
   const Strips& strips = strips_.strips();
@@ -251,7 +251,8 @@ PackedConv2dInt8::PackedConv2dInt8(const Conv2dShape& shape, const int8_t* value
     for (int32_t lane = 0; lane < strip.lanes; ++lane) {
       int32_t& start = start_[static_cast<size_t>(strip.rows ? strip.rows[lane] : strip.row + lane)];
       for (int32_t j = 0; j < strip.count; ++j)
-        for (int i = 0; i < 4; ++i) start -= x.zero * words[(strip.weights + j * strips.weight_stride + lane) * 4 + i];
+        for (int i = 0; i < 4; ++i)
+          start -= (x.zero - kernels_.zero) * words[(strip.weights + j * strips.weight_stride + lane) * 4 + i];
     }
   }
 }

@@ -113,6 +113,7 @@ struct Bf16Kernels {
 
 struct Int8Kernels {
   int depth;  // channels in a word: 4, or 2 widened to 16 bits
+  int zero;   // with 4: the products are those of x - zero
   void (*conv2d_float)(const Conv2dForward<uint8_t, float>&);
   void (*conv2d_byte)(const Conv2dForward<uint8_t, uint8_t>&);
   double (*burst)(int64_t rounds, float* sink);

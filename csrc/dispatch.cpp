@@ -8,30 +8,69 @@
 #include <dlfcn.h>
 #include <omp.h>
 #endif
+#if defined(SPARSEKD_AARCH64) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(SPARSEKD_AARCH64) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 namespace sparsekd {
 
 namespace {
 
+// A table with some faster kernels, under the name of the CPUs that have them.
+KernelTable with(KernelTable table, const char* isa, const Int8Kernels& int8) {
+  table.isa = isa;
+  table.int8 = int8;
+  return table;
+}
+KernelTable with(KernelTable table, const char* isa, const Bf16Kernels& bf16) {
+  table.isa = isa;
+  table.bf16 = bf16;
+  return table;
+}
+
 #ifdef SPARSEKD_X86
 const KernelTable& avx512_vnni() {
-  static const KernelTable table = [] {
-    KernelTable table = kAvx512Kernels;
-    table.isa = "avx512_vnni";
-    table.int8 = kAvx512VnniKernels;
-    return table;
-  }();
+  static const KernelTable table = with(kAvx512Kernels, "avx512_vnni", kAvx512VnniKernels);
   return table;
 }
 
 const KernelTable& avx512_bf16() {
-  static const KernelTable table = [] {
-    KernelTable table = avx512_vnni();
-    table.isa = "avx512_bf16";
-    table.bf16 = kAvx512Bf16Kernels;
-    return table;
-  }();
+  static const KernelTable table = with(avx512_vnni(), "avx512_bf16", kAvx512Bf16Kernels);
   return table;
+}
+#endif
+
+#ifdef SPARSEKD_AARCH64
+const KernelTable& neon_dotprod() {
+  static const KernelTable table = with(kNeonKernels, "neon_dotprod", kNeonDotprodKernels);
+  return table;
+}
+
+const KernelTable& neon_bf16() {
+  static const KernelTable table = with(neon_dotprod(), "neon_bf16", kNeonBf16Kernels);
+  return table;
+}
+
+struct ArmFeatures {
+  bool dotprod, bf16;
+};
+
+ArmFeatures arm_features() {
+#if defined(__linux__)
+  constexpr unsigned long kDotprod = 1ul << 20, kBf16 = 1ul << 14;  // HWCAP_ASIMDDP, HWCAP2_BF16
+  return {(getauxval(AT_HWCAP) & kDotprod) != 0, (getauxval(AT_HWCAP2) & kBf16) != 0};
+#elif defined(__APPLE__)
+  const auto has = [](const char* name) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+  };
+  return {has("hw.optional.arm.FEAT_DotProd"), has("hw.optional.arm.FEAT_BF16")};
+#else
+  return {false, false};
+#endif
 }
 #endif
 
@@ -49,6 +88,11 @@ std::vector<const KernelTable*> available() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&kAvx2Kernels);
 #endif
 #ifdef SPARSEKD_AARCH64
+  const ArmFeatures features = arm_features();
+  if (features.dotprod) {
+    if (features.bf16) tables.push_back(&neon_bf16());
+    tables.push_back(&neon_dotprod());
+  }
   tables.push_back(&kNeonKernels);  // every aarch64 CPU has NEON
 #endif
   tables.push_back(&kScalarKernels);

@@ -36,7 +36,8 @@ extern const KernelTable kScalarKernels;
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
 extern const KernelTable kNeonKernels;
-extern const Int8Kernels kAvx512VnniKernels;
-extern const Bf16Kernels kAvx512Bf16Kernels;  // the rest comes from kAvx512Kernels
+// What some CPUs of an instruction set have faster; the rest comes from its table.
+extern const Int8Kernels kAvx512VnniKernels, kNeonDotprodKernels;
+extern const Bf16Kernels kAvx512Bf16Kernels, kNeonBf16Kernels;
 
 }  // namespace sparsekd

@@ -1,11 +1,7 @@
 // bf16 on vdpbf16ps: forward pass and gradients, and the pair of multiply-adds per word; the rest is AVX-512's.
 #include "simd/vec_avx512.h"
 
-#include "conv2d_forward_impl.h"
-#include "conv2d_grad_input_impl.h"
-#include "conv2d_grad_values_impl.h"
-#include "kernel_table.h"
-#include "madd_burst_impl.h"
+#include "pair_words_impl.h"
 
 namespace {
 
@@ -21,15 +17,6 @@ struct PairSums {
     asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum.v) : "v"(weight.v), "m"(*x));
     return sum;
   }
-};
-
-struct PairWords {
-  using Sums = PairSums;
-  using X = sparsekd::Bfloat16;
-  using Y = sparsekd::Bfloat16;
-  using Line = sparsekd::Bfloat16;
-  static constexpr int kDepth = 2;
-  // Floats that were made of halves, side by side again.
   static Vec16 join(Vec16 low, Vec16 high) {
     const __m512i bits = _mm512_castps_si512(high.v);
     return {_mm512_castsi512_ps(
@@ -40,9 +27,5 @@ struct PairWords {
 }  // namespace
 
 namespace sparsekd {
-extern const Bf16Kernels kAvx512Bf16Kernels = {.depth = PairWords::kDepth,
-                                               .conv2d = conv2d_forward<PairWords>,
-                                               .conv2d_grad_input = conv2d_grad_input<PairWords>,
-                                               .conv2d_grad_values = conv2d_grad_values<PairWords>,
-                                               .burst = madd_burst<PairSums, 2>};
+extern const Bf16Kernels kAvx512Bf16Kernels = kPairKernels<PairSums>;
 }

@@ -1,9 +1,7 @@
 // The int8 forward pass on vpdpbusd, and the four multiply-adds it does per word; the rest is AVX-512's.
 #include "simd/vec_avx512.h"
 
-#include "conv2d_forward_impl.h"
-#include "kernel_table.h"
-#include "madd_burst_impl.h"
+#include "byte_words_impl.h"
 
 namespace {
 
@@ -13,6 +11,7 @@ namespace {
 struct ByteSums {
   using Stored = void;
   static constexpr bool kInteger = true;
+  static constexpr int kZero = 0;
   static Vec16 madd(Vec16 weight, Vec16 x, Vec16 sum) {
     return {_mm512_castsi512_ps(
         _mm512_dpbusd_epi32(_mm512_castps_si512(sum.v), _mm512_castps_si512(x.v), _mm512_castps_si512(weight.v)))};
@@ -20,19 +19,8 @@ struct ByteSums {
   static Vec16 madd(Vec16 weight, const float* x, Vec16 sum) { return madd(weight, Vec16::broadcast(x), sum); }
 };
 
-template <class Y_>
-struct ByteWords {
-  using Sums = ByteSums;
-  using X = uint8_t;
-  using Y = Y_;
-  static constexpr int kDepth = 4;
-};
-
 }  // namespace
 
 namespace sparsekd {
-extern const Int8Kernels kAvx512VnniKernels = {.depth = ByteWords<float>::kDepth,
-                                               .conv2d_float = conv2d_forward<ByteWords<float>>,
-                                               .conv2d_byte = conv2d_forward<ByteWords<uint8_t>>,
-                                               .burst = madd_burst<ByteSums, 4>};
+extern const Int8Kernels kAvx512VnniKernels = kByteKernels<ByteSums>;
 }

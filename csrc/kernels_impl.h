@@ -34,6 +34,7 @@ constexpr sparsekd::KernelTable kKernels = {
              .conv2d_grad_values = conv2d_grad_values<FloatWords<Bfloat16>>,
              .burst = madd_burst<FloatSums, 1>},
     .int8 = {.depth = ShortWords<float>::kDepth,
+             .zero = 0,
              .conv2d_float = conv2d_forward<ShortWords<float>>,
              .conv2d_byte = conv2d_forward<ShortWords<uint8_t>>,
              .burst = madd_burst<ShortSums, 2>},

@@ -16,7 +16,7 @@ from sparsekd import _C
 
 from .cases import ISA_CONVS, activations64
 
-KNOWN_ISAS = ("avx512_bf16", "avx512_vnni", "avx512", "avx2", "neon", "scalar")
+KNOWN_ISAS = ("avx512_bf16", "avx512_vnni", "avx512", "avx2", "neon_bf16", "neon_dotprod", "neon", "scalar")
 
 
 @pytest.fixture

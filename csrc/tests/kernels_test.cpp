@@ -325,7 +325,10 @@ struct Check {
   }
 };
 
-void check_problem(const Problem& problem, const char* isa) {
+// A name as avx512_vnni is that of an instruction set with other kernels for bf16 or int8, and no others.
+bool is_variant(const std::string& isa) { return isa.find('_') != std::string::npos; }
+
+void check_problem(const Problem& problem, const std::string& isa) {
   const Setting settings[] = {{false, false, 1, Side::kEnd},
                               {true, true, 2, Side::kEnd},
                               {true, true, 1, Side::kBegin},
@@ -336,10 +339,11 @@ void check_problem(const Problem& problem, const char* isa) {
     std::mt19937 generator(1);
     std::uniform_real_distribution<float> uniform(-1, 1);
     const auto random = [&] { return uniform(generator); };
-    const Check check(problem, setting, isa, random);
-    check.forward();
+    const Check check(problem, setting, isa.c_str(), random);
     check.bf16();
     check.forward_int8();
+    if (is_variant(isa)) continue;
+    check.forward();
     check.depthwise();
     check.pools();
     check.between();
@@ -356,10 +360,12 @@ int main(int argc, char** argv) {
   for (const std::string& isa : available_isas()) {
     use_isa(isa);
     const int64_t before = compared();
-    for (const Problem& problem : problems) check_problem(problem, isa.c_str());
-    check_attention(isa);
-    check_embedding(isa);
-    check_embedding_training(isa);
+    for (const Problem& problem : problems) check_problem(problem, isa);
+    if (!is_variant(isa)) {
+      check_attention(isa);
+      check_embedding(isa);
+      check_embedding_training(isa);
+    }
     printf("%s: %ld elements compared\n", isa.c_str(), static_cast<long>(compared() - before));
   }
   printf("%ld wrong, %ld buffers overrun\n", static_cast<long>(failures()), static_cast<long>(Guarded::overruns()));

@@ -33,6 +33,9 @@ from ..ops.linear import linear_grad_input_reference, linear_grad_values_referen
 from . import cpu_embedding
 from .native import missing, native
 
+# Of instruction sets that multiply bf16 as it is.
+BF16_INSTRUCTIONS = {"avx512_bf16": "vdpbf16ps", "neon_bf16": "bfdot"}
+
 __all__ = ["describe", "isa", "missing", "native", "register"]
 
 
@@ -55,7 +58,7 @@ def describe(op: str) -> str:
     elif op in ("embedding_grad", "embedding_rows_grad", "embedding_magnitudes"):
         dtypes = "float32, bfloat16 and float16 as float32"
     elif hasattr(native, f"{op}_bf16"):
-        how = "vdpbf16ps" if native.isa() == "avx512_bf16" else "converted to float32 on its way in and out"
+        how = BF16_INSTRUCTIONS.get(native.isa(), "converted to float32 on its way in and out")
         dtypes = f"float32 and bfloat16 ({how}), float16 as float32"
     elif hasattr(native, f"{op}_f32"):
         dtypes = "float32, bfloat16 and float16 as float32"
