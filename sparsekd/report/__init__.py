@@ -12,7 +12,8 @@ streams.py is the report of `sparsekd run stream`, sensitivity.py the page of a 
                  target_density is a share of what its budget counts, budget what was asked for, as in "macs=0.45"
       summary    [{name, method, target_density, seeds, selected, mean: {}, sd: {}}]
                  over seeds, sd is None for one; selected: this density of the method did best on the validation part
-      published  {heading, rows: {name: {metric: value}}}            figures of others at the same task, where there are
+      published  {heading, chosen_on_test, rows: {name: {metric: value}}}     figures of others at the same task, where
+                 there are; chosen_on_test: their density was, so that ours stand beside them chosen in the same way
 
 A metric that was not measured is null in the JSON and "not measured" in the tables, never 0.
 """

@@ -13,6 +13,7 @@ from . import made_up
 
 def test_defaults_are_those_of_the_task():
     assert tasks.complete(RunConfig()).densities == (0.45,)
+    assert tasks.complete(RunConfig("movies")).densities == (0.45, 0.3, 0.2, 0.1, 0.05)
     assert tasks.complete(RunConfig()).methods == ("sp-sad", "lth-sad", "ss-sad")
     images = tasks.complete(RunConfig("cifar100"))
     assert images.densities == (0.7, 0.5, 0.4, 0.3, 0.2) and {"kd", "at", "random", "magnitude"} < set(images.methods)
