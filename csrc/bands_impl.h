@@ -9,29 +9,33 @@ using sparsekd::kStripRows;
 
 constexpr int64_t kPackedFloats = 80 * 1024;  // 320 KiB of packed input per thread: a third of a 1 MiB L2
 
-struct BandSize {
-  int64_t images, rows, cols;
-  int64_t row_bands, col_bands, image_bands;
-
-  int64_t count() const { return image_bands * row_bands * col_bands; }
-  Band band(const Conv2dGeometry& g, int64_t index) const {
-    const int64_t image = index / (row_bands * col_bands) * images;
-    const int64_t y = index / col_bands % row_bands * rows;
-    const int64_t x = index % col_bands * cols;
-    return {image, min64(images, g.n - image), y, min64(rows, g.p - y), x, min64(cols, g.q - x)};
-  }
-};
-
-inline BandSize make_band_size(const Conv2dGeometry& g, int64_t images, int64_t rows, int64_t cols) {
-  return {images, rows, cols, ceil_div(g.p, rows), ceil_div(g.q, cols), ceil_div(g.n, images)};
-}
-
 // Equal cuts of a length: `count` pieces that differ by at most one.
 struct Cuts {
   int64_t total, count;
   int64_t begin(int64_t i) const { return total * i / count; }
   int64_t size(int64_t i) const { return begin(i + 1) - begin(i); }
 };
+
+struct BandSize {
+  int64_t images, rows, cols;
+  int64_t row_bands, col_bands, image_bands;
+  bool even_rows = false;  // bands of rows differ by at most one row, where else the last one is short
+
+  int64_t count() const { return image_bands * row_bands * col_bands; }
+  Band band(const Conv2dGeometry& g, int64_t index) const {
+    const int64_t image = index / (row_bands * col_bands) * images;
+    const int64_t row_band = index / col_bands % row_bands;
+    const Cuts even{g.p, row_bands};
+    const int64_t y = even_rows ? even.begin(row_band) : row_band * rows;
+    const int64_t x = index % col_bands * cols;
+    return {image, min64(images, g.n - image), y, even_rows ? even.size(row_band) : min64(rows, g.p - y),
+            x,     min64(cols, g.q - x)};
+  }
+};
+
+inline BandSize make_band_size(const Conv2dGeometry& g, int64_t images, int64_t rows, int64_t cols) {
+  return {images, rows, cols, ceil_div(g.p, rows), ceil_div(g.q, cols), ceil_div(g.n, images)};
+}
 
 // Output row of one lane of a strip.
 inline int32_t row_of(const Strip& strip, int lane) { return strip.rows ? strip.rows[lane] : strip.row + lane; }

@@ -1,6 +1,7 @@
 #include "conv2d.h"
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -36,9 +37,9 @@ int useful_threads(int threads, const Conv2dGeometry& g, const Strips& strips) {
 template <class T>
 Conv2dKernel<T> forward_kernel() {
   if constexpr (std::is_same_v<T, float>)
-    return {kernels().conv2d_f32, 1};
+    return {kernels().conv2d_f32, kernels().conv2d_plan_f32, 1};
   else
-    return {kernels().bf16.conv2d, kernels().bf16.depth};
+    return {kernels().bf16.conv2d, kernels().bf16.conv2d_plan, kernels().bf16.depth};
 }
 
 // Strip weights of T in words: as floats, or as they are, `depth` to a word.
@@ -187,6 +188,30 @@ template void conv2d_grad_values(const Conv2dShape&, Tensor4d<const float>, Tens
 template void conv2d_grad_values(const Conv2dShape&, Tensor4d<const Bfloat16>, Tensor4d<const Bfloat16>, const Blocks&,
                                  Bfloat16*, int);
 
+// Threads may call a layer at once: the first one to have worked out a plan leaves it for all, for good.
+template <class T>
+const void* KeptPlan<T>::find(const Conv2dForward<T>& call, PlanFn<T> make) {
+  const Plan* kept = plan_.load(std::memory_order_acquire);
+  if (kept == nullptr) {
+    auto plan = std::make_unique<Plan>();
+    plan->call = call;
+    plan->memory.resize(make(call, nullptr) + kLine);
+    const auto begin = reinterpret_cast<std::uintptr_t>(plan->memory.data());
+    plan->aligned = plan->memory.data() + (kLine - begin % kLine) % kLine;
+    make(call, plan->aligned);
+    kept = plan.get();
+    if (const Plan* other = nullptr; plan_.compare_exchange_strong(other, kept, std::memory_order_acq_rel))
+      plan.release();
+    else
+      return find(call, make);
+  }
+  const Conv2dForward<T>& planned = kept->call;
+  const bool same = memcmp(&planned.geometry, &call.geometry, sizeof call.geometry) == 0 &&
+                    planned.x_channels_last == call.x_channels_last &&
+                    planned.y_channels_last == call.y_channels_last && planned.threads == call.threads;
+  return same ? kept->aligned : nullptr;
+}
+
 template <class T>
 PackedConv2d<T>::PackedConv2d(const Conv2dShape& shape, const T* values, const Blocks& blocks, const float* bias,
                               Activation activation)
@@ -204,17 +229,19 @@ PackedConv2d<T>::PackedConv2d(const Conv2dShape& shape, const T* values, const B
 template <class T>
 void PackedConv2d<T>::run(const Conv2dGeometry& geometry, Tensor4d<const T> x, const T* residual, Tensor4d<T> y,
                           int threads) const {
-  kernel_.run({.geometry = geometry,
-               .strips = strips_.strips(),
-               .weights = weights_.data(),
-               .x = x.data,
-               .x_channels_last = x.channels_last,
-               .bias = bias_.empty() ? nullptr : bias_.data(),
-               .residual = residual,
-               .y = y.data,
-               .y_channels_last = y.channels_last,
-               .activation = activation_,
-               .threads = useful_threads(threads, geometry, strips_.strips())});
+  Conv2dForward<T> call{.geometry = geometry,
+                        .strips = strips_.strips(),
+                        .weights = weights_.data(),
+                        .x = x.data,
+                        .x_channels_last = x.channels_last,
+                        .bias = bias_.empty() ? nullptr : bias_.data(),
+                        .residual = residual,
+                        .y = y.data,
+                        .y_channels_last = y.channels_last,
+                        .activation = activation_,
+                        .threads = useful_threads(threads, geometry, strips_.strips())};
+  call.plan = plan_.find(call, kernel_.plan);
+  kernel_.run(call);
 }
 
 template class PackedConv2d<float>;

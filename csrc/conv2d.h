@@ -1,6 +1,7 @@
 // Convolution and linear layers as the bindings see them: blocks in, kernel calls out.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -25,6 +26,7 @@ Conv2dShape conv2d_shape(Conv2dGeometry geometry, int64_t bh, int64_t bw);
 template <class T>
 struct Conv2dKernel {
   void (*run)(const Conv2dForward<T>&);
+  PlanFn<T> plan;
   int depth;
 };
 
@@ -60,6 +62,28 @@ template <class T>
 void conv2d_grad_values(const Conv2dShape& shape, Tensor4d<const T> x, Tensor4d<const T> dy, const Blocks& blocks,
                         T* dvalues, int threads);
 
+// What a layer's kernel has worked out for the sizes that it was first called with (`Conv2dForward::plan`).
+template <class T>
+class KeptPlan {
+ public:
+  KeptPlan() = default;
+  KeptPlan(const KeptPlan&) = delete;
+  KeptPlan& operator=(const KeptPlan&) = delete;
+  ~KeptPlan() { delete plan_.load(); }
+
+  // The plan for this call, or null where the first one had other sizes.
+  const void* find(const Conv2dForward<T>& call, PlanFn<T> make);
+
+ private:
+  static constexpr size_t kLine = 64;
+  struct Plan {
+    Conv2dForward<T> call;
+    std::vector<char> memory;
+    char* aligned;
+  };
+  std::atomic<const Plan*> plan_{nullptr};
+};
+
 // A layer with its own copy of the weights as strips, for inference. run() may be called from several threads at once.
 // T: float or Bfloat16. A layer of the latter stays with the instruction set in use when it was packed.
 template <class T>
@@ -81,6 +105,7 @@ class PackedConv2d {
   std::vector<float> weights_;
   StripSet strips_;
   Conv2dKernel<T> kernel_;
+  mutable KeptPlan<T> plan_;
 };
 
 // How the bytes of an int8 layer stand for real numbers: (u8 - zero) * scale.

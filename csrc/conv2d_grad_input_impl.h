@@ -237,7 +237,7 @@ void conv2d_grad_input(const Conv2dGradInput<typename Words::X>& args) {
                                : min64(size.row_bands, ceil_div(args.threads, size.image_bands * size.col_bands));
   if constexpr (kOtherForms)
     if (lanes == 1 && better_gathered(call, size, segments)) return conv2d_grad_input_gather(args);
-  call.offsets = fill_offsets(call.layout, g.groups, args.strips, offsets);
+  call.offsets = fill_offsets(call.layout, g, args.strips, offsets);
   parallel(args.threads, size.image_bands * size.col_bands * segments, [&](int64_t item) {
     const int64_t segment = item % segments, rest = item / segments;
     const Band range =

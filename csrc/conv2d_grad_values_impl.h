@@ -255,7 +255,7 @@ void conv2d_grad_values(const Conv2dGradValues<typename Words::X>& args) {
   const BandSize size = choose_bands(g, whole, pieces, 1, Words::kDepth * Vec16::kValuePixels, floats);
   call.layout = make_layout(g, size.images, size.rows, size.cols, axes);
   if (call.pixels) call.layout.channel = 1;
-  call.offsets = fill_offsets(call.layout, g.groups, args.strips, offsets);
+  call.offsets = fill_offsets(call.layout, g, args.strips, offsets);
   by_strips ? grad_values_by_strips(call, size) : grad_values_by_bands(call, size, min64(pieces, size.count()));
 }
 

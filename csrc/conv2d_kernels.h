@@ -1,6 +1,8 @@
 // What the kernels of convolutions and linear layers are given. Plain data only; kernel_table.h says why.
 #pragma once
 
+#include <cstddef>
+
 #include "elements.h"
 
 namespace sparsekd {
@@ -63,8 +65,14 @@ struct Conv2dForward {
   bool y_channels_last;
   Activation activation;
   int threads;
-  Quantized quantized = {};  // of uint8_t
+  Quantized quantized = {};    // of uint8_t
+  const void* plan = nullptr;  // by PlanFn, for the same layer, geometry, memory formats and number of threads; or null
 };
+
+// What a call of the forward pass works out from all but the tensors' addresses: writes it to `memory`, which begins a
+// cache line, if that is not null, and returns its bytes.
+template <class X, class Y = X>
+using PlanFn = size_t (*)(const Conv2dForward<X, Y>&, void* memory);
 
 // T: float or Bfloat16.
 template <class T>
@@ -106,6 +114,7 @@ struct Depthwise {
 struct Bf16Kernels {
   int depth;  // channels in a word of the weights and of the packed input: 2, or 1 converted to floats
   void (*conv2d)(const Conv2dForward<Bfloat16>&);
+  PlanFn<Bfloat16> conv2d_plan;
   void (*conv2d_grad_input)(const Conv2dGradInput<Bfloat16>&);
   void (*conv2d_grad_values)(const Conv2dGradValues<Bfloat16>&);
   double (*burst)(int64_t rounds, float* sink);  // like KernelTable::fma_burst

@@ -16,6 +16,7 @@ namespace sparsekd {
 struct KernelTable {
   const char* isa;
   void (*conv2d_f32)(const Conv2dForward<float>&);
+  PlanFn<float> conv2d_plan_f32;
   void (*conv2d_grad_input_f32)(const Conv2dGradInput<float>&);
   void (*conv2d_grad_values_f32)(const Conv2dGradValues<float>&);
   void (*depthwise_f32)(const Depthwise&);

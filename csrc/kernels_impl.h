@@ -14,6 +14,7 @@ namespace {
 constexpr sparsekd::KernelTable kKernels = {
     .isa = Vec16::kIsa,
     .conv2d_f32 = conv2d_forward<FloatWords<float>>,
+    .conv2d_plan_f32 = conv2d_forward_plan<FloatWords<float>>,
     .conv2d_grad_input_f32 = conv2d_grad_input<FloatWords<float>>,
     .conv2d_grad_values_f32 = conv2d_grad_values<FloatWords<float>>,
     .depthwise_f32 = depthwise,
@@ -30,6 +31,7 @@ constexpr sparsekd::KernelTable kKernels = {
     .fma_burst = madd_burst<FloatSums, 1>,
     .bf16 = {.depth = FloatWords<Bfloat16>::kDepth,
              .conv2d = conv2d_forward<FloatWords<Bfloat16>>,
+             .conv2d_plan = conv2d_forward_plan<FloatWords<Bfloat16>>,
              .conv2d_grad_input = conv2d_grad_input<FloatWords<Bfloat16>>,
              .conv2d_grad_values = conv2d_grad_values<FloatWords<Bfloat16>>,
              .burst = madd_burst<FloatSums, 1>},

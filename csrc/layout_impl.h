@@ -111,27 +111,36 @@ inline int64_t offsets_memory(const Conv2dGeometry& g, const Strips& strips) {
   return strips.num_columns + g.r * g.s * (g.c / g.groups);
 }
 
-inline const int32_t* fill_offsets(const Layout& l, int64_t groups, const Strips& strips, int32_t* memory) {
-  if (l.channel == 1 && groups == 1) return strips.columns;  // a column of a single tap is a channel
+// tap(r, s): where a tap's first channel lies, `channel` words before the next one.
+template <class Tap>
+inline const int32_t* fill_offsets(const Conv2dGeometry& g, const Strips& strips, int64_t channel, int32_t* memory,
+                                   const Tap& tap) {
   int32_t* const offsets = memory;
   int32_t* const table = offsets + strips.num_columns;
-  const int64_t group_channels = l.channels / groups;
+  const int64_t group_channels = g.c / g.groups;
   int32_t* entry = table;
-  for (int64_t r = 0; r < l.h.taps; ++r)
-    for (int64_t s = 0; s < l.w.taps; ++s) {
-      const int64_t tap = (l.h.phase_of(r) * l.w.phases + l.w.phase_of(s)) * l.plane + l.h.shift_of(r) * l.pitch +
-                          l.w.shift_of(s) * l.lanes;
-      for (int64_t c = 0; c < group_channels; ++c) *entry++ = static_cast<int32_t>(tap + c * l.channel);
+  for (int64_t r = 0; r < g.r; ++r)
+    for (int64_t s = 0; s < g.s; ++s) {
+      const int64_t first = tap(r, s);
+      for (int64_t c = 0; c < group_channels; ++c) *entry++ = static_cast<int32_t>(first + c * channel);
     }
   for (int32_t i = 0; i < strips.count; ++i) {
     const Strip& strip = strips.strip[i];
     // Strips of one tall block share their columns.
     if (i > 0 && strip.first == strips.strip[i - 1].first && strip.count == strips.strip[i - 1].count) continue;
-    const int32_t base = static_cast<int32_t>(strip.group * group_channels * l.channel);
+    const int32_t base = static_cast<int32_t>(strip.group * group_channels * channel);
     const int32_t* column = strips.columns + strip.first;
     for (int32_t j = 0; j < strip.count; ++j) offsets[strip.first + j] = table[column[j]] + base;
   }
   return offsets;
+}
+
+inline const int32_t* fill_offsets(const Layout& l, const Conv2dGeometry& g, const Strips& strips, int32_t* memory) {
+  if (l.channel == 1 && g.groups == 1) return strips.columns;  // a column of a single tap is a channel
+  return fill_offsets(g, strips, l.channel, memory, [&](int64_t r, int64_t s) {
+    return (l.h.phase_of(r) * l.w.phases + l.w.phase_of(s)) * l.plane + l.h.shift_of(r) * l.pitch +
+           l.w.shift_of(s) * l.lanes;
+  });
 }
 
 // Where a band's input lies: positions of one column phase that hold input, and the input column of the first.

@@ -24,6 +24,7 @@ struct PairWords {
 template <class Pairs>
 constexpr sparsekd::Bf16Kernels kPairKernels = {.depth = PairWords<Pairs>::kDepth,
                                                 .conv2d = conv2d_forward<PairWords<Pairs>>,
+                                                .conv2d_plan = conv2d_forward_plan<PairWords<Pairs>>,
                                                 .conv2d_grad_input = conv2d_grad_input<PairWords<Pairs>>,
                                                 .conv2d_grad_values = conv2d_grad_values<PairWords<Pairs>>,
                                                 .burst = madd_burst<Pairs, 2>};

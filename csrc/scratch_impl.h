@@ -17,11 +17,16 @@ class Arena {
   // twice, and what it takes must not be touched.
   template <class Body>
   static void carve(sparsekd::ScratchSlot slot, const Body& body) {
-    Arena measured(0);
+    Arena measured(nullptr);
     body(measured);
-    Arena arena(reinterpret_cast<uintptr_t>(scratch_of<char>(slot, static_cast<int64_t>(measured.next_))));
+    Arena arena(scratch_of<char>(slot, static_cast<int64_t>(measured.taken())));
     body(arena);
   }
+
+  // From memory that begins a cache line; of null only what is taken counts, which must not be touched.
+  explicit Arena(void* memory) : begin_(reinterpret_cast<uintptr_t>(memory)), next_(begin_) {}
+
+  size_t taken() const { return next_ - begin_; }
 
   template <class T>
   T* take(int64_t n) {
@@ -33,8 +38,7 @@ class Arena {
  private:
   static constexpr uintptr_t kLine = 64;
 
-  explicit Arena(uintptr_t memory) : next_(memory) {}
-
+  const uintptr_t begin_;
   uintptr_t next_;
 };
 
