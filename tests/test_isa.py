@@ -392,3 +392,18 @@ def test_kernels_share_no_inline_function():
             continue
         symbols = [line.split()[-2:] for line in tool_output("nm", "-C", str(path)).splitlines()]
         assert [symbol for kind, symbol in symbols if kind in "WVuw"] == [], name
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
+@pytest.mark.skipif("kernels_avx512.cpp" not in object_files(), reason="no x86-64 build tree in this checkout")
+@pytest.mark.parametrize("name", ["kernels_avx2.cpp", "kernels_avx512.cpp"])
+def test_register_tiles_keep_their_sums_in_registers(name):
+    """A tile that calls its epilogue, instead of holding it, takes twice the time: its sums then live in memory."""
+    code = tool_output("objdump", "-d", "-C", "--no-show-raw-insn", str(object_files()[name]))
+    assert "finish_tile" not in code
+    functions = re.split(r"\n(?=[0-9a-f]{16} <)", code)
+    tiles = [one for one in functions if re.match(r"\S+ <void [^\n]*\bforward_tile<[^\n]*FloatSums, \d+, \d+>", one)]
+    assert len(tiles) > 10
+    for tile in tiles:
+        to_stack = re.findall(r"vmov\w+\s+%[xyz]mm\d+,(?:-0x[0-9a-f]+\(%rbp|(?:0x[0-9a-f]+)?\(%rsp)", tile)
+        assert tile.count("vfmadd") > 0 and not to_stack, tile.split("\n", 1)[0]

@@ -126,6 +126,28 @@ def test_figures_of_this_processor_are_taken_else_the_lowest_with_more_tolerance
     assert gate.stored_for(path, {**here, "cpu": "c"}) == ({"a": Figure(1.0)}, gate.TOLERANCE_ELSEWHERE)
 
 
+def test_figures_of_another_processor_are_those_of_the_same_vectors(tmp_path):
+    path = tmp_path / "gate.json"
+    kinds = [("avx512", 256, 2.0), ("avx512", 512, 1.2), ("avx2", 256, 1.0), ("avx512_bf16", 512, 1.4)]
+    entries = [
+        {"machine": {"cpu": "a", "isa": isa, "torch": "2", "vector_bits": bits}, "cases": {"a": {"speedup": speedup}}}
+        for isa, bits, speedup in kinds
+    ]
+    path.write_text(json.dumps({"machines": entries}))
+    for isa, bits, speedup in [("avx512_vnni", 512, 1.2), ("avx512", 256, 2.0), ("avx2", 256, 1.0), ("neon", 128, 1.0)]:
+        here = {"cpu": "b", "isa": isa, "torch": "2", "vector_bits": bits}
+        assert gate.stored_for(path, here) == ({"a": Figure(speedup)}, gate.TOLERANCE_ELSEWHERE)
+
+
+@pytest.mark.parametrize(("rates", "bits"), [({"avx2": 100, "avx512": 190}, 512), ({"avx2": 100, "avx512": 104}, 256)])
+def test_the_width_of_avx512_is_measured(monkeypatch, rates, bits):
+    used = ["avx512_vnni"]
+    monkeypatch.setattr(gate._C, "isa", lambda: used[-1])
+    monkeypatch.setattr(gate._C, "use_isa", used.append)
+    monkeypatch.setattr(gate._C, "peak_gflops", lambda threads, seconds: rates[used[-1]])
+    assert gate.vector_bits() == bits and used[-1] == "avx512_vnni"
+
+
 def test_update_replaces_the_figures_of_this_processor_alone(tmp_path, monkeypatch):
     path = tmp_path / "gate.json"
     store(path, {"a": {"speedup": 9.0}}, cpu="another")
