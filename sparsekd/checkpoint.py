@@ -29,7 +29,7 @@ from .blocks import BlockPattern, BlockSparse
 from .conversion import table_type
 from .convert import replace_layers, sparse_layer
 from .nn import BlockSparseLayer
-from .nn.embedding import SparseTable
+from .nn.embedding_table import SparseTable
 
 __all__ = ["load", "load_state", "metadata", "save", "save_state", "sweep", "write_atomically"]
 

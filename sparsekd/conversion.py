@@ -22,7 +22,8 @@ from .nn import (
     SparseLinear,
 )
 from .nn.attention import reads_weights
-from .nn.embedding import SparseEmbedding, SparseEmbeddingBag, SparseTable
+from .nn.embedding import SparseEmbedding, SparseEmbeddingBag
+from .nn.embedding_table import SparseTable
 from .nn.layer import computes_as
 
 # The block-sparse layer that stands for each dense one. A layer that comes to the library is entered here.

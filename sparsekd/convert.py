@@ -28,7 +28,7 @@ from .conversion import (
 )
 from .nn import BlockSparseLayer
 from .nn.attention import follow_projection
-from .nn.embedding import SparseTable
+from .nn.embedding_table import SparseTable
 
 __all__ = [
     "DENSE_TYPES",

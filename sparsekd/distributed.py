@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .nn import BlockSparseLayer
-from .nn.embedding import SparseTable
+from .nn.embedding_table import SparseTable
 
 __all__ = [
     "average_gradients",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .nn.embedding import SparseTable
+from .nn.embedding_table import SparseTable
 
 __all__ = ["SparseAdagrad", "SparseAdam", "SparseSGD", "other_parameters"]
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distill import Distiller, Plain
-from ..nn.embedding import SparseTable
+from ..nn.embedding_table import SparseTable
 from ..ops.embedding import embedding_absent_, pack_mask
 from ..pruning.entries import rekeep
 from .base import part_of

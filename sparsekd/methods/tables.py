@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..distill import Distiller, Plain
-from ..nn.embedding import SparseTable
+from ..nn.embedding_table import SparseTable
 from ..ops.embedding import pack_mask
 from ..pruning.entries import rekeep
 from ..pruning.surgery import check_optimizer

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..ops.embedding import Table, check_bags, check_lookup, row_index
 from ..ops.embedding_int8 import quantize_rows
 from .bags import bags_and_scale
-from .embedding import SparseEmbedding, SparseEmbeddingBag, SparseTable
+from .embedding import SparseEmbedding, SparseEmbeddingBag
+from .embedding_table import SparseTable
 
 __all__ = ["Int8Embedding", "Int8EmbeddingBag"]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .embedding import SparseEmbedding
+from .embedding_table import SparseTable
 
 __all__ = ["ShardedEmbedding", "rows_of_rank"]
 
@@ -27,7 +26,7 @@ class ShardedEmbedding(nn.Module):
     wants them divided by the number of ranks: ``average=True`` does so, as averaging gradients does for other layers.
     """
 
-    def __init__(self, own: SparseEmbedding, num_embeddings: int, rank: int, ranks: int, average: bool = True) -> None:
+    def __init__(self, own: SparseTable, num_embeddings: int, rank: int, ranks: int, average: bool = True) -> None:
         super().__init__()
         part = rows_of_rank(num_embeddings, rank, ranks)
         if own.num_embeddings != len(part):

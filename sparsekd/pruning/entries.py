@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..distributed import num_ranks
-from ..nn.embedding import SparseTable
+from ..nn.embedding_table import SparseTable
 from ..ops.embedding import pack_mask, unpack_mask
 from .surgery import state_slots
 
