@@ -6,7 +6,9 @@ top_k   the 20 best rows for each query beside dense matmul and topk
 memory  resident bytes of training (table, gradient, Adam) beside dense training: each in a process of its own
 growth  bytes and steps a second as rows grow from 10 thousand to 10 million, ids by Zipf's law
 
-Each result is compared with the dense answer before it is timed.
+Each result is compared with the dense answer before it is timed. What was kept of growth is drawn without measuring:
+
+    python -m benchmarks.embedding --chart benchmarks/results/embedding_growth.json --svg docs/embedding_growth.svg
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.lib.growth_chart import picture
 from benchmarks.lib.timing import compare, machine, write_json
 from sparsekd import _C
 from sparsekd.nn import SparseEmbedding, SparseEmbeddingBag
@@ -215,27 +218,6 @@ def _of_status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
-    """Bytes and steps a second over rows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    grown = [row for row in rows if row["part"] == "growth"]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    count = [row["rows"] for row in grown]
-    left.plot(count, [row["resident_bytes"] / 1e6 for row in grown], marker="o", label="packed, 10 % kept, with Adam")
-    left.plot(count, [row["dense_adam_bytes"] / 1e6 for row in grown], "k--", label="dense with Adam (counted)")
-    left.set(xscale="log", yscale="log", xlabel="rows of 64", ylabel="MB in training")
-    left.legend()
-    right.plot(count, [row["steps_a_second"] for row in grown], marker="o")
-    right.set(xscale="log", xlabel="rows of 64", ylabel="steps of 4096 ids a second", ylim=(0, None))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=PARTS, action="append", help="may be repeated; default: all")
@@ -243,13 +225,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=0.3, help="of each pair")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--json", metavar="PATH", help="also write the rows there, as benchmarks/results/*.json")
-    parser.add_argument("--plot", metavar="PNG", help="also draw growth")
+    parser.add_argument("--svg", metavar="PATH", help="also draw growth")
+    parser.add_argument("--chart", metavar="PATH", help="measure nothing: draw what was written there into --svg")
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.child:
         kind, rows, dim, density, steps = args.child
         print(json.dumps(train(kind, int(rows), int(dim), float(density), int(steps))))
+        return
+    if args.chart:
+        if not args.svg:
+            parser.error("--chart needs --svg PATH, where it draws")
+        kept = json.loads(Path(args.chart).read_text())
+        Path(args.svg).write_text(picture(kept["rows"], kept["machine"]))
         return
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -261,8 +250,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print("  ".join(f"{key} {_short(value)}" for key, value in row.items()), flush=True)
     if args.json:
         write_json(args.json, f"python -m benchmarks.embedding {' '.join(argv)}", found, machine())
-    if args.plot:
-        plot(found, args.plot)
+    if args.svg:
+        Path(args.svg).write_text(picture(found, machine()))
 
 
 def _short(value: Any) -> str:

@@ -84,7 +84,10 @@ class Chart:
     best: tuple[float, float] | None = None
     only: bool = False
     x_from_zero: bool = False
+    y_from_zero: bool = False
     x_whole: bool = False  # ticks at whole numbers
+    x_log: bool = False  # powers of ten are as far from each other
+    y_log: bool = False
     width: int = 540
     height: int = 330
 
@@ -110,8 +113,11 @@ class Chart:
         if self.x_from_zero:
             x_values.append(0.0)
         y_values = self._heights() + [y for _, _, y in levels]
-        self._x = _Scale(x_values, _LEFT, self._right, self.x_whole)
-        self._y = _Scale(y_values, self.height - _BOTTOM, _TOP)
+        if self.y_from_zero:
+            y_values.append(0.0)
+        across, up = (_LEFT, self._right), (self.height - _BOTTOM, _TOP)
+        self._x = _LogScale(x_values, *across) if self.x_log else _Scale(x_values, *across, self.x_whole)
+        self._y = _LogScale(y_values, *up) if self.y_log else _Scale(y_values, *up)
         parts = [*self._axes(), *self._marks(), *self._levels(levels)]
         parts += [shape for one in self.series for shape in self._drawn(one)]
         if self.best is not None:
@@ -219,6 +225,21 @@ class _Scale:
 
     def __call__(self, value: float) -> float:
         return self.first + (value - self.low) / (self.high - self.low) * (self.last - self.first)
+
+
+class _LogScale:
+    """Positive values to pixels, by their logarithm; ticks at powers of ten."""
+
+    def __init__(self, values: Sequence[float], first: float, last: float):
+        if min(values) <= 0:
+            raise ValueError(f"sparsekd.report: a logarithmic axis needs values above 0, got {min(values):g}")
+        low, high = math.log10(min(values)), math.log10(max(values))
+        room = 0.06 * (high - low) or 0.5
+        self._pixels = _Scale([low - room, high + room], first, last)
+        self.ticks = [10.0**power for power in range(math.ceil(low - room), math.floor(high + room) + 1)]
+
+    def __call__(self, value: float) -> float:
+        return self._pixels(math.log10(value))
 
 
 def pareto(points: Sequence[tuple[float, float]], higher_is_better: bool) -> list[tuple[float, float]]:

@@ -13,7 +13,7 @@ import pytest
 from sparsekd import report
 from sparsekd.goals import Classification, Regression
 from sparsekd.report import compare, page, verdict
-from sparsekd.report.charts import Chart, Series, _apart, _Scale, pareto
+from sparsekd.report.charts import Chart, Series, _apart, _LogScale, _Scale, pareto
 
 VOID = {"meta", "img", "br"}
 
@@ -241,6 +241,18 @@ def test_ticks_are_round_and_inside(values):
     assert 2 <= len(scale.ticks) <= 7
     assert all(-1e-6 <= scale(tick) <= 100 + 1e-6 for tick in scale.ticks)
     assert all(0 <= scale(value) <= 100 for value in values)
+
+
+def test_a_logarithmic_scale_has_its_ticks_at_powers_of_ten():
+    scale = _LogScale([1.3, 10_240], 0.0, 100.0)
+    assert scale.ticks == [1, 10, 100, 1000, 10_000]
+    assert scale(100) - scale(10) == pytest.approx(scale(1000) - scale(100))
+    assert 0 < scale(1.3) < scale(10_240) < 100
+    assert 0 < _LogScale([20.0], 0.0, 100.0)(20.0) < 100
+    with pytest.raises(ValueError, match="above 0, got 0"):
+        _LogScale([0.0, 1.0], 0.0, 100.0)
+    svg = Chart("x", "y", [Series("a", 0, [(10, 1, None, "low"), (1000, 100, None, "high")])], x_log=True, y_log=True)
+    assert re.findall(r'class="tick"[^>]*>([^<]*)<', svg.svg()) == ["1", "10", "100", "10", "100", "1000"]
 
 
 def test_names_of_lines_keep_apart():
