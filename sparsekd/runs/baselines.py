@@ -6,18 +6,22 @@ All are deterministic, fitted on train; their one setting is chosen by the squar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..checkpoint import write_atomically
 from ..data import Rows, Task
 from ..goals import Regression
 from . import neighbours
+from .runtime import rank
 
 BIAS_SHRINKS = (2.0, 5.0, 10.0, 20.0, 40.0)
 RIDGE_ALPHAS = (1e-1, 1e0, 1e1, 1e2, 1e3, 1e4)
@@ -51,6 +55,26 @@ def run(task: Task) -> list[Score]:
     has = {name: getattr(task.train, name, None) is not None for name in ("users", "features")}
     named = [BASELINES[name] for name in task.goal.baselines]
     return [baseline(task) for baseline in named if has.get(NEEDS.get(baseline, ""), True)]
+
+
+def kept(task: Task, path: Path, about: Mapping[str, Any], anew: bool = False) -> list[dict[str, Any]]:
+    """What `run` gives, as a report has it: computed unless `path` holds it for the same `about`, and kept there.
+
+    Raises ValueError for a damaged file.
+    """
+    split = task.split, task.meta.get("split_sha256")
+    asked = json.loads(json.dumps({**about, "baselines": task.goal.baselines, "split": split}))
+    if path.is_file() and not anew:
+        try:
+            before = json.loads(path.read_text())
+            if before["about"] == asked:
+                return before["scores"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"sparsekd run: {path} is damaged ({error!r}); delete it, it is computed again") from error
+    scores = [score.to_dict() for score in run(task)]
+    if rank() == 0:
+        write_atomically(path, json.dumps({"about": asked, "scores": scores}, indent=1).encode())
+    return scores
 
 
 def constant(task: Task) -> Score:

@@ -7,6 +7,7 @@ in evaluate.py, and what is written down of it in record.py.
 
     runs/movietweetings/
       results.json report.md report.html see report/
+      baselines.json                     what needs no network, computed once
       seed0/<network>/model.safetensors  the picked epoch; sparse layers as their kept blocks, a file a density
       seed0/<network>/state.safetensors  where to go on after a kill, while it trains
       seed0/<network>/rows.json          its rows of the report, once finished
@@ -53,6 +54,8 @@ from .teaching import in_fast_layout, kept_teacher
 
 __all__ = ["run"]
 
+BASELINES = "baselines.json"
+
 
 def _print(line: str) -> None:
     print(line, file=sys.stderr)
@@ -88,7 +91,8 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[st
         wait_for_all()
         # First: what these need is missing before anything was trained, or not at all. They compute with numpy, on the
         # CPU.
-        baseline_scores = [score.to_dict() for score in baselines.run(loaded)]
+        about = record.settings_of_task(task, plan, config)
+        baseline_scores = baselines.kept(loaded, out / BASELINES, about, anew=config.remeasure)
         work = _Run(config, task, plan, runtime, out, say, baseline_scores)
         for seed in range(config.seeds):
             teacher = in_fast_layout(work.train(plan.teacher, seed))
@@ -216,5 +220,5 @@ def clear(out: Path) -> None:
     for folder in out.glob("seed*"):
         if re.fullmatch(r"seed\d+", folder.name) and folder.is_dir():
             shutil.rmtree(folder)
-    for name in ("results.json", "report.md", "report.html"):
+    for name in (BASELINES, "results.json", "report.md", "report.html"):
         (out / name).unlink(missing_ok=True)

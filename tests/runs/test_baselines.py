@@ -76,6 +76,24 @@ def test_every_baseline_is_deterministic_and_listed_once():
     assert [s.name for s in first] == ["constant", "user+item biases", "running biases", "ridge", "gradient boosting"]
 
 
+def test_what_was_computed_is_kept_for_the_same_task(tmp_path, monkeypatch):
+    task, path = ratings_task(noise=0.3, count=400), tmp_path / "baselines.json"
+    about = {"task": task.name, "sizes": task.sizes}
+    first = baselines.kept(task, path, about)
+    assert first == [score.to_dict() for score in baselines.run(task)]
+    calls = []
+    monkeypatch.setattr(baselines, "run", lambda task: calls.append(task) or [])
+    assert baselines.kept(task, path, about) == first and not calls
+    for changed, more in ((task, {"quick": True}), (dataclasses.replace(task, split="another"), {})):
+        assert baselines.kept(changed, path, {**about, **more}) == []  # of this one nothing was kept
+    assert len(calls) == 2
+    assert baselines.kept(task, path, about, anew=True) == [] and len(calls) == 3
+    for wrong in ("{", "[]", "{}"):
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match=r"baselines.json is damaged .* delete it"):
+            baselines.kept(task, path, about)
+
+
 def test_row_weights_count():
     """Two contradicting halves: the fit follows the one with the weight."""
     features = np.ones((200, 1), np.float32) * np.repeat([[1.0], [-1.0]], 100, axis=0).astype(np.float32)

@@ -99,7 +99,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(rankings, "QUICK_RECIPE", {"epochs": 2, "batch_size": 512})
 
 
-def test_a_run_writes_its_report_and_goes_on_where_it_stopped(tiny, tmp_path):
+def test_a_run_writes_its_report_and_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
     config = {"task": "sparserec", "quick": True, "densities": (0.25,), "out": str(tmp_path)}
     results, folder = runs.run(RunConfig(methods=("sparserec", "imp"), **config), say=lambda line: None)
     rows = {row["name"]: row for row in results["rows"]}
@@ -111,8 +111,11 @@ def test_a_run_writes_its_report_and_goes_on_where_it_stopped(tiny, tmp_path):
     assert results["task"]["split_sha256"] and results["task"]["pairs"]["test"] > 0
     page = (folder / "report.html").read_text()
     assert "NDCG@20" in page and "SparseRec" in page
+    for name in ("popular", "item_knn", "ease"):
+        monkeypatch.setattr(neighbours, name, lambda task: pytest.fail("what needs no network is computed once"))
     again, _ = runs.run(RunConfig(methods=("sparserec", "imp"), **config), say=lambda line: pytest.fail(line))
     assert [row["metrics"] for row in again["rows"]] == [row["metrics"] for row in results["rows"]]
+    assert again["baselines"] == results["baselines"]
     with pytest.raises(runs.OutOfTime):
         runs.run(RunConfig(methods=("pep",), stop_after=1e-9, **config), say=lambda line: None)
     results, _ = runs.run(RunConfig(methods=("pep", "sparserec-kd"), **config), say=lambda line: None)

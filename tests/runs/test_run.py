@@ -308,7 +308,7 @@ def test_baselines_get_the_data_where_it_was_loaded(task, tmp_path, monkeypatch)
 
     monkeypatch.setattr(run_module, "start", lambda *_: runs.Runtime("meta"))
     monkeypatch.setattr(run_module.baselines, "run", asked)
-    plans = {"meta": SimpleNamespace(students=())}  # no student, so nothing to prune by costs
+    plans = {"meta": SimpleNamespace(students=(), architectures={})}  # no student, so nothing to prune by costs
     monkeypatch.setattr(run_module.tasks, "plan_of", lambda moved, _: plans[moved.train.target.device.type])
     with pytest.raises(Asked, match="cpu"):
         runs.run(RunConfig("synthetic", quick=True, out=str(tmp_path)), lambda line: None)
@@ -317,6 +317,7 @@ def test_baselines_get_the_data_where_it_was_loaded(task, tmp_path, monkeypatch)
 def test_fresh_leaves_other_files(tmp_path):
     (tmp_path / "seed0").mkdir()
     (tmp_path / "seedlings.txt").write_text("mine")
-    (tmp_path / "results.json").write_text(json.dumps({}))
+    for name in ("results.json", "baselines.json"):
+        (tmp_path / name).write_text(json.dumps({}))
     run_module.clear(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["seedlings.txt"]
