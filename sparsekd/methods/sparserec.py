@@ -253,7 +253,8 @@ class _Absent:
 
     def __init__(self, table: SparseTable) -> None:
         self._dim, self._like = table.embedding_dim, table.values
-        self._slot_of = torch.full((table.num_embeddings,), -1, dtype=torch.int32, device=table.values.device)
+        dtype = torch.int32 if table.num_embeddings < 2**31 else torch.int64
+        self._slot_of = torch.full((table.num_embeddings,), -1, dtype=dtype, device=table.values.device)
         self.clear()
 
     def clear(self) -> None:
@@ -264,13 +265,14 @@ class _Absent:
     def add(self, table: SparseTable, rows: Tensor, grads: Tensor, absolute: bool) -> None:
         """The gradients [m, dim] of `rows [m]`, each once."""
         new = rows[self._slot_of[rows] < 0]
-        self._slot_of[new] = torch.arange(len(self.rows), len(self.rows) + len(new), device=new.device).int()
+        slots = torch.arange(len(self.rows), len(self.rows) + len(new), dtype=self._slot_of.dtype, device=new.device)
+        self._slot_of[new] = slots
         self.rows = torch.cat([self.rows, new])
         self.sums = torch.cat([self.sums, self.sums.new_zeros(len(new), self._dim)])
-        slots = self._slot_of[rows].long()
-        total = self.sums[slots]
+        places = self._slot_of[rows].long()
+        total = self.sums[places]
         embedding_absent_(total, grads.to(total.dtype), table.kept, rows, absolute)
-        self.sums[slots] = total
+        self.sums[places] = total
 
     def candidates(self, table: SparseTable) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """What absent entries are worth, those of 0 left out; and their rows and dimensions."""
@@ -283,7 +285,8 @@ class _Absent:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.clear()
         self.rows, self.sums = state["rows"].to(self.rows.device), state["sums"].to(self.sums.device)
-        self._slot_of[self.rows] = torch.arange(len(self.rows), device=self.rows.device).int()
+        slots = torch.arange(len(self.rows), dtype=self._slot_of.dtype, device=self.rows.device)
+        self._slot_of[self.rows] = slots
 
 
 def _magnitudes(table: SparseTable) -> Tensor:
