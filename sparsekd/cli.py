@@ -210,7 +210,7 @@ def _add_run(commands: Any, with_options: bool) -> None:
         "--costs", metavar="FILE", help="times of the student's layers, for --unit latency_us (measured now)"
     )
     for name, explained in _own_options().items():
-        run.add_argument(f"--{name}", metavar="NAME", help=explained)
+        run.add_argument(f"--{name.replace('_', '-')}", metavar="NAME", help=explained)
     run.add_argument("--pattern", metavar="RxC", help=f"blocks to prune, outputs x inputs ({usual.pattern})")
     run.add_argument("--seeds", type=int, metavar="N", help=f"how many seeds ({usual.seeds})")
     run.add_argument("--quick", action="store_true", help="less data and fewer epochs: to see it work, not to quote")
@@ -314,7 +314,8 @@ def _own_options() -> dict[str, str]:
     explained: dict[str, list[str]] = {}
     for task, entry in TASKS.items():
         for option in entry.options:
-            explained.setdefault(option.name, []).append(f"{task}: {option.help} ({option.default})")
+            usual = "" if option.default is None else f" ({option.default})"
+            explained.setdefault(option.name, []).append(f"{task}: {option.help}{usual}")
     return {name: "; ".join(texts) for name, texts in explained.items()}
 
 

@@ -6,6 +6,7 @@ A new task is a reader in `sparsekd.data`, a plan in `runs/plans/` and an entry 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -42,17 +43,35 @@ __all__ = [
 class Option:
     """A setting of one task alone: `--NAME` of the command, `RunConfig.options[NAME]` in Python.
 
-    choices     what it may be.
+    choices     what it may be; none: a number.
+    number      what makes the number of a text, and the least that it may be.
     in_folder   whether a choice other than the default is part of the name of the folder of the run.
     each        a choice that means a run for each of the others.
     """
 
     name: str
-    default: str
+    default: str | None
     choices: tuple[str, ...]
     help: str
     in_folder: bool = False
     each: str | None = None
+    number: tuple[type[int] | type[float], float] = (float, 0.0)
+
+    def checked(self, value: Any) -> Any:
+        """The value, a number made of its text.  ValueError for what it may not be."""
+        if self.choices:
+            if value not in self.choices:
+                raise ValueError(f"sparsekd run: {self.name} must be one of {', '.join(self.choices)}, got {value!r}")
+            return value
+        kind, least = self.number
+        try:
+            number = kind(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not least <= number < math.inf:
+            what = "a whole number" if kind is int else "a number"
+            raise ValueError(f"sparsekd run: {self.name} must be {what} of {least:g} or more, got {value!r}")
+        return number
 
 
 def _usual_densities(options: Mapping[str, Any]) -> tuple[float, ...]:
@@ -134,7 +153,13 @@ TASKS: dict[str, Entry] = {
     "sparserec": Entry(
         load=rankings.load,
         plan=rankings.of_rankings,
-        options=(Option("model", "mf", rankings.MODELS, "mf, neumf or lightgcn", in_folder=True),),
+        options=(
+            Option("model", "mf", rankings.MODELS, "mf, neumf or lightgcn", in_folder=True),
+            Option("lr", None, (), "learning rate, instead of that of the model"),
+            Option("weight_decay", None, (), "the same of AdamW's decay"),
+            Option("epochs", None, (), "the same of the epochs", number=(int, 1)),
+            Option("batch_size", None, (), "pairs of a step, instead of a 32nd of them up to 8192", number=(int, 2)),
+        ),
         methods=RANKING_METHODS,
         known=RANKING_METHODS_ALL,
         densities=lambda options: (0.2, 0.1, 0.05),
@@ -159,13 +184,11 @@ def complete(config: RunConfig) -> RunConfig:
     for name, value in config.options.items():
         if name not in own:
             raise ValueError(_not_its_own(config.task, name, value))
-        if value not in own[name].choices:
-            choices = ", ".join(own[name].choices)
-            raise ValueError(f"sparsekd run: {name} must be one of {choices}, got {value!r}")
     for method in config.methods or ():
         if method not in entry.known:
             raise ValueError(f"sparsekd run: {config.task} is trained by {', '.join(entry.known)}, got {method!r}")
-    options = {option.name: option.default for option in entry.options} | config.options
+    given = {name: own[name].checked(value) for name, value in config.options.items()}
+    options = {option.name: option.default for option in entry.options if option.default is not None} | given
     methods = entry.methods if config.methods is None else config.methods
     densities = config.densities
     if densities is None and config.budgets is None:
@@ -189,7 +212,8 @@ def _not_its_own(task: str, name: str, value: Any) -> str:
     if not owners:
         known = ", ".join(option.name for option in entry_of(task).options) or "none"
         return f"sparsekd run: {task} has no option {name!r}; its options: {known}"
-    return f"sparsekd run: --{name} {value} belongs to the task {' or '.join(owners)}, got {task}; leave it out"
+    flag = f"--{name.replace('_', '-')} {value}"
+    return f"sparsekd run: {flag} belongs to the task {' or '.join(owners)}, got {task}; leave it out"
 
 
 def several(config: RunConfig) -> list[RunConfig]:

@@ -85,6 +85,15 @@ def test_every_method_has_its_networks_and_they_start_alike():
     json.dumps([network.settings() for network in plan.students])
 
 
+def test_a_call_may_set_how_all_networks_learn():
+    plan = planned(options={"lr": "1e-3", "weight_decay": 0.25, "epochs": "4", "batch_size": "64"})
+    recipes = [network.recipe for network in (plan.teacher, *plan.students)]
+    assert {(recipe.lr, recipe.weight_decay, recipe.batch_size) for recipe in recipes} == {(1e-3, 0.25, 64)}
+    assert plan.teacher.recipe.epochs == 4
+    assert "lr" not in tasks.complete(RunConfig("sparserec")).options
+    assert planned().teacher.recipe.lr == rankings.RECIPE.lr
+
+
 def test_methods_of_other_tasks_are_refused():
     with pytest.raises(ValueError, match=r"sparserec is trained by small, .*, got 'sp-sad'"):
         tasks.complete(RunConfig("sparserec", methods=("sp-sad",)))

@@ -46,6 +46,15 @@ def test_a_run_counts_work_unless_it_is_asked_for_weights(fields, unit, scope):
         (RunConfig("movielens", options={"colour": "red"}), "movielens has no option 'colour'; its options: recipe"),
         (RunConfig("movies", options={"group": "red"}), "group must be one of numerical, .*, all, got 'red'"),
         (RunConfig("movies", options={"protocol": "full"}), "--protocol full belongs to the task cifar100, got movies"),
+        (RunConfig("movies", options={"batch_size": "8"}), "--batch-size 8 belongs to the task sparserec, got movies"),
+        (RunConfig("sparserec", options={"lr": "fast"}), "lr must be a number of 0 or more, got 'fast'"),
+        (
+            RunConfig("sparserec", options={"weight_decay": "nan"}),
+            "weight_decay must be a number of 0 or more, .*'nan'",
+        ),
+        (RunConfig("sparserec", options={"lr": "inf"}), "lr must be a number of 0 or more, got 'inf'"),
+        (RunConfig("sparserec", options={"epochs": "0"}), "epochs must be a whole number of 1 or more, got '0'"),
+        (RunConfig("sparserec", options={"batch_size": "2.5"}), "batch_size must be a whole number of 2 or more"),
     ],
 )
 def test_options_of_other_tasks_are_refused(config, message):

@@ -40,6 +40,7 @@ RECIPES = {
     "neumf": dataclasses.replace(RECIPE, lr=5e-3, weight_decay=1e-2),
     "lightgcn": dataclasses.replace(RECIPE, lr=1e-2, weight_decay=1e-2),
 }
+OF_RECIPE = ("lr", "weight_decay", "epochs", "batch_size")  # what a call may set instead, as found for its data
 IMP: dict[str, Any] = {"epochs": 5, "removed": 0.1}  # of a round that only looks for the next mask
 QUICK: dict[str, Any] = {"most_items": 300}
 QUICK_RECIPE: dict[str, Any] = {"epochs": 3, "batch_size": 1024}
@@ -67,7 +68,8 @@ def load(config: RunConfig) -> Task:
 def of_rankings(task: Task, config: RunConfig) -> Plan:
     kind = config.options["model"]
     more = QUICK_RECIPE if config.quick else {"batch_size": batch_for(len(task.train))}
-    recipe = dataclasses.replace(RECIPES[kind], **more)
+    own = {name: config.options[name] for name in OF_RECIPE if name in config.options}
+    recipe = dataclasses.replace(RECIPES[kind], **{**more, **own})
     teacher = Network(name="dense", folder="dense", make=partial(recommender, kind, task, DIM, None), recipe=recipe)
     return Plan(
         teacher=teacher,
