@@ -142,7 +142,7 @@ def test_quick_run_prints_its_table_and_report_prints_it_again(capsys, tmp_path,
         assert f"\n{name} " in printed
     assert str(out) in printed
     written = {path.name for path in out.iterdir()}
-    assert written == {"seed0", "results.json", "report.md", "report.html"}
+    assert written == {"seed0", "baselines.json", "results.json", "report.md", "report.html"}
     (out / "report.md").unlink()
     assert cli.main(["report", str(out)]) == 0
     assert printed.split("\n\nresults.json")[0].strip().removeprefix("synthetic").strip() in capsys.readouterr().out
