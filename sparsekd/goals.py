@@ -383,7 +383,8 @@ class Ranking(Goal):
 
 def _check_scores(scores: Tensor, relevant: Tensor) -> None:
     shape = tuple(relevant.shape)
-    if scores.shape != shape or not scores.isfinite().all():
+    # The extremes tell of NaN too, and take one pass without a copy.
+    if scores.shape != shape or not torch.stack(torch.aminmax(scores)).isfinite().all():
         what = "others than finite numbers" if scores.shape == shape else f"{tuple(scores.shape)}"
         raise ValueError(f"sparsekd.Ranking.scores: score_items must return finite {shape}, got {what}")
 

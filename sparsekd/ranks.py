@@ -39,13 +39,14 @@ def best_first(scores: Tensor, seen: tuple[Tensor, Tensor], count: int) -> Tenso
     (row, item) comes last: int64 [U, min(count, I)] on the CPU, of [U, I]."""
     unseen = scores.float().cpu().index_put(seen, torch.tensor(-math.inf))
     count = min(count, unseen.shape[1])
-    values, items = unseen.topk(count, dim=1)
+    more = min(count + 1, unseen.shape[1])
+    values, items = unseen.topk(more, dim=1)
     # topk promises no order among equals. Those that it took are sorted by number, then by score, which keeps that
     # order; where it left an equal of the last one out, it may have taken the wrong ones: all are sorted.
-    items = items.sort(dim=1).values
+    items = items[:, :count].sort(dim=1).values
     order = unseen.gather(1, items).sort(dim=1, descending=True, stable=True).indices
     best = items.gather(1, order)
-    cut = ((unseen >= values[:, -1:]).sum(1) > count).nonzero().flatten()
+    cut = (values[:, count - 1] == values[:, more - 1]).nonzero().flatten() if more > count else items.new_empty(0)
     best[cut] = unseen[cut].sort(dim=1, descending=True, stable=True).indices[:, :count]
     return best
 

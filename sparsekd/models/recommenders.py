@@ -71,7 +71,10 @@ class MF(Recommender):
 
     def score_items(self, users: Tensor) -> Tensor:
         mine = self.users(users)
-        return torch.cat([mine @ self.items(some).T for some in _all(self.num_items, users).split(_PIECE)], 1)
+        pieces = _all(self.num_items, users).split(_PIECE)
+        if len(pieces) == 1:
+            return mine @ self.items(pieces[0]).T
+        return torch.cat([mine @ self.items(some).T for some in pieces], 1)
 
 
 class NeuMF(Recommender):

@@ -85,6 +85,19 @@ def test_every_method_has_its_networks_and_they_start_alike():
     json.dumps([network.settings() for network in plan.students])
 
 
+def test_of_very_many_users_some_choose_the_epoch(monkeypatch):
+    config = RunConfig("sparserec", quick=True)
+    whole = rankings.load(config)
+    assert whole.meta["users_judged"]["val"] == len(whole.val.users.unique()) > 50
+    monkeypatch.setattr(rankings, "MOST_SCORED", 50 * whole.sizes["items"] + 1)
+    task = rankings.load(config)
+    chosen = task.val.users.unique()
+    assert task.meta["users_judged"] == {"val": 50, "test": len(whole.test.users.unique())} and len(chosen) == 50
+    pairs = {(u, i) for u, i in zip(whole.val.users.tolist(), whole.val.items.tolist(), strict=True) if u in chosen}
+    assert set(zip(task.val.users.tolist(), task.val.items.tolist(), strict=True)) == pairs
+    assert task.meta["split_sha256"] == whole.meta["split_sha256"] and len(task.train) == len(whole.train)
+
+
 def test_a_call_may_set_how_all_networks_learn():
     plan = planned(options={"lr": "1e-3", "weight_decay": 0.25, "epochs": "4", "batch_size": "64"})
     recipes = [network.recipe for network in (plan.teacher, *plan.students)]

@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import torch
+
 from ... import data, models
 from ...data import Task
 from ...methods.tickets import imp_rounds
@@ -46,6 +48,7 @@ QUICK: dict[str, Any] = {"most_items": 300}
 QUICK_RECIPE: dict[str, Any] = {"epochs": 3, "batch_size": 1024}
 QUICK_EVERY = 4
 QUICK_IMP: dict[str, Any] = {"epochs": 1, "removed": 0.5}
+MOST_SCORED = 100_000_000  # scores of users and items that a validation ranks: some seconds of a core
 EVERY = 50  # steps between two exchanges
 SWITCHES: dict[str, dict[str, Any]] = {
     "sparserec": {},
@@ -62,7 +65,20 @@ SWITCHES: dict[str, dict[str, Any]] = {
 
 def load(config: RunConfig) -> Task:
     """Who chose what in the folder of the run, or in MovieTweetings; a quick run has the top items alone."""
-    return data.load("rankings", config.data_dir, **(QUICK if config.quick else {}))
+    return _validated_on_some(data.load("rankings", config.data_dir, **(QUICK if config.quick else {})))
+
+
+def _validated_on_some(task: Task) -> Task:
+    """The task with so many users in its validation part, drawn at random, that it has MOST_SCORED scores; `meta` says
+    how many. To rank all items for more of them would take longer, after every epoch, than the epoch."""
+    users, most = task.val.users.unique(), max(1, MOST_SCORED // task.sizes["items"])
+    if len(users) <= most:
+        return task
+    some = users[torch.randperm(len(users), generator=torch.Generator().manual_seed(0))[:most]]
+    mine = torch.isin(task.val.users, some)
+    val = dataclasses.replace(task.val, users=task.val.users[mine], items=task.val.items[mine])
+    judged = {**task.meta["users_judged"], "val": len(some)}
+    return dataclasses.replace(task, val=val, meta={**task.meta, "users_judged": judged})
 
 
 def of_rankings(task: Task, config: RunConfig) -> Plan:
