@@ -23,9 +23,10 @@ void def_embedding(py::module_& m, const char* lookup, const char* bag, const ch
       "table"_a, "values"_a, "row_scale"_a, "ids"_a, "count"_a, "out"_a, "threads"_a);
   m.def(
       bag,
-      [](const EmbeddingTable& table, Address values, Address row_scale, Address ids, Address offsets, Address scale,
-         int64_t bags, int64_t padding, Address out_, int threads) {
+      [](const EmbeddingTable& table, Address values, Address row_scale, Address ids, int64_t count, Address offsets,
+         Address scale, int64_t bags, int64_t padding, Address out_, int threads) {
         py::gil_scoped_release release;
+        check_offsets(in<int64_t>(offsets), bags, count);
         embedding_bag<T>({.table = table,
                           .values = in<T>(values),
                           .row_scale = in<float>(row_scale),
@@ -37,7 +38,7 @@ void def_embedding(py::module_& m, const char* lookup, const char* bag, const ch
                           .out = out<typename EmbeddingOut<T>::Type>(out_),
                           .threads = threads});
       },
-      "table"_a, "values"_a, "row_scale"_a, "ids"_a, "offsets"_a, "scale"_a, "bags"_a, "padding"_a, "out"_a,
+      "table"_a, "values"_a, "row_scale"_a, "ids"_a, "count"_a, "offsets"_a, "scale"_a, "bags"_a, "padding"_a, "out"_a,
       "threads"_a);
   m.def(
       top_k,
@@ -159,6 +160,18 @@ void bind_embedding(py::module_& m) {
   def_embedding<Bfloat16>(m, "embedding_bf16", "embedding_bag_bf16", "embedding_top_k_bf16");
   def_embedding<Float16>(m, "embedding_f16", "embedding_bag_f16", "embedding_top_k_f16");
   def_embedding<int8_t>(m, "embedding_i8", "embedding_bag_i8", "embedding_top_k_i8");
+  m.def(
+      "embedding_bag_scale",
+      [](Address ids, Address offsets, int64_t count, int64_t bags, int64_t padding, Address scale) {
+        py::gil_scoped_release release;
+        embedding_bag_scale({.ids = in<int64_t>(ids),
+                             .offsets = in<int64_t>(offsets),
+                             .count = count,
+                             .bags = bags,
+                             .padding = padding,
+                             .scale = out(scale)});
+      },
+      "ids"_a, "offsets"_a, "count"_a, "bags"_a, "padding"_a, "scale"_a);
   m.def(
       "embedding_grad",
       [](const EmbeddingTable& table, Address grad, Address ids, Address source, Address scale, int64_t count,

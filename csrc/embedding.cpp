@@ -21,6 +21,12 @@ void check_ids(const EmbeddingTable& table, const int64_t* ids, int64_t count) {
                               std::to_string(ids[i]) + " at place " + std::to_string(i));
 }
 
+std::string first_of(const int64_t* numbers, int64_t count) {
+  std::string text = "[";
+  for (int64_t i = 0; i < count && i < 8; ++i) text += (i > 0 ? ", " : "") + std::to_string(numbers[i]);
+  return text + "]" + (count > 8 ? " and more" : "");
+}
+
 // Scores are taken of all dimensions that a row names, the queries having those of the table alone.
 void check_dimensions(const EmbeddingTable& table) {
   const int64_t words = (table.dim + 63) / 64;
@@ -55,6 +61,25 @@ auto of_type(F f32, B bf16, H f16, I i8) {
 }
 
 }  // namespace
+
+void check_offsets(const int64_t* offsets, int64_t bags, int64_t count) {
+  bool wrong = bags < 0 || offsets[0] != 0 || offsets[bags] != count;
+  for (int64_t bag = 0; bag < bags; ++bag) wrong |= offsets[bag + 1] < offsets[bag];
+  if (wrong)
+    throw std::invalid_argument("sparsekd.embedding_bag: offsets must rise from 0 to the number of ids, " +
+                                std::to_string(count) + ", got " + first_of(offsets, bags + 1));
+}
+
+void embedding_bag_scale(const EmbeddingBagScale& args) {
+  check_offsets(args.offsets, args.bags, args.count);
+  for (int64_t bag = 0; bag < args.bags; ++bag) {
+    const int64_t begin = args.offsets[bag], end = args.offsets[bag + 1];
+    int64_t counted = 0;
+    for (int64_t i = begin; i < end; ++i) counted += args.ids[i] != args.padding;
+    const float share = 1.0f / static_cast<float>(counted > 0 ? counted : 1);
+    for (int64_t i = begin; i < end; ++i) args.scale[i] = share;
+  }
+}
 
 template <class T>
 void embedding(const EmbeddingLookup<T>& args) {

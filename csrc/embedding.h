@@ -17,6 +17,19 @@ void embedding_grad(const EmbeddingGrad& args);
 void embedding_rows_grad(const EmbeddingRowsGrad& args);
 void embedding_absent(const EmbeddingAbsent& args);
 
+// Throw std::invalid_argument, which Python sees as ValueError, unless offsets [bags + 1] rise from 0 to `count`.
+void check_offsets(const int64_t* offsets, int64_t bags, int64_t count);
+
+// scale[i] = 1 / how many ids of its bag are not `padding` (an id, or -1): what makes the mean of a sum. Offsets are
+// checked.
+struct EmbeddingBagScale {
+  const int64_t* ids;      // [count]
+  const int64_t* offsets;  // [bags + 1]
+  int64_t count, bags, padding;
+  float* scale;  // [count]
+};
+void embedding_bag_scale(const EmbeddingBagScale& args);
+
 enum class EmbeddingOptimizer { kSgd, kAdagrad, kAdagradRows, kAdam };
 void embedding_update(EmbeddingOptimizer optimizer, const EmbeddingUpdate& args);
 

@@ -134,8 +134,8 @@ embedding_f16 = embedding_f32
 embedding_i8 = embedding_f32  # writes float32; only this one has a scale for each row
 
 def embedding_bag_f32(
-    table: EmbeddingTable, values: int, row_scale: int, ids: int, offsets: int, scale: int, bags: int, padding: int,
-    out: int, threads: int
+    table: EmbeddingTable, values: int, row_scale: int, ids: int, count: int, offsets: int, scale: int, bags: int,
+    padding: int, out: int, threads: int
 ) -> None: ...  # fmt: skip
 
 embedding_bag_bf16 = embedding_bag_f32  # the scale is float32 in all types
@@ -151,6 +151,7 @@ embedding_top_k_bf16 = embedding_top_k_f32  # queries and scores are float32 in 
 embedding_top_k_f16 = embedding_top_k_f32
 embedding_top_k_i8 = embedding_top_k_f32
 
+def embedding_bag_scale(ids: int, offsets: int, count: int, bags: int, padding: int, scale: int) -> None: ...
 def embedding_grad(
     table: EmbeddingTable, grad: int, ids: int, source: int, scale: int, count: int, padding: int, num_values: int,
     grad_values: int, threads: int

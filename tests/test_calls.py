@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekd
 from sparsekd.backends import cpu
+from sparsekd.nn import SparseEmbedding, SparseEmbeddingBag
 from sparsekd.ops import _schema
 
 pytestmark = pytest.mark.skipif(cpu.native is None, reason="no compiled kernels")
@@ -57,6 +58,22 @@ def test_a_call_is_direct_with_and_without_gradients(layer, direct):
     direct.clear()
     module(x.requires_grad_()).sum().backward()
     assert direct == [name, f"{name}_grad_input", f"{name}_grad_values"]
+
+
+@pytest.mark.parametrize(("sparse", "gradient"), [(False, "embedding_grad"), (True, "embedding_rows_grad")])
+def test_tables_are_looked_up_and_learn_without_the_dispatcher(direct, sparse, gradient):
+    ids, offsets = torch.tensor([1, 2, 2, 7]), torch.tensor([0, 3])
+    layers = [kind(50, 8, density=0.5, sparse=sparse) for kind in (SparseEmbedding, SparseEmbeddingBag)]
+    for layer, arguments, lookup in (
+        (layers[0], (ids,), ["embedding"]),
+        (layers[1], (ids, offsets), ["embedding_bag_scale", "embedding_bag"]),
+    ):
+        with torch.no_grad():
+            layer(*arguments)
+        assert direct == lookup
+        layer(*arguments).sum().backward()
+        assert direct == [*lookup, *lookup, gradient]
+        direct.clear()
 
 
 def test_both_ways_compute_the_same(layer, monkeypatch):

@@ -169,6 +169,7 @@ def test_opcheck(dtype):
     torch.library.opcheck(torch.ops.sparsekd.embedding, (*table, ids, 20, -1))
     scale = torch.rand(12, dtype=dtype, requires_grad=True)
     torch.library.opcheck(torch.ops.sparsekd.embedding_bag, (*table, ids, offsets, scale, 20, -1))
+    torch.library.opcheck(torch.ops.sparsekd.embedding_bag_scale, (ids, offsets, -1))
     grad = torch.randn(12, 20, dtype=dtype, requires_grad=True)
     rest = (ids, None, None, layer.values.shape[0], -1)
     torch.library.opcheck(torch.ops.sparsekd.embedding_grad, (grad, *table[1:], *rest))

@@ -13,6 +13,7 @@ OPS = (
     "conv2d_grad_values",
     "embedding",
     "embedding_bag",
+    "embedding_bag_scale",
     "embedding_grad",
     "embedding_absent_",
     "embedding_top_k",

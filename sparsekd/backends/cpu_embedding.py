@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..ops.embedding import (
     check_excluded,
-    check_offsets,
     embedding_absent_reference,
     embedding_bag_reference,
     embedding_grad_reference,
@@ -33,8 +32,9 @@ def embedding(
     kernel = _rows_kernel("embedding", values)
     if kernel is None:
         return embedding_reference(values, kept, base, counts, ids, dim, padding)
-    values, kept, base, counts, ids = (t.contiguous() for t in (values, kept, base, counts, ids))
-    out = values.new_empty(*ids.shape, dim)
+    values, kept, base, counts = values.contiguous(), kept.contiguous(), base.contiguous(), counts.contiguous()
+    ids = ids.contiguous()
+    out = values.new_empty((*ids.shape, dim))
     table = _table(kept, base, counts, dim)
     kernel(table, values.data_ptr(), 0, ids.data_ptr(), ids.numel(), out.data_ptr(), torch.get_num_threads())
     return out
@@ -47,16 +47,25 @@ def embedding_bag(
     kernel = _rows_kernel("embedding_bag", values)
     if kernel is None:
         return embedding_bag_reference(values, kept, base, counts, ids, offsets, scale, dim, padding)
-    check_offsets(offsets, ids.shape[0])
     bags = offsets.shape[0] - 1
-    values, kept, base, counts, ids, offsets = (t.contiguous() for t in (values, kept, base, counts, ids, offsets))
+    values, kept, base, counts = values.contiguous(), kept.contiguous(), base.contiguous(), counts.contiguous()
+    ids, offsets = ids.contiguous(), offsets.contiguous()
     scale = None if scale is None else scale.float().contiguous()
     out = values.new_empty(bags, dim)
     kernel(
-        _table(kept, base, counts, dim), values.data_ptr(), 0, ids.data_ptr(), offsets.data_ptr(),
+        _table(kept, base, counts, dim), values.data_ptr(), 0, ids.data_ptr(), ids.shape[0], offsets.data_ptr(),
         _at(scale), bags, padding, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def embedding_bag_scale(ids: Tensor, offsets: Tensor, padding: int) -> Tensor:
+    ids, offsets = ids.contiguous(), offsets.contiguous()
+    scale = torch.empty(ids.shape[0], dtype=torch.float32)
+    native.embedding_bag_scale(
+        ids.data_ptr(), offsets.data_ptr(), ids.shape[0], offsets.shape[0] - 1, padding, scale.data_ptr()
+    )
+    return scale
 
 
 def embedding_grad(
@@ -137,15 +146,14 @@ def embedding_bag_int8(
     values: Tensor, row_scale: Tensor, kept: Tensor, base: Tensor, counts: Tensor, ids: Tensor, offsets: Tensor,
     scale: Tensor | None, dim: int, padding: int,
 ) -> Tensor:  # fmt: skip
-    check_offsets(offsets, ids.shape[0])
     values, row_scale, kept, base, counts, ids, offsets = (
         t.contiguous() for t in (values, row_scale, kept, base, counts, ids, offsets)
     )
     scale = None if scale is None else scale.float().contiguous()
     out = row_scale.new_empty(offsets.shape[0] - 1, dim)
     native.embedding_bag_i8(
-        _table(kept, base, counts, dim), values.data_ptr(), row_scale.data_ptr(), ids.data_ptr(), offsets.data_ptr(),
-        _at(scale), out.shape[0], padding, out.data_ptr(), torch.get_num_threads(),
+        _table(kept, base, counts, dim), values.data_ptr(), row_scale.data_ptr(), ids.data_ptr(), ids.shape[0],
+        offsets.data_ptr(), _at(scale), out.shape[0], padding, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -259,6 +267,9 @@ def _floats(*operands: Tensor) -> bool:
     return all(x.dtype == torch.float32 and x.is_contiguous() for x in operands)
 
 
+_SUFFIXES = {torch.float32: "_f32", torch.bfloat16: "_bf16", torch.float16: "_f16"}
+
+
 def _at(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
@@ -273,17 +284,22 @@ def _table(kept: Tensor, base: Tensor, counts: Tensor, dim: int) -> Any:
 
 def _rows_kernel(op: str, values: Tensor) -> Any:
     """The compiled ``op`` for the dtype of the values, or None."""
-    suffix = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}.get(values.dtype)
-    return None if suffix is None else getattr(native, f"{op}_{suffix}")
+    suffix = _SUFFIXES.get(values.dtype)
+    return None if suffix is None else getattr(native, op + suffix)
 
 
-LOOKUPS: list[Callable[..., Any]] = [embedding, embedding_bag]
+# What layers call in every step.
+LOOKUPS: list[Callable[..., Any]] = [
+    embedding,
+    embedding_bag,
+    embedding_bag_scale,
+    embedding_grad,
+    embedding_rows_grad,
+]
 OPS: list[Callable[..., Any]] = [
     *LOOKUPS,
-    embedding_grad,
     embedding_absent_,
     embedding_top_k,
-    embedding_rows_grad,
     embedding_sgd_,
     embedding_adagrad_,
     embedding_adagrad_rows_,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.embedding import bag_of
+from ..ops.embedding_bags import embedding_bag_scale
 
 
 def bags_and_scale(
@@ -27,10 +27,7 @@ def bags_and_scale(
     ids, offsets = _bags(layer, input, offsets)
     scale = per_sample_weights
     if layer.mode == "mean":
-        bag = bag_of(offsets, ids.shape[0]).clamp(0, offsets.shape[0] - 2)  # the op refuses offsets that need it
-        real = torch.ones_like(ids) if layer.padding_idx is None else (ids != layer.padding_idx).long()
-        sizes = torch.zeros_like(offsets[1:]).index_add(0, bag, real)
-        scale = sizes.clamp(min=1).reciprocal()[bag]
+        scale = embedding_bag_scale(ids, offsets, layer.padding_idx)
     return ids, offsets, scale
 
 

@@ -184,8 +184,9 @@ class SparseTable(TracedWhole):
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}{sparse}, density={self.density:.3g}"
 
     def _own_gradient(self, learns: Tensor | None) -> bool:
-        """Whether the gradient is another one than that of the plain op, which is what a graph of inference holds."""
-        return (learns is not None or self.sparse) and not torch.compiler.is_exporting()
+        """Whether there is a gradient other than that of the plain op, which is what a graph of inference holds."""
+        own = learns is not None or (self.sparse and torch.is_grad_enabled())
+        return own and not torch.compiler.is_exporting()
 
     def _adopt(self, rows: int, dim: int, padding_idx: int | None, values: Tensor, kept: Tensor) -> None:
         if padding_idx is not None:

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from . import embedding_int8, embedding_rows, embedding_update  # noqa: F401 (their ops)
+from . import embedding_bags, embedding_int8, embedding_rows, embedding_update  # noqa: F401 (their ops)
 from .attention import feature_stats
 from .conv2d import conv2d
 from .conv_transpose2d import conv_transpose2d

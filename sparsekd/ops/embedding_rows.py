@@ -68,10 +68,10 @@ def rows_gradient(
     if bool(many.any()):
         kept[many] = count_kept(table.kept[rows[many]])
     begin = _begins(kept)
-    place, sums = torch.ops.sparsekd.embedding_rows_grad(
-        grad, *table[1:], rows, _begins(sizes), order if chosen is None else chosen[order], source, scale, begin,
-        int(begin[-1]),
-    )  # fmt: skip
+    order = order if chosen is None else chosen[order]
+    place, sums = call(
+        "embedding_rows_grad", grad, *table[1:], rows, _begins(sizes), order, source, scale, begin, int(begin[-1])
+    )
     return torch.sparse_coo_tensor(
         place[None], sums, (table.values.shape[0],), is_coalesced=True, check_invariants=False
     )
@@ -124,7 +124,7 @@ class _Rows(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(values, kept, base, counts, ids, learns)
         ctx.padding, ctx.sparse = padding, sparse
-        return torch.ops.sparsekd.embedding(values, kept, base, counts, ids, dim, padding)
+        return call("embedding", values, kept, base, counts, ids, dim, padding)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -144,7 +144,7 @@ class _Bags(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(values, kept, base, counts, ids, offsets, scale, learns)
         ctx.padding, ctx.sparse = padding, sparse
-        return torch.ops.sparsekd.embedding_bag(values, kept, base, counts, ids, offsets, scale, dim, padding)
+        return call("embedding_bag", values, kept, base, counts, ids, offsets, scale, dim, padding)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
