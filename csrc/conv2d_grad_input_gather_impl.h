@@ -35,11 +35,14 @@ void gather_tile(const GatherTile& t) {
   for (int i = 0; i < kVectors * 16; ++i) acc[i] = Vec16::zero();
 #pragma GCC unroll 8
   for (int a = 0; a < A; ++a) dy[a] = t.dy[a];
+  const float* const weights = t.weights;
   const GatherEntry* const end = t.entries + t.count;
-  for (const GatherEntry* entry = t.entries; entry != end; ++entry) {
-    const Vec16 weight = Vec16::load(t.weights + int64_t{entry->weight} * kStripRows);
-    __builtin_prefetch(t.weights + int64_t{entry[kEntriesAhead].weight} * kStripRows);
-    const int64_t o = entry->dy;
+  GatherEntry next = *t.entries;  // a block ahead: multiply-adds need not wait for their own addresses
+  for (const GatherEntry* entry = t.entries; entry != end;) {
+    const Vec16 weight = Vec16::load(weights + int64_t{next.weight} * kStripRows);
+    const int64_t o = next.dy;
+    __builtin_prefetch(weights + int64_t{entry[kEntriesAhead].weight} * kStripRows);
+    next = *++entry;
 #pragma GCC unroll 8
     for (int a = 0; a < A; ++a)
 #pragma GCC unroll 32

@@ -26,30 +26,41 @@ inline void input_tile(const InputTile& t, int64_t entry) {
   Vec16 acc[E * V];
 #pragma GCC unroll 32
   for (int i = 0; i < E * V; ++i) acc[i] = Vec16::zero();
-  const float* w = t.weights + entry * t.weight_stride;
+  // What the stores at the end might alias is read before them, and once.
+  const int64_t weight_stride = t.weight_stride, dy_stride = t.dy_stride;
+  const float* w = t.weights + entry * weight_stride;
   const float* dy = t.dy;
-  for (int64_t row = 0; row < t.rows; ++row, dy += t.dy_stride, ++w) {
+  float* dx[E];
+#pragma GCC unroll 8
+  for (int e = 0; e < E; ++e) dx[e] = t.dx + t.offsets[entry + e];
+  const auto add_row = [&] {
     Vec16 weight[E];
 #pragma GCC unroll 8
-    for (int e = 0; e < E; ++e) weight[e] = Vec16::broadcast(w + e * t.weight_stride);
+    for (int e = 0; e < E; ++e) weight[e] = Vec16::broadcast(w + e * weight_stride);
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       const Vec16 pixels = Vec16::load(dy + v * 16);
 #pragma GCC unroll 8
       for (int e = 0; e < E; ++e) acc[e * V + v] = Sums::madd(weight[e], pixels, acc[e * V + v]);
     }
+    dy += dy_stride;
+    ++w;
+  };
+  if (t.rows == kStripRows) {
+#pragma GCC unroll 16
+    for (int row = 0; row < kStripRows; ++row) add_row();
+  } else {
+    for (int64_t row = 0; row < t.rows; ++row) add_row();
   }
 #pragma GCC unroll 8
-  for (int e = 0; e < E; ++e) {
-    float* target = t.dx + t.offsets[entry + e];
+  for (int e = 0; e < E; ++e)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) Vec16::add(Vec16::load(target + v * 16), acc[e * V + v]).store(target + v * 16);
-  }
+    for (int v = 0; v < V; ++v) Vec16::add(Vec16::load(dx[e] + v * 16), acc[e * V + v]).store(dx[e] + v * 16);
 }
 
-// All columns of a strip, in groups of E, then E / 2, ...
+// All columns of a strip, in groups of E, then E / 2, ... Not inlined: among others GCC 12 keeps its addresses in memory.
 template <IsSums Sums, int V, int E = Vec16::kInputEntries>
-void input_columns(const InputTile& t, int64_t count, int64_t entry = 0) {
+[[gnu::noinline]] void input_columns(const InputTile& t, int64_t count, int64_t entry = 0) {
   for (; entry + E <= count; entry += E) input_tile<Sums, E, V>(t, entry);
   if constexpr (E > 1)
     if (entry < count) input_columns<Sums, V, E / 2>(t, count, entry);

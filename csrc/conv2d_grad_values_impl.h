@@ -23,6 +23,15 @@ struct ValueTile {
   bool accumulate;
 };
 
+// A number that the compiler does not know to be the one of the step before: GCC would keep all of them in registers, of
+// which there are too few, and load their sums with `x` from the stack.
+inline int64_t loaded_again(int64_t offset) {
+#ifdef __GNUC__
+  asm volatile("" : "+r"(offset));
+#endif
+  return offset;
+}
+
 template <IsGradientWords Words, int E, int B>
 void value_tile(const ValueTile<Words>& t) {
   using Line = typename Words::Line;
@@ -38,6 +47,7 @@ void value_tile(const ValueTile<Words>& t) {
 #pragma GCC unroll 8
     for (int c = 1; c < kChains; ++c) acc[e][c] = Vec16::zero();
   }
+  const int32_t* const offsets = t.offsets;
   const float* dy_row = t.dy;
   for (int64_t image = 0; image < t.images; ++image)
     for (int64_t row = 0; row < t.rows; ++row, dy_row += t.dy_row_stride) {
@@ -45,19 +55,19 @@ void value_tile(const ValueTile<Words>& t) {
       const float* dy = dy_row;
       for (int64_t step = 0; step < t.steps; ++step, x += B * Words::kDepth, dy += B * kStripRows) {
         Vec16 pixel[B];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int b = 0; b < B; ++b) pixel[b] = Vec16::load(dy + b * kStripRows);
 #pragma GCC unroll 16
         for (int e = 0; e < E; e += kGroup) {
-          const Line* at[kGroup];
+          int64_t at[kGroup];
 #pragma GCC unroll 4
-          for (int i = 0; i < kGroup; ++i) at[i] = x + t.offsets[e + i];
-#pragma GCC unroll 8
+          for (int i = 0; i < kGroup; ++i) at[i] = loaded_again(offsets[e + i]);
+#pragma GCC unroll 16
           for (int b = 0; b < B; ++b)
 #pragma GCC unroll 4
             for (int i = 0; i < kGroup; ++i)
               acc[e + i][b % kChains] = Words::Sums::madd(
-                  pixel[b], reinterpret_cast<const float*>(at[i] + b * Words::kDepth), acc[e + i][b % kChains]);
+                  pixel[b], reinterpret_cast<const float*>(x + at[i] + b * Words::kDepth), acc[e + i][b % kChains]);
         }
       }
     }
