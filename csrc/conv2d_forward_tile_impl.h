@@ -100,9 +100,15 @@ void forward_tile(const ForwardTile<Sums>& t) {
   const float* w = t.weights;
   const int64_t weight_stride = t.weight_stride;
   const int32_t* const end = t.offsets + t.count;
-  for (const int32_t* offset = t.offsets; offset != end; ++offset, w += weight_stride) {
+  // Wide tiles load an offset one column before its use, so that their multiply-adds need not wait for it: 10 to 18 % on
+  // CPUs with two 512-bit multipliers. Narrow ones would only have more to do.
+  constexpr bool kAhead = A * B >= 12;
+  int64_t next = kAhead && t.count > 0 ? *t.offsets : 0;
+  for (const int32_t* offset = t.offsets; offset != end; w += weight_stride) {
     const Vec16 weight = Vec16::load(w);
-    const int64_t o = *offset;
+    const int64_t o = kAhead ? next : *offset;
+    ++offset;
+    if (kAhead) next = *(offset - (offset == end));  // the last one's again: nothing need be readable behind it
 #pragma GCC unroll 8
     for (int a = 0; a < A; ++a)
 #pragma GCC unroll 32
