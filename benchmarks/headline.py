@@ -82,6 +82,13 @@ def networks_of(plan: Plan) -> dict[str, Network]:
     return {PLAIN: sad, "SAD": sad, **pruned}
 
 
+def network_of(plan: Plan, job: str) -> Network:
+    networks = networks_of(plan)
+    if job not in networks:
+        raise ValueError(f"benchmarks.headline: --jobs must be of {', '.join(networks)}, got {job!r}")
+    return networks[job]
+
+
 def teacher_of(options: argparse.Namespace, task: Task, plan: Plan) -> nn.Module:
     """Trained now, or read where an earlier call has."""
     folder = Path(options.out) / f"seed{options.seed}" / "teacher"
@@ -95,7 +102,7 @@ def teacher_of(options: argparse.Namespace, task: Task, plan: Plan) -> nn.Module
 def job(options: argparse.Namespace) -> dict[str, Any]:
     """One row: what the job took, and how good its student is."""
     task, plan = read(options)
-    network = networks_of(plan)[options.job]
+    network = network_of(plan, options.job)
     teacher = teacher_of(options, task, plan)
     student = record.fresh(network, options.seed)
     work = plain if options.job == PLAIN else ours
@@ -104,6 +111,7 @@ def job(options: argparse.Namespace) -> dict[str, Any]:
     took = [value for name, value in measured.items() if name.endswith("_seconds")]
     joules = measured.pop("joules")
     return {
+        "task": options.task,
         "job": options.job,
         "seed": options.seed,
         "turn": options.turn,
@@ -171,6 +179,7 @@ def run(options: argparse.Namespace) -> None:
     """All jobs that are not in the file yet, in turns, as long as there is time for the longest one known."""
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
+    rows_of(options)  # refuses a folder of another task before a teacher is trained
     task, plan = read(options)
     teacher_of(options, task, plan)
     names = options.jobs or [name for name in networks_of(plan) if " at once" not in name]
@@ -220,13 +229,32 @@ def rows_in(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
+def rows_of(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of the folder. ValueError where they are of another task."""
+    rows = rows_in(Path(options.out))
+    others = {row.get("task", TASKS[0]) for row in rows} - {options.task}
+    if others:
+        raise ValueError(
+            f"benchmarks.headline: {options.out} has rows of {', '.join(sorted(others))}, got --task {options.task}; "
+            "take another --out"
+        )
+    return rows
+
+
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each job the medians over its undisturbed turns of its seconds, and of their ratio to plain torch with the
     same seed, which ran in the same hour; means over seeds of the errors, of the test error with the deviation."""
-    plain = [row for row in rows if row["job"] == PLAIN]
-    base = {}
-    for seed in {row["seed"] for row in rows}:
-        base[seed] = _median([row for row in plain if row["seed"] == seed] or plain, "seconds")
+    plain: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["job"] == PLAIN:
+            plain.setdefault(row["seed"], []).append(row)
+    missing = sorted({row["seed"] for row in rows} - plain.keys())
+    if missing:
+        raise ValueError(
+            f"benchmarks.headline table: {PLAIN} has not run with seed {', '.join(map(str, missing))}, which all "
+            f"others are compared with; python -m benchmarks.headline run --seed {missing[0]} --jobs '{PLAIN}'"
+        )
+    base = {seed: _median(of_seed, "seconds") for seed, of_seed in plain.items()}
     by_job: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_job.setdefault(row["job"], []).append({**row, "ratio": row["seconds"] / base[row["seed"]]})
@@ -259,7 +287,7 @@ def _median(rows: list[dict[str, Any]], name: str) -> float:
 
 
 def table(options: argparse.Namespace) -> None:
-    rows = rows_in(Path(options.out))
+    rows = rows_of(options)
     lines = summary(rows)
     for method in dict.fromkeys(line["job"].split(" @ ")[0] for line in lines):
         densities = [line for line in lines if line["job"].split(" @ ")[0] == method]
@@ -287,9 +315,10 @@ def floor(options: argparse.Namespace) -> None:
     teacher = teaching.in_fast_layout(teacher_of(options, task, plan))
     keep_freed_memory()
     kept = teaching.kept_teacher(teacher, few, Runtime(), print)
-    assert kept is not None
+    if kept is None:
+        raise RuntimeError("benchmarks.headline floor: what the teacher says takes too much memory to be kept")
     for name in options.jobs or ("SAD", "LTH-SAD at once @ 0.1"):
-        network = networks_of(plan)[name]
+        network = network_of(plan, name)
         student = record.fresh(network, options.seed)
         method = learner_of(student, few, network, teacher, options.seed)
         stepper = Stepper(method, network.recipe.optimizer, Runtime())
@@ -315,7 +344,7 @@ def floor(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["run", "job", "table", "floor"])
-    parser.add_argument("--out", default="runs/headline", metavar="DIR", help="rows and the teacher")
+    parser.add_argument("--out", metavar="DIR", help="rows and the teacher (runs/headline, for films with their name)")
     parser.add_argument("--task", choices=TASKS, default=TASKS[0])
     parser.add_argument("--data", metavar="DIR", help="of the task, if not the embedded MovieTweetings")
     parser.add_argument("--threads", type=int, default=2)
@@ -333,6 +362,8 @@ def main() -> None:
     parser.add_argument("--job", help="of the step job, which run calls")
     parser.add_argument("--turn", type=int, default=0)
     options = parser.parse_args()
+    usual = "runs/headline" + ("" if options.task == TASKS[0] else f"-{options.task}")
+    options.out = options.out or usual
     torch.set_num_threads(options.threads)
     if options.step == "job":
         print(json.dumps(job(options)))

@@ -61,7 +61,7 @@ def embedding_bag(
 
 def embedding_bag_scale(ids: Tensor, offsets: Tensor, padding: int) -> Tensor:
     ids, offsets = ids.contiguous(), offsets.contiguous()
-    scale = torch.empty(ids.shape[0], dtype=torch.float32)
+    scale = ids.new_empty(ids.shape[0], dtype=torch.float32)
     native.embedding_bag_scale(
         ids.data_ptr(), offsets.data_ptr(), ids.shape[0], offsets.shape[0] - 1, padding, scale.data_ptr()
     )

@@ -173,7 +173,8 @@ class _AsDrawn:
     count: int
 
     def __call__(self, inputs: tuple[Tensor, ...], generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
-        return self.augmentation.apply(inputs[: -self.count], inputs[-self.count :])
+        first = len(inputs) - self.count
+        return self.augmentation.apply(inputs[:first], inputs[first:])
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """``nn.Embedding`` and ``nn.EmbeddingBag`` whose rows keep some dimensions each.
 
-table = sparsekd.nn.SparseEmbedding(1_000_000, 64, density=0.1)        # 26 MB of values, never 256
-table = sparsekd.nn.SparseEmbedding.from_dense(embedding, density=0.1) # keeps the entries of largest magnitude
+table = sparsekd.nn.SparseEmbedding(1_000_000, 64, density=0.1)         # 26 MB of values, never 256
+table = sparsekd.nn.SparseEmbedding.from_dense(embedding, density=0.1)  # keeps the entries of largest magnitude
 rows = table(ids)
 """
 

@@ -22,7 +22,7 @@ def embedding_bag_scale_reference(ids: Tensor, offsets: Tensor, padding: int) ->
     check_offsets(offsets, ids.shape[0])
     bag = bag_of(offsets, ids.shape[0])
     sizes = torch.zeros_like(offsets[1:]).index_add(0, bag, (ids != padding).long())
-    return sizes.clamp(min=1).reciprocal()[bag]
+    return sizes.clamp(min=1).float().reciprocal()[bag]
 
 
 define(

@@ -20,6 +20,7 @@ import torch
 from ..checkpoint import write_atomically
 from ..data import Rows, Task
 from ..goals import Regression
+from ..version import __version__
 from . import neighbours
 from .runtime import rank
 
@@ -62,8 +63,9 @@ def kept(task: Task, path: Path, about: Mapping[str, Any], anew: bool = False) -
 
     Raises ValueError for a damaged file.
     """
-    split = task.split, task.meta.get("split_sha256")
-    asked = json.loads(json.dumps({**about, "baselines": task.goal.baselines, "split": split}))
+    split = task.split, task.meta.get("split_sha256"), task.meta.get("users_judged")
+    by = {"baselines": task.goal.baselines, "split": split, "version": __version__}
+    asked = json.loads(json.dumps({**about, **by}))
     if path.is_file() and not anew:
         try:
             before = json.loads(path.read_text())

@@ -65,8 +65,10 @@ class Option:
             return value
         kind, least = self.number
         try:
-            number = kind(value)
-        except (TypeError, ValueError):
+            number = math.nan if isinstance(value, bool) else kind(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if isinstance(value, float) and number != value:  # a part of a whole number
             number = math.nan
         if not least <= number < math.inf:
             what = "a whole number" if kind is int else "a number"

@@ -57,7 +57,7 @@ def test_the_table_chooses_densities_on_validation_and_counts_turns(tmp_path, ca
     rows += [row("SAD", 40, 2.0, 2.5, elsewhere=0.2), row("SAD", 36, 2.0, 2.5, 1, elsewhere=0.04)]
     rows += [row("SP-SAD @ 0.1", 45, 2.0, 2.5, elsewhere=0.2)]
     (tmp_path / headline.ROWS).write_text("".join(json.dumps(each) + "\n" for each in rows))
-    options = type("Options", (), {"out": str(tmp_path), "json": None})
+    options = type("Options", (), {"out": str(tmp_path), "json": None, "task": "movietweetings"})
     headline.table(options)
     said = capsys.readouterr().out
     assert f"| **{headline.PLAIN}** | 90.0 | 1.00 | 2.0000 | 2.5000 | 3 |" in said
@@ -75,6 +75,16 @@ def test_ratios_are_to_plain_torch_of_the_same_seed():
     assert plain["ratio"] == 1 and sad["ratio"] == pytest.approx((0.5 + 0.6) / 2) and sad["seconds"] == 85
     assert sad["seeds"] == 2 and sad["test_mse"] == pytest.approx(2.6)
     assert sad["test_mse_deviation"] == pytest.approx(0.2 / 2**0.5) and plain["test_mse_deviation"] == 0
+
+
+def test_rows_of_another_task_or_without_plain_torch_are_refused(tmp_path):
+    (tmp_path / headline.ROWS).write_text(json.dumps(row(headline.PLAIN, 100, 2.0, 2.5)) + "\n")
+    options = type("Options", (), {"out": str(tmp_path), "json": None, "task": "movies-social"})
+    with pytest.raises(ValueError, match=r"rows of movietweetings, got --task movies-social; take another --out"):
+        headline.table(options)
+    rows = [row(headline.PLAIN, 100, 2.0, 2.5), row("SAD", 50, 2.0, 2.5), row("SAD", 60, 2.0, 2.5, seed=2)]
+    with pytest.raises(ValueError, match=r"plain torch has not run with seed 2, .* run --seed 2 --jobs 'plain torch'"):
+        headline.summary(rows)
 
 
 def test_jobs_are_named_after_what_judges_their_students():

@@ -1,6 +1,7 @@
 """A task is an entry: its reader, its plan, and the options that no other task has."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,11 @@ def test_a_run_counts_work_unless_it_is_asked_for_weights(fields, unit, scope):
         (RunConfig("sparserec", options={"lr": "inf"}), "lr must be a number of 0 or more, got 'inf'"),
         (RunConfig("sparserec", options={"epochs": "0"}), "epochs must be a whole number of 1 or more, got '0'"),
         (RunConfig("sparserec", options={"batch_size": "2.5"}), "batch_size must be a whole number of 2 or more"),
+        (RunConfig("sparserec", options={"epochs": 2.5}), "epochs must be a whole number of 1 or more, got 2.5"),
+        (
+            RunConfig("sparserec", options={"batch_size": math.inf}),
+            "batch_size must be a whole number of 2 or more, got inf",
+        ),
     ],
 )
 def test_options_of_other_tasks_are_refused(config, message):

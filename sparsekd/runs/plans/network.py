@@ -177,7 +177,7 @@ class Plan:
     timed_batches  batch sizes at which frozen networks are timed; a quick run takes the first two.
     about          what the protocol in the report says of this plan, by its headings.
     published      figures of others at the same task, which the report shows below ours: {"heading": ..., "rows":
-                   {name: {metric: value}}}.
+                   {name: {metric: value}}}; with "chosen_on_test" it shows ours chosen on the test part, too.
     """
 
     teacher: Network
