@@ -68,8 +68,8 @@ class Protocol:
 # What two CPU cores can do in some hours for three seeds. Twenty classes, since in so few steps a hundred are hardly
 # learnt, and then methods differ by chance. In 12 epochs a teacher knows no more than the plain student (48.0 and
 # 49.9 % of the test images): it has 36. The weights of the long schedule leave the classes too little; on validation
-# images of seed 0, learning from fresh crops, dense SAD has 42.6 % with 200, 49.2 with 30 and 49.5 with 5, dense AT 38.6
-# with 1000 (these under a teacher of 12 epochs), 51.9 with 100 and 51.1 with 20.
+# images of seed 0, learning from fresh crops, dense SAD has 42.6 % with 200, 49.2 with 30 and 49.5 with 5, dense AT
+# 38.6 with 1000 (these under a teacher of 12 epochs), 51.9 with 100 and 51.1 with 20.
 PROTOCOLS = {
     "full": Protocol(round_epochs=40),
     "reduced": Protocol(
