@@ -308,7 +308,8 @@ def test_baselines_get_the_data_where_it_was_loaded(task, tmp_path, monkeypatch)
 
     monkeypatch.setattr(run_module, "start", lambda *_: runs.Runtime("meta"))
     monkeypatch.setattr(run_module.baselines, "run", asked)
-    plans = {"meta": SimpleNamespace(students=(), architectures={})}  # no student, so nothing to prune by costs
+    # No student, so nothing to prune by costs.
+    plans = {"meta": SimpleNamespace(students=(), architectures={}, views=0)}
     monkeypatch.setattr(run_module.tasks, "plan_of", lambda moved, _: plans[moved.train.target.device.type])
     with pytest.raises(Asked, match="cpu"):
         runs.run(RunConfig("synthetic", quick=True, out=str(tmp_path)), lambda line: None)
