@@ -160,60 +160,25 @@ def _networks(
         make_student, recipe, config.methods, alpha=ALPHA, beta=protocol.beta, at_beta=protocol.at_beta
     )
     targets = tuple(sorted(round(1 - density, 6) for density in config.densities if density < 1))
-    pruned = _alike if protocol.alike else _swept
     for method in pruning_methods(config.methods) if targets else ():
-        weights: dict[str, Any] = weights_of(method, ALPHA, protocol.beta)
-        yield from pruned(method, make_student, recipe, targets, length, weights)
-
-
-def _alike(
-    method: str,
-    make: Callable[[], nn.Module],
-    recipe: Recipe,
-    targets: tuple[float, ...],
-    length: int,
-    weights: dict[str, Any],
-) -> Iterator[Network]:
-    """A student for every density, each trained as long as a dense one."""
-    for target in targets:
         base, options = without(method)
-        schedule, more = pruned_early(base, target, length)
-        density = round(1 - target, 6)
-        yield Network(
-            name=title_of(method),
-            folder=f"{method}-{density:g}",
-            make=make,
-            recipe=recipe,
-            **weights,
-            method=base,
-            densities=(density,),
-            schedule=schedule,
-            options={**more, **options},
-        )
-
-
-def _swept(
-    method: str,
-    make: Callable[[], nn.Module],
-    recipe: Recipe,
-    targets: tuple[float, ...],
-    length: int,
-    weights: dict[str, Any],
-) -> Iterator[Network]:
-    """One student that passes every density."""
-    base, options = without(method)
-    schedule, more, epochs = sweep(base, targets, length)
-    yield Network(
-        name=title_of(method),
-        folder=method,
-        make=make,
-        recipe=dataclasses.replace(recipe, epochs=epochs),
-        **weights,
-        method=base,
-        densities=tuple(round(1 - target, 6) for target in targets),
-        schedule=schedule,
-        options={**options, **more},
-    )
+        planned: list[tuple[str, tuple[float, ...], Schedule, dict[str, Any], int]]
+        if protocol.alike:
+            planned = [(f"{method}-{1 - t:g}", (t,), *pruned_early(base, t, length), recipe.epochs) for t in targets]
+        else:
+            planned = [(method, targets, *sweep(base, targets, length))]
+        for folder, removed, schedule, more, epochs in planned:
+            yield Network(
+                name=title_of(method),
+                folder=folder,
+                make=make_student,
+                recipe=dataclasses.replace(recipe, epochs=epochs),
+                **weights_of(method, ALPHA, protocol.beta),
+                method=base,
+                densities=tuple(round(1 - target, 6) for target in removed),
+                schedule=schedule,
+                options={**options, **more},
+            )
 
 
 def pruned_early(method: str, removed: float, length: int) -> tuple[Schedule, dict[str, Any]]:
@@ -227,9 +192,9 @@ def pruned_early(method: str, removed: float, length: int) -> tuple[Schedule, di
         return ListedSchedule((removed,), length), {"score": "lamp", "rewind_to": 1 if length > 1 else 0}
     if method == "ss-sad":
         start = round(removed / 2, 6)
-        ticket = {"initial": ListedSchedule((start,), max(1, length // 2)), "initial_epochs": length, "score": "lamp"}
-        if length == 1:
-            ticket["initial"] = ListedSchedule((start,), 1, first=0)
+        # A ticket of one epoch has no end of an epoch to be pruned at.
+        initial = ListedSchedule((start,), max(1, length // 2), first=0 if length == 1 else None)
+        ticket = {"initial": initial, "initial_epochs": length, "score": "lamp"}
         return ListedSchedule((removed,), length, start=start), ticket
     count = min(3, 2 * length)
     steps = tuple(round(removed * step / count, 6) for step in range(1, count + 1))
