@@ -147,6 +147,7 @@ TASKS: dict[str, Entry] = {
             Option("student", "wrn-16-2", _NETWORKS, "wrn-16-2, resnet-18, mobilenet-v2, ..."),
             Option("recipe", "ours", RECIPES, "ours, or paper for its Table 2", in_folder=True),
             Option("protocol", "full", tuple(images.PROTOCOLS), "full, or reduced for a CPU", in_folder=True),
+            Option("views", None, (), "fixed crops of an image that the teacher sees; 0: all", number=(int, 0)),
         ),
         methods=KNOWN_METHODS,
         densities=_image_densities,

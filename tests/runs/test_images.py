@@ -104,6 +104,15 @@ def test_every_student_of_the_reduced_protocol_sees_as_many_images(task, quick):
     assert full.views == 0 and {network.densities for network in full.students if network.method} == {(0.5, 0.2)}
 
 
+@pytest.mark.parametrize("recipe", ["ours", "paper"])
+def test_the_number_of_views_can_be_chosen(task, recipe):
+    for given, views in (("3", 3), ("0", 0)):
+        options = {"protocol": "reduced", "recipe": recipe, "views": given}
+        assert tasks.plan_of(task, tasks.complete(RunConfig("cifar100", options=options))).views == views
+    with pytest.raises(ValueError, match="views must be a whole number of 0 or more, got '-1'"):
+        tasks.complete(RunConfig("cifar100", options={"views": "-1"}))
+
+
 def test_the_ticket_of_the_paper_learns_at_its_own_rate(task, monkeypatch, tmp_path):
     rates = []
 

@@ -115,7 +115,7 @@ def of_images(task: Task, config: RunConfig) -> Plan:
         teacher=teacher,
         students=tuple(students),
         architectures=(options["teacher"], options["student"]),
-        views=0 if options["recipe"] == "paper" else min(protocol.views, max(each.recipe.epochs for each in students)),
+        views=options.get("views", _usual_views(protocol, options["recipe"], students)),
         timed_batches=(1, 64),
         about={
             "networks": (options["teacher"], options["student"]),
@@ -126,6 +126,11 @@ def of_images(task: Task, config: RunConfig) -> Plan:
             "used once for each row",
         },
     )
+
+
+def _usual_views(protocol: Protocol, recipe: str, students: list[Network]) -> int:
+    """No more than there are epochs; the published recipe has the teacher in every step."""
+    return 0 if recipe == "paper" else min(protocol.views, max(student.recipe.epochs for student in students))
 
 
 def image_network(name: str, classes: int) -> nn.Module:
