@@ -216,6 +216,9 @@ def _add_run(commands: Any, with_options: bool) -> None:
     run.add_argument("--quick", action="store_true", help="less data and fewer epochs: to see it work, not to quote")
     run.add_argument("--out", metavar="DIR", help="folder for everything that is written (runs/<task>)")
     run.add_argument("--threads", type=int, metavar="N", help="threads of torch and of the kernels")
+    run.add_argument(
+        "--jobs", type=int, metavar="N", help="networks to train at once, with a share of the threads each"
+    )
     run.add_argument("--device", help="cpu or cuda for training (images: cuda where there is one)")
     run.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="autocast (images on cuda: on)")
     run.add_argument(

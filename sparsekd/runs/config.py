@@ -35,6 +35,8 @@ class RunConfig:
                tensor cores want "64x32", other blocks run dense there.
     out        folder of everything that is written; default runs/<task>, with the options that differ.
     threads    of torch and of the kernels; None leaves torch's choice.
+    jobs       networks that are trained at once, each with its share of the threads: small ones are ready sooner, and
+               the joules of each are not known.
     device     "cpu" or "cuda" for training; None: what suits the task. Frozen networks are for the CPU.
     bf16       autocast; None: what suits the task on this device.
     compiled   torch.compile every training step.
@@ -61,6 +63,7 @@ class RunConfig:
     pattern: str = "16x1"
     out: str | None = None
     threads: int | None = None
+    jobs: int = 1
     device: str | None = None
     bf16: bool | None = None
     compiled: bool = False
@@ -93,7 +96,7 @@ class RunConfig:
         for method in self.methods or ():
             if method not in known:
                 raise ValueError(f"sparsekd run: method must be one of {', '.join(known)}, got {method!r}")
-        for name, number in (("seeds", self.seeds), ("threads", self.threads)):
+        for name, number in (("seeds", self.seeds), ("threads", self.threads), ("jobs", self.jobs)):
             if number is not None and number < 1:
                 raise ValueError(f"sparsekd run: {name} must be at least 1, got {number}")
         if self.stop_after is not None and not self.stop_after > 0:

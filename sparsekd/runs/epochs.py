@@ -94,8 +94,8 @@ def fit(
                 "pruned": False,
                 "rewound": False,
                 "seconds": meter.reading.seconds,
-                "step_ms": 1e3 * (meter.reading.seconds - before) / task.train.steps(recipe.batch_size),
-                "joules": meter.reading.joules,
+                "step_ms": 1e3 * (meter.reading.seconds - before) / len(_steps_of(task.train, recipe, epoch)),
+                "joules": meter.reading.joules if runtime.alone else None,
             }
         )
         if first is not None:
@@ -119,7 +119,7 @@ def _train(
     """One epoch; the mean of every term of the loss."""
     recipe = _recipe_now(stepper, network)
     cycle = cycle_of(stepper.method, epoch, recipe)
-    steps = task.train.steps(recipe.batch_size)
+    steps = len(_steps_of(task.train, recipe, epoch))
 
     def rate_at(step: int) -> Rate:
         return Rate(learning_rate(recipe, epoch, step / steps, cycle), recipe.weight_decay)
@@ -130,10 +130,21 @@ def _train(
 def _batches(
     stepper: Stepper, task: Task, network: Network, epoch: int, seed: int, kept: TeacherCache | None
 ) -> Iterator[Batch | TaughtBatch]:
-    of_epoch = _recipe_now(stepper, network).batch_size, _shuffle(seed, epoch), rank(), distributed.num_ranks()
+    recipe = _recipe_now(stepper, network)
+    steps = _steps_of(task.train, recipe, epoch)
+    batches: Iterator[Batch | TaughtBatch]
+    of_pass = recipe.batch_size, _shuffle(seed, 1 + (epoch - 1) // recipe.splits), rank(), distributed.num_ranks()
     if kept is None:
-        return task.train.batches(*of_epoch)
-    return taught_batches(task.train, kept, stepper.runtime, *of_epoch, seed=seed, epoch=epoch)
+        batches = task.train.batches(*of_pass)
+    else:
+        batches = taught_batches(task.train, kept, stepper.runtime, *of_pass, seed=seed, epoch=epoch)
+    return islice(batches, steps.start, steps.stop)
+
+
+def _steps_of(part: Part, recipe: Recipe, epoch: int) -> range:
+    """The steps of this epoch among those of its pass over the rows."""
+    steps, place = part.steps(recipe.batch_size), (epoch - 1) % recipe.splits
+    return range(steps * place // recipe.splits, steps * (place + 1) // recipe.splits)
 
 
 def _recipe_now(stepper: Stepper, network: Network) -> Recipe:

@@ -44,7 +44,8 @@ def learner_of(model: nn.Module, task: Task, network: Network, teacher: nn.Modul
 def _over_tables(distiller: Distiller | Plain, task: Task, network: Network, seed: int) -> Method:
     """A method that prunes the tables of a recommender."""
     if network.method == SparseRec.name:
-        steps = network.recipe.epochs * task.train.steps(network.recipe.batch_size)
+        recipe = network.recipe
+        steps = recipe.epochs * task.train.steps(recipe.batch_size) // recipe.splits
         chosen = task.train.users, task.train.items
         return SparseRec(distiller, chosen, steps=steps, seed=seed, **network.options)
     return TABLE_METHODS[str(network.method)](distiller, **network.options)

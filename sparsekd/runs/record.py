@@ -218,6 +218,13 @@ def settings_of_task(task: Task, plan: Plan, config: RunConfig) -> dict[str, Any
     }
 
 
+def settings_of_network(
+    network: Network, seed: int, task: Task, plan: Plan, config: RunConfig, runtime: Runtime
+) -> dict[str, Any]:
+    """Everything that what it learns depends on."""
+    return {**settings_of_task(task, plan, config), "seed": seed, **network.settings(), **runtime.settings()}
+
+
 def describe_task(task: Task) -> dict[str, Any]:
     """What was learnt from which data; `goal` tells the report what its numbers are."""
     return {
@@ -256,6 +263,7 @@ def describe_protocol(
         "trained_on": ", ".join(sorted({_device_name(how["device"]) for how in trained_with})),
         "precision": f"{training}; test in float32",
         "threads": f"{torch.get_num_threads()} in the latest timing",
+        **({"jobs": f"{config.jobs} networks were trained at once"} if config.jobs > 1 else {}),
         "machine": f"{processor.name()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
         "kernels": {op: where["cpu"] for op, where in backends.describe().items()},
         "versions": {"sparsekd": __version__, "torch": torch.__version__, "python": platform.python_version()},

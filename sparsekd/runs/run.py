@@ -37,13 +37,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import checkpoint, report
+from .. import checkpoint, distributed, report
 from ..data import Task
 from ..pruning import CostTable
 from ..teacher_cache import TeacherCache
-from . import baselines, budgets, record, tasks
+from . import baselines, budgets, jobs, record, tasks
 from .config import RunConfig
-from .epochs import STATE, fit
+from .epochs import STATE
 from .folder import claimed
 from .memory import keep_freed_memory
 from .plans.network import Network, Plan
@@ -55,6 +55,7 @@ from .teaching import in_fast_layout, kept_teacher
 __all__ = ["run"]
 
 BASELINES = "baselines.json"
+CACHE = "teacher.cache"  # of a seed, for as long as several processes learn from it
 
 
 def _print(line: str) -> None:
@@ -78,6 +79,11 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[st
     keep_freed_memory()
     loaded = entry.load(config)
     runtime = start(config, entry.on_gpu, deadline)
+    if config.jobs > 1 and (runtime.device != "cpu" or distributed.num_ranks() > 1):
+        raise ValueError(
+            f"sparsekd run: jobs share the threads of one CPU, got jobs {config.jobs} on {runtime.device} and "
+            f"{distributed.num_ranks()} ranks; leave --jobs out"
+        )
     task = loaded.to(runtime.device)
     out = tasks.folder_of(config, task)
     to_measure = config.unit == "latency_us" and config.costs is None
@@ -95,13 +101,7 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[st
         baseline_scores = baselines.kept(loaded, out / BASELINES, about, anew=config.remeasure)
         work = _Run(config, task, plan, runtime, out, say, baseline_scores)
         for seed in range(config.seeds):
-            teacher = in_fast_layout(work.train(plan.teacher, seed))
-            # Once a seed, and only if one of its students is not finished yet.
-            kept = functools.cache(
-                functools.partial(kept_teacher, teacher, task, runtime, work.say_once, plan.views, seed)
-            )
-            for student in plan.students:
-                work.train(student, seed, teacher, kept)
+            work.train_all(seed)
         wait_for_all()
         return report.read(out), out
 
@@ -118,6 +118,33 @@ class _Run:
     say: Callable[[str], None]
     baseline_scores: list[dict[str, Any]]
     rows: list[Row] = field(default_factory=list)
+
+    def train_all(self, seed: int) -> None:
+        """The teacher and its students, one after the other, or by `config.jobs` at once."""
+        taught = [student for student in self.plan.students if student.alpha or student.beta]
+        path = self.out / f"seed{seed}" / CACHE if self.config.jobs > 1 else None
+        if path is not None:
+            self._train_at_once([network for network in self.plan.networks if network not in taught], seed, None)
+        teacher = in_fast_layout(self.train(self.plan.teacher, seed))
+        # Once a seed, and only if one of its students is not finished yet.
+        kept = functools.cache(
+            functools.partial(
+                kept_teacher, teacher, self.task, self.runtime, self.say_once, self.plan.views, seed, path
+            )
+        )
+        if path is not None and any(not self._has_rows(student, seed) for student in taught):
+            kept()
+            self._train_at_once(taught, seed, path)
+        for student in self.plan.students:
+            self.train(student, seed, teacher, kept)
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+    def _train_at_once(self, networks: list[Network], seed: int, cache: Path | None) -> None:
+        jobs.train(self.config, networks, seed, self.out, self.runtime, cache, self.say)
+
+    def _has_rows(self, network: Network, seed: int) -> bool:
+        return (self.out / f"seed{seed}" / network.folder / record.ROWS).is_file()
 
     def train(
         self,
@@ -137,11 +164,7 @@ class _Run:
         if before:
             finished = self._checked(Finished(network, seed, folder, settings, before[0]["epochs"]), before[0])
         else:
-            model = record.fresh(network, seed).to(self.runtime.device)
-            options: dict[str, Any] = {"folder": folder, "settings": settings, "runtime": self.runtime}
-            if network.alpha or network.beta:
-                options["kept"] = kept()
-            epochs = fit(model, self.task, network, teacher=teacher, seed=seed, **options)
+            epochs = jobs.fitted(network, seed, self.task, settings, self.runtime, folder, teacher, kept)
             finished = Finished(network, seed, folder, settings, epochs)
         wait_for_all()
         if before and self.config.remeasure and is_over(self.runtime.deadline):
@@ -161,8 +184,7 @@ class _Run:
             self.say(line)
 
     def _settings(self, network: Network, seed: int) -> dict[str, Any]:
-        common = record.settings_of_task(self.task, self.plan, self.config)
-        return {**common, "seed": seed, **network.settings(), **self.runtime.settings()}
+        return record.settings_of_network(network, seed, self.task, self.plan, self.config, self.runtime)
 
     def _checked(self, finished: Finished, row: Row) -> Finished:
         """A network of an earlier run under the settings of then, which must be those of now."""

@@ -27,12 +27,14 @@ class Runtime:
     bf16      autocast to bfloat16.
     compiled  torch.compile the loss, both networks in one graph; anew after every prune.
     deadline  time.monotonic() after which the epoch that runs is the last of this call.
+    alone     whether nothing else trains on this machine at the same time, whose joules would be counted too.
     """
 
     device: str = "cpu"
     bf16: bool = False
     compiled: bool = False
     deadline: float = math.inf
+    alone: bool = True
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,12 +27,19 @@ def in_fast_layout(teacher: nn.Module) -> nn.Module:
 
 
 def kept_teacher(
-    teacher: nn.Module, task: Task, runtime: Runtime, say: Callable[[str], None], views: int = 0, seed: int = 0
+    teacher: nn.Module,
+    task: Task,
+    runtime: Runtime,
+    say: Callable[[str], None],
+    views: int = 0,
+    seed: int = 0,
+    path: Path | None = None,
 ) -> TeacherCache | None:
     """What the teacher says and sees of every train row; None where it has to be run in every step, because rows are
     drawn anew, or there are too many of them.
 
     views: of rows that are augmented, in how many fixed views of each it is run; 0: in every step.
+    path: of a file that other processes read, too; None: in memory.
     """
     part, taps = task.train, getattr(teacher, "tap_names", ())
     if not isinstance(part, Rows) or (part.prepare is not None and not views):
@@ -39,7 +47,7 @@ def kept_teacher(
     views = 1 if part.prepare is None else views
     with energy.EnergyMeter(runtime.device) as meter, runtime.autocast():
         options: dict[str, Any] = {"rows": len(part), "example_inputs": part.examples(2), "max_bytes": sys.maxsize}
-        cache = TeacherCache(teacher, taps, views=views, **options)
+        cache = TeacherCache(teacher, taps, views=views, path=path, **options)
         of_rows = f"{len(part)} rows" + (f" in {views} views" if views > 1 else "")
         if cache.num_bytes > MOST_BYTES:
             say(
@@ -47,6 +55,8 @@ def kept_teacher(
             )
             return None
         for view in range(views):
+            if cache.holds(torch.arange(len(part)), view):
+                continue
             seen = _in_view(part, view, seed)
             for rows, (inputs, _) in seen.numbered(_AT_ONCE, None, rank(), distributed.num_ranks()):
                 if len(rows):

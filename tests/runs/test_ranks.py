@@ -22,14 +22,14 @@ from tests.runs import made_up_images as here
 from sparsekd import distributed, runs
 run_module = importlib.import_module("sparsekd.runs.run")
 here.shrink(pytest.MonkeyPatch())
-fit = run_module.fit
+fit = run_module.jobs.fit
 def checked(model, *args, **options):
     epochs = fit(model, *args, **options)
     distributed.check_same_masks(model)
     state = [float(p.double().sum()) for p in model.state_dict().values()]
     distributed.check_same("values", model, state)
     return epochs
-run_module.fit = checked
+run_module.jobs.fit = checked
 results, out = runs.run(here.config(sys.argv[1], sys.argv[2], methods=("lth-sad", "random")), lambda line: None)
 print(len(results["rows"]))
 """
@@ -83,8 +83,8 @@ def slowly(out):
     clear(out)
 run_module.clear = slowly
 trained = []
-fit = run_module.fit
-run_module.fit = lambda *args, **options: trained.append(1) or fit(*args, **options)
+fit = run_module.jobs.fit
+run_module.jobs.fit = lambda *args, **options: trained.append(1) or fit(*args, **options)
 run(fresh=True)
 assert len(trained) == 3, "rank 1 has read what rank 0 was about to clear"
 try:

@@ -135,6 +135,9 @@ class Network:
         settings = dataclasses.asdict(dataclasses.replace(self, make=nn.Identity))
         for name in ("make", "costs", "asked"):
             del settings[name]
+        for recipe in (settings["recipe"], settings["ticket"]):
+            if recipe is not None and recipe["splits"] == 1:
+                del recipe["splits"]  # runs from before an epoch could be part of a pass go on
         if self.schedule is not None:
             settings["schedule"] = described(self.schedule)
         if "initial" in self.options:
@@ -153,7 +156,8 @@ class Network:
         recipe = self.recipe
         rate = "cosine to 0" if recipe.milestones is None else f"x 0.1 after epochs {list(recipe.milestones)}"
         again = {"rewind": ", anew at every rewinding and stage", "prune": ", anew at every prune", "never": ""}
-        text = f"{recipe.epochs} epochs of batch {recipe.batch_size}, {recipe.optimizer}, lr {recipe.lr:g} {rate}"
+        length = f"{recipe.epochs} epochs" + (f" (1/{recipe.splits} of the rows each)" if recipe.splits > 1 else "")
+        text = f"{length} of batch {recipe.batch_size}, {recipe.optimizer}, lr {recipe.lr:g} {rate}"
         text += (again[recipe.restart] if self.method else "") + f", weight decay {recipe.weight_decay:g}"
         if recipe.dropout or recipe.input_dropout:
             text += f", dropout {recipe.dropout:g} and {recipe.input_dropout:g} on the input"

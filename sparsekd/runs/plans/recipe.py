@@ -16,6 +16,7 @@ class Recipe:
     penalty of the ridge regression to which the first-order part of the network is fixed; None: it is learned with the
     rest. The plans hand these three to the networks that they make.
 
+    splits       into how many epochs one pass over the rows is split: few passes then leave room to prune in steps.
     optimizer    "adamw", or "sgd" and "nesterov" with momentum 0.9.
     milestones   the learning rate is multiplied by 0.1 after each of these epochs; None: cosine decay to zero.
     restart      what begins the learning rate anew: "rewind" (and a new stage), every "prune", or "never".
@@ -30,6 +31,7 @@ class Recipe:
     dropout: float = 0.0
     input_dropout: float = 0.0
     ridge: float | None = None
+    splits: int = 1
     optimizer: str = "adamw"
     milestones: tuple[int, ...] | None = None
     restart: str = "rewind"
