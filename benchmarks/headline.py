@@ -13,13 +13,14 @@ own:
     SP-SAD at once, ...   the same, before the first step ("at once by snip": by a saliency, not for
                           SS-SAD); if --jobs names them
 
-All train for as many epochs of the same batches, and keep the epoch of smallest validation error. A job takes the pass
-of the teacher that fills the cache (every job pays all of it, though a run shares it), training with its validation,
-and the test part in batches of 512; freezing would take longer than it saves on so few rows. Reading the data and the
-teacher's own training are in none: both sides need them alike. `table` marks the density of each method that has the
-smallest validation error, of those that have run; where a job has other turns, it leaves out the seconds of those in
-which other processes had more than a twentieth of the machine. `floor` times single steps beside what they cannot take
-less than (lib/floor.py), of dense students and of those that are pruned at once.
+All train for as many passes over the same batches, and keep the epoch of smallest validation error; --recipe long is
+that of twice as many passes. A job takes the pass of the teacher that fills the cache (every job pays all of it, though
+a run shares it), training with its validation, and the test part in batches of 512; freezing would take longer than it
+saves on so few rows. Reading the data and the teacher's own training are in none: both sides need them alike. `table`
+marks the density of each method that has the smallest validation error, of those that have run; where a job has other
+turns, it leaves out the seconds of those in which other processes had more than a twentieth of the machine. `floor`
+times single steps beside what they cannot take less than (lib/floor.py), of dense students and of those that are pruned
+at once.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ from sparsekd.runs.steps import Rate, Stepper
 
 TASKS = ("movietweetings", *(f"movies-{group}" for group in GROUPS))
 DENSITIES = (0.45, 0.3, 0.2, 0.1)
+RECIPE = "ours"
 PLAIN = "plain torch"
 BATCH = 512  # of inference
 STEPS = 40  # that are timed for a floor
@@ -68,6 +70,8 @@ ROWS = "rows.jsonl"
 def read(options: argparse.Namespace) -> tuple[Task, Plan]:
     name, _, group = options.task.partition("-")
     of_task = {"group": group} if group else {}
+    if options.recipe != RECIPE:
+        of_task["recipe"] = options.recipe
     config = RunConfig(name, data_dir=options.data, densities=DENSITIES, options=of_task, quick=options.quick)
     config = tasks.complete(config)
     task = tasks.entry_of(config.task).load(config)
@@ -112,6 +116,7 @@ def job(options: argparse.Namespace) -> dict[str, Any]:
     joules = measured.pop("joules")
     return {
         "task": options.task,
+        "recipe": options.recipe,
         "job": options.job,
         "seed": options.seed,
         "turn": options.turn,
@@ -207,7 +212,7 @@ def in_a_process(options: argparse.Namespace, name: str, turn: int) -> None:
     began = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.headline", "job", "--job", name, "--turn", str(turn)]
     command += ["--out", options.out, "--seed", str(options.seed), "--threads", str(options.threads)]
-    command += ["--task", options.task, *(["--quick"] if options.quick else [])]
+    command += ["--task", options.task, "--recipe", options.recipe, *(["--quick"] if options.quick else [])]
     command += [] if options.data is None else ["--data", options.data]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     row = json.loads(done.stdout.splitlines()[-1]) | {"wall_seconds": time.monotonic() - began}
@@ -230,14 +235,16 @@ def rows_in(out: Path) -> list[dict[str, Any]]:
 
 
 def rows_of(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of the folder. ValueError where they are of another task."""
+    """The rows of the folder. ValueError where they are of another task or recipe."""
     rows = rows_in(Path(options.out))
-    others = {row.get("task", TASKS[0]) for row in rows} - {options.task}
-    if others:
-        raise ValueError(
-            f"benchmarks.headline: {options.out} has rows of {', '.join(sorted(others))}, got --task {options.task}; "
-            "take another --out"
-        )
+    for name, usual in (("task", TASKS[0]), ("recipe", RECIPE)):
+        asked = getattr(options, name)
+        others = {row.get(name, usual) for row in rows} - {asked}
+        if others:
+            raise ValueError(
+                f"benchmarks.headline: {options.out} has rows of {', '.join(sorted(others))}, got --{name} {asked}; "
+                "take another --out"
+            )
     return rows
 
 
@@ -346,6 +353,7 @@ def main() -> None:
     parser.add_argument("step", choices=["run", "job", "table", "floor"])
     parser.add_argument("--out", metavar="DIR", help="rows and the teacher (runs/headline, for films with their name)")
     parser.add_argument("--task", choices=TASKS, default=TASKS[0])
+    parser.add_argument("--recipe", choices=[RECIPE, "long"], default=RECIPE, help="long: of MovieTweetings alone")
     parser.add_argument("--data", metavar="DIR", help="of the task, if not the embedded MovieTweetings")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -362,7 +370,7 @@ def main() -> None:
     parser.add_argument("--job", help="of the step job, which run calls")
     parser.add_argument("--turn", type=int, default=0)
     options = parser.parse_args()
-    usual = "runs/headline" + ("" if options.task == TASKS[0] else f"-{options.task}")
+    usual = "-".join(["runs/headline", *{options.task, options.recipe}.difference({TASKS[0], RECIPE})])
     options.out = options.out or usual
     torch.set_num_threads(options.threads)
     if options.step == "job":

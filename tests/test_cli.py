@@ -97,7 +97,7 @@ def test_report_of_nothing(capsys, tmp_path):
 
 
 def test_out_that_is_a_file(capsys, tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(run_module, "fit", lambda *args, **options: pytest.fail("trained before it looked"))
+    monkeypatch.setattr(run_module.jobs, "fit", lambda *args, **options: pytest.fail("trained before it looked"))
     (tmp_path / "taken").write_text("")
     assert "taken" in failure(capsys, "run", "--quick", "--out", str(tmp_path / "taken"))
 
@@ -270,7 +270,7 @@ def test_ctrl_c_says_how_to_go_on(capsys, tmp_path, tiny, monkeypatch):
     def pressed(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "fit", pressed)
+    monkeypatch.setattr(run_module.jobs, "fit", pressed)
     assert cli.main(["run", "--quick", "--out", str(tmp_path)]) == 130
     assert "the same command goes on" in capsys.readouterr().err
 

@@ -1,7 +1,8 @@
 """Dense SAD as one would write it in plain torch: what `benchmarks.headline` holds this library against.
 
 The loss is AFD's (arXiv 2102.02973), layer by layer as in its published code; the loop runs the teacher in every step.
-Recipe, rates, batches and the choice of the epoch are those of `sparsekd run`, so that only the means differ.
+Recipe, rates and batches are those of `sparsekd run`, so that only the means differ; an epoch here is a whole pass over
+the rows, whose best is kept.
 """
 
 from __future__ import annotations
@@ -82,14 +83,14 @@ def train(
     channels = [[feature.shape[1] for feature in tap.features] for tap in taps]
     sad = PlainSAD(channels[0], channels[1])
     optimizer = torch.optim.AdamW([*student.parameters(), *sad.parameters()], weight_decay=recipe.weight_decay)
-    steps = task.train.steps(recipe.batch_size)
+    steps, epochs = task.train.steps(recipe.batch_size), recipe.epochs // recipe.splits
     best: tuple[dict[str, Tensor], float] = {}, math.inf
-    for epoch in range(1, recipe.epochs + 1):
+    for epoch in range(1, epochs + 1):
         student.train()
         order = torch.Generator().manual_seed(1_000_003 * seed + epoch)
         for step, (inputs, target) in enumerate(task.train.batches(recipe.batch_size, order)):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, epoch, step / steps, (1, recipe.epochs))
+                group["lr"] = learning_rate(recipe, epoch, step / steps, (1, epochs))
             with torch.no_grad():
                 answer = teacher(*inputs)
             output = student(*inputs)

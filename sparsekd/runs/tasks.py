@@ -128,7 +128,11 @@ def _image_densities(options: Mapping[str, Any]) -> tuple[float, ...]:
 _NETWORKS = tuple(models.CLASSIFIERS)
 
 TASKS: dict[str, Entry] = {
-    "movietweetings": _rated("movietweetings", ratings.MOVIETWEETINGS),
+    "movietweetings": Entry(
+        load=partial(_load_ratings, "movietweetings"),
+        plan=ratings.of_movietweetings,
+        options=(Option("recipe", "ours", (*RECIPES, "long"), "long: students pass twice as often", in_folder=True),),
+    ),
     "movielens": _rated("movielens", ratings.MOVIELENS),
     "movies": Entry(
         load=partial(_load_ratings, "movies"),

@@ -57,7 +57,7 @@ def test_the_table_chooses_densities_on_validation_and_counts_turns(tmp_path, ca
     rows += [row("SAD", 40, 2.0, 2.5, elsewhere=0.2), row("SAD", 36, 2.0, 2.5, 1, elsewhere=0.04)]
     rows += [row("SP-SAD @ 0.1", 45, 2.0, 2.5, elsewhere=0.2)]
     (tmp_path / headline.ROWS).write_text("".join(json.dumps(each) + "\n" for each in rows))
-    options = type("Options", (), {"out": str(tmp_path), "json": None, "task": "movietweetings"})
+    options = type("Options", (), {"out": str(tmp_path), "json": None, "task": "movietweetings", "recipe": "ours"})
     headline.table(options)
     said = capsys.readouterr().out
     assert f"| **{headline.PLAIN}** | 90.0 | 1.00 | 2.0000 | 2.5000 | 3 |" in said
@@ -79,8 +79,11 @@ def test_ratios_are_to_plain_torch_of_the_same_seed():
 
 def test_rows_of_another_task_or_without_plain_torch_are_refused(tmp_path):
     (tmp_path / headline.ROWS).write_text(json.dumps(row(headline.PLAIN, 100, 2.0, 2.5)) + "\n")
-    options = type("Options", (), {"out": str(tmp_path), "json": None, "task": "movies-social"})
+    options = type("Options", (), {"out": str(tmp_path), "json": None, "task": "movies-social", "recipe": "ours"})
     with pytest.raises(ValueError, match=r"rows of movietweetings, got --task movies-social; take another --out"):
+        headline.table(options)
+    options.task, options.recipe = "movietweetings", "long"
+    with pytest.raises(ValueError, match=r"rows of ours, got --recipe long; take another --out"):
         headline.table(options)
     rows = [row(headline.PLAIN, 100, 2.0, 2.5), row("SAD", 50, 2.0, 2.5), row("SAD", 60, 2.0, 2.5, seed=2)]
     with pytest.raises(ValueError, match=r"plain torch has not run with seed 2, .* run --seed 2 --jobs 'plain torch'"):

@@ -150,7 +150,7 @@ def test_costs_are_measured_once_where_none_are_given(task, untimed, tmp_path, m
 
 
 def test_costs_are_read_before_anything_is_trained(task, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "fit", None)
+    monkeypatch.setattr(run_module.jobs, "fit", None)
     path, network = tmp_path / "costs.json", student_of(task)
     config = RunConfig("synthetic", methods=("sp-sad",), unit="latency_us", costs=str(path), out=str(tmp_path / "out"))
     with pytest.raises(FileNotFoundError, match=r"costs\.json does not exist"):
@@ -211,7 +211,7 @@ def test_run_goes_on_adds_seeds_and_starts_afresh(task, tmp_path, monkeypatch, u
     assert [row["seed"] for row in two["rows"]] == [0] * 4 + [1] * 4
     assert two["rows"][:4] == first["rows"]
     with monkeypatch.context() as patch:  # finished networks are not trained again
-        patch.setattr(run_module, "fit", None)
+        patch.setattr(run_module.jobs, "fit", None)
         again, _ = runs.run(dataclasses.replace(config, seeds=2), said.append)
         patch.setattr(record, "speed", lambda *args: ({"latency_ms_dense": 2.0, "latency_ms_frozen": 1.0}, "a counter"))
         timed, _ = runs.run(dataclasses.replace(config, seeds=2, remeasure=True), said.append)
@@ -250,7 +250,7 @@ def test_test_errors_are_those_of_the_trained_network_in_float32(task, tmp_path,
 
     untouched = check(runs.run(config, lambda line: None)[0])
     assert "latency_ms_dense" not in untouched["rows"][0]["metrics"]
-    monkeypatch.setattr(run_module, "fit", None)  # nothing is trained again
+    monkeypatch.setattr(run_module.jobs, "fit", None)  # nothing is trained again
     measured = check(runs.run(dataclasses.replace(config, measure=True, remeasure=True), lambda line: None)[0])
     assert measured["rows"][0]["metrics"]["frozen_difference"] == pytest.approx(5e-4, rel=0.01)
 

@@ -29,6 +29,10 @@ QUICK_ROWS = 8_000  # the latest train rows, all that a quick run uses
 SHORTEST = 6
 
 MOVIETWEETINGS = Recipe(lr=2e-3, weight_decay=1e-2, epochs=3, batch_size=512, dropout=0.2)
+# Half of the passes that a student once took, at the same validation error: more of a teacher, which says what a rating
+# is without its noise, and smaller batches make up for them.
+MOVIETWEETINGS_STUDENT = dataclasses.replace(MOVIETWEETINGS, lr=3e-3, epochs=6, splits=2, batch_size=256)
+MOVIETWEETINGS_ALPHA = 4.0
 MOVIELENS = dataclasses.replace(MOVIETWEETINGS, ridge=10.0)
 _MOVIES = Recipe(lr=1e-3, weight_decay=1e-2, epochs=8, batch_size=128, dropout=0.5, input_dropout=0.7)
 # Of each group of features; the dummies of the categorical one are too sparse for a ridge.
@@ -51,6 +55,14 @@ def shortened(task: Task, quick: bool) -> Task:
 def of_ratings(task: Task, config: RunConfig, recipe: Recipe) -> Plan:
     """Networks that rate an item for a user: inputs (user_features, item_features, prior)."""
     return in_one_plan(config, recipe, partial(rating_cnn, task, recipe))
+
+
+def of_movietweetings(task: Task, config: RunConfig) -> Plan:
+    """The same, whose students have a recipe of their own, or learn as the teacher does for twice as long."""
+    if config.options.get("recipe") == "long":
+        return of_ratings(task, config, MOVIETWEETINGS)
+    make = partial(rating_cnn, task, MOVIETWEETINGS)
+    return in_one_plan(config, MOVIETWEETINGS, make, MOVIETWEETINGS_STUDENT, MOVIETWEETINGS_ALPHA)
 
 
 def of_films(task: Task, config: RunConfig) -> Plan:
@@ -94,12 +106,20 @@ def fix_to_ridge(linear: nn.Linear, table: Tensor, start: Tensor, task: Task, pe
     linear.requires_grad_(False)
 
 
-def in_one_plan(config: RunConfig, recipe: Recipe, make: Callable[[Shape], nn.Module]) -> Plan:
-    epochs = SHORTEST if config.quick else max(2 * recipe.epochs, SHORTEST)
-    student = dataclasses.replace(recipe, epochs=epochs)
+def in_one_plan(
+    config: RunConfig,
+    recipe: Recipe,
+    make: Callable[[Shape], nn.Module],
+    student: Recipe | None = None,
+    alpha: float | None = None,
+) -> Plan:
+    """student, alpha: how students learn; None: as the teacher, for twice as long, and with ALPHA."""
+    student = student or dataclasses.replace(recipe, epochs=max(2 * recipe.epochs, SHORTEST))
+    if config.quick:
+        student = dataclasses.replace(student, epochs=SHORTEST)
     return Plan(
         teacher=Network(name="teacher", folder="teacher", make=partial(make, TEACHER), recipe=recipe),
-        students=tuple(_students(config, student, partial(make, STUDENT))),
+        students=tuple(_students(config, student, partial(make, STUDENT), ALPHA if alpha is None else alpha)),
         about={
             "budget": "every student, dense or pruned, trains for the same number of epochs with the same optimizer",
             "distillation": "the teacher is run once on every train row (in every step, where what it says would take "
@@ -112,9 +132,9 @@ def in_one_plan(config: RunConfig, recipe: Recipe, make: Callable[[Shape], nn.Mo
     )
 
 
-def _students(config: RunConfig, recipe: Recipe, make: Callable[[], nn.Module]) -> Iterator[Network]:
+def _students(config: RunConfig, recipe: Recipe, make: Callable[[], nn.Module], alpha: float) -> Iterator[Network]:
     assert config.methods is not None and config.densities is not None  # `tasks.complete` has filled them in
-    yield from dense_students(make, recipe, config.methods, alpha=ALPHA, beta=BETA)
+    yield from dense_students(make, recipe, config.methods, alpha=alpha, beta=BETA)
     for method in pruning_methods(config.methods):
         for density in (density for density in config.densities if density < 1):
             base, options = without(method)
@@ -124,7 +144,7 @@ def _students(config: RunConfig, recipe: Recipe, make: Callable[[], nn.Module]) 
                 folder=f"{method}-{density:g}",
                 make=make,
                 recipe=recipe,
-                **weights_of(method, ALPHA, BETA),
+                **weights_of(method, alpha, BETA),
                 method=base,
                 densities=(density,),
                 schedule=schedule,
