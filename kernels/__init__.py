@@ -7,6 +7,9 @@ launch            a launch whose code was found at the first call
 attention         statistics of feature maps and their gradients
 attention_match   distances of the maps of teacher and student
 attention_kd      distillation of logits
+embedding         lookup and bags of packed tables, and what absent entries would have learnt
+embedding_grad    the gradients of packed tables
+embedding_top_k   the best rows of a packed table for each query
 index             which blocks a tile walks: tables built on the device, once per mask
 tiles             the tile shapes to choose from
 

@@ -31,6 +31,7 @@ class Config(NamedTuple):
     arguments: dict[str, Any]
     warps: int
     aligned: bool = False
+    multiples: tuple[str, ...] = ()  # numbers that are multiples of 16
 
 
 def configurations(quick: bool) -> Iterator[Config]:
@@ -80,6 +81,8 @@ def compile_config(config: Config, capability: int) -> Any:
             signature[name], constants[(index,)] = "constexpr", kind
             continue
         signature[name] = kind
+        if name in config.multiples:
+            divisible[(index,)] = [["tt.divisibility", 16]]
         if isinstance(kind, tuple) and kind[0].startswith("*"):
             divisible |= {(index, i): [["tt.divisibility", 16]] for i in range(len(kind))}
         elif kind[0] == "*":

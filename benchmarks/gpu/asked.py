@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from sparsekd.backends import cuda
 from sparsekd.freeze import cuda_layer, measure, sites
 from sparsekd.kernels import tiles
 from sparsekd.kernels.index import Weight
+from sparsekd.ops.embedding import Table
 
 Call = Callable[[], object]
 META, GPU_DEVICE = torch.device("meta"), torch.device("cuda")
@@ -129,6 +131,29 @@ def losses(pair: str = "resnet", batch: int = 256) -> Iterator[Call]:
     yield lambda: cuda.attention.kd(logits, logits, 4.0)
 
 
+def embeddings(rows: int = 1 << 20, count: int = 1 << 17) -> Iterator[Call]:
+    """As `gpu.embedding` has it: sizes are nothing the compiler is told, but for the dimensions."""
+    ours = cuda.embedding
+    ids, offsets = (torch.empty(size, dtype=torch.int64, device=META) for size in (count, count // 32 + 1))
+    for dim in (64, 128):
+        for dtype in (torch.float32, torch.bfloat16):
+            table = _table(rows, dim, dtype)
+            values, index = table.values, (table.kept, table.base, table.counts)
+            grad = torch.empty(count, dim, dtype=dtype, device=META)
+            yield partial(ours.embedding, *table, ids, dim, -1)
+            yield partial(ours.embedding_bag, *table, ids, offsets, None, dim, -1)
+            yield partial(ours.embedding_grad, grad, *index, ids, None, None, values.shape[0], -1)
+            for queries in (1, 256):
+                query = torch.empty(queries, dim, dtype=dtype, device=META)
+                yield partial(ours.embedding_top_k, query, *table, 20, None, None)
+
+
+def _table(rows: int, dim: int, dtype: torch.dtype) -> Table:
+    parts = (rows * dim // 10,), (rows, -(-dim // 64)), (rows // 64,), (rows,)
+    kinds = dtype, torch.int64, torch.int64, torch.uint8
+    return Table(*(torch.empty(shape, dtype=kind, device=META) for shape, kind in zip(parts, kinds, strict=True)))
+
+
 @contextmanager
 def on_meta() -> Iterator[None]:
     """Inside, the distillation ops run on meta tensors as they do on a GPU."""
@@ -147,4 +172,5 @@ STEPS: dict[str, Callable[[], Iterator[Call]]] = {
     "training": lambda: pruned("wrn-28-10", 128, (0.3,), common.DIRECTIONS),
     "wrn frozen": lambda: frozen("wrn-28-10", 128),
     "losses": losses,
+    "embedding": embeddings,
 }

@@ -119,7 +119,15 @@ def images(out: str) -> list[Step]:
     ]
 
 
-RUNS = {"first": first, "second": second, "images": images}
+def embeddings(out: str) -> list[Step]:
+    """Packed embedding tables beside dense ones: a minute."""
+    return [
+        Step("embedding", 50, _module("gpu.embedding", "--out", out)),
+        Step("embedding table", 10, _module("gpu.table", out)),
+    ]
+
+
+RUNS = {"first": first, "second": second, "embeddings": embeddings, "images": images}
 
 
 def execute(steps: list[Step], out: Path, rehearse: bool, seconds: float) -> bool:

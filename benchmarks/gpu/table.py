@@ -1,4 +1,4 @@
-"""The short table of an acceptance run: speed-ups per density and direction, predicted too; networks, joules, losses.
+"""The short table of an acceptance run: speed-ups by density and direction, predicted too; networks, losses, tables.
 
 python -m benchmarks.gpu.table benchmarks/results/gpu
 """
@@ -17,7 +17,8 @@ from benchmarks.gpu.targets import geometric
 from sparsekd import report
 from sparsekd.goals import Classification
 
-STAGES = ("layers", "infer", "train", "energy")  # how the names of their files begin
+STAGES = ("layers", "infer", "train", "energy", "embedding")  # how the names of their files begin
+KINDS = ("layers", "networks", "losses", "embeddings", "images")
 PREDICTED = Path(__file__).parents[1] / "results" / "gpu_model.json"
 
 
@@ -86,6 +87,14 @@ def loss_lines(records: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def embedding_lines(records: list[dict[str, Any]]) -> list[str]:
+    lines = ["| packed tables | dimensions | type | us | dense x | GB/s |", "|" + "---|" * 6]
+    for row in (row for record in records for row in record["rows"]):
+        figures = f"{row['us']:.1f}", f"{row['speedup']:.2f}", f"{row['gigabytes_per_second']:.0f}"
+        lines.append(f"| {' | '.join(map(str, (row['op'], row['dim'], row['dtype'], *figures)))} |")
+    return lines
+
+
 def image_lines(records: list[dict[str, Any]]) -> list[str]:
     lines = ["| CIFAR-100 | accuracy | sd | seeds |", "|" + "---|" * 4]
     for entry in (entry for record in records for entry in report.summarise(record["rows"], Classification().judge)):
@@ -108,7 +117,7 @@ def kind_of(record: Any) -> str:
     """Which section of the table the contents of a JSON file belong to: "" for those of a file of other origin."""
     record = record if isinstance(record, dict) else {}
     if "stage" in record:
-        return "layers" if record["stage"].startswith("layers") else "networks"
+        return {"layers": "layers", "embedding": "embeddings"}.get(record["stage"].split("-")[0], "networks")
     if "benchmarks.attention" in record.get("command", ""):
         return "losses"
     return "images" if _is_about_images(record) else ""
@@ -116,7 +125,7 @@ def kind_of(record: Any) -> str:
 
 def read(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
     """The results of a folder by `kind_of`, and the names of its JSON files that are none."""
-    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in ("layers", "networks", "losses", "images")}
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     others = []
     for path in sorted(folder.glob("*.json")):
         if path.name == "plan.json":  # what the kernels chose, no figures
@@ -162,6 +171,7 @@ def main(argv: list[str] | None = None) -> None:
         target_lines(layers),
         network_lines(found["networks"]) if found["networks"] else [],
         loss_lines(found["losses"]) if found["losses"] else [],
+        embedding_lines(found["embeddings"]) if found["embeddings"] else [],
         image_lines(found["images"]) if found["images"] else [],
         [f"cut off before their end: {', '.join(unfinished)}"] if unfinished else [],
         [f"{left} layer rows were left out for time"] if left else [],

@@ -94,7 +94,7 @@ def test_a_rehearsal_runs_the_same_steps_with_other_arguments(tmp_path):
     assert run.execute([command], tmp_path / "gpu", rehearse=True, seconds=60)
 
 
-@pytest.mark.parametrize(("name", "seconds"), [("first", 480), ("second", 240), ("images", 300)])
+@pytest.mark.parametrize(("name", "seconds"), [("first", 480), ("second", 240), ("embeddings", 60), ("images", 300)])
 def test_the_runs_fit_their_minutes_and_name_their_steps(name, seconds):
     steps = run.RUNS[name]("out")
     assert sum(one.seconds for one in steps) <= seconds

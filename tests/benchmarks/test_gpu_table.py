@@ -48,6 +48,16 @@ def test_rows_of_a_stage_that_was_cut_off_are_in_the_table(tmp_path, capsys):
     assert "cut off before their end: layers-256-bfloat16, infer-resnet50-256" in text
 
 
+def test_packed_tables_stand_beside_dense_ones_in_the_table(tmp_path):
+    row = {"op": "bag", "dim": 64, "dtype": "bfloat16", "us": 12.34, "speedup": 1.5, "gigabytes_per_second": 1234.5}
+    Rows(tmp_path / "rows" / "embedding.jsonl").add("one", row)
+    table.main([str(tmp_path)])
+    text = (tmp_path / "table.md").read_text()
+    assert (
+        cells(text, "bag") == ["64", "bfloat16", "12.3", "1.50", "1234"] and "cut off before their end: embed" in text
+    )
+
+
 def test_targets_stand_beside_what_came_and_what_was_predicted():
     case = {"mask": "free", "direction": "forward", "density": 0.3, "batch": 256}
     wide = [case | {"layer": layer, "speedup": x} for layer, x in (("wrn-28-10-320", 2.0), ("resnet50-3x3-256", 8.0))]

@@ -24,7 +24,7 @@ SCRIPTS = sorted(
     for path in (ROOT / "benchmarks").rglob("*.py")
     if '__name__ == "__main__"' in path.read_text()
 )
-NEED_A_GPU = [("benchmarks.gpu.layers", []), ("benchmarks.gpu.network", ["infer"])]
+NEED_A_GPU = [("benchmarks.gpu.layers", []), ("benchmarks.gpu.network", ["infer"]), ("benchmarks.gpu.embedding", [])]
 
 
 def run_script(monkeypatch, name, *args):

@@ -87,7 +87,7 @@ class _Watch:
 
     def access(self, pointers, mask) -> None:
         self.accesses += 1
-        kept = np.broadcast_to(mask.data, pointers.data.shape)
+        kept = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)  # a comparison with bits gives numbers
         addresses = np.asarray(pointers.data, np.uint64)[kept]
         if not addresses.size:
             return

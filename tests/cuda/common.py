@@ -20,7 +20,18 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 # The kernels are compiled or interpreted for good when their modules are imported.
 with mock.patch.dict(os.environ, {} if GPU else {"TRITON_INTERPRET": "1"}):
-    from sparsekd.kernels import attention, attention_kd, attention_match, block_products, gather_gemm, index, tiles  # noqa: F401
+    from sparsekd.kernels import (  # noqa: F401  # noqa: F401
+        attention,
+        attention_kd,
+        attention_match,
+        block_products,
+        embedding,
+        embedding_grad,
+        embedding_top_k,
+        gather_gemm,
+        index,
+        tiles,
+    )
     from sparsekd.kernels import conv2d as conv2d_kernels  # noqa: F401
 
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device")

@@ -10,6 +10,7 @@ masks      what is known of a block mask: tables and indices, built once
 device     streams, captures, and memory that outlives them
 driver     the forward pass in CUDA C++, for devices without Triton
 attention  the distillation ops
+embedding  the ops of packed embedding tables
 
 What no kernel takes (blocks for a CPU, say) runs dense, the weight made dense on the device. Without Triton the forward
 pass of float16 and bfloat16 runs in CUDA C++, the rest dense. Run a model once before capturing it in a CUDA graph.
@@ -21,7 +22,7 @@ from importlib.util import find_spec
 
 import torch
 
-from . import attention, driver
+from . import attention, driver, embedding
 from .choose import allows_tf32, measure, prewarm, save_plan, takes, uses_triton, why_dense
 from .ops import (
     conv2d,
@@ -54,7 +55,7 @@ def describe(op: str) -> str:
     if op in attention.OPS:
         return attention.describe(op)
     if op.startswith("embedding"):
-        return "pure-torch reference: there is no kernel for GPUs yet"
+        return embedding.describe(op)
     if not uses_triton():
         why = "SPARSEKD_CUDA=native" if find_spec("triton") else "triton is not importable; pip install sparsekd[gpu]"
         missing = driver.why_not() if op in ("linear", "conv2d") else "CUDA C++ has the forward pass alone"
@@ -72,3 +73,4 @@ def register() -> None:
     for op in (linear, linear_grad_input, linear_grad_values, conv2d, conv2d_grad_input, conv2d_grad_values):
         torch.library.impl(f"sparsekd::{op.__name__}", "cuda", op)
     attention.register()
+    embedding.register()
