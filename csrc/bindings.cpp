@@ -1,5 +1,6 @@
 #include "bindings.h"
 
+#include "cache.h"
 #include "dispatch.h"
 #include "peak.h"
 
@@ -11,6 +12,11 @@ void bind_machine(py::module_& m) {
   m.def("isas", &available_isas, "Instruction sets this CPU runs, best first.");
   m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");
   m.def("use_isa", &use_isa, "name"_a, "Uses another instruction set from now on.");
+  m.def(
+      "l1_data_cache", [] { return py::make_tuple(l1_data_cache().bytes, std::string(l1_data_cache().source)); },
+      "Bytes of the first level's data cache, and what said so.");
+  m.def("tile_floats", &tile_floats, "cache_bytes"_a,
+        "Floats that a tile of single pixels may read, for such a cache.");
   m.def("openmp", &openmp_name, "The OpenMP library in use and its thread limit.");
   m.def(
       "random_lines",

@@ -1,6 +1,7 @@
 // y = activation(conv(x, w) + bias + residual): what register tiles read, how a call is shared out, and the call.
 #pragma once
 
+#include "cache.h"
 #include "conv2d_forward_place_impl.h"
 
 namespace {
@@ -26,10 +27,10 @@ inline Source choose_source(const Conv2dForward<typename Words::X, typename Word
   if (!args.x_channels_last || (is_padded(g) ? Words::kDepth > 1 : !in.in_place())) return Source::kPacked;
   const bool single_tap = g.r == 1 && g.s == 1 && !is_padded(g);
   constexpr int64_t kUses = 2, kManyChannels = 128;
-  constexpr int64_t kTileFloats = 6 * 1024;  // 24 KB beside weights that stream through the 32 KB of most CPUs
   // Tiles of single pixels as wide as others need no transposes, while what they read stays in L1.
   const bool pays = single_tap || (near && g.stride_h <= g.r && g.stride_w <= g.s);
-  if (kPixelPointers && pays && tile_words(g) <= kTileFloats) return Source::kPixels;
+  if (kPixelPointers && pays && tile_words(g) <= sparsekd::tile_floats(sparsekd::l1_data_cache().bytes))
+    return Source::kPixels;
   if (!single_tap) return Source::kPacked;
   int64_t columns = 0;
   for (int32_t i = 0; i < args.strips.count; ++i) columns += args.strips.strip[i].count;

@@ -60,6 +60,7 @@ def report(facts: dict[str, Any] | None = None) -> str:
         ("python", f"{facts['python']['version']} on {facts['python']['platform']}", None),
         ("cpu", f"{cpu['name']}, {cpu['cores']} cores", None),
         ("cpu kernels", isas + forced, cpu["reason"]),
+        ("cpu cache", _cache_said(cpu["l1_data"]), None),
         *([("cpu peak", _said(facts["peak"]), facts["peak"]["reason"])] if "peak" in facts else []),
         ("threads", f"{threads['torch'] or 'unknown'}, OpenMP: {threads['openmp'] or 'unknown'}", threads["reason"]),
         ("torch", facts["torch"]["version"] or "missing", facts["torch"]["reason"]),
@@ -140,6 +141,7 @@ def _cpu(native: Any, reason: str | None, cpuinfo: Path) -> dict[str, Any]:
         "isas": [],
         "isa": None,
         "forced": os.environ.get("SPARSEKD_CPU_ISA"),
+        "l1_data": None,
         "reason": None,
     }
     if native is None:
@@ -148,7 +150,9 @@ def _cpu(native: Any, reason: str | None, cpuinfo: Path) -> dict[str, Any]:
     isas, isas_failed = _attempt(lambda: [str(isa) for isa in native.isas()])
     facts["isas"] = isas or []
     facts["isa"], isa_failed = _attempt(lambda: str(native.isa()))
-    facts["reason"] = _joined(isas_failed, isa_failed)
+    cache, cache_failed = _attempt(lambda: native.l1_data_cache())
+    facts["l1_data"] = cache and {"bytes": int(cache[0]), "source": str(cache[1])}
+    facts["reason"] = _joined(isas_failed, isa_failed, cache_failed)
     return facts
 
 
@@ -177,6 +181,14 @@ def _peak(native: Any, reason: str | None, threads: int) -> dict[str, Any]:
     if not names:
         facts["reason"] = "only the scalar kernels run here, which have no peak of their own"
     return facts
+
+
+def _cache_said(cache: dict[str, Any] | None) -> str:
+    """What the kernels take the first level's data cache to be."""
+    if cache is None:
+        return "unknown"
+    said = {"assumed": "assumed, since this machine does not say"}.get(cache["source"], f"by {cache['source']}")
+    return f"L1 data {cache['bytes'] / 1024:g} KiB, {said}"
 
 
 def _said(peak: dict[str, Any]) -> str:

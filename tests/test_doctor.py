@@ -14,6 +14,7 @@ from sparsekd.energy import LABELS, Machine
 NATIVE = SimpleNamespace(
     isas=lambda: ("scalar", "avx2", "avx512"),
     isa=lambda: "avx512",
+    l1_data_cache=lambda: (48 * 1024, "cpuid"),
     openmp=lambda: "libgomp (OpenMP 4.5)",
 )
 GPU = SimpleNamespace(name="H200", major=9, minor=0, total_memory=140 * 2**30)
@@ -91,8 +92,10 @@ def test_a_machine_that_has_everything(bare):
         "isas": ["scalar", "avx2", "avx512"],
         "isa": "avx512",
         "forced": None,
+        "l1_data": {"bytes": 48 * 1024, "source": "cpuid"},
         "reason": None,
     }
+    assert lines_of(text, "cpu cache").endswith("L1 data 48 KiB, by cpuid")
     assert "avx512 chosen of scalar, avx2, avx512" in lines_of(text, "cpu kernels")
     assert "7, OpenMP: libgomp (OpenMP 4.5)" in lines_of(text, "threads")
     assert "2.13.0+cpu" in lines_of(text, "torch") and "3.7.1" in lines_of(text, "triton")
@@ -113,6 +116,13 @@ def test_a_machine_that_has_nothing(bare):
     assert facts["cpu"]["name"]  # from the system
     assert "sparsekd.backends" in lines_of(text, "ops")
     assert json.loads(json.dumps(facts)) == facts
+
+
+def test_a_cache_that_had_to_be_assumed(bare):
+    assumed = SimpleNamespace(**(vars(NATIVE) | {"l1_data_cache": lambda: (32 * 1024, "assumed")}))
+    text = doctor.report(doctor.collect(importer(ALL_THERE | {"sparsekd._C": assumed}), bare))
+    assert "L1 data 32 KiB, assumed, since this machine does not say" in lines_of(text, "cpu cache")
+    assert lines_of(doctor.report(doctor.collect(importer({}), bare)), "cpu cache").endswith("unknown")
 
 
 def test_every_energy_source_has_its_reason_and_fix(bare):
@@ -243,6 +253,7 @@ def test_this_machine_as_it_is(capsys):
         "python",
         "cpu",
         "cpu kernels",
+        "cpu cache",
         "threads",
         "torch",
         "triton",
