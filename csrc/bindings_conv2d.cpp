@@ -82,6 +82,7 @@ void def_packed_conv2d(py::module_& m, const char* name) {
                                              to_activation(activation));
             }),
             "shape"_a, "values"_a, "row_ptr"_a, "col_idx"_a, "nnzb"_a, "bias"_a = 0, "activation"_a = 0);
+  layer.def_property_readonly("plans_made", &Layer::plans_made);
   def_run<T, T, T>(layer);
 }
 

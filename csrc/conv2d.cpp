@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -188,28 +189,54 @@ template void conv2d_grad_values(const Conv2dShape&, Tensor4d<const float>, Tens
 template void conv2d_grad_values(const Conv2dShape&, Tensor4d<const Bfloat16>, Tensor4d<const Bfloat16>, const Blocks&,
                                  Bfloat16*, int);
 
-// Threads may call a layer at once: the first one to have worked out a plan leaves it for all, for good.
+namespace {
+
+// Memory that begins a cache line, with the plan in it.
 template <class T>
-const void* KeptPlan<T>::find(const Conv2dForward<T>& call, PlanFn<T> make) {
-  const Plan* kept = plan_.load(std::memory_order_acquire);
-  if (kept == nullptr) {
-    auto plan = std::make_unique<Plan>();
-    plan->call = call;
-    plan->memory.resize(make(call, nullptr) + kLine);
-    const auto begin = reinterpret_cast<std::uintptr_t>(plan->memory.data());
-    plan->aligned = plan->memory.data() + (kLine - begin % kLine) % kLine;
-    make(call, plan->aligned);
-    kept = plan.get();
-    if (const Plan* other = nullptr; plan_.compare_exchange_strong(other, kept, std::memory_order_acq_rel))
-      plan.release();
-    else
-      return find(call, make);
+std::shared_ptr<const void> make_plan(const Conv2dForward<T>& call, PlanFn<T> make) {
+  constexpr std::align_val_t kLine{64};
+  std::shared_ptr<void> memory(::operator new(make(call, nullptr), kLine),
+                               [](void* p) { ::operator delete(p, kLine); });
+  make(call, memory.get());
+  return memory;
+}
+
+}  // namespace
+
+template <class T>
+bool KeptPlans<T>::Sizes::operator==(const Sizes& other) const {
+  static_assert(std::has_unique_object_representations_v<Conv2dGeometry>);
+  return std::memcmp(&geometry, &other.geometry, sizeof geometry) == 0 && x_channels_last == other.x_channels_last &&
+         y_channels_last == other.y_channels_last && threads == other.threads;
+}
+
+// Where the plan for these sizes is, or may be put; null where they should not be kept.
+template <class T>
+typename KeptPlans<T>::Kept* KeptPlans<T>::place(const Sizes& sizes) {
+  Kept* oldest = &kept_[0];
+  for (Kept& kept : kept_) {
+    if (kept.plan != nullptr && kept.sizes == sizes) return &kept;
+    if (kept.used < oldest->used) oldest = &kept;
   }
-  const Conv2dForward<T>& planned = kept->call;
-  const bool same = memcmp(&planned.geometry, &call.geometry, sizeof call.geometry) == 0 &&
-                    planned.x_channels_last == call.x_channels_last &&
-                    planned.y_channels_last == call.y_channels_last && planned.threads == call.threads;
-  return same ? kept->aligned : nullptr;
+  const bool again = missed_ == sizes;
+  missed_ = sizes;
+  return oldest->plan == nullptr || again ? oldest : nullptr;
+}
+
+template <class T>
+std::shared_ptr<const void> KeptPlans<T>::find(const Conv2dForward<T>& call, PlanFn<T> make) {
+  const std::unique_lock<std::mutex> mine(mutex_, std::try_to_lock);
+  if (!mine) return nullptr;
+  const Sizes sizes{call.geometry, call.x_channels_last, call.y_channels_last, call.threads};
+  Kept* const kept = place(sizes);
+  if (kept == nullptr) return nullptr;
+  if (kept->plan == nullptr || kept->sizes != sizes) {
+    kept->plan = make_plan(call, make);
+    kept->sizes = sizes;
+    made_.fetch_add(1, std::memory_order_relaxed);
+  }
+  kept->used = ++calls_;
+  return kept->plan;
 }
 
 template <class T>
@@ -240,7 +267,8 @@ void PackedConv2d<T>::run(const Conv2dGeometry& geometry, Tensor4d<const T> x, c
                         .y_channels_last = y.channels_last,
                         .activation = activation_,
                         .threads = useful_threads(threads, geometry, strips_.strips())};
-  call.plan = plan_.find(call, kernel_.plan);
+  const std::shared_ptr<const void> plan = plans_.find(call, kernel_.plan);
+  call.plan = plan.get();
   kernel_.run(call);
 }
 

@@ -1,8 +1,11 @@
 // Convolution and linear layers as the bindings see them: blocks in, kernel calls out.
 #pragma once
 
+#include <array>
 #include <atomic>
+#include <cstdint>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "kernel_table.h"
@@ -62,26 +65,37 @@ template <class T>
 void conv2d_grad_values(const Conv2dShape& shape, Tensor4d<const T> x, Tensor4d<const T> dy, const Blocks& blocks,
                         T* dvalues, int threads);
 
-// What a layer's kernel has worked out for the sizes that it was first called with (`Conv2dForward::plan`).
+// What a layer's kernel has worked out (`Conv2dForward::plan`) for the sizes that it is called with: for four of them, of
+// which the one that was used least recently makes room for sizes that come twice in a row. Sizes that come once among
+// many are planned by the call itself, and so is a call that finds another thread in here: nobody waits.
 template <class T>
-class KeptPlan {
+class KeptPlans {
  public:
-  KeptPlan() = default;
-  KeptPlan(const KeptPlan&) = delete;
-  KeptPlan& operator=(const KeptPlan&) = delete;
-  ~KeptPlan() { delete plan_.load(); }
-
-  // The plan for this call, or null where the first one had other sizes.
-  const void* find(const Conv2dForward<T>& call, PlanFn<T> make);
+  // The plan for this call, which lives as long as what is returned does, or null.
+  std::shared_ptr<const void> find(const Conv2dForward<T>& call, PlanFn<T> make);
+  int64_t made() const { return made_.load(std::memory_order_relaxed); }
 
  private:
-  static constexpr size_t kLine = 64;
-  struct Plan {
-    Conv2dForward<T> call;
-    std::vector<char> memory;
-    char* aligned;
+  struct Sizes {
+    Conv2dGeometry geometry{};
+    bool x_channels_last = false, y_channels_last = false;
+    int threads = 0;
+
+    bool operator==(const Sizes& other) const;
   };
-  std::atomic<const Plan*> plan_{nullptr};
+  struct Kept {
+    Sizes sizes;
+    int64_t used = 0;
+    std::shared_ptr<const void> plan;
+  };
+
+  Kept* place(const Sizes& sizes);
+
+  std::mutex mutex_;
+  std::array<Kept, 4> kept_;
+  Sizes missed_;
+  int64_t calls_ = 0;
+  std::atomic<int64_t> made_{0};
 };
 
 // A layer with its own copy of the weights as strips, for inference. run() may be called from several threads at once.
@@ -95,6 +109,7 @@ class PackedConv2d {
   PackedConv2d& operator=(const PackedConv2d&) = delete;
 
   const Conv2dShape& shape() const { return shape_; }
+  int64_t plans_made() const { return plans_.made(); }  // so far, to be kept
   void run(const Conv2dGeometry& geometry, Tensor4d<const T> x, const T* residual, Tensor4d<T> y, int threads) const;
 
  private:
@@ -105,7 +120,7 @@ class PackedConv2d {
   std::vector<float> weights_;
   StripSet strips_;
   Conv2dKernel<T> kernel_;
-  mutable KeptPlan<T> plan_;
+  mutable KeptPlans<T> plans_;
 };
 
 // How the bytes of an int8 layer stand for real numbers: (u8 - zero) * scale.

@@ -31,6 +31,8 @@ class PackedConv2d:
     def __init__(
         self, shape: Conv2dShape, values: int, row_ptr: int, col_idx: int, nnzb: int, bias: int = 0, activation: int = 0
     ) -> None: ...  # fmt: skip
+    @property
+    def plans_made(self) -> int: ...  # to be kept: of sizes that are found again no more are made
     def run(
         self, x: int, x_channels_last: bool, residual: int, y: int, y_channels_last: bool, threads: int, n: int = -1
     ) -> None: ...
