@@ -26,7 +26,7 @@ inline Source choose_source(const Conv2dForward<typename Words::X, typename Word
   if (in.in_place() && Words::kDepth == 1 && is_pointwise(g) && !args.x_channels_last && near) return Source::kChannels;
   if (!args.x_channels_last || (is_padded(g) ? Words::kDepth > 1 : !in.in_place())) return Source::kPacked;
   const bool single_tap = g.r == 1 && g.s == 1 && !is_padded(g);
-  constexpr int64_t kUses = 2, kManyChannels = 128;
+  constexpr int64_t kUses = 2, kManyChannels = 128, kFewPixels = 16;
   // Tiles of single pixels as wide as others need no transposes, while what they read stays in L1.
   const bool pays = single_tap || (near && g.stride_h <= g.r && g.stride_w <= g.s);
   if (kPixelPointers && pays && tile_words(g) <= sparsekd::tile_floats(sparsekd::l1_data_cache().bytes))

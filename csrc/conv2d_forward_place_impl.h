@@ -197,8 +197,6 @@ template <IsWords Words>
   }
 }
 
-constexpr int64_t kFewPixels = 16;  // of a call
-
 // Whether every pixel of a tile can have a base pointer: then tiles may run on into the next row, and be as wide in
 // channels_last memory as in packed.
 constexpr bool kPixelPointers = Vec16::kTilePixels <= kTileRowsMax;
@@ -210,8 +208,6 @@ inline void forward_pixels(const ForwardCall<Words>& call, const Band& band, con
   const Conv2dGeometry& g = call.g;
   const int64_t total = band.images * band.rows * band.cols;
   const Cuts cuts{total, ceil_div(total, choose_tile(1).rows)};
-  // Its order of sums is another one, so it must not depend on how the call was cut.
-  const bool few = !kPixelPointers || (g.r * g.s == 1 && g.n * g.p * g.q < kFewPixels);
   PixelWalk walk(g, call.steps, band, input);
   TilePixels tile;
   for (int64_t i = 0; i < cuts.count; ++i) {
@@ -229,7 +225,7 @@ inline void forward_pixels(const ForwardCall<Words>& call, const Band& band, con
         walk.place(tile, a);
         walk.next(1);
       }
-      if (few) kernel = find_few_tile<Sums>(count);
+      if (g.r * g.s == 1) kernel = find_few_tile<Sums>(g.n * g.p * g.q, count);
     }
     if (kernel == nullptr) kernel = find_forward_tile<Sums>(tile.rows, tile.cols);
     forward_strips(call, tile, strips, kernel);

@@ -172,11 +172,22 @@ inline TileShape choose_tile(int64_t cols) {
   return {min64(kTileRowsMax, Vec16::kTilePixels / b), b};
 }
 
-template <IsSums Sums, int A = 1>
-ForwardTileFn<Sums> find_few_tile(int64_t a) {
+template <IsSums Sums, int A, int U>
+ForwardTileFn<Sums> find_few_rows(int64_t a) {
+  if (a == A) return forward_few<Sums, A, U>;
+  if constexpr (A > 1) return find_few_rows<Sums, A - 1, U>(a);
+  return nullptr;
+}
+
+// The kernel of `a` of the few pixels that a whole call has, or null where they need no more than one chain of sums. How
+// many there are follows from the call, so that its sums do not depend on how it was cut.
+template <IsSums Sums, int N = 1>
+ForwardTileFn<Sums> find_few_tile(int64_t pixels, int64_t a) {
   constexpr int kChains = Vec16::kTilePixels < 8 ? Vec16::kTilePixels : 8;
-  if (a == A) return forward_few<Sums, A, (A < kChains ? kChains / A : 1)>;
-  if constexpr (A < 4 && A < kChains) return find_few_tile<Sums, A + 1>(a);
+  if constexpr (N <= 4 && kChains / N > 1) {
+    if (pixels == N) return find_few_rows<Sums, N, kChains / N>(a);
+    return find_few_tile<Sums, N + 1>(pixels, a);
+  }
   return nullptr;
 }
 
