@@ -20,18 +20,20 @@ template <int B, bool kWhole>
 inline void depthwise_tile(const Depthwise& d, const Conv2dGeometry& g, int64_t x, Taps taps, int64_t at, int64_t c,
                            int lanes) {
   const auto load = [&](const float* p) { return kWhole ? Vec16::load(p) : Vec16::load_first(p, lanes); };
-  const int64_t step = g.stride_w * g.c;
+  const int64_t step = g.stride_w * g.c, col = g.dilation_w * g.c, row = g.dilation_h * g.w * g.c;
   Vec16 acc[B];
   const Vec16 bias = load(d.bias + c);
 #pragma GCC unroll 8
   for (int b = 0; b < B; ++b) acc[b] = bias;
-  for (int64_t r = taps.rows.begin; r < taps.rows.end; ++r)
-    for (int64_t s = taps.cols.begin; s < taps.cols.end; ++s) {
-      const Vec16 weight = load(d.weights + (r * g.s + s) * g.c + c);
-      const float* p = d.x + x + (r * g.dilation_h * g.w + s * g.dilation_w) * g.c + c;
+  for (int64_t r = taps.rows.begin; r < taps.rows.end; ++r) {
+    const float* weights = d.weights + (r * g.s + taps.cols.begin) * g.c + c;
+    const float* p = d.x + x + r * row + taps.cols.begin * col + c;
+    for (int64_t s = taps.cols.begin; s < taps.cols.end; ++s, weights += g.c, p += col) {
+      const Vec16 weight = load(weights);
 #pragma GCC unroll 8
       for (int b = 0; b < B; ++b) acc[b] = Vec16::fma(weight, load(p + b * step), acc[b]);
     }
+  }
   if (d.residual != nullptr)
 #pragma GCC unroll 8
     for (int b = 0; b < B; ++b) acc[b] = Vec16::add(acc[b], load(d.residual + at + b * g.c + c));
@@ -45,10 +47,12 @@ inline void depthwise_tile(const Depthwise& d, const Conv2dGeometry& g, int64_t 
     for (int b = 0; b < B; ++b) finish(b, bounds.clamp(acc[b]));
     return;
   }
-  Vec16 all[B];
-  for (int b = 0; b < B; ++b) all[b] = acc[b];
-  activate_all(all, B, d.activation);
-  for (int b = 0; b < B; ++b) finish(b, all[b]);
+  float all[B * 16];
+#pragma GCC unroll 8
+  for (int b = 0; b < B; ++b) acc[b].store(all + 16 * b);
+  activate_floats(all, B, d.activation);
+#pragma GCC unroll 8
+  for (int b = 0; b < B; ++b) finish(b, Vec16::load(all + 16 * b));
 }
 
 template <int B>
@@ -96,8 +100,8 @@ void depthwise(const Depthwise& d) {
   const Conv2dGeometry g = flatten_pointwise(d.geometry, true);
   if (g.n * g.p * g.q * g.c == 0) return;
   const bool pointwise = is_pointwise(g);
-  const int64_t width = pointwise ? g.c : 128;
-  const int64_t chunks = ceil_div(g.c, width), pieces = d.threads == 1 ? 1 : 2 * d.threads;
+  const int64_t chunks = pointwise ? 1 : ceil_div(g.c, 128), width = round_up(ceil_div(g.c, chunks), 16);
+  const int64_t pieces = d.threads == 1 ? 1 : 2 * d.threads;
   const int64_t wanted = ceil_div(pieces, g.n * chunks);
   const int64_t row_bands = min64(g.p, wanted), col_bands = min64(ceil_div(g.q, 64), ceil_div(wanted, row_bands));
   parallel(d.threads, g.n * chunks * row_bands * col_bands, [&](int64_t item) {

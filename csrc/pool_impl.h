@@ -17,6 +17,7 @@ template <class T, bool kMean, int V>
 inline void pool_tile(const Conv2dGeometry& g, const T* x, int64_t rows, int64_t cols, float scale, T* y, int lanes) {
   const float start = kMean ? 0.0f : -__builtin_inff();
   Vec16 acc[V];
+#pragma GCC unroll 4
   for (int v = 0; v < V; ++v) acc[v] = Vec16::broadcast(&start);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t s = 0; s < cols; ++s) {
@@ -27,6 +28,7 @@ inline void pool_tile(const Conv2dGeometry& g, const T* x, int64_t rows, int64_t
         acc[v] = kMean ? Vec16::add(acc[v], value) : Vec16::max_nan(acc[v], value);
       }
     }
+#pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     const Vec16 value = kMean ? Vec16::mul(acc[v], Vec16::broadcast(&scale)) : acc[v];
     if (lanes == 16 * V)
