@@ -59,7 +59,9 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    config = tasks.complete(RunConfig("movietweetings", methods=("sp-sad",), unit="weights", quick=options.quick))
+    config = tasks.complete(
+        RunConfig("movietweetings", methods=("sp-sad",), options={"recipe": "paper"}, quick=options.quick)
+    )
     task = tasks.entry_of(config.task).load(config)
     rows: list[dict[str, Any]] = []
     for seed in range(options.seeds):

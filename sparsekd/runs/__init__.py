@@ -12,6 +12,7 @@ record     what is written down of a trained network
 runtime    device, precision, ranks, deadline
 learners   what a network learns by: with a teacher or without, pruned or not
 steps      the stepper: batches in, optimizer steps out
+jobs       several networks at once, each in a process of its own
 epochs     the loop over epochs: train, validate, keep
 stream     the loop over the windows of a stream: score each before learning it
 rates      the learning rate of every step

@@ -35,8 +35,9 @@ class RunConfig:
                tensor cores want "64x32", other blocks run dense there.
     out        folder of everything that is written; default runs/<task>, with the options that differ.
     threads    of torch and of the kernels; None leaves torch's choice.
-    jobs       networks that are trained at once, each with its share of the threads: small ones are ready sooner, and
-               the joules of each are not known.
+    jobs       networks that are trained at once, each with its share of the threads, and not more than there are: small
+               ones are ready sooner. The joules of each are not known then, and training seconds say little. A script
+               that asks for it calls `run` under `if __name__ == "__main__":`, since each process imports it again.
     device     "cpu" or "cuda" for training; None: what suits the task. Frozen networks are for the CPU.
     bf16       autocast; None: what suits the task on this device.
     compiled   torch.compile every training step.

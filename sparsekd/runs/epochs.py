@@ -100,6 +100,8 @@ def fit(
         )
         if first is not None:
             epochs[-1]["pruned_before"] = True
+        if not runtime.alone:
+            epochs[-1]["beside_others"] = True
         _keep(model, network, epochs, task.goal.judge, folder, settings)
         event = method.after_boundary(epoch)
         if event is not None:
@@ -144,6 +146,8 @@ def _batches(
 def _steps_of(part: Part, recipe: Recipe, epoch: int) -> range:
     """The steps of this epoch among those of its pass over the rows."""
     steps, place = part.steps(recipe.batch_size), (epoch - 1) % recipe.splits
+    if steps < recipe.splits:  # so few rows are all in every epoch
+        return range(steps)
     return range(steps * place // recipe.splits, steps * (place + 1) // recipe.splits)
 
 

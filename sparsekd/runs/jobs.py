@@ -15,6 +15,7 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def train(
     waiting.sort(key=[network.folder for network in networks].index)
     if len(waiting) < 2:  # one alone has all threads
         return
-    at_once = min(config.jobs, len(waiting))
+    at_once = min(config.jobs, len(waiting), torch.get_num_threads())
     threads = max(1, torch.get_num_threads() // at_once)
     beside = dataclasses.replace(runtime, alone=False)
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit locks of torch's threads
@@ -87,9 +88,11 @@ def train(
             for folder, trained in [(folder, pool.submit(_train, folder)) for folder in waiting]:
                 error = trained.exception()
                 if isinstance(error, OutOfTime):
-                    raise error
-                if error is not None:
+                    pool.shutdown(cancel_futures=True)  # what trains has its last epoch, too
+                if isinstance(error, BrokenProcessPool):
                     say(f"the process that trained {folder} ended ({type(error).__name__}); its training goes on here")
+                elif error is not None:
+                    raise error
         except BaseException:
             for child in set(multiprocessing.active_children()) - others:
                 child.terminate()

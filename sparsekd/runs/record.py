@@ -263,11 +263,19 @@ def describe_protocol(
         "trained_on": ", ".join(sorted({_device_name(how["device"]) for how in trained_with})),
         "precision": f"{training}; test in float32",
         "threads": f"{torch.get_num_threads()} in the latest timing",
-        **({"jobs": f"{config.jobs} networks were trained at once"} if config.jobs > 1 else {}),
+        **_trained_beside_others(rows),
         "machine": f"{processor.name()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
         "kernels": {op: where["cpu"] for op, where in backends.describe().items()},
         "versions": {"sparsekd": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+
+
+def _trained_beside_others(rows: Sequence[Row]) -> dict[str, str]:
+    beside = {row["settings"]["folder"] for row in rows if any("beside_others" in epoch for epoch in row["epochs"])}
+    if not beside:
+        return {}
+    names = ", ".join(sorted(beside))
+    return {"side_by_side": f"{names} trained beside others, with a share of the threads: compare no training seconds"}
 
 
 def _device_name(device_type: str) -> str:

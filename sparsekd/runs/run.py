@@ -11,6 +11,7 @@ in evaluate.py, and what is written down of it in record.py.
       seed0/<network>/model.safetensors  the picked epoch; sparse layers as their kept blocks, a file a density
       seed0/<network>/state.safetensors  where to go on after a kill, while it trains
       seed0/<network>/rows.json          its rows of the report, once finished
+      seed0/teacher.cache                what the teacher says, while several processes learn from it (--jobs)
       seed0/<network>/recommender.safetensors  of a ranking: for sparsekd recommend
 
 A later call with other methods or fewer seeds adds to the report: what else has finished in the folder stays in it.
@@ -82,7 +83,7 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[st
     if config.jobs > 1 and (runtime.device != "cpu" or distributed.num_ranks() > 1):
         raise ValueError(
             f"sparsekd run: jobs share the threads of one CPU, got jobs {config.jobs} on {runtime.device} and "
-            f"{distributed.num_ranks()} ranks; leave --jobs out"
+            f"{distributed.num_ranks()} ranks; leave --jobs out, or give --device cpu"
         )
     task = loaded.to(runtime.device)
     out = tasks.folder_of(config, task)
@@ -124,6 +125,8 @@ class _Run:
         taught = [student for student in self.plan.students if student.alpha or student.beta]
         path = self.out / f"seed{seed}" / CACHE if self.config.jobs > 1 else None
         if path is not None:
+            for network in self.plan.networks:  # rows under other settings are refused before anything is trained
+                self._earlier(network, seed)
             self._train_at_once([network for network in self.plan.networks if network not in taught], seed, None)
         teacher = in_fast_layout(self.train(self.plan.teacher, seed))
         # Once a seed, and only if one of its students is not finished yet.
@@ -132,19 +135,25 @@ class _Run:
                 kept_teacher, teacher, self.task, self.runtime, self.say_once, self.plan.views, seed, path
             )
         )
-        if path is not None and any(not self._has_rows(student, seed) for student in taught):
+        if path is not None and any(self._earlier(student, seed)[0] is None for student in taught):
             kept()
             self._train_at_once(taught, seed, path)
         for student in self.plan.students:
             self.train(student, seed, teacher, kept)
-        if path is not None:
-            path.unlink(missing_ok=True)
+        if rank() == 0:  # it may be of an earlier call that was stopped
+            (self.out / f"seed{seed}" / CACHE).unlink(missing_ok=True)
 
     def _train_at_once(self, networks: list[Network], seed: int, cache: Path | None) -> None:
         jobs.train(self.config, networks, seed, self.out, self.runtime, cache, self.say)
 
-    def _has_rows(self, network: Network, seed: int) -> bool:
-        return (self.out / f"seed{seed}" / network.folder / record.ROWS).is_file()
+    def _earlier(self, network: Network, seed: int) -> tuple[Finished | None, list[Row]]:
+        """What an earlier call has trained, and its rows. ValueError for a damaged file, and for other settings."""
+        folder = self.out / f"seed{seed}" / network.folder
+        before = record.kept_rows(folder / record.ROWS)
+        if not before:
+            return None, before
+        finished = Finished(network, seed, folder, self._settings(network, seed), before[0]["epochs"])
+        return self._checked(finished, before[0]), before
 
     def train(
         self,
@@ -159,11 +168,9 @@ class _Run:
         """
         folder = self.out / f"seed{seed}" / network.folder
         path = folder / record.ROWS
-        settings = self._settings(network, seed)
-        before = record.kept_rows(path)
-        if before:
-            finished = self._checked(Finished(network, seed, folder, settings, before[0]["epochs"]), before[0])
-        else:
+        finished, before = self._earlier(network, seed)
+        if finished is None:
+            settings = self._settings(network, seed)
             epochs = jobs.fitted(network, seed, self.task, settings, self.runtime, folder, teacher, kept)
             finished = Finished(network, seed, folder, settings, epochs)
         wait_for_all()

@@ -131,7 +131,15 @@ TASKS: dict[str, Entry] = {
     "movietweetings": Entry(
         load=partial(_load_ratings, "movietweetings"),
         plan=ratings.of_movietweetings,
-        options=(Option("recipe", "ours", (*RECIPES, "long"), "long: students pass twice as often", in_folder=True),),
+        options=(
+            Option(
+                "recipe",
+                "ours",
+                (*RECIPES, "long"),
+                "ours; long, twice as many passes of students; or paper, which is long and counts weights",
+                in_folder=True,
+            ),
+        ),
     ),
     "movielens": _rated("movielens", ratings.MOVIELENS),
     "movies": Entry(
@@ -151,7 +159,13 @@ TASKS: dict[str, Entry] = {
             Option("student", "wrn-16-2", _NETWORKS, "wrn-16-2, resnet-18, mobilenet-v2, ..."),
             Option("recipe", "ours", RECIPES, "ours, or paper for its Table 2", in_folder=True),
             Option("protocol", "full", tuple(images.PROTOCOLS), "full, or reduced for a CPU", in_folder=True),
-            Option("views", None, (), "fixed crops of an image that the teacher sees; 0: all", number=(int, 0)),
+            Option(
+                "views",
+                None,
+                (),
+                "crops of each image that the teacher sees, once; 0: all",
+                number=(int, 0),
+            ),
         ),
         methods=KNOWN_METHODS,
         densities=_image_densities,

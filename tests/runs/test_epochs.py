@@ -1,6 +1,7 @@
 """The loop over epochs learns, prunes to the target, and goes on after a kill as if nothing had happened."""
 
 import dataclasses
+import math
 import time
 
 import numpy as np
@@ -13,6 +14,7 @@ from sparsekd.methods import METHODS, Method
 from sparsekd.runs import epochs, evaluate
 from sparsekd.runs.plans.network import Counting
 from sparsekd.runs.state import StateFile
+from sparsekd.runs.steps import Stepper
 
 from .made_up import errors, network, same, student_of, trained, without_timings
 
@@ -87,6 +89,44 @@ def test_resume_is_bit_identical(task, teacher, tmp_path, monkeypatch, method, a
     assert without_timings(history) == without_timings(resumed_history)
     best = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped")]
     assert best[0] == best[1]
+
+
+def split(epochs, splits=2, **fields):
+    net = network(epochs=epochs, **fields)
+    return dataclasses.replace(net, recipe=dataclasses.replace(net.recipe, splits=splits))
+
+
+def test_the_epochs_of_a_pass_see_each_row_once_at_one_falling_rate(task, tmp_path, monkeypatch):
+    seen, rates = [], []
+
+    def watched(self, batches, rate_at):
+        taken = [target for _, target in batches]
+        seen.append(torch.cat(taken))
+        rates.extend(rate_at(step).lr for step in range(len(taken)))
+        return dict.fromkeys(("loss", "task", "kd", "sad"), 0.0)
+
+    monkeypatch.setattr(Stepper, "learn", watched)
+    net = split(4, alpha=0.0, beta=0.0)  # two passes of four steps
+    trained(task, net, tmp_path / "two")
+    assert [len(rows) for rows in seen] == [128] * 4
+    for one in (seen[:2], seen[2:]):
+        assert torch.equal(torch.cat(one).sort().values, task.train.target.sort().values)
+    assert not torch.equal(torch.cat(seen[:2]), torch.cat(seen[2:]))
+    assert rates == pytest.approx([net.recipe.lr * 0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(8)])
+    seen.clear()
+    few = dataclasses.replace(task, train=task.train.take(slice(0, 40)))  # one batch: nothing to split
+    trained(few, split(2, alpha=0.0, beta=0.0), tmp_path / "few")
+    assert [len(rows) for rows in seen] == [40, 40]
+
+
+def test_a_run_goes_on_in_the_middle_of_a_pass(task, teacher, tmp_path, monkeypatch):
+    whole, history = trained(task, split(4), tmp_path / "whole", teacher)
+    with monkeypatch.context() as patch:
+        stop_in(patch, 3, "after state")
+        with pytest.raises(Kill):
+            trained(task, split(4), tmp_path / "stopped", teacher)
+    resumed, resumed_history = trained(task, split(4), tmp_path / "stopped", teacher)
+    assert same(whole, resumed) and without_timings(history) == without_timings(resumed_history)
 
 
 @pytest.mark.parametrize("dimensions", [1, 2, 3])

@@ -11,6 +11,7 @@ import pytest
 
 from sparsekd import runs
 from sparsekd.runs import jobs
+from sparsekd.runs.run import CACHE
 
 from . import made_up_images as here
 
@@ -34,7 +35,8 @@ if __name__ == "__main__":
         for name in ("accuracy", "cross_entropy", "val_accuracy", "macs"):
             assert mine["metrics"][name] == theirs["metrics"][name], (mine["name"], name)
         assert mine["metrics"]["train_joules"] is None
-    assert "jobs" not in alone["protocol"] and at_once["protocol"]["jobs"] == "2 networks were trained at once"
+    assert "side_by_side" not in alone["protocol"]
+    assert at_once["protocol"]["side_by_side"].startswith("sad, sp-sad, student, teacher trained beside others")
     assert not list(folder.glob("seed0/*.cache"))
 """
 
@@ -65,6 +67,9 @@ class Ended:
     def __exit__(self, *args):
         pass
 
+    def shutdown(self, cancel_futures):
+        assert cancel_futures
+
     def submit(self, train, folder):
         future = Future()
         future.set_exception(self.error)
@@ -74,11 +79,30 @@ class Ended:
 def test_a_run_goes_on_where_a_process_has_ended(folder, tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(jobs, "ProcessPoolExecutor", Ended)
     monkeypatch.setattr(Ended, "error", BrokenProcessPool("killed"), raising=False)
+    left = tmp_path / "seed0" / CACHE  # of a call that was stopped
+    left.parent.mkdir()
+    left.write_bytes(b"")
     said = []
     results, _ = runs.run(here.config(folder, tmp_path, jobs=2, methods=("sp-sad",)), said.append)
     assert {row["name"] for row in results["rows"]} == {"teacher", "student", "SAD", "SP-SAD"}
     ended = [line.split()[4] for line in said if "ended (BrokenProcessPool); its training goes on here" in line]
     assert ended == ["teacher", "student", "sad", "sp-sad"]
+    assert not left.exists()
+
+
+def test_what_goes_wrong_in_a_process_is_said_at_once(folder, tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", Ended)
+    monkeypatch.setattr(Ended, "error", RuntimeError("sparsekd.runs: SAD diverged in epoch 1"), raising=False)
+    with pytest.raises(RuntimeError, match="SAD diverged in epoch 1"):
+        runs.run(here.config(folder, tmp_path, jobs=2), lambda line: None)
+
+
+def test_rows_under_other_settings_are_refused_before_anything_is_trained(folder, tmp_path, tiny, monkeypatch):
+    runs.run(here.config(folder, tmp_path, methods=()), lambda line: None)
+    (tmp_path / "seed0/teacher/rows.json").unlink()
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", None)
+    with pytest.raises(ValueError, match="is of another run: its pattern is 16x1, now 32x1"):
+        runs.run(here.config(folder, tmp_path, methods=(), jobs=2, pattern="32x1"), lambda line: None)
 
 
 def test_processes_stop_in_time(folder, tmp_path, tiny, monkeypatch):

@@ -1,5 +1,7 @@
 """Plans of rating tasks: who is trained, pruned in time, and started from a ridge where the recipe says so."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from sparsekd.data import Rows, Task
 from sparsekd.goals import Regression
 from sparsekd.methods import METHODS
 from sparsekd.models import STUDENT
+from sparsekd.runs import RunConfig, tasks
 from sparsekd.runs.plans import ratings
 from sparsekd.runs.plans.recipe import Recipe
 
@@ -38,3 +41,20 @@ def test_a_ridge_start_is_the_weighted_least_squares_fit_and_stays(make):
     fit = torch.linalg.lstsq(table * root[:, None], (train.target - prior).double() * root).solution
     torch.testing.assert_close(model(*inputs), (table @ fit).float() + prior, atol=1e-4, rtol=0)
     assert not any(parameter.requires_grad for parameter in model.linear.parameters())
+
+
+def test_students_of_movietweetings_take_half_of_the_passes_unless_asked():
+    def student(recipe):
+        config = tasks.complete(RunConfig("movietweetings", options={"recipe": recipe}))
+        return next(net for net in tasks.plan_of(None, config).students if net.folder == "sad")
+
+    def passes(net):
+        return net.recipe.epochs // net.recipe.splits
+
+    ours, long, paper = (student(recipe) for recipe in ("ours", "long", "paper"))
+    assert (passes(ours), passes(long), passes(paper)) == (3, 6, 6)
+    assert "6 epochs (1/2 of the rows each) of batch 256" in ours.describe()
+    assert long.settings() == paper.settings() and "splits" not in long.settings()["recipe"]  # as before there were any
+    assert ours.settings()["recipe"]["splits"] == 2
+    with pytest.raises(ValueError, match="whole passes of splits epochs each, got 5 epochs and splits 2"):
+        dataclasses.replace(ours.recipe, epochs=5)

@@ -7,7 +7,7 @@ protocol has one student for every method and density instead, and all of them s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -115,7 +115,7 @@ def of_images(task: Task, config: RunConfig) -> Plan:
         teacher=teacher,
         students=tuple(students),
         architectures=(options["teacher"], options["student"]),
-        views=options.get("views", _usual_views(protocol, options["recipe"], students)),
+        views=min(_views(protocol, options), max(student.recipe.epochs for student in students)),
         timed_batches=(1, 64),
         about={
             "networks": (options["teacher"], options["student"]),
@@ -128,9 +128,10 @@ def of_images(task: Task, config: RunConfig) -> Plan:
     )
 
 
-def _usual_views(protocol: Protocol, recipe: str, students: list[Network]) -> int:
-    """No more than there are epochs; the published recipe has the teacher in every step."""
-    return 0 if recipe == "paper" else min(protocol.views, max(student.recipe.epochs for student in students))
+def _views(protocol: Protocol, options: Mapping[str, Any]) -> int:
+    """Of an image, in no more than there are epochs; the published recipe has the teacher in every step."""
+    usual = 0 if options["recipe"] == "paper" else protocol.views
+    return int(options.get("views", usual))
 
 
 def image_network(name: str, classes: int) -> nn.Module:

@@ -29,8 +29,9 @@ QUICK_ROWS = 8_000  # the latest train rows, all that a quick run uses
 SHORTEST = 6
 
 MOVIETWEETINGS = Recipe(lr=2e-3, weight_decay=1e-2, epochs=3, batch_size=512, dropout=0.2)
-# Half of the passes that a student once took, at the same validation error: more of a teacher, which says what a rating
-# is without its noise, and smaller batches make up for them.
+# Half of the passes of the long recipe: more of a teacher, which says what a rating is without its noise, and smaller
+# batches make up for nearly all of them. On validation rows of seed 0 students err by 0.0004 to 0.004 more, where seeds
+# differ by 0.002 to 0.005.
 MOVIETWEETINGS_STUDENT = dataclasses.replace(MOVIETWEETINGS, lr=3e-3, epochs=6, splits=2, batch_size=256)
 MOVIETWEETINGS_ALPHA = 4.0
 MOVIELENS = dataclasses.replace(MOVIETWEETINGS, ridge=10.0)
@@ -58,8 +59,8 @@ def of_ratings(task: Task, config: RunConfig, recipe: Recipe) -> Plan:
 
 
 def of_movietweetings(task: Task, config: RunConfig) -> Plan:
-    """The same, whose students have a recipe of their own, or learn as the teacher does for twice as long."""
-    if config.options.get("recipe") == "long":
+    """The same. By our recipe students have one of their own; by others they learn as the teacher, twice as long."""
+    if config.options.get("recipe", "ours") != "ours":
         return of_ratings(task, config, MOVIETWEETINGS)
     make = partial(rating_cnn, task, MOVIETWEETINGS)
     return in_one_plan(config, MOVIETWEETINGS, make, MOVIETWEETINGS_STUDENT, MOVIETWEETINGS_ALPHA)

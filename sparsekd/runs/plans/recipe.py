@@ -37,3 +37,10 @@ class Recipe:
     restart: str = "rewind"
     select: str = "best"
     recalibrate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.splits < 1 or self.epochs % self.splits:
+            raise ValueError(
+                f"sparsekd.runs: the epochs of a recipe are whole passes of splits epochs each, got {self.epochs} "
+                f"epochs and splits {self.splits}"
+            )
