@@ -53,6 +53,7 @@ _LARGE = 450  # pixels from which on a chart is wider than a telephone shows it
 _NAMES = 150  # more of them on the right where lines have names
 _ROW = 17  # between two of these, as their letters are on a narrow page
 _LONGEST = 15  # letters of a name with its figure
+_LETTER = 9  # pixels of a letter in the word of an event, on a narrow page
 
 
 @dataclass
@@ -146,10 +147,15 @@ class Chart:
 
     def _marks(self) -> list[str]:
         bottom, parts = self.height - _BOTTOM, []
-        for x, word in self.events:
+        events = sorted(self.events)
+        least = _LETTER * max((len(word) for _, word in events), default=0)
+        beside = _apart([self._x(x) for x, _ in events], least, _LEFT, self._right)
+        for (x, word), to in zip(events, beside, strict=True):
             at = self._x(x)
             parts.append(f'<line class="event" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{bottom}"/>')
-            parts.append(f'<text class="note" x="{at:.1f}" y="{_TOP - 4}" text-anchor="middle">{escape(word)}</text>')
+            parts.append(
+                f'<text class="note" x="{to:.1f}" y="{_TOP - 4}" text-anchor="middle">{escape(word)}</text>'
+            )
         if len(self.front) > 1:
             path = " ".join(f"{self._x(x):.1f},{self._y(y):.1f}" for x, y in self.front)
             parts.append(f'<polyline class="front" points="{path}"/>')
