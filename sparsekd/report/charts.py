@@ -153,9 +153,7 @@ class Chart:
         for (x, word), to in zip(events, beside, strict=True):
             at = self._x(x)
             parts.append(f'<line class="event" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{bottom}"/>')
-            parts.append(
-                f'<text class="note" x="{to:.1f}" y="{_TOP - 4}" text-anchor="middle">{escape(word)}</text>'
-            )
+            parts.append(f'<text class="note" x="{to:.1f}" y="{_TOP - 4}" text-anchor="middle">{escape(word)}</text>')
         if len(self.front) > 1:
             path = " ".join(f"{self._x(x):.1f},{self._y(y):.1f}" for x, y in self.front)
             parts.append(f'<polyline class="front" points="{path}"/>')
