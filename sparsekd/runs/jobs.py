@@ -73,9 +73,8 @@ def train(
 
     cache: of what the teacher says, where it has been run; None before the teacher is trained.
     """
-    folders = {network.folder for network in networks}
-    waiting = [f for f in folders if not (out / f"seed{seed}" / f / record.ROWS).is_file()]
-    waiting.sort(key=[network.folder for network in networks].index)
+    places = {network.folder: out / f"seed{seed}" / network.folder for network in networks}
+    waiting = [folder for folder, place in places.items() if not (place / record.ROWS).is_file()]
     if len(waiting) < 2:  # one alone has all threads
         return
     at_once = min(config.jobs, len(waiting), torch.get_num_threads())
