@@ -1,7 +1,6 @@
 // y = activation(conv(x, w) + bias + residual): what register tiles read, how a call is shared out, and the call.
 #pragma once
 
-#include "cache.h"
 #include "conv2d_forward_place_impl.h"
 
 namespace {
@@ -9,15 +8,16 @@ namespace {
 template <IsWords Words>
 using ForwardInput = Input<typename Words::X, Words::kDepth>;
 
-// Words of the pixels that a tile of single pixels reads, if its tile lies in one row.
-inline int64_t tile_words(const Conv2dGeometry& g) {
+// Whether tiles that have a pointer for every pixel read no more than stays in L1.
+inline bool pixels_fit(const Conv2dGeometry& g) {
   constexpr int64_t kPixels = Vec16::kTilePixels;
   const int64_t span = (kPixels - 1) * g.stride_w + (g.s - 1) * g.dilation_w + 1;
-  return min64(span, kPixels * g.s) * g.r * g.c;
+  const int64_t words = min64(span, kPixels * g.s) * g.r * g.c;  // if the tile lies in one row
+  return words <= l1_tile_floats();
 }
 
-// Packing costs about as much as using every channel once, so it pays unless few strips share it; tiles of single
-// pixels in turn need long columns lists to hide their set-up. Measured on 1 x 1 layers, see README.md.
+// Packing costs about as much as using every channel once. So it pays where strips share it, unless tiles of single pixels
+// are as wide as others; these in turn need long lists of columns to hide their set-up. Measured, see README.md.
 template <IsWords Words>
 inline Source choose_source(const Conv2dForward<typename Words::X, typename Words::Y>& args, const Conv2dGeometry& g,
                             const ForwardInput<Words>& in) {
@@ -26,16 +26,18 @@ inline Source choose_source(const Conv2dForward<typename Words::X, typename Word
   if (in.in_place() && Words::kDepth == 1 && is_pointwise(g) && !args.x_channels_last && near) return Source::kChannels;
   if (!args.x_channels_last || (is_padded(g) ? Words::kDepth > 1 : !in.in_place())) return Source::kPacked;
   const bool single_tap = g.r == 1 && g.s == 1 && !is_padded(g);
-  constexpr int64_t kUses = 2, kManyChannels = 128, kFewPixels = 16;
-  // Tiles of single pixels as wide as others need no transposes, while what they read stays in L1.
-  const bool pays = single_tap || (near && g.stride_h <= g.r && g.stride_w <= g.s);
-  if (kPixelPointers && pays && tile_words(g) <= sparsekd::tile_floats(sparsekd::l1_data_cache().bytes))
-    return Source::kPixels;
-  if (!single_tap) return Source::kPacked;
+  constexpr int64_t kFewPixels = 16, kManyChannels = 128;
   int64_t columns = 0;
   for (int32_t i = 0; i < args.strips.count; ++i) columns += args.strips.strip[i].count;
-  const bool rarely_used = columns < kUses * g.c && g.c >= kManyChannels;
-  return rarely_used || g.n * g.p * g.q < kFewPixels ? Source::kPixels : Source::kPacked;
+  if (single_tap && (g.n * g.p * g.q < kFewPixels || (columns < 2 * g.c && g.c >= kManyChannels)))
+    return Source::kPixels;
+  if (kPixelPointers) {
+    const bool pays = single_tap || (near && g.stride_h <= g.r && g.stride_w <= g.s);
+    return pays && pixels_fit(g) ? Source::kPixels : Source::kPacked;
+  }
+  const bool wide = 2 * line_pixels(g.c) >= Vec16::kTilePixels;
+  const bool narrow = line_pixels(g.c) * g.c <= l1_tile_floats() && columns <= 8 * g.c;
+  return single_tap && (wide || narrow) ? Source::kPixels : Source::kPacked;
 }
 
 // What the outputs of a band read: where it lies, or in scratch memory.
@@ -152,10 +154,14 @@ size_t conv2d_forward_plan(const Conv2dForward<typename Words::X, typename Words
 
   const Layout whole = make_layout(g, 1, g.p, g.q, parts.whole_axes);
   const bool pixels = plan.source == Source::kPixels, copied = pixels && is_padded(g);
+  const bool lines = pixels && reads_lines(g);
   const TileShape tile = pixels ? TileShape{1, choose_tile(1).rows} : choose_tile(g.q);
   const auto cut = [&](int64_t pieces) {
-    return copied ? choose_pixel_bands(g, pieces, kPackedFloats)
-                  : choose_bands(g, whole, pieces, tile.rows, tile.cols, kPackedFloats);
+    if (copied) return choose_pixel_bands(g, pieces, kPackedFloats);
+    if (!lines) return choose_bands(g, whole, pieces, tile.rows, tile.cols, kPackedFloats);
+    // Lines may be of any length, so bands are cut evenly; but each is to be worth a line.
+    if (g.n * g.p * g.q < pieces * Vec16::kTilePixels) pieces = min64(pieces, args.threads);
+    return choose_bands(g, whole, pieces, 1, 1, max64(kPackedFloats, Vec16::kTilePixels * g.c));
   };
   plan.size = cut(1);
   if (args.threads > 1) {

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "cache.h"
 #include "conv2d_forward_tile_impl.h"
 #include "pixels_impl.h"
 
@@ -169,6 +170,7 @@ template <IsWords Words>
   for (int64_t a = 0; a < place.rows; ++a) tile.input[a] = place.input[a];
   tile.weight_stride = call.args.strips.weight_stride;
   tile.output_stride = g.k;
+  tile.input_stride = call.steps.col;
   tile.bounds = bounds_of(call.args.activation);
   tile.bounded = call.args.activation != sparsekd::Activation::kNone;
   for (int64_t s = strips.begin; s < strips.end; ++s) {
@@ -227,13 +229,38 @@ inline void forward_pixels(const ForwardCall<Words>& call, const Band& band, con
       }
       if (g.r * g.s == 1) kernel = find_few_tile<Sums>(g.n * g.p * g.q, count);
     }
-    if (kernel == nullptr) kernel = find_forward_tile<Sums>(tile.rows, tile.cols);
+    if (kernel == nullptr) kernel = find_forward_tile<Sums>(tile.rows, tile.cols, i == 0);
     forward_strips(call, tile, strips, kernel);
   }
 }
 
+inline int64_t l1_tile_floats() { return sparsekd::tile_floats(sparsekd::l1_data_cache().bytes); }
+
+// Elsewhere a wide tile of single pixels is a line, which ends with its row. What it reads should stay in L1 for the next
+// strip, but with too few pixels the multiply-adds would wait for weights.
+inline int64_t line_pixels(int64_t channels) {
+  return max64(kTileRowsMax, min64(Vec16::kTilePixels, l1_tile_floats() / max64(1, channels)));
+}
+inline bool reads_lines(const Conv2dGeometry& g) { return !kPixelPointers && g.n * g.p * g.q > kTileRowsMax; }
+
+template <IsWords Words>
+inline void forward_lines(const ForwardCall<Words>& call, const Band& band, const float* input, Range strips) {
+  const Cuts cuts{band.cols, ceil_div(band.cols, line_pixels(call.g.c))};
+  PixelWalk walk(call.g, call.steps, band, input);
+  TilePixels tile;
+  tile.rows = 1;
+  for (int64_t row = 0; row < band.images * band.rows; ++row)
+    for (int64_t i = 0; i < cuts.count; ++i) {
+      tile.cols = cuts.size(i);
+      walk.place(tile, 0);
+      walk.next(tile.cols);
+      forward_strips(call, tile, strips, find_line_tile<typename Words::Sums>(tile.cols, row + i == 0));
+    }
+}
+
 template <IsWords Words>
 inline void forward_tiles(const ForwardCall<Words>& call, const Band& band, const float* input, Range strips) {
+  if (call.source == Source::kPixels && reads_lines(call.g)) return forward_lines(call, band, input, strips);
   const bool ragged = band.cols >= Vec16::kTilePixels && band.cols % Vec16::kTilePixels != 0;
   if (call.source == Source::kPixels || (kPixelPointers && ragged)) return forward_pixels(call, band, input, strips);
   const TileShape shape = choose_tile(band.cols);
@@ -249,7 +276,7 @@ inline void forward_tiles(const ForwardCall<Words>& call, const Band& band, cons
         tile.input[a] = input + image * call.steps.image + y * call.steps.row + x;
         tile.pixel[a] = ((band.image + image) * call.g.p + band.y + y) * call.g.q + band.x + x;
       }
-      forward_strips(call, tile, strips, find_forward_tile<typename Words::Sums>(tile.rows, tile.cols));
+      forward_strips(call, tile, strips, find_forward_tile<typename Words::Sums>(tile.rows, tile.cols, i + j == 0));
     }
 }
 

@@ -23,6 +23,7 @@ struct ForwardTile {
   const float* scale;  // [16] and bias [16] make floats of integers
   const float* bias;
   int64_t output_stride;  // floats from one pixel to the next
+  int64_t input_stride;   // words from one pixel to the next, of a line tile
   float* buffer;          // [A * B][16], written when not null, instead of the output
   bool stream;            // output is written past the caches
   bool bounded;           // bounds are not infinite
@@ -88,7 +89,18 @@ template <IsSums Sums, int A, int B>
   }
 }
 
-template <IsSums Sums, int A, int B>
+// The first tile of a group of strips finds their weights in memory or in a far cache, and a CPU's own prefetching ends
+// with every page of 4 KiB: wide tiles ask for the weights of the column that is a page ahead. Later tiles find them in L2.
+constexpr int64_t kColumnsAhead = 64;
+template <int A, int B>
+constexpr bool kWide = 2 * A * B >= Vec16::kTilePixels;
+
+template <bool kCold>
+inline void ask_ahead(const float* weights, int64_t weight_stride) {
+  if (kCold) __builtin_prefetch(weights + kColumnsAhead * weight_stride, 0, 2);
+}
+
+template <IsSums Sums, int A, int B, bool kCold>
 void forward_tile(const ForwardTile<Sums>& t) {
   Vec16 acc[A * B];
   const float* input[A];
@@ -106,6 +118,7 @@ void forward_tile(const ForwardTile<Sums>& t) {
   int64_t next = kAhead && t.count > 0 ? *t.offsets : 0;
   for (const int32_t* offset = t.offsets; offset != end; w += weight_stride) {
     const Vec16 weight = Vec16::load(w);
+    ask_ahead<kCold>(w, weight_stride);
     const int64_t o = kAhead ? next : *offset;
     ++offset;
     if (kAhead) next = *(offset - (offset == end));  // the last one's again: nothing need be readable behind it
@@ -115,6 +128,46 @@ void forward_tile(const ForwardTile<Sums>& t) {
       for (int b = 0; b < B; ++b) acc[a * B + b] = Sums::madd(weight, input[a] + o + b, acc[a * B + b]);
   }
   finish_tile<Sums, A, B>(t, acc);
+}
+
+// Where the pixels of a line tile lie: seven of them share a base register, as three index registers and the scales of
+// an address give all multiples of the stride up to 6.
+struct LineSteps {
+  int64_t one, three, five, seven;  // bytes
+
+  explicit LineSteps(int64_t words) : one(4 * words), three(3 * one), five(5 * one), seven(7 * one) {}
+  const float* pixel(const char* base, int i) const {
+    const int64_t at[] = {0, one, 2 * one, three, 4 * one, five, 2 * three};
+    return reinterpret_cast<const float*>(base + at[i]);
+  }
+};
+
+// A tile of one row whose pixels are `input_stride` apart, as in [pixel][channel]: as wide there as others.
+template <IsSums Sums, int B, bool kCold>
+void forward_line(const ForwardTile<Sums>& t) {
+  Vec16 acc[B];
+  const Vec16 start = Vec16::load(t.start);
+#pragma GCC unroll 32
+  for (int i = 0; i < B; ++i) acc[i] = start;
+  const LineSteps steps(t.input_stride);
+  const float* const input = t.input[0];
+  const float* w = t.weights;
+  const int64_t weight_stride = t.weight_stride;
+  const int32_t* const end = t.offsets + t.count;
+  int64_t next = t.count > 0 ? *t.offsets : 0;  // a column ahead, as above
+  for (const int32_t* offset = t.offsets; offset != end; w += weight_stride) {
+    const Vec16 weight = Vec16::load(w);
+    ask_ahead<kCold>(w, weight_stride);
+    const char* base = reinterpret_cast<const char*>(input + next);
+    ++offset;
+    next = *(offset - (offset == end));
+#pragma GCC unroll 32
+    for (int i = 0; i < B; ++i) {
+      acc[i] = Sums::madd(weight, steps.pixel(base, i % 7), acc[i]);
+      if (i % 7 == 6) base += steps.seven;
+    }
+  }
+  finish_tile<Sums, 1, B>(t, acc);
 }
 
 // Few pixels: U columns at once keep the multiply-adds independent, and U weight loads in flight.
@@ -148,17 +201,25 @@ template <IsSums Sums>
 using ForwardTileFn = void (*)(const ForwardTile<Sums>&);
 
 template <IsSums Sums, int A, int B>
-ForwardTileFn<Sums> find_cols(int64_t b) {
-  if (b == B) return forward_tile<Sums, A, B>;
-  if constexpr (B > 1) return find_cols<Sums, A, B - 1>(b);
+ForwardTileFn<Sums> find_cols(int64_t b, bool cold) {
+  if (b == B) return cold ? forward_tile<Sums, A, B, kWide<A, B>> : forward_tile<Sums, A, B, false>;
+  if constexpr (B > 1) return find_cols<Sums, A, B - 1>(b, cold);
   return nullptr;
 }
 
-// The kernel of an a x b tile; a * b <= Vec16::kTilePixels.
+// The kernel of an a x b tile; a * b <= Vec16::kTilePixels. cold: its weights are far.
 template <IsSums Sums, int A = 1>
-ForwardTileFn<Sums> find_forward_tile(int64_t a, int64_t b) {
-  if (a == A) return find_cols<Sums, A, Vec16::kTilePixels / A>(b);
-  if constexpr (A < kTileRowsMax && A < Vec16::kTilePixels) return find_forward_tile<Sums, A + 1>(a, b);
+ForwardTileFn<Sums> find_forward_tile(int64_t a, int64_t b, bool cold) {
+  if (a == A) return find_cols<Sums, A, Vec16::kTilePixels / A>(b, cold);
+  if constexpr (A < kTileRowsMax && A < Vec16::kTilePixels) return find_forward_tile<Sums, A + 1>(a, b, cold);
+  return nullptr;
+}
+
+// The kernel of a line of `b` pixels.
+template <IsSums Sums, int B = Vec16::kTilePixels>
+ForwardTileFn<Sums> find_line_tile(int64_t b, bool cold) {
+  if (b == B) return cold ? forward_line<Sums, B, kWide<1, B>> : forward_line<Sums, B, false>;
+  if constexpr (B > 1) return find_line_tile<Sums, B - 1>(b, cold);
   return nullptr;
 }
 

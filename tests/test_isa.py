@@ -402,7 +402,8 @@ def test_register_tiles_keep_their_sums_in_registers(name):
     code = tool_output("objdump", "-d", "-C", "--no-show-raw-insn", str(object_files()[name]))
     assert "finish_tile" not in code
     functions = re.split(r"\n(?=[0-9a-f]{16} <)", code)
-    tiles = [one for one in functions if re.match(r"\S+ <void [^\n]*\bforward_tile<[^\n]*FloatSums, \d+, \d+>", one)]
+    named = r"\S+ <void [^\n]*\bforward_(?:tile|line)<[^\n]*FloatSums, [\d, ]+(?:true|false)>"
+    tiles = [one for one in functions if re.match(named, one)]
     assert len(tiles) > 10
     single = [one for one in functions if re.match(r"\S+ <void [^\n]*\bdepthwise_tile<\d, true>", one)]
     assert single or name != "kernels_avx2.cpp"  # else it may be inlined
