@@ -97,7 +97,7 @@ void def_depthwise(py::module_& m) {
           "run",
           [](const PackedDepthwise& self, Address x, Address residual, Address y, int threads, int64_t n) {
             py::gil_scoped_release release;
-            self.run(n, in<float>(x), in<float>(residual), out(y), threads);
+            self.run(with_images(self.geometry(), n), in<float>(x), in<float>(residual), out(y), threads);
           },
           "x"_a, "residual"_a, "y"_a, "threads"_a, "n"_a);
 }

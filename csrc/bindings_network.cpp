@@ -57,7 +57,7 @@ void def_between(py::module_& m) {
             std::vector<const void*> read;
             for (const Address operand : operands) read.push_back(in<void>(operand));
             py::gil_scoped_release release;
-            self.run(n, read.data(), out<void>(y), threads);
+            self.run.run(n, read.data(), out<void>(y), threads);
           },
           "operands"_a, "y"_a, "threads"_a, "n"_a);
   m.def("gate", &make_gate, "pixels"_a, "channels"_a, "channels_last"_a, "activation"_a, "dtype"_a);
@@ -92,7 +92,7 @@ void def_pool(py::module_& m) {
           [](const PoolLayer& self, Address x, Address y, int threads, int64_t n) {
             py::gil_scoped_release release;
             const void* const operands[] = {in<void>(x)};
-            self.run(n, operands, out<void>(y), threads);
+            self.run.run(n, operands, out<void>(y), threads);
           },
           "x"_a, "y"_a, "threads"_a, "n"_a);
 }
@@ -132,6 +132,8 @@ void bind_network(py::module_& m) {
         self.add(layer.run, operands, y);
       },
       "layer"_a, "operands"_a, "y"_a);
+  network.def("finish", &Network::finish);
+  network.def_property_readonly("chain_lengths", &Network::chain_lengths);
   network.def(
       "run",
       [](const Network& self, const std::vector<Address>& pointers, int64_t n, int64_t images, int threads) {

@@ -353,9 +353,8 @@ PackedDepthwise::PackedDepthwise(const Conv2dShape& shape, const float* weights,
   if (bias != nullptr) bias_.assign(bias, bias + c);
 }
 
-void PackedDepthwise::run(int64_t n, const float* x, const float* residual, float* y, int threads) const {
-  Conv2dGeometry geometry = geometry_;
-  geometry.n = n;
+void PackedDepthwise::run(const Conv2dGeometry& geometry, const float* x, const float* residual, float* y,
+                          int threads) const {
   kernels().depthwise_f32({.geometry = geometry,
                            .weights = weights_.data(),
                            .x = x,

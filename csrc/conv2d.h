@@ -26,6 +26,11 @@ struct Conv2dShape {
 // ValueError, where the kernel does not fit the input or channels do not divide into groups and blocks.
 Conv2dShape conv2d_shape(Conv2dGeometry geometry, int64_t bh, int64_t bw);
 
+inline Conv2dGeometry with_images(Conv2dGeometry geometry, int64_t n) {
+  geometry.n = n;
+  return geometry;
+}
+
 template <class T>
 struct Conv2dKernel {
   void (*run)(const Conv2dForward<T>&);
@@ -65,7 +70,7 @@ template <class T>
 void conv2d_grad_values(const Conv2dShape& shape, Tensor4d<const T> x, Tensor4d<const T> dy, const Blocks& blocks,
                         T* dvalues, int threads);
 
-// What a layer's kernel has worked out (`Conv2dForward::plan`) for the sizes that it is called with: for four of them, of
+// What a layer's kernel has worked out (`Conv2dForward::plan`) for the sizes that it is called with: for eight of them, of
 // which the one that was used least recently makes room for sizes that come twice in a row. Sizes that come once among
 // many are planned by the call itself, and so is a call that finds another thread in here: nobody waits.
 template <class T>
@@ -92,7 +97,7 @@ class KeptPlans {
   Kept* place(const Sizes& sizes);
 
   std::mutex mutex_;
-  std::array<Kept, 4> kept_;
+  std::array<Kept, 8> kept_;
   Sizes missed_;
   int64_t calls_ = 0;
   std::atomic<int64_t> made_{0};
@@ -109,6 +114,7 @@ class PackedConv2d {
   PackedConv2d& operator=(const PackedConv2d&) = delete;
 
   const Conv2dShape& shape() const { return shape_; }
+  int64_t weight_bytes() const { return static_cast<int64_t>(weights_.size() * sizeof(float)); }
   int64_t plans_made() const { return plans_.made(); }  // so far, to be kept
   void run(const Conv2dGeometry& geometry, Tensor4d<const T> x, const T* residual, Tensor4d<T> y, int threads) const;
 
@@ -165,7 +171,8 @@ class PackedDepthwise {
   // weights [c][r][s], as torch keeps them. Throws std::invalid_argument where groups or outputs are not the channels.
   PackedDepthwise(const Conv2dShape& shape, const float* weights, const float* bias, Activation activation);
 
-  void run(int64_t n, const float* x, const float* residual, float* y, int threads) const;
+  const Conv2dGeometry& geometry() const { return geometry_; }
+  void run(const Conv2dGeometry& geometry, const float* x, const float* residual, float* y, int threads) const;
 
  private:
   Conv2dGeometry geometry_;

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <vector>
 
+#include "depth_first.h"
 #include "linear.h"
 
 namespace sparsekd {
@@ -14,8 +16,12 @@ struct NetworkValue {
   int64_t pointer, offset, bytes;
 };
 
-// Of one layer: images, what it reads (null: not there), y, threads. Layers read x and a residual if not said otherwise.
-using NetworkLayer = std::function<void(int64_t, const void* const*, void*, int)>;
+// One layer of a network.
+struct NetworkLayer {
+  // Images, what it reads (null: not there), y, threads. Layers read x and a residual if not said otherwise.
+  std::function<void(int64_t, const void* const*, void*, int)> run;
+  RowLayer row_layer = {};  // the same by rows, if it can
+};
 
 class Network {
  public:
@@ -24,6 +30,11 @@ class Network {
 
   // The layer behind those that were added before; operands (-1: none) and y number values.
   void add(NetworkLayer layer, std::vector<int64_t> operands, int64_t y);
+
+  // Behind the last layer: lets neighbours run by rows where that pays (depth_first.h).
+  void finish();
+  // How many layers may do so together, of each such chain.
+  std::vector<size_t> chain_lengths() const;
 
   // May be called from several threads at once. With 0 < images < n, the images go through the network in slices of at
   // most so many, which stay in cache, and while there is a slice for every thread each takes one alone. Slices depend
@@ -35,8 +46,16 @@ class Network {
     NetworkLayer layer;
     std::vector<int64_t> operands;
     int64_t y;
+    std::shared_ptr<const RowChain> chain = nullptr;  // of this step and those behind it
   };
 
+  struct Place {  // in the buffer
+    int64_t offset, bytes;
+    size_t last_read;
+  };
+
+  std::vector<RowLayer> row_layers(size_t first) const;
+  void move_result(size_t first, size_t last, std::vector<Place>& moved);
   void run_slice(const std::vector<std::uintptr_t>& pointers, int64_t first, int64_t n, int threads) const;
 
   std::vector<NetworkValue> values_;

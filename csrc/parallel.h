@@ -15,6 +15,7 @@ enum ScratchSlot {
   kScratchWords,
   kScratchSum,
   kScratchNetwork,
+  kScratchRows,
   kScratchSlots
 };
 void* scratch(ScratchSlot slot, size_t bytes);

@@ -10,7 +10,7 @@ from sparsekd import _C
 
 from .test_isa import Blocks, unwritten
 
-KEPT = 4  # sizes at once
+KEPT = 8  # sizes at once
 CHANNELS = 24
 
 

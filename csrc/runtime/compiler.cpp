@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <utility>
 
 #include "moves.h"
 #include "ops.h"
@@ -127,9 +128,12 @@ void Compiler::step(const std::vector<int>& reads, const std::vector<int>& write
   const auto storage = [&](int number) -> Storage& {
     return program_.storages[static_cast<size_t>(operand(number).storage)];
   };
-  for (int read : reads)
-    if (read >= 0) storage(read).last = now;
-  Use use{{}, overwrites < 0 ? -1 : operand(overwrites).storage};
+  Use use{{}, {}, overwrites < 0 ? -1 : operand(overwrites).storage};
+  for (int read : reads) {
+    if (read < 0) continue;
+    storage(read).last = now;
+    use.reads.push_back(operand(read).storage);
+  }
   for (int write : writes) {
     storage(write).first = storage(write).last = now;
     use.writes.push_back(operand(write).storage);
@@ -196,9 +200,74 @@ void Compiler::place() {
   }
 }
 
+void Compiler::also_by_rows(RowLayer layer, int64_t images, int x, int residual, int y) {
+  Use& use = uses_.back();
+  use.row_layer = std::move(layer);
+  use.images = images;
+  use.x = x;
+  use.residual = residual;
+  use.y = y;
+}
+
+// The layers from this step on that only pass on what they make.
+std::vector<RowLayer> Compiler::row_layers(size_t first) const {
+  std::vector<RowLayer> layers;
+  for (size_t i = first; i < uses_.size() && uses_[i].row_layer.run; ++i) {
+    if (i > first) {
+      const int x = operand(uses_[i - 1].y).storage;
+      int64_t reads = 0;
+      for (const Use& use : uses_) reads += std::count(use.reads.begin(), use.reads.end(), x);
+      const bool in_buffer = program_.storages[static_cast<size_t>(x)].kind == Storage::Kind::kBuffer;
+      if (uses_[i].x != uses_[i - 1].y || reads > 1 || !in_buffer || uses_[i].images != uses_[first].images) break;
+    }
+    layers.push_back(uses_[i].row_layer);
+  }
+  return layers;
+}
+
+// The last step of a chain does what all of them did, one after the other where rows would not feed all threads; so
+// whatever they read has to be there until then.
+void Compiler::join(size_t first, std::shared_ptr<const RowChain> chain) {
+  const size_t last = first + chain->size() - 1;
+  std::vector<int> residuals;
+  std::vector<Step> steps;  // which own the layers
+  for (size_t i = first; i <= last; ++i) {
+    residuals.push_back(uses_[i].residual);
+    steps.push_back(std::exchange(program_.steps[i], nullptr));
+    for (const int read : uses_[i].reads) {
+      int& end = program_.storages[static_cast<size_t>(read)].last;
+      end = std::max(end, static_cast<int>(last));
+    }
+    uses_[i].overwrites = -1;
+  }
+  const int64_t images = uses_[first].images;
+  const int x = uses_[first].x, y = uses_[last].y;
+  program_.steps[last] = [chain = std::move(chain), residuals = std::move(residuals), steps = std::move(steps), images,
+                          x, y](const Frame& frame) {
+    if (!chain->feeds(images * frame.n, frame.threads)) {
+      for (const Step& step : steps) step(frame);
+      return;
+    }
+    std::vector<const void*> rest;
+    for (const int residual : residuals) rest.push_back(residual < 0 ? nullptr : frame.at[residual]);
+    chain->run(images * frame.n, frame.at[x], rest.data(), frame.at[y], frame.threads);
+  };
+}
+
+void Compiler::go_depth_first() {
+  for (size_t first = 0; first < uses_.size();) {
+    std::shared_ptr<const RowChain> chain = longest_chain(row_layers(first));
+    const size_t count = chain == nullptr ? 1 : chain->size();
+    if (chain != nullptr) join(first, std::move(chain));
+    first += count;
+  }
+}
+
 Program Compiler::finish() {
   end_in_outputs();
+  go_depth_first();
   place();
+  std::erase_if(program_.steps, [](const Step& step) { return !step; });
   return std::move(program_);
 }
 

@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <string>
 
+#include "../depth_first.h"
 #include "program.h"
 
 namespace sparsekd {
@@ -32,6 +33,9 @@ class Compiler {
   // overwrites: an operand whose memory the first write may take if nothing reads it later, or -1.
   void step(std::initializer_list<int> reads, std::initializer_list<int> writes, Step step, int overwrites = -1);
   void step(const std::vector<int>& reads, const std::vector<int>& writes, Step step, int overwrites = -1);
+  // The step before may be done by rows as well: by `layer` on `images` images of every sample, which reads x and a
+  // residual (or -1).
+  void also_by_rows(RowLayer layer, int64_t images, int x, int residual, int y);
   void mixes_samples() { program_.sliceable = false; }
   // Marks that constants are read from the file itself as long as the program lives.
   void keep_file() { program_.keep = file_.mapping; }
@@ -40,11 +44,17 @@ class Compiler {
   int add(const Operand& operand, const Storage& storage);
   void read_node(const Node& node);
   void end_in_outputs();
+  void go_depth_first();
+  std::vector<RowLayer> row_layers(size_t first) const;
+  void join(size_t first, std::shared_ptr<const RowChain> chain);
   void place();
 
   struct Use {
-    std::vector<int> writes;
+    std::vector<int> reads, writes;
     int overwrites;
+    RowLayer row_layer = {};  // the same by rows, if it can
+    int64_t images = 1;
+    int x = -1, residual = -1, y = -1;  // operands
   };
 
   const Graph& graph_;

@@ -132,6 +132,7 @@ void add_conv2d(Compiler& compiler, const Maps& maps, const Weights& weights, Ac
                    {frame.address<T>(y), y_last}, frame.threads);
       },
       residual);
+  if (x_last && y_last) compiler.also_by_rows(row_layer(*layer), images, x, residual, y);
 }
 
 void add_conv2d_int8(Compiler& compiler, const Maps& maps, const Weights& weights, Activation activation,
@@ -262,10 +263,11 @@ void depthwise_node(Compiler& compiler, const Node& node) {
   compiler.step(
       {x, residual}, {y},
       [=](const Frame& frame) {
-        layer->run(images * frame.n, frame.address<const float>(x), residual_at<const float>(frame, residual),
-                   frame.address<float>(y), frame.threads);
+        layer->run(with_images(layer->geometry(), images * frame.n), frame.address<const float>(x),
+                   residual_at<const float>(frame, residual), frame.address<float>(y), frame.threads);
       },
       residual);
+  compiler.also_by_rows(row_layer(*layer), images, x, residual, y);
   give_ended(compiler, node, ending, y);
 }
 
@@ -294,7 +296,7 @@ void gate_node(Compiler& compiler, const Node& node) {
   const int y = compiler.fresh(from.dtype, from.shape, last);
   compiler.step({x, by, residual}, {y}, [=](const Frame& frame) {
     const void* const in[] = {frame.at[x], frame.at[by], residual < 0 ? nullptr : frame.at[residual]};
-    layer(images * frame.n, in, frame.at[y], frame.threads);
+    layer.run(images * frame.n, in, frame.at[y], frame.threads);
   });
   give_ended(compiler, node, ending, y);
 }
@@ -317,7 +319,7 @@ void pool_node(Compiler& compiler, const Node& node) {
   const int64_t images = -maps.y.at(0);
   compiler.step({x}, {y}, [=](const Frame& frame) {
     const void* const in = frame.at[x];
-    layer(images * frame.n, &in, frame.at[y], frame.threads);
+    layer.run(images * frame.n, &in, frame.at[y], frame.threads);
   });
   compiler.give(node.outputs[0], y);
 }

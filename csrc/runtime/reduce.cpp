@@ -169,7 +169,7 @@ void layer_norm_node(Compiler& compiler, const Node& node) {
   const int y = compiler.fresh(from.dtype, from.shape);
   compiler.step({x}, {y}, [=](const Frame& frame) {
     const void* const in = frame.at[x];
-    layer(from.shape.elements() / count * (from.shape.batched() ? frame.n : 1), &in, frame.at[y], frame.threads);
+    layer.run(from.shape.elements() / count * (from.shape.batched() ? frame.n : 1), &in, frame.at[y], frame.threads);
   });
   compiler.give(node.outputs[0], y);
 }

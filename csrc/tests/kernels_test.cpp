@@ -143,7 +143,7 @@ struct Check {
     for (const Activation activation : kActivations) {
       const Image y(l.n, l.k, l.p(), l.q(), true, set.side);
       const PackedDepthwise packed(l.shape(), dense.floats(), bias.floats(), activation);
-      packed.run(l.n, x.in().data, dy.in().data, y.out().data, set.threads);
+      packed.run(with_images(packed.geometry(), l.n), x.in().data, dy.in().data, y.out().data, set.threads);
       expect(" depthwise", fused(products(), activation), y);
     }
   }

@@ -119,6 +119,7 @@ class Chain:
         for link in self.links:
             last = (link.step.reads[0].layout is torch.channels_last) is not (link.x in foreign)
             link.step.add(network, [number[node] for node in link.reads], last, number[link.y])
+        network.finish()
         return network
 
     def places(self) -> tuple[dict[fx.Node, int], int]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparsekd.backends import cpu
-from sparsekd.freeze import FrozenModel, freeze
+from sparsekd.freeze import FrozenModel, freeze, measure
 from sparsekd.freeze.layer import FrozenLayer
 from sparsekd.models import BasicBlock
 from sparsekd.nn import SparseConv2d
@@ -113,6 +113,17 @@ class Custom(nn.Module):
 
     def forward(self, x):
         return self.function(self, x)
+
+
+def ours_throughout(monkeypatch) -> None:
+    """Every layer that can be is measured to be faster by our kernels."""
+    real = measure.measure
+
+    def biased(timed, seconds):
+        samples = real(timed, seconds)
+        return {name: [us * (1e6 if name == "dense" else 1.0) for us in values] for name, values in samples.items()}
+
+    monkeypatch.setattr(measure, "measure", biased)
 
 
 def assert_frozen_equals(model: nn.Module, frozen: FrozenModel, *inputs) -> None:

@@ -14,7 +14,17 @@ from sparsekd.freeze.layer import FrozenLayer
 from sparsekd.freeze.network import runner
 
 from ..cases import torch_threads
-from .networks import ALL_SPARSE, IMAGE, MODELS, ResNet, assert_frozen_equals, quick, trained, wrong_in_threads
+from .networks import (
+    ALL_SPARSE,
+    IMAGE,
+    MODELS,
+    ResNet,
+    assert_frozen_equals,
+    ours_throughout,
+    quick,
+    trained,
+    wrong_in_threads,
+)
 
 pytestmark = pytest.mark.skipif(cpu.native is None, reason=cpu.missing)
 
@@ -35,13 +45,7 @@ def all_ours(model: nn.Module, shape, memory_format="channels_last", **options):
 @pytest.fixture
 def ours_wins(monkeypatch):
     """What was never pruned is measured too: let it lose time beside ours."""
-    real = measure.measure
-
-    def biased(timed, seconds):
-        samples = real(timed, seconds)
-        return {name: [us * (1e6 if name == "dense" else 1.0) for us in values] for name, values in samples.items()}
-
-    monkeypatch.setattr(measure, "measure", biased)
+    ours_throughout(monkeypatch)
 
 
 def chains_of(frozen) -> list[list[str]]:

@@ -12,23 +12,11 @@ from torch import nn
 
 import sparsekd
 from sparsekd.backends import cpu
-from sparsekd.freeze import measure
 from sparsekd.models import STUDENT, MobileNetV2, RatingCNN, WideResNet
 
-from ..freeze.networks import ALL_DENSE, InvertedResidual, Mlp, PreActivation, ResNet, quick, trained
+from ..freeze.networks import ALL_DENSE, InvertedResidual, Mlp, PreActivation, ResNet, ours_throughout, quick, trained
 
 pytestmark = pytest.mark.skipif(cpu.native is None, reason=cpu.missing)
-
-
-def ours_throughout(monkeypatch):
-    """Every layer that can be is measured to be faster by our kernels."""
-    real = measure.measure
-
-    def biased(timed, seconds):
-        samples = real(timed, seconds)
-        return {name: [us * (1e6 if name == "dense" else 1.0) for us in values] for name, values in samples.items()}
-
-    monkeypatch.setattr(measure, "measure", biased)
 
 
 class Chain(nn.Sequential):
