@@ -1,5 +1,8 @@
 """A layer's call reaches the CPU kernels without torch's dispatcher, unless somebody wants to see the op."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -74,6 +77,87 @@ def test_tables_are_looked_up_and_learn_without_the_dispatcher(direct, sparse, g
         layer(*arguments).sum().backward()
         assert direct == [*lookup, *lookup, gradient]
         direct.clear()
+
+
+def exchange_data(layer):
+    layer.values.data = layer.values.data * 2
+
+
+def drop_blocks(layer):
+    layer.keep_(torch.arange(len(layer.col_idx)) % 2 == 0)
+
+
+def other_bias(layer):
+    layer.bias = nn.Parameter(layer.bias.detach() + 1)
+
+
+def other_state(layer):
+    other = type(layer).from_dense(layer.to_dense(), density=0.25)
+    layer.load_state_dict(other.state_dict())
+
+
+def dilate(layer):
+    if hasattr(layer, "dilation"):
+        layer.padding = layer.dilation = (2, 2)
+
+
+CHANGES = {
+    "nothing": lambda layer: None,
+    "values in place": lambda layer: layer.values.data.mul_(2),
+    "data of values": exchange_data,
+    "fewer blocks": drop_blocks,
+    "bias": other_bias,
+    "no bias": lambda layer: setattr(layer, "bias", None),
+    "state": other_state,
+    "geometry": dilate,
+    "double": lambda layer: layer.double(),
+    "bfloat16": lambda layer: layer.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_call_like_the_last_one_sees_what_has_changed(layer, change, direct):
+    name, module, x = layer
+    with torch.no_grad():
+        assert torch.equal(module(x), module(x))
+        assert direct == [name]  # the second went straight to the kernel
+        CHANGES[change](module)
+        x = x.to(module.values.dtype)
+        got, again = module(x), module(x)
+        assert torch.equal(got, again)
+        want = type(module.to_dense()).forward(module.to_dense(), x)
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want, rtol=0.02 if got.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+def test_a_call_like_the_last_one_sees_another_input(layer, direct):
+    name, module, x = layer
+    dense = module.to_dense()
+    others = [torch.randn_like(x), torch.cat([x, x]), x.double().float()[::2], x.flip(0)]
+    if name == "conv2d":
+        others += [x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3), x[0]]
+    with torch.no_grad():
+        for one in (x, *others, x):
+            for _ in range(2):
+                torch.testing.assert_close(module(one), dense(one), rtol=1e-5, atol=1e-5)
+        with pytest.raises((TypeError, ValueError)):
+            module(x.double())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert module(x).dtype == torch.bfloat16
+    assert module(x).requires_grad
+
+
+def test_copies_and_replaced_parameters_are_not_the_last_call(layer):
+    _, module, x = layer
+    with torch.no_grad():
+        want = module(x)
+        for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            copied.values.data.zero_()
+            assert torch.equal(module(x), want)
+            assert not torch.equal(copied(x), want)
+        replaced = {"values": torch.zeros_like(module.values)}
+        assert not torch.equal(torch.func.functional_call(module, replaced, (x,)), want)
+        assert torch.equal(module(x), want)
 
 
 def test_both_ways_compute_the_same(layer, monkeypatch):

@@ -15,7 +15,7 @@ from typing import Any
 import torch  # before _C: its OpenMP run time is the one the kernels then share
 from torch import Tensor
 
-from ..ops._schema import DIRECT, REFERENCES
+from ..ops._schema import DIRECT, PREPARED, REFERENCES
 from ..ops.attention import (
     feature_stats_grad_reference,
     feature_stats_reference,
@@ -75,6 +75,7 @@ def register() -> None:
     layers = [linear, linear_grad_input, linear_grad_values, conv2d, conv2d_grad_input, conv2d_grad_values]
     layers = [*map(_halves_in_float32, layers)]
     DIRECT.update({op.__name__: op for op in (*layers, *cpu_embedding.LOOKUPS)})
+    PREPARED.update(linear=prepared_linear, conv2d=prepared_conv2d)
     ops: list[Callable] = [*layers, feature_stats, feature_stats_grad, match_maps, kd]
     ops += cpu_embedding.OPS
     for op in ops:
@@ -139,6 +140,23 @@ def linear(
     return y
 
 
+def prepared_linear(
+    x: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, bias: Tensor | None, out_features: int
+) -> Callable[..., Tensor]:
+    kernel, threads = native.linear_f32, torch.get_num_threads
+    size, rows, columns, blocks = (*x.shape[:-1], out_features), _rows(x), x.shape[-1], tuple(values.shape)
+
+    def run(x: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, bias: Tensor | None) -> Tensor:
+        y = x.new_empty(size)
+        kernel(
+            x.data_ptr(), rows, columns, values.data_ptr(), row_ptr.data_ptr(), col_idx.data_ptr(), *blocks,
+            0 if bias is None else bias.data_ptr(), 0, y.data_ptr(), out_features, 0, threads(),
+        )  # fmt: skip
+        return y
+
+    return run
+
+
 def linear_grad_input(grad: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, in_features: int) -> Tensor:
     kernel = _kernel("linear_grad_input", grad, values)
     if kernel is None:
@@ -187,6 +205,30 @@ def conv2d(
         0 if bias is None else bias.data_ptr(), 0, y.data_ptr(), last, 0, torch.get_num_threads(),
     )  # fmt: skip
     return y
+
+
+def prepared_conv2d(
+    x: Tensor,
+    values: Tensor,
+    row_ptr: Tensor,
+    col_idx: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    *fields: Any,
+) -> Callable[..., Tensor]:
+    kernel, threads, layout = native.conv2d_f32, torch.get_num_threads, memory_format(x)
+    shape = _shape(x.shape, out_channels, Geometry.of(*fields), values.shape[1:])
+    size, blocks, last = (x.shape[0], out_channels, shape.p, shape.q), len(values), layout == torch.channels_last
+
+    def run(x: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, bias: Tensor | None) -> Tensor:
+        y = _empty(x, size, layout) if last else x.new_empty(size)
+        kernel(
+            shape, x.data_ptr(), last, values.data_ptr(), row_ptr.data_ptr(), col_idx.data_ptr(), blocks,
+            0 if bias is None else bias.data_ptr(), 0, y.data_ptr(), last, 0, threads(),
+        )  # fmt: skip
+        return y
+
+    return run
 
 
 def conv2d_grad_input(

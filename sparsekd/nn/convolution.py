@@ -124,10 +124,16 @@ class SparseConv2d(Convolution):
     dense_type = nn.Conv2d
 
     def forward(self, input: Tensor) -> Tensor:
+        if (output := self._again(input)) is not None:
+            return output
         if input.dim() == 3:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         image, padding = self._padded(input)
-        return self._convolved(image, self.kernel_size, self.stride, padding, self.dilation)
+        output = self._convolved(image, self.kernel_size, self.stride, padding, self.dilation)
+        if image is input and not self.computes_densely:
+            geometry = (self.kernel_size, self.stride, padding, self.dilation, self.groups)
+            self._remember(input, "conv2d", self.out_channels, *geometry)
+        return output
 
 
 class SparseConv1d(Convolution):

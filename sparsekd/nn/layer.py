@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.fx import Proxy
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ..blocks import BlockPattern, BlockSparse, mask_to_index, spread, tap_major
+from ..ops._schema import PREPARED, nobody_looks_on
 
 Layer = TypeVar("Layer", bound="BlockSparseLayer")
 
@@ -43,6 +44,16 @@ class TracedWhole(nn.Module):
             f"{type(self).__name__}: TorchScript cannot compile block-sparse layers; script "
             "sparsekd.densify(copy.deepcopy(model)), or use torch.jit.trace, torch.export or torch.compile"
         )
+
+
+class Known(NamedTuple):
+    """A call without gradients that went well: one like it needs no checks (``BlockSparseLayer._again``)."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    weight: tuple[Tensor | None, ...]  # values, row_ptr, col_idx, bias
+    blocks: torch.Size  # of values
+    run: Callable[..., Tensor]
 
 
 class BlockSparseLayer(TracedWhole):
@@ -197,6 +208,45 @@ class BlockSparseLayer(TracedWhole):
         """``num_kept / num_weights``."""
         return self.num_kept / max(self.num_weights, 1)
 
+    def _again(self, x: Tensor) -> Tensor | None:
+        """The layer on an input like the last one, if nothing has changed since that the checks would see. They and the
+        way through the op take longer than a small layer."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return None
+        known: Known | None = self.__dict__.get("_known")
+        if known is None or x.shape != known.shape or x.stride() != known.strides:
+            return None
+        parameters, buffers, weight = self._parameters, self._buffers, known.weight
+        values, row_ptr, col_idx, bias = weight  # which move to another device by new row_ptr and col_idx
+        if (
+            parameters["values"] is not values
+            or buffers["row_ptr"] is not row_ptr
+            or buffers["col_idx"] is not col_idx
+            or parameters["bias"] is not bias
+            or not _plain_float32(x, values, bias)
+            or values.shape != known.blocks  # type: ignore[union-attr]  # the data of a Parameter may be exchanged
+        ):
+            return None
+        return known.run(x, *weight)
+
+    def _remember(self, x: Tensor, op: str, *rest: Any) -> None:
+        """That a call of this op with this input went well, for ``_again``."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or op not in PREPARED:
+            return
+        weight = (self.values, self.row_ptr, self.col_idx, self.bias)
+        dense = all(t is None or t.is_contiguous() for t in weight)
+        laid_out = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+        if dense and laid_out and _plain_float32(x, self.values, self.bias) and nobody_looks_on(weight):
+            run = PREPARED[op](x, *weight, *rest)
+            self.__dict__["_known"] = Known(x.shape, x.stride(), weight, self.values.shape, run)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__.pop("_known", None)
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_known"}
+
     @property
     def computes_densely(self) -> bool:
         """Whether it runs as torch's layer now: see ``dense_while_full``."""
@@ -275,6 +325,19 @@ class BlockSparseLayer(TracedWhole):
         dtype = dense_arguments["dtype"] or torch.get_default_dtype()
         self._adopt(dense, pattern or BlockPattern.for_device(kind, dtype), density, mask)
         self.to(device)
+
+
+def _plain_float32(x: Tensor, values: Any, bias: Tensor | None) -> bool:
+    """Whether an op would reach the float32 kernels of the CPU, seen by nobody; where x is, its checks have seen to it
+    that the others are."""
+    return (
+        x.dtype is torch.float32
+        and values.dtype is torch.float32
+        and values.is_contiguous()
+        and (bias is None or bias.dtype is torch.float32)
+        and not torch._C._is_any_autocast_enabled()
+        and nobody_looks_on((x,))
+    )
 
 
 def dense_weight(

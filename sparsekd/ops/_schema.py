@@ -15,6 +15,9 @@ _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 REFERENCES: dict[str, Callable] = {}
 # The CPU kernels that `call` may reach without torch's dispatcher, which takes longer than a small layer.
 DIRECT: dict[str, Callable] = {}
+# The same without gradients for float32 inputs of one size. Of a call (x, values, row_ptr, col_idx, bias, *rest) it
+# makes a function of the first five, contiguous and as large as these, which does what is left to do.
+PREPARED: dict[str, Callable[..., Callable[..., Tensor]]] = {}
 _DIRECT_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 
 
@@ -70,7 +73,7 @@ def call(name: str, *args: Any) -> Any:
         return getattr(torch.ops.sparsekd, name)(*args)
     if name in _FUNCTIONS and torch._C._are_functorch_transforms_active():
         return _FUNCTIONS[name].apply(*args)
-    if name not in DIRECT or not _nobody_looks_on(args):
+    if name not in DIRECT or not nobody_looks_on(args):
         return getattr(torch.ops.sparsekd, name)(*args)
     if name in _DIRECT_FUNCTIONS and torch.is_grad_enabled():
         for arg in args:
@@ -79,7 +82,7 @@ def call(name: str, *args: Any) -> Any:
     return DIRECT[name](*args)
 
 
-def _nobody_looks_on(args: Sequence[Any]) -> bool:
+def nobody_looks_on(args: Sequence[Any]) -> bool:
     """Whether these are plain tensors of the CPU, and no mode, trace or profiler has to see the op."""
     for arg in args:  # a loop takes half as long as all() here
         if isinstance(arg, Tensor) and not (type(arg) in _PLAIN and arg.is_cpu):
