@@ -43,7 +43,9 @@ UNARY = {
 @pytest.mark.parametrize("name", UNARY)
 def test_functions_of_one_tensor(name, tmp_path):
     x = torch.randn(5, 3, 7) * 4
-    x[0, 0, :5] = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0])
+    # torch's own gelu of infinity is NaN with AVX-512 and infinity elsewhere.
+    large = 30.0 if name == "gelu" else float("inf")
+    x[0, 0, :5] = torch.tensor([float("nan"), large, -large, 0.0, -0.0])
     described = graph(name, [((N, 3, 7), "float32")], [((N, 3, 7), "float32")])
     check(tmp_path, UNARY[name], described, x)
 
