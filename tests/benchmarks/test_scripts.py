@@ -75,6 +75,30 @@ def test_the_layers_rehearse_without_a_gpu(tmp_path):
     assert all(row["fastest"].startswith("triton") and row["fastest_us"] > 0 for row in rows)
 
 
+def test_threads_are_compared_with_one(tmp_path, monkeypatch, capsys):
+    scaling, shapes = (importlib.import_module(f"benchmarks.{name}") for name in ("scaling", "lib.shapes"))
+    monkeypatch.setattr(scaling, "CONVS", [shapes.Conv("cifar", 16, 6, 64, 3), shapes.Conv("cifar", 16, 6, 16, 3)])
+    monkeypatch.setattr(scaling, "LINEARS", [])
+    path, threads = tmp_path / "rows.json", torch.get_num_threads()
+    options = ["--threads", "2", "--density", "0.5", "--batch", "2", "--seconds", "0.001", "--json", str(path)]
+    scaling.main([*options, "--least", "0"])
+    assert torch.get_num_threads() == threads
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["out_channels"] == 64 and row["one_us"] > 0 and row["us"] > 0
+    assert "1 layers: median" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        scaling.main([*options, "--least", "1e9"])
+
+
+def test_calls_of_small_layers_are_timed_beside_dense_ones(tmp_path):
+    calls = importlib.import_module("benchmarks.calls")
+    calls.main(["--seconds", "0.001", "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert len(rows) == len(calls.layers())
+    kinds = [f"{kind}_{whose}_us" for kind in ("inference", "training") for whose in ("dense", "ours")]
+    assert all(row[kind] > 0 for row in rows for kind in kinds)
+
+
 @pytest.mark.parametrize("layer", ["resnet50-3x3-256", "vgg16-512-14"])
 @pytest.mark.parametrize("direction", ["forward", "grad_input", "grad_values"])
 def test_the_kept_predictions_are_those_of_the_cost_model(layer, direction):
