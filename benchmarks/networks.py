@@ -1,4 +1,4 @@
-"""Whole networks against the run times users have: PyTorch, OpenVINO, ONNX Runtime, MNN, DeepSparse if installed.
+"""Whole networks against the run times users have: PyTorch, OpenVINO, ONNX Runtime, MNN, ncnn, DeepSparse if installed.
 
     python -m benchmarks.networks --out benchmarks/results/networks.json
     python -m benchmarks.networks --network resnet50-n1 --density 0.3 --dtype fp32
@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -178,6 +179,37 @@ def mnn(one: Contestant, threads: int) -> Call:
     return lambda: torch.from_numpy(call([x]))
 
 
+def ncnn(one: Contestant, threads: int) -> Call:
+    """Of one image, converted by pnnx; float32 throughout."""
+    import ncnn as engine
+    import pnnx
+
+    network, x = _onnx(one)
+    if len(x) > 1:
+        raise RuntimeError("ncnn takes one image at a time")
+    shape = ",".join(str(size) for size in x.shape)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "network.onnx").write_bytes(network)
+        convert = [str(Path(pnnx.__file__).parent / "pnnx"), "network.onnx", f"inputshape=[{shape}]f32", "fp16=0"]
+        done = subprocess.run(convert, cwd=folder, capture_output=True, text=True)
+        if done.returncode or not Path(folder, "network.ncnn.bin").is_file():
+            raise RuntimeError(f"pnnx ended with {done.returncode}: {done.stderr.strip()[-200:]}")
+        net = engine.Net()
+        net.opt.num_threads = threads
+        for option in ("fp16_packed", "fp16_storage", "fp16_arithmetic", "bf16_storage", "vulkan_compute"):
+            setattr(net.opt, f"use_{option}", False)
+        net.load_param(str(Path(folder, "network.ncnn.param")))
+        net.load_model(str(Path(folder, "network.ncnn.bin")))
+    image, (given,), (wanted,) = engine.Mat(np.ascontiguousarray(x[0])), net.input_names(), net.output_names()
+
+    def call() -> Tensor:
+        with net.create_extractor() as extractor:
+            extractor.input(given, image)
+            return torch.from_numpy(np.array(extractor.extract(wanted)[1])[None])
+
+    return call
+
+
 SPARSE = ("ours", "deepsparse", "mnn-sparse")
 # Run time -> (how to build a call, its process, the dtypes it has).
 RUNTIMES: dict[str, tuple[Callable[[Contestant, int], Call], str, tuple[str, ...]]] = {
@@ -189,6 +221,7 @@ RUNTIMES: dict[str, tuple[Callable[[Contestant, int], Call], str, tuple[str, ...
     "deepsparse": (deepsparse, "deepsparse", ("fp32",)),
     "mnn": (mnn, "mnn", ("fp32",)),
     "mnn-sparse": (mnn, "mnn", ("fp32",)),
+    "ncnn": (ncnn, "ncnn", ("fp32",)),
     "frozen": (frozen, "torch", ("fp32", "bf16")),
     "ours": (frozen, "torch", ("fp32", "bf16")),
 }

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ def test_models_have_the_published_sizes(build, millions):
 
 def test_the_command_times_and_keeps_what_it_found(tmp_path, monkeypatch, capsys):
     out = tmp_path / "networks.json"
-    arguments = "--network wrn-16-2-n1 --density 0.3 --skip compiled openvino onnxruntime mnn mnn-sparse"
+    arguments = "--network wrn-16-2-n1 --density 0.3 --skip compiled openvino onnxruntime mnn mnn-sparse ncnn"
     arguments += " --seconds 0.01 --rounds 2"
     arguments += f" --threads {torch.get_num_threads()}"
     monkeypatch.setattr(sys, "argv", ["networks", *arguments.split(), "--out", str(out)])
@@ -67,6 +68,14 @@ def test_mnn_runs_what_its_converter_wrote(runtime, file, monkeypatch):
     monkeypatch.setattr(networks, "convert_for_mnn", lambda *_: "ModuleNotFoundError: No module named 'MNN'")
     with pytest.raises(RuntimeError, match="No module named 'MNN'"):
         networks.RUNTIMES[runtime][0](Contestant("wrn-16-2-n1", runtime, "fp32", 0.5), 1)
+
+
+def test_ncnn_is_asked_for_one_image_alone(monkeypatch):
+    for module in ("ncnn", "pnnx"):
+        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+    monkeypatch.setattr(networks, "_onnx", lambda one: (b"a network", np.zeros((64, 3, 32, 32), np.float32)))
+    with pytest.raises(RuntimeError, match="one image at a time"):
+        networks.ncnn(Contestant("wrn-16-2-n64", "ncnn", "fp32", 1.0), 1)
 
 
 class Team:
