@@ -100,7 +100,9 @@ struct Check {
       all.add(i, bias.floats()[k]);
       all.add(i, dy.at(n, k, oy, ox));
       double& value = all.value[static_cast<size_t>(i)];
+      double& magnitude = all.magnitude[static_cast<size_t>(i)];
       value = activate(value, activation);
+      magnitude = std::max(magnitude, std::fabs(value));  // a sigmoid of next to nothing is rounded as a half is
     });
     return all;
   }
