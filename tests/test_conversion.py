@@ -196,7 +196,8 @@ def test_layers_whose_weight_is_computed_stay_dense_or_are_refused(reparametrise
     with pytest.warns(UserWarning, match="1 layer stays dense: 0: .*whose weight is computed .*prune.remove"):
         sparsekd.sparsify(model)
     assert type(model[1]) is SparseLinear
-    torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-6)
+    # The old spectral norm divides by a first guess at its norm, and answers in tens.
+    torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-6 * max(1.0, want.abs().max().item()))
 
 
 def test_a_model_is_converted_whole_or_not_at_all():
