@@ -36,6 +36,12 @@ class Block(nn.Module):
         return x + y if self.adds else y
 
 
+def tall(c: int, kernel: int, padding: int, stride: int = 1, groups: int = 1):
+    """Padded in height alone."""
+    conv = nn.Conv2d(c, c, (kernel, 1), stride, (padding, 0), groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c), nn.ReLU())
+
+
 class SeenTwice(nn.Module):
     """What the expanding layer makes is read again outside."""
 
@@ -60,6 +66,15 @@ NETWORKS = {
     "stride beyond the kernel": (
         lambda: nn.Sequential(layer(16, 96), layer(96, 96, stride=3), layer(96, 32)), 16, (64, 64), [3],
     ),
+    "tall kernel": (lambda: nn.Sequential(layer(16, 96), tall(96, 3, 1, 1, 96), layer(96, 16)), 16, (31, 40), [3]),
+    "tall kernel, stride": (
+        lambda: nn.Sequential(layer(16, 96), tall(96, 5, 2, 2, 96), layer(96, 16)), 16, (41, 40), [3],
+    ),
+    "much padding": (lambda: nn.Sequential(layer(16, 96), tall(96, 3, 3, 1, 96), layer(96, 16)), 16, (31, 40), []),
+    "padded 1x1": (lambda: nn.Sequential(layer(16, 96), tall(96, 1, 1), layer(96, 16)), 16, (31, 40), []),
+    "padded 1x1, stride": (lambda: nn.Sequential(layer(16, 96), tall(96, 1, 1, 2), layer(96, 16)), 16, (31, 40), []),
+    "few rows": (lambda: nn.Sequential(layer(16, 96), layer(96, 96), layer(96, 16)), 16, (4, 200), [3]),
+    "one row": (lambda: nn.Sequential(layer(16, 96), layer(96, 96), layer(96, 16)), 16, (1, 2000), []),
     "seen twice": (SeenTwice, 16, (32, 32), []),
     "small": (lambda: Block(16, 32, 16), 16, (12, 12), []),
     "narrow": (lambda: Block(16, 96, 16), 16, (224, 7), []),
@@ -111,3 +126,17 @@ def test_a_file_gives_the_same_bits(name, monkeypatch, tmp_path):
                 want, got = (want,), (got,)
             for one, other in zip(got, want, strict=True):
                 assert torch.equal(torch.from_numpy(one), other), (batch, threads)
+
+
+def test_rows_in_bfloat16(monkeypatch):
+    torch.manual_seed(0)
+    model = trained(nn.Sequential(layer(16, 96), layer(96, 96, stride=2), layer(96, 33))).bfloat16()
+    sparsekd.sparsify(model, density=0.5)
+    ours_throughout(monkeypatch)
+    x = torch.randn(3, 16, 57, 57).bfloat16().contiguous(memory_format=torch.channels_last)
+    frozen = sparsekd.freeze(model, x, memory_format="channels_last", min_gain=ALL_SPARSE, layer_ms=1.0)
+    chain = only_chain(frozen)
+    assert chain._build([False]).chain_lengths == [3]
+    for threads in (1, 2):
+        with torch_threads(threads):
+            assert torch.equal(chain.run(x), chain._one_by_one(x))
