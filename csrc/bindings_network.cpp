@@ -12,7 +12,7 @@ namespace sparsekd {
 namespace {
 
 struct PoolLayer {
-  NetworkLayer run;
+  NetworkLayer step;
 };
 
 PoolLayer make_pool(const Conv2dShape& shape, bool mean, const std::string& dtype) {
@@ -23,7 +23,7 @@ PoolLayer make_pool(const Conv2dShape& shape, bool mean, const std::string& dtyp
 
 // What stands between layers.
 struct BetweenLayer {
-  NetworkLayer run;
+  NetworkLayer step;
   size_t operands;
 };
 
@@ -57,7 +57,7 @@ void def_between(py::module_& m) {
             std::vector<const void*> read;
             for (const Address operand : operands) read.push_back(in<void>(operand));
             py::gil_scoped_release release;
-            self.run.run(n, read.data(), out<void>(y), threads);
+            self.step.run(n, read.data(), out<void>(y), threads);
           },
           "operands"_a, "y"_a, "threads"_a, "n"_a);
   m.def("gate", &make_gate, "pixels"_a, "channels"_a, "channels_last"_a, "activation"_a, "dtype"_a);
@@ -92,7 +92,7 @@ void def_pool(py::module_& m) {
           [](const PoolLayer& self, Address x, Address y, int threads, int64_t n) {
             py::gil_scoped_release release;
             const void* const operands[] = {in<void>(x)};
-            self.run.run(n, operands, out<void>(y), threads);
+            self.step.run(n, operands, out<void>(y), threads);
           },
           "x"_a, "y"_a, "threads"_a, "n"_a);
 }
@@ -121,7 +121,7 @@ void bind_network(py::module_& m) {
       },
       py::keep_alive<1, 2>(), "layer"_a, "x"_a, "residual"_a, "y"_a);
   network.def(
-      "add", [](Network& self, const PoolLayer& layer, int64_t x, int64_t y) { self.add(layer.run, {x}, y); },
+      "add", [](Network& self, const PoolLayer& layer, int64_t x, int64_t y) { self.add(layer.step, {x}, y); },
       "layer"_a, "x"_a, "y"_a);
   network.def(
       "add",
@@ -129,7 +129,7 @@ void bind_network(py::module_& m) {
         if (operands.size() != layer.operands)
           throw py::value_error("sparsekd._C.Network: a layer of " + std::to_string(layer.operands) +
                                 " operands was given " + std::to_string(operands.size()));
-        self.add(layer.run, operands, y);
+        self.add(layer.step, operands, y);
       },
       "layer"_a, "operands"_a, "y"_a);
   network.def("finish", &Network::finish);

@@ -9,6 +9,7 @@
 
 #include "dispatch.h"
 #include "parallel.h"
+#include "ranges_impl.h"
 
 namespace sparsekd {
 
@@ -45,7 +46,7 @@ std::vector<RowLayer> Network::row_layers(size_t first) const {
 // where layers run one after the other: it gets some behind all others, or that of an earlier chain's result.
 void Network::move_result(size_t first, size_t last, std::vector<Place>& moved) {
   const RowLayer& layer = steps_[last].layer.row_layer;
-  const int64_t y = steps_[last].y, bytes = (layer.geometry.p * layer.y_row() + kLine - 1) / kLine * kLine;
+  const int64_t y = steps_[last].y, bytes = round_up(layer.geometry.p * layer.y_row(), kLine);
   NetworkValue& value = values_[static_cast<size_t>(y)];
   if (value.pointer >= 0) return;
   size_t last_read = last;
@@ -166,9 +167,10 @@ NetworkLayer pool_layer(const Conv2dShape& shape, bool mean) {
   else
     kernel = mean ? table.mean_bf16 : table.max_bf16;
   return {[=](int64_t n, const void* const* in, void* y, int threads) {
-    Conv2dGeometry geometry = shape.geometry;
-    geometry.n = n;
-    kernel({.geometry = geometry, .x = static_cast<const T*>(in[0]), .y = static_cast<T*>(y), .threads = threads});
+    kernel({.geometry = with_images(shape.geometry, n),
+            .x = static_cast<const T*>(in[0]),
+            .y = static_cast<T*>(y),
+            .threads = threads});
   }};
 }
 

@@ -126,10 +126,8 @@ void add_conv2d(Compiler& compiler, const Maps& maps, const Weights& weights, Ac
   compiler.step(
       {x, residual}, {y},
       [=](const Frame& frame) {
-        Conv2dGeometry geometry = layer->shape().geometry;
-        geometry.n = images * frame.n;
-        layer->run(geometry, {frame.address<const T>(x), x_last}, residual_at<const T>(frame, residual),
-                   {frame.address<T>(y), y_last}, frame.threads);
+        layer->run(with_images(layer->shape().geometry, images * frame.n), {frame.address<const T>(x), x_last},
+                   residual_at<const T>(frame, residual), {frame.address<T>(y), y_last}, frame.threads);
       },
       residual);
   if (x_last && y_last) compiler.also_by_rows(row_layer(*layer), images, x, residual, y);
@@ -145,10 +143,8 @@ void add_conv2d_int8(Compiler& compiler, const Maps& maps, const Weights& weight
   const int64_t images = -maps.y.at(0);
   const int bytes = x.operand;
   compiler.step({bytes, residual}, {y}, [=](const Frame& frame) {
-    Conv2dGeometry geometry = layer->shape().geometry;
-    geometry.n = images * frame.n;
-    layer->run(geometry, {frame.address<const uint8_t>(bytes), x_last}, residual_at<const float>(frame, residual),
-               {frame.at[y], y_last}, frame.threads);
+    layer->run(with_images(layer->shape().geometry, images * frame.n), {frame.address<const uint8_t>(bytes), x_last},
+               residual_at<const float>(frame, residual), {frame.at[y], y_last}, frame.threads);
   });
 }
 

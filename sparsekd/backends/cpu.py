@@ -126,24 +126,18 @@ def _halves_in_float32(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def linear(
     x: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, bias: Tensor | None, out_features: int
 ) -> Tensor:
-    kernel = _kernel("linear", x, values, bias)
-    if kernel is None:
+    if _kernel("linear", x, values, bias) is None:
         return linear_reference(x, values, row_ptr, col_idx, bias, out_features)
     x, values, row_ptr, col_idx = (t.contiguous() for t in (x, values, row_ptr, col_idx))
     bias = None if bias is None else _as_float32(bias)
-    y = x.new_empty(*x.shape[:-1], out_features)
-    weight = (values.data_ptr(), row_ptr.data_ptr(), col_idx.data_ptr(), *values.shape)
-    kernel(
-        x.data_ptr(), _rows(x), x.shape[-1], *weight, 0 if bias is None else bias.data_ptr(), 0,
-        y.data_ptr(), out_features, 0, torch.get_num_threads(),
-    )  # fmt: skip
-    return y
+    return prepared_linear(x, values, row_ptr, col_idx, bias, out_features)(x, values, row_ptr, col_idx, bias)
 
 
 def prepared_linear(
     x: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, bias: Tensor | None, out_features: int
 ) -> Callable[..., Tensor]:
-    kernel, threads = native.linear_f32, torch.get_num_threads
+    """What ``linear`` does for contiguous operands like these, whose bias is float32."""
+    kernel, threads = _compiled("linear", x.dtype), torch.get_num_threads
     size, rows, columns, blocks = (*x.shape[:-1], out_features), _rows(x), x.shape[-1], tuple(values.shape)
 
     def run(x: Tensor, values: Tensor, row_ptr: Tensor, col_idx: Tensor, bias: Tensor | None) -> Tensor:
@@ -190,21 +184,13 @@ def conv2d(
     out_channels: int,
     *fields: Any,
 ) -> Tensor:
-    kernel = _kernel("conv2d", x, values, bias)
-    if kernel is None:
+    if _kernel("conv2d", x, values, bias) is None:
         return conv2d_reference(x, values, row_ptr, col_idx, bias, out_channels, *fields)
-    layout = memory_format(x)
-    x = x.contiguous(memory_format=layout)
+    x = x.contiguous(memory_format=memory_format(x))
     values, row_ptr, col_idx = (t.contiguous() for t in (values, row_ptr, col_idx))
     bias = None if bias is None else _as_float32(bias)
-    shape = _shape(x.shape, out_channels, Geometry.of(*fields), values.shape[1:])
-    y = _empty(x, (x.shape[0], out_channels, shape.p, shape.q), layout)
-    last = layout == torch.channels_last
-    kernel(
-        shape, x.data_ptr(), last, values.data_ptr(), row_ptr.data_ptr(), col_idx.data_ptr(), values.shape[0],
-        0 if bias is None else bias.data_ptr(), 0, y.data_ptr(), last, 0, torch.get_num_threads(),
-    )  # fmt: skip
-    return y
+    run = prepared_conv2d(x, values, row_ptr, col_idx, bias, out_channels, *fields)
+    return run(x, values, row_ptr, col_idx, bias)
 
 
 def prepared_conv2d(
@@ -216,7 +202,8 @@ def prepared_conv2d(
     out_channels: int,
     *fields: Any,
 ) -> Callable[..., Tensor]:
-    kernel, threads, layout = native.conv2d_f32, torch.get_num_threads, memory_format(x)
+    """What ``conv2d`` does for operands like these, contiguous (x perhaps channels_last), whose bias is float32."""
+    kernel, threads, layout = _compiled("conv2d", x.dtype), torch.get_num_threads, memory_format(x)
     shape = _shape(x.shape, out_channels, Geometry.of(*fields), values.shape[1:])
     size, blocks, last = (x.shape[0], out_channels, shape.p, shape.q), len(values), layout == torch.channels_last
 
