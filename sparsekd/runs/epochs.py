@@ -25,6 +25,7 @@ from ..goals import Metric
 from ..methods import Staged
 from ..models.maps import in_training_layout
 from ..teacher_cache import TeacherCache
+from .averaging import AveragedWeights
 from .evaluate import kept_share
 from .learners import learner_of
 from .plans.network import Network
@@ -65,8 +66,11 @@ def fit(
     recipe, settings, runtime = network.recipe, settings or {}, runtime or Runtime()
     distributed.broadcast(model)
     method = learner_of(model, task, network, teacher, seed)
-    stepper = Stepper(method, recipe.optimizer, runtime)
-    parts = {"method": method, "model": model, "optimizer": stepper.optimizer}
+    averaged = AveragedWeights(model, recipe.averaged)
+    stepper = Stepper(method, recipe.optimizer, runtime, averaged.update)
+    parts: dict[str, Any] = {"method": method, "model": model}
+    parts |= {"averaged": averaged} if recipe.averaged else {}
+    parts["optimizer"] = stepper.optimizer
     state = StateFile(folder / STATE, parts, settings, runtime.device)
     epochs = state.resume()
     for epoch in _progress(range(len(epochs) + 1, recipe.epochs + 1), recipe.epochs, f"{network.name} seed {seed}"):
@@ -79,7 +83,7 @@ def fit(
             losses = _train(stepper, task, network, epoch, seed, kept)
         _check_finite(losses["loss"], network, epoch)
         stepper.check_ranks()
-        with in_training_layout(model):
+        with averaged.in_place(), in_training_layout(model):
             if recipe.recalibrate:
                 recalibrate(model, task.train, recipe.batch_size, _shuffle(seed, epoch))
             with runtime.autocast():
@@ -102,10 +106,12 @@ def fit(
             epochs[-1]["pruned_before"] = True
         if not runtime.alone:
             epochs[-1]["beside_others"] = True
-        _keep(model, network, epochs, task.goal.judge, folder, settings)
+        with averaged.in_place():
+            _keep(model, network, epochs, task.goal.judge, folder, settings)
         event = method.after_boundary(epoch)
         if event is not None:
             epochs[-1] |= {"pruned": True, "rewound": event.rewound}
+            averaged.restart()
             if runtime.compiled:
                 torch.compiler.reset()  # dynamo gives up after 8 shapes of one function
         if rank() == 0:

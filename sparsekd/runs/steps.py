@@ -34,8 +34,10 @@ class Stepper:
     {"loss": 1.25, "task": 1.25, "kd": 0.0, "sad": 0.0}
     """
 
-    def __init__(self, method: Method, optimizer: str, runtime: Runtime) -> None:
-        self.method, self.runtime = method, runtime
+    def __init__(
+        self, method: Method, optimizer: str, runtime: Runtime, after_step: Callable[[], None] = lambda: None
+    ) -> None:
+        self.method, self.runtime, self.after_step = method, runtime, after_step
         self.optimizer = _optimizer(optimizer, self.parameters)
         method.attach(self.optimizer)
 
@@ -67,6 +69,7 @@ class Stepper:
             distributed.average_gradients(trained)
             self.optimizer.step()
             self.method.after_step()
+            self.after_step()
             terms = losses.terms()
             if not taken:
                 names, sums = tuple(terms), torch.zeros(len(terms), device=self.runtime.device)

@@ -136,8 +136,10 @@ class Network:
         for name in ("make", "costs", "asked"):
             del settings[name]
         for recipe in (settings["recipe"], settings["ticket"]):
-            if recipe is not None and recipe["splits"] == 1:
-                del recipe["splits"]  # runs from before an epoch could be part of a pass go on
+            # Runs from before there were these settings go on.
+            for name, unused in (("splits", 1), ("averaged", 0)) if recipe is not None else ():
+                if recipe[name] == unused:
+                    del recipe[name]
         if self.schedule is not None:
             settings["schedule"] = described(self.schedule)
         if "initial" in self.options:

@@ -22,6 +22,7 @@ class Recipe:
     restart      what begins the learning rate anew: "rewind" (and a new stage), every "prune", or "never".
     select       the epoch a network is kept from: "best" of the validation part, or "last".
     recalibrate  whether batch norm statistics are taken anew before each validation (see `epochs.recalibrate`).
+    averaged     decay of the average over steps that is scored and kept in place of the weights; 0: the weights.
     """
 
     lr: float
@@ -37,6 +38,7 @@ class Recipe:
     restart: str = "rewind"
     select: str = "best"
     recalibrate: bool = True
+    averaged: float = 0.0
 
     def __post_init__(self) -> None:
         if self.splits < 1 or self.epochs % self.splits:
@@ -44,3 +46,5 @@ class Recipe:
                 f"sparsekd.runs: the epochs of a recipe are whole passes of splits epochs each, got {self.epochs} "
                 f"epochs and splits {self.splits}"
             )
+        if not 0 <= self.averaged < 1:
+            raise ValueError(f"sparsekd.runs: averaged is a decay in [0, 1), got {self.averaged}")
