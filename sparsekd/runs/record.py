@@ -27,6 +27,7 @@ from .epochs import picked_epoch
 from .evaluate import count_parameters, freeze_for, kept_share, not_pruned, served, speed
 from .plans.network import Network, Plan
 from .runtime import Runtime
+from .state import in_full
 
 Row = dict[str, Any]
 ROWS = "rows.json"
@@ -194,13 +195,13 @@ def kept_rows(path: Path) -> list[Row]:
 
 def other_rows(out: Path, rows: Sequence[Row], common: Mapping[str, Any]) -> list[Row]:
     """Rows of what else has finished in `out` at the same task; the settings in each say how."""
-    common = json.loads(json.dumps(common))
+    common = json.loads(json.dumps(in_full(common)))
     known = {(row["seed"], row["settings"]["folder"]) for row in rows}
     others: list[Row] = []
     for path in sorted(out.glob(f"seed*/*/{ROWS}")):
         theirs = kept_rows(path)
         settings = theirs[0]["settings"]
-        if (settings["seed"], settings["folder"]) not in known and settings.items() >= common.items():
+        if (settings["seed"], settings["folder"]) not in known and in_full(settings).items() >= common.items():
             others += theirs
     return others
 

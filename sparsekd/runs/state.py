@@ -66,9 +66,14 @@ def lay_out_moments(optimizer: torch.optim.Optimizer) -> None:
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
+def in_full(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with those that are left out where they are not used."""
+    return {"views": 0, **settings}
+
+
 def check_same_settings(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ValueError where a file was written under other settings; one it does not name was not there yet."""
-    then, now = (json.loads(json.dumps(settings)) for settings in (then, now))
+    then, now = (json.loads(json.dumps(in_full(settings))) for settings in (then, now))
     for key in then:
         if then[key] != now.get(key):
             raise ValueError(

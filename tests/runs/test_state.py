@@ -1,9 +1,10 @@
 """The state file of a training: what it keeps beside the parts that it is given."""
 
+import pytest
 import torch
 from torch.optim import AdamW
 
-from sparsekd.runs.state import StateFile
+from sparsekd.runs.state import StateFile, check_same_settings
 
 
 def test_the_generator_of_the_gpu_goes_on_too(tmp_path, monkeypatch):
@@ -50,3 +51,11 @@ def test_a_resumed_channels_last_network_steps_as_if_it_had_not_stopped(tmp_path
     assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == resumed.weight.stride()
     steps(resumed, another, batches[2:])
     assert torch.equal(resumed.weight, whole.weight)
+
+
+def test_a_folder_begun_without_views_is_not_gone_on_with_in_views(tmp_path):
+    check_same_settings(tmp_path, {"seed": 1}, {"seed": 1, "added_later": 2})
+    with pytest.raises(ValueError, match="its views is 0, now 12; give another --out"):
+        check_same_settings(tmp_path, {"seed": 1}, {"seed": 1, "views": 12})
+    with pytest.raises(ValueError, match="its views is 12, now 0"):
+        check_same_settings(tmp_path, {"seed": 1, "views": 12}, {"seed": 1})
