@@ -2,7 +2,7 @@
 
     python -m benchmarks.headline run --out runs/headline --threads 2 --minutes 3     # goes on where it was stopped
     python -m benchmarks.headline table --out runs/headline --json benchmarks/results/headline.json
-    python -m benchmarks.headline floor --out runs/headline --jobs SAD "LTH-SAD at once @ 0.1"
+    python -m benchmarks.headline floor --out runs/headline --json benchmarks/results/headline_floor.json
 
 On movietweetings (or, by --task, a group of films such as movies-categorical), in turns, each job in a process of its
 own:
@@ -20,7 +20,7 @@ saves on so few rows. Reading the data and the teacher's own training are in non
 marks the density of each method that has the smallest validation error, of those that have run; where a job has other
 turns, it leaves out the seconds of those in which other processes had more than a twentieth of the machine. `floor`
 times single steps beside what they cannot take less than (lib/floor.py), of dense students and of those that are pruned
-at once.
+at once, and shows which ops take their time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ RECIPE, LONG = "ours", "long"
 PLAIN = "plain torch"
 BATCH = 512  # of inference
 STEPS = 40  # that are timed for a floor
+LONGEST = 12  # ops whose shares of a step are shown
 ELSEWHERE = 0.05  # share of the machine that other processes may have
 ROWS = "rows.jsonl"
 
@@ -323,6 +324,23 @@ def table(options: argparse.Namespace) -> None:
 
 def floor(options: argparse.Namespace) -> None:
     """A line for each job: a step, and what it cannot take less than."""
+    rows = []
+    for row in floors(options):
+        rows.append(row)
+        least = row["arithmetic_ms"] + row["traffic_ms"]
+        print(
+            f"{row['job']}: {row['step_ms']:.1f} ms a step; at least {least:.1f}, of which "
+            f"{row['arithmetic_ms']:.1f} for {row['macs'] / 1e6:.0f} million multiply-adds at "
+            f"{row['gflops']:.0f} GFLOP/s and {row['traffic_ms']:.1f} for {row['bytes'] / 1e6:.0f} MB at "
+            f"{row['gigabytes_a_second']:.1f} GB/s",
+            flush=True,
+        )
+        print("  " + ", ".join(f"{op} {share:.1%}" for op, share in row["ops_share"].items()), flush=True)
+    if options.json:
+        write_json(options.json, shlex.join(["python", "-m", "benchmarks.headline", *sys.argv[1:]]), rows)
+
+
+def floors(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     task, plan = read(options)
     names = options.jobs or ("SAD", "LTH-SAD at once @ 0.1")
     most = max(network_of(plan, name).recipe.batch_size for name in names)
@@ -348,12 +366,24 @@ def floor(options: argparse.Namespace) -> None:
         stepper.learn(epoch(1), lambda _: Rate(lr=1e-3, weight_decay=0.0))
         step_ms = 1e3 * (time.perf_counter() - began) / few.train.steps(network.recipe.batch_size)
         least = floor_of(student, few.train.examples(network.recipe.batch_size))
-        print(
-            f"{name}: {step_ms:.1f} ms a step; at least {least.arithmetic_ms + least.traffic_ms:.1f}, of which "
-            f"{least.arithmetic_ms:.1f} for {least.macs / 1e6:.0f} million multiply-adds at {least.gflops:.0f} GFLOP/s "
-            f"and {least.traffic_ms:.1f} for {least.bytes / 1e6:.0f} MB at {least.gigabytes_a_second:.1f} GB/s",
-            flush=True,
-        )
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+            stepper.learn(epoch(2), lambda _: Rate(lr=1e-3, weight_decay=0.0))
+        yield {
+            "job": name,
+            "batch": network.recipe.batch_size,
+            "step_ms": step_ms,
+            "arithmetic_ms": least.arithmetic_ms,
+            "traffic_ms": least.traffic_ms,
+            **dataclasses.asdict(least),
+            "ops_share": longest_ops(profiled),
+        }
+
+
+def longest_ops(profiled: torch.profiler.profile) -> dict[str, float]:
+    """The ops that take longest, each with its share of the time of all."""
+    took = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
+    longest = sorted(took, key=lambda op: -took[op])[:LONGEST]
+    return {op: round(took[op] / sum(took.values()), 4) for op in longest}
 
 
 def main() -> None:
