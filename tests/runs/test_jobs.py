@@ -119,3 +119,28 @@ def test_jobs_are_checked(folder, tmp_path, tiny, monkeypatch):
     with pytest.raises(ValueError, match="got jobs 2 on cpu and 2 ranks; leave --jobs out"):
         runs.run(here.config(folder, tmp_path, jobs=2))
     assert not list(tmp_path.iterdir())
+
+
+# The child holds the output of its parent open for as long as it lives.
+KILLED = """
+import multiprocessing, time
+from sparsekd.runs import jobs
+
+def work():
+    jobs._end_with_parent()
+    print("at work", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    child = multiprocessing.get_context("spawn").Process(target=work)
+    child.start()
+    child.join()
+"""
+
+
+def test_processes_end_with_a_run_that_is_killed(tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    run = subprocess.Popen([sys.executable, str(tmp_path / "killed.py")], stdout=subprocess.PIPE, text=True)
+    assert run.stdout.readline() == "at work\n"
+    run.kill()
+    assert run.communicate(timeout=60)[0] == ""  # which waits until nobody can write to it any more
