@@ -27,33 +27,13 @@ inline int64_t count_kept(const EmbeddingTable& t, int64_t row) {
   return count;
 }
 
-// 64 bytes of 0xff, then as many of zero: from 64 - n on they choose the first n of 64 bytes.
-struct BytesBefore {
-  uint8_t byte[2 * sparsekd::kRowsOfBase];
-  constexpr BytesBefore() : byte{} {
-    for (int i = 0; i < sparsekd::kRowsOfBase; ++i) byte[i] = 0xff;
-  }
-};
-constexpr BytesBefore kBytesBefore;
-
-// Where the values of a row begin: behind those of the rows before it in its 64. All 64 counts are added, those from the
-// row on as zeros, since the trip count of a loop that ends at the row would be mispredicted. Pairs of bytes are added as
-// words of 16 bits, and those by a multiplication whose highest word is their sum.
+// Where the values of a row begin: behind those of the rows before it in its 64.
 inline int64_t row_begin(const EmbeddingTable& t, int64_t row) {
-  constexpr uint64_t kBytes = 0x0101010101010101u, kEven = 0x00ff00ff00ff00ffu, kPairs = 0x0001000100010001u;
-  const int64_t first = row / sparsekd::kRowsOfBase * sparsekd::kRowsOfBase;
-  const uint8_t* before = kBytesBefore.byte + sparsekd::kRowsOfBase - (row - first);
-  uint64_t pairs = 0, many = 0;
-  for (int i = 0; i < sparsekd::kRowsOfBase; i += 8) {
-    uint64_t counts, wanted;
-    memcpy(&counts, t.counts + first + i, sizeof counts);
-    memcpy(&wanted, before + i, sizeof wanted);
-    counts &= wanted;
-    pairs += (counts & kEven) + (counts >> 8 & kEven);
-    many |= (~counts - kBytes) & counts & kBytes << 7;  // a byte of kManyKept
-  }
-  int64_t begin = t.base[row / sparsekd::kRowsOfBase];
-  if (many == 0) return begin + static_cast<int64_t>(pairs * kPairs >> 48);
+  const int64_t base = static_cast<int64_t>(static_cast<uint64_t>(row) / sparsekd::kRowsOfBase);
+  const int64_t first = base * sparsekd::kRowsOfBase;
+  const int64_t before = Vec16::sum_first_bytes(t.counts + first, static_cast<int>(row - first));
+  if (before >= 0) return t.base[base] + before;
+  int64_t begin = t.base[base];
   for (int64_t i = first; i < row; ++i) begin += count_kept(t, i);
   return begin;
 }
@@ -72,29 +52,39 @@ inline Vec16 expand(const T* values, uint32_t kept) {
   return Vec16::expand_load(floats, kept);
 }
 
-// body(first dimension, bits of the 16 dimensions from there, where their values lie) for a row.
+// The bits of the 16 dimensions of group g in a word, and how many values those before it have.
+inline uint32_t group_of(uint64_t word, int g) { return static_cast<uint32_t>(word >> 16 * g) & 0xffffu; }
+inline int kept_before(uint64_t word, int g) { return __builtin_popcountll(word & ((uint64_t{1} << 16 * g) - 1)); }
+
+// body(group, its bits, where its values lie) for every 16 dimensions of a row. What precedes each of the four groups of
+// a word is counted from the word, so that none waits for the one before it.
 template <class Body>
 inline void each_group(const EmbeddingTable& t, int64_t row, int64_t begin, const Body& body) {
   const uint64_t* kept = kept_of(t, row);
-  for (int64_t d = 0; d < t.dim; d += 16) {
-    const uint32_t bits = static_cast<uint32_t>(kept[d / 64] >> d % 64) & 0xffffu;
-    body(d, bits, begin);
-    begin += __builtin_popcount(bits);
+  const int64_t groups = ceil_div(t.dim, 16);
+  for (int64_t first = 0; first < groups; first += 4) {
+    const uint64_t word = kept[first / 4];
+    const int have = static_cast<int>(min64(4, groups - first));
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g)
+      if (g < have) body(first + g, group_of(word, g), begin + kept_before(word, g));
+    begin += __builtin_popcountll(word);
   }
 }
 
 // Goes through ids and asks ahead for the rows of later ones, in two steps: their bits and where they begin, then their
-// values. `at` must be asked for every i from `begin` on, in order.
+// values. `at` must be asked for every i from `begin` on, in order. Of a table that lies in the cache it asks for nothing.
 template <class T>
 class RowStream {
  public:
   RowStream(const EmbeddingTable& t, const T* values, const int64_t* ids, int64_t begin, int64_t end)
-      : t_(t), values_(values), ids_(ids), end_(end) {
-    for (int64_t i = begin; i < min64(end, begin + kValuesAhead); ++i) ask_for_values(i);
+      : t_(t), values_(values), ids_(ids), end_(end), cold_(bytes_of(t) > kInCache) {
+    for (int64_t i = begin; cold_ && i < min64(end, begin + kValuesAhead); ++i) ask_for_values(i);
   }
 
   // Where the values of row ids[i] begin.
   int64_t at(int64_t i) {
+    if (!cold_) return row_begin(t_, ids_[i]);
     if (i + kBitsAhead < end_) {
       const int64_t row = ids_[i + kBitsAhead];
       __builtin_prefetch(kept_of(t_, row));
@@ -108,26 +98,45 @@ class RowStream {
 
  private:
   static constexpr int64_t kBitsAhead = 16, kValuesAhead = 8;
+  static constexpr int64_t kInCache = 256 << 10;  // half of a small L2 cache
 
+  static int64_t bytes_of(const EmbeddingTable& t) {
+    const int64_t last = t.rows - 1;
+    const int64_t values = t.rows > 0 ? row_begin(t, last) + count_kept(t, last) : 0;
+    return static_cast<int64_t>(sizeof(T)) * values + 8 * t.rows * ceil_div(t.dim, 64);
+  }
+
+  // Three lines without a branch, whose outcome would change from row to row; more only of rows that have them.
   void ask_for_values(int64_t i) {
     const int64_t row = ids_[i], begin = row_begin(t_, row);
     begins_[i % kBitsAhead] = begin;
     const char* first = reinterpret_cast<const char*>(values_ + begin);
-    const int64_t bytes = static_cast<int64_t>(sizeof(T)) * count_kept(t_, row);
-    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(first + byte);
-    if (bytes > 0) __builtin_prefetch(first + bytes - 1);
+    const int64_t last = max64(1, static_cast<int64_t>(sizeof(T)) * count_kept(t_, row)) - 1;
+    __builtin_prefetch(first);
+    __builtin_prefetch(first + min64(64, last));
+    __builtin_prefetch(first + last);
+    for (int64_t byte = 128; byte < last; byte += 64) __builtin_prefetch(first + byte);
   }
 
   const EmbeddingTable& t_;
   const T* values_;
   const int64_t* ids_;
   int64_t end_, begins_[kBitsAhead];
+  bool cold_;
 };
 
 template <class T>
 constexpr bool kScaled = sizeof(T) == 1;  // int8_t, which has a scale for each row
 
 constexpr int64_t kIdsOfPiece = 256;  // of one piece of work: some microseconds
+
+template <class Out>
+inline void store_group(Out* row, int64_t group, Vec16 v, int64_t dim) {
+  if (16 * group + 16 <= dim)
+    store16(row + 16 * group, v);
+  else
+    store16_first(row + 16 * group, v, static_cast<int>(dim - 16 * group));
+}
 
 template <class T>
 void embedding_lookup(const EmbeddingLookup<T>& args) {
@@ -139,41 +148,82 @@ void embedding_lookup(const EmbeddingLookup<T>& args) {
       auto* out = args.out + i * t.dim;
       Vec16 scale = Vec16::zero();
       if constexpr (kScaled<T>) scale = Vec16::broadcast(args.row_scale + args.ids[i]);
-      each_group(t, args.ids[i], rows.at(i), [&](int64_t d, uint32_t bits, int64_t begin) {
+      each_group(t, args.ids[i], rows.at(i), [&](int64_t group, uint32_t bits, int64_t begin) {
         Vec16 row = expand(args.values + begin, bits);
         if constexpr (kScaled<T>) row = Vec16::mul(row, scale);
-        if (d + 16 <= t.dim)
-          store16(out + d, row);
-        else
-          store16_first(out + d, row, static_cast<int>(t.dim - d));
+        store_group(out, group, row, t.dim);
       });
     }
   });
 }
 
 template <class T>
-void embedding_bag(const EmbeddingBag<T>& args) {
+inline Vec16 scale_of(const EmbeddingBag<T>& args, int64_t i) {
+  float scale = args.scale != nullptr ? args.scale[i] : 1.0f;
+  if constexpr (kScaled<T>) scale *= args.row_scale[args.ids[i]];
+  return Vec16::broadcast(&scale);
+}
+
+// Sums of a few bags whose rows have kGroups groups, in registers.
+template <int kGroups, class T>
+inline void bags_in_registers(const EmbeddingBag<T>& args, RowStream<T>& rows, int64_t begin_bag, int64_t end_bag) {
   const EmbeddingTable& t = args.table;
-  const int64_t per_bag = max64(1, args.offsets[args.bags] / max64(1, args.bags));
-  const int64_t bags = max64(1, kIdsOfPiece / per_bag), padded = round_up(t.dim, 16);
-  parallel(args.threads, ceil_div(args.bags, bags), [&](int64_t piece) {
-    float* sum = scratch_of<float>(sparsekd::kScratchSum, padded);
-    const int64_t end_bag = min64(args.bags, (piece + 1) * bags), end = args.offsets[end_bag];
-    RowStream<T> rows(t, args.values, args.ids, args.offsets[piece * bags], end);
-    for (int64_t bag = piece * bags; bag < end_bag; ++bag) {
-      zero_floats(sum, padded);
-      for (int64_t i = args.offsets[bag]; i < args.offsets[bag + 1]; ++i) {
-        const int64_t begin_of_row = rows.at(i);
-        if (args.ids[i] == args.padding) continue;
-        float weight = args.scale != nullptr ? args.scale[i] : 1.0f;
-        if constexpr (kScaled<T>) weight *= args.row_scale[args.ids[i]];
-        const Vec16 scale = Vec16::broadcast(&weight);
-        each_group(t, args.ids[i], begin_of_row, [&](int64_t d, uint32_t bits, int64_t begin) {
-          Vec16::fma(scale, expand(args.values + begin, bits), Vec16::load(sum + d)).store(sum + d);
-        });
+  for (int64_t bag = begin_bag; bag < end_bag; ++bag) {
+    Vec16 sum[kGroups];
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroups; ++g) sum[g] = Vec16::zero();
+    for (int64_t i = args.offsets[bag]; i < args.offsets[bag + 1]; ++i) {
+      int64_t begin = rows.at(i);
+      if (args.ids[i] == args.padding) continue;
+      const Vec16 scale = scale_of(args, i);
+      const uint64_t* kept = kept_of(t, args.ids[i]);
+#pragma GCC unroll 8
+      for (int g = 0; g < kGroups; ++g) {
+        const uint64_t word = kept[g / 4];
+        const Vec16 row = expand(args.values + begin + kept_before(word, g % 4), group_of(word, g % 4));
+        sum[g] = Vec16::fma(scale, row, sum[g]);
+        if (g % 4 == 3) begin += __builtin_popcountll(word);
       }
-      copy_floats(args.out + bag * t.dim, sum, 1, t.dim);
     }
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroups; ++g) store_group(args.out + bag * t.dim, g, sum[g], t.dim);
+  }
+}
+
+// The same for rows of any length.
+template <class T>
+inline void bags_in_memory(const EmbeddingBag<T>& args, RowStream<T>& rows, int64_t begin_bag, int64_t end_bag) {
+  const EmbeddingTable& t = args.table;
+  const int64_t padded = round_up(t.dim, 16);
+  float* sum = scratch_of<float>(sparsekd::kScratchSum, padded);
+  for (int64_t bag = begin_bag; bag < end_bag; ++bag) {
+    zero_floats(sum, padded);
+    for (int64_t i = args.offsets[bag]; i < args.offsets[bag + 1]; ++i) {
+      const int64_t begin_of_row = rows.at(i);
+      if (args.ids[i] == args.padding) continue;
+      const Vec16 scale = scale_of(args, i);
+      each_group(t, args.ids[i], begin_of_row, [&](int64_t group, uint32_t bits, int64_t begin) {
+        float* of_group = sum + 16 * group;
+        Vec16::fma(scale, expand(args.values + begin, bits), Vec16::load(of_group)).store(of_group);
+      });
+    }
+    copy_floats(args.out + bag * t.dim, sum, 1, t.dim);
+  }
+}
+
+template <class T>
+void embedding_bag(const EmbeddingBag<T>& args) {
+  const int64_t per_bag = max64(1, args.offsets[args.bags] / max64(1, args.bags));
+  const int64_t bags = max64(1, kIdsOfPiece / per_bag), groups = ceil_div(args.table.dim, 16);
+  parallel(args.threads, ceil_div(args.bags, bags), [&](int64_t piece) {
+    const int64_t begin_bag = piece * bags, end_bag = min64(args.bags, begin_bag + bags);
+    RowStream<T> rows(args.table, args.values, args.ids, args.offsets[begin_bag], args.offsets[end_bag]);
+    if (groups == 1) return bags_in_registers<1>(args, rows, begin_bag, end_bag);
+    if (groups == 2) return bags_in_registers<2>(args, rows, begin_bag, end_bag);
+    if (groups == 4) return bags_in_registers<4>(args, rows, begin_bag, end_bag);
+    if constexpr (Vec16::kTilePixels > 8)
+      if (groups == 8) return bags_in_registers<8>(args, rows, begin_bag, end_bag);
+    bags_in_memory(args, rows, begin_bag, end_bag);
   });
 }
 
@@ -194,7 +244,8 @@ void embedding_grad(const EmbeddingGrad& args) {
       const float* grad = args.grad + (args.source != nullptr ? args.source[i] : i) * t.dim;
       const float one = 1.0f;
       const Vec16 scale = Vec16::broadcast(args.scale != nullptr ? args.scale + i : &one);
-      each_group(t, row, row_begin(t, row), [&](int64_t d, uint32_t bits, int64_t begin) {
+      each_group(t, row, row_begin(t, row), [&](int64_t group, uint32_t bits, int64_t begin) {
+        const int64_t d = 16 * group;
         const int count = __builtin_popcount(bits);
         if (count == 0) return;
         float* target = args.grad_values + begin;

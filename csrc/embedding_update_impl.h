@@ -29,7 +29,8 @@ void embedding_rows_grad(const EmbeddingRowsGrad& args) {
         const float* grad = args.grad + (args.source != nullptr ? args.source[i] : i) * t.dim;
         const float one = 1.0f;
         const Vec16 scale = Vec16::broadcast(args.scale != nullptr ? args.scale + i : &one);
-        each_group(t, row, 0, [&](int64_t d, uint32_t bits, int64_t at) {
+        each_group(t, row, 0, [&](int64_t group, uint32_t bits, int64_t at) {
+          const int64_t d = 16 * group;
           const int count = __builtin_popcount(bits);
           if (count == 0) return;
           const Vec16 all = Vec16::load_first(grad + d, static_cast<int>(min64(16, t.dim - d)));

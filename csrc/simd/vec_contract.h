@@ -8,7 +8,7 @@ namespace {
 
 template <class V>
 concept IsVec16 = requires(V a, V (&rows)[16], const V (&some)[8], const float* from, float* to, int64_t stride, int n,
-                           uint32_t kept) {
+                           uint32_t kept, const uint8_t* bytes) {
   { V::kIsa } -> std::convertible_to<const char*>;
   requires sizeof(V) == 16 * sizeof(float);
   // Sizes of the register tiles of the three loops.
@@ -40,6 +40,8 @@ concept IsVec16 = requires(V a, V (&rows)[16], const V (&some)[8], const float* 
   { V::transpose(rows) } -> std::same_as<void>;
   { V::sum_rows(rows) } -> std::same_as<V>;
   { V::store_transposed8(some, to, stride, n, n) } -> std::same_as<void>;
+  // Of bytes.
+  { V::sum_first_bytes(bytes, n) } -> std::same_as<int64_t>;
 };
 
 static_assert(IsVec16<Vec16>, "include a simd/vec_<isa>.h first; CONTRACTS.md says what it must offer");
