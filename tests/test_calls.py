@@ -13,6 +13,7 @@ import sparsekd
 from sparsekd.backends import cpu
 from sparsekd.nn import SparseEmbedding, SparseEmbeddingBag
 from sparsekd.ops import _schema
+from sparsekd.ops.embedding import pack_mask
 
 pytestmark = pytest.mark.skipif(cpu.native is None, reason="no compiled kernels")
 
@@ -77,6 +78,57 @@ def test_tables_are_looked_up_and_learn_without_the_dispatcher(direct, sparse, g
         layer(*arguments).sum().backward()
         assert direct == [*lookup, *lookup, gradient]
         direct.clear()
+
+
+def exchange_entries(table):
+    table.rekeep_(pack_mask(~table.mask() | (torch.arange(8) == 0)))
+
+
+def other_table(table):
+    table.load_state_dict(type(table)(50, 8, density=0.75).state_dict())
+
+
+TABLE_CHANGES = {
+    "nothing": lambda table: None,
+    "values in place": lambda table: table.values.data.mul_(2),
+    "data of values": lambda table: setattr(table.values, "data", table.values.data * 2),
+    "other values": lambda table: setattr(table, "values", nn.Parameter(table.values.detach() + 1)),
+    "other entries": exchange_entries,
+    "state": other_table,
+    "double": lambda table: table.double(),
+    "bfloat16": lambda table: table.bfloat16(),
+    "float16": lambda table: table.half(),
+}
+
+
+@pytest.mark.parametrize("change", TABLE_CHANGES)
+@pytest.mark.parametrize("mode", [None, "sum", "mean", "max"])
+def test_a_lookup_like_the_last_one_sees_what_has_changed(mode, change, monkeypatch):
+    table = SparseEmbedding(50, 8, density=0.5) if mode is None else SparseEmbeddingBag(50, 8, mode, density=0.5)
+    ids = torch.tensor([[1, 2, 2], [7, 0, 49]])
+    with torch.no_grad():
+        before = table(ids)
+        with monkeypatch.context() as patch:
+            if mode != "max":  # which is torch's own over the rows
+                patch.setattr(type(table), "table", None)  # the second call asks for nothing
+            assert torch.equal(table(ids), before)
+        TABLE_CHANGES[change](table)
+        got, again, want = table(ids), table(ids), table.to_dense()(ids)
+        assert torch.equal(got, again) and got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=0.02 if got.itemsize == 2 else 1e-5, atol=1e-5)
+        for others in (ids.int(), ids.flip(0), ids[:, ::2], ids.T, ids[:, :1]):
+            torch.testing.assert_close(table(others), table.to_dense()(others), rtol=0.02, atol=1e-5)
+        with pytest.raises(IndexError):
+            table(ids + 1)
+        with pytest.raises(TypeError):
+            table(ids.float())
+        with Seen() as seen:
+            table(ids)
+        assert any("sparsekd.embedding" in name for name in seen.names)
+        copied = copy.deepcopy(table)
+        copied.values.data.zero_()
+        assert torch.equal(table(ids), got) and not copied(ids).any()
+    assert table(ids).requires_grad
 
 
 def exchange_data(layer):

@@ -39,7 +39,9 @@ def _bags(layer: Any, input: Tensor, offsets: Tensor | None) -> tuple[Tensor, Te
         if offsets is not None:
             raise ValueError(f"{kind}: 2-D ids are bags of one length and take no offsets")
         bags, length = input.shape
-        return input.reshape(-1), torch.arange(bags + 1, device=input.device) * length
+        if not length:
+            return input.reshape(-1), input.new_zeros(bags + 1)
+        return input.reshape(-1), torch.arange(0, bags * length + 1, length, device=input.device)
     if input.dim() != 1:
         raise ValueError(f"{kind}: ids must be [n] or [bags, length], got shape {tuple(input.shape)}")
     if offsets is None or offsets.dim() != 1 or (layer.include_last_offset and not offsets.shape[0]):

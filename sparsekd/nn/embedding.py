@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._schema import DIRECT, nobody_looks_on
 from ..ops.embedding import count_kept
 from ..ops.embedding_rows import embedding_bag_rows, embedding_rows
 from .bags import bags_and_scale
@@ -37,9 +38,13 @@ class SparseEmbedding(SparseTable):
 
     def forward(self, input: Tensor, learns: Tensor | None = None) -> Tensor:
         """Rows ``[*input.shape, embedding_dim]``; ``learns``: a bool for each id: whether its gradient is wanted."""
+        if learns is None and (table := self._again(input)) is not None:
+            return DIRECT["embedding"](*table, input, self.embedding_dim, -1)
         if self._own_gradient(learns):
             return embedding_rows(input, self.table, self.embedding_dim, self.padding_idx, learns, self.sparse)
-        return ops.embedding(input, self.table, self.embedding_dim, self.padding_idx)
+        rows = ops.embedding(input, self.table, self.embedding_dim, self.padding_idx)
+        self._remember()
+        return rows
 
     def shard(self, rank: int, ranks: int, *, average: bool = True) -> ShardedEmbedding:
         """The part of ``rank``, as a layer that asks the other ranks of the process group for rows of theirs.
@@ -106,6 +111,10 @@ class SparseEmbeddingBag(SparseTable):
     ) -> Tensor:
         """Bags ``[bags, embedding_dim]``; ``learns``: a bool for each id: whether its gradient is wanted."""
         ids, offsets, scale = bags_and_scale(self, input, offsets, per_sample_weights)
+        known = self._again(ids) if learns is None and self.mode != "max" else None
+        if known is not None and nobody_looks_on((offsets, scale)):
+            padding = -1 if self.padding_idx is None else self.padding_idx
+            return DIRECT["embedding_bag"](*known, ids, offsets, scale, self.embedding_dim, padding)
         own = self._own_gradient(learns)
         if learns is not None and learns.shape == input.shape:
             learns = learns.reshape(-1)
@@ -115,7 +124,9 @@ class SparseEmbeddingBag(SparseTable):
             return embedding_bag_rows(
                 ids, offsets, self.table, self.embedding_dim, scale, self.padding_idx, learns, self.sparse
             )
-        return ops.embedding_bag(ids, offsets, self.table, self.embedding_dim, scale, self.padding_idx)
+        pooled = ops.embedding_bag(ids, offsets, self.table, self.embedding_dim, scale, self.padding_idx)
+        self._remember()
+        return pooled
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mode={self.mode!r}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._schema import DIRECT, nobody_looks_on
 from ..ops.embedding import Table, count_kept, pack_mask, places, row_index, unpack_mask
 from .layer import TracedWhole, computes_as, replace_data
 
@@ -33,6 +34,13 @@ class Repacking(NamedTuple):
     def __call__(self, packed: Tensor, fresh: float = 0.0) -> Tensor:
         """``[n]`` that lies as the values did to ``[num_values]`` as they do now; ``fresh`` where an entry is new."""
         return torch.ops.sparsekd.embedding_repack(packed, *self[:6], self.num_values, fresh)
+
+
+class KnownTable(NamedTuple):
+    """The table of a call without gradients that went well (``SparseTable._again``)."""
+
+    table: Table
+    shape: torch.Size  # of values: the data of a Parameter may be exchanged
 
 
 class SparseTable(TracedWhole):
@@ -187,6 +195,38 @@ class SparseTable(TracedWhole):
         """Whether there is a gradient other than that of the plain op, which is what a graph of inference holds."""
         own = learns is not None or (self.sparse and torch.is_grad_enabled())
         return own and not torch.compiler.is_exporting()
+
+    def _again(self, ids: Tensor) -> Table | None:
+        """The table, where a call without gradients need neither check it nor pass the dispatcher: it is that of the
+        last such call. Both take longer than the lookup of some hundred rows."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return None
+        known: KnownTable | None = self.__dict__.get("_known")
+        if known is None or ids.dtype is not torch.int64:
+            return None
+        table, buffers = known.table, self._buffers
+        values = table.values
+        if (
+            self._parameters["values"] is not values
+            or buffers["kept"] is not table.kept
+            or buffers["base"] is not table.base
+            or buffers["counts"] is not table.counts
+            or values.shape != known.shape
+            or not nobody_looks_on((ids, values))
+        ):
+            return None
+        return table
+
+    def _remember(self) -> None:
+        """That a call went well, for ``_again``."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or "embedding" not in DIRECT:
+            return
+        table = self.table
+        if nobody_looks_on(table):
+            self.__dict__["_known"] = KnownTable(table, table.values.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_known"}
 
     def _adopt(self, rows: int, dim: int, padding_idx: int | None, values: Tensor, kept: Tensor) -> None:
         if padding_idx is not None:
