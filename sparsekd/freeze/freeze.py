@@ -76,7 +76,7 @@ def freeze(
         memory_format: "contiguous" or "channels_last"; default: whichever makes the whole network faster.
         tolerance: largest difference from the outputs of ``model``, relative to the largest output; default by dtype.
             Given, it lets outputs that are no floats (positions, classes) differ.
-        layer_ms: milliseconds to measure one layer for, in each memory format.
+        layer_ms: milliseconds to measure one layer for, in each memory format; whole networks have 5/3 of it each.
         dtype: "bf16" computes a float32 model in bfloat16 (best with 16x2 blocks): inputs and outputs stay float32.
             "int8" multiplies bytes in sparse float32 layers where that is faster (CPU; best with 16x4 blocks).
             Activations between layers stay float32; ``tolerance`` (then 0.1) is that of bytes against float32.
@@ -131,14 +131,14 @@ def _on_cpu(source: Source, memory_format: str | None, options: Options, may_run
         **({} if dense is None else {DENSE: call.calls(dense.requires_grad_(False))}),
         **{name: runner(network, call, traced=traced) for name, network in networks.items()},
     }
-    network_us = time_networks(runs, inputs)
+    network_us = time_networks(runs, inputs, options)
     fastest = min(networks, key=lambda name: network_us[name])
     if dense is not None and may_run_dense and options.min_gain > 0:
         # Measured again, since the choice is between all that was done here and nothing.
-        us = time_networks({name: runs[name] for name in (DENSE, fastest)}, inputs)
+        us = time_networks({name: runs[name] for name in (DENSE, fastest)}, inputs, options)
         if us[DENSE] < NOISE * us[fastest] and network_us[DENSE] < NOISE * network_us[fastest]:
             return run_dense(source, dense, network_us)
-    images = _images(networks[fastest], source, network_us)
+    images = _images(networks[fastest], source, network_us, options)
     plan = Plan(
         layers=tuple(plan for _, plan in variants[fastest].choices),
         images=images,
@@ -176,14 +176,15 @@ def _in_bf16(
     return frozen
 
 
-def _images(network: nn.Module, source: Source, network_us: dict[str, float]) -> int:
+def _images(network: nn.Module, source: Source, network_us: dict[str, float], options: Options) -> int:
     """``Plan.images``: the fastest of some; adds the times to ``network_us``."""
     inputs = source.inputs
     batch = inputs[0].shape[0] if inputs[0].dim() else 1
     if source.trace is None or batch < 2 or cpu.native is None:
         return 0
     names = {size: f"slices of {size}" if size else "whole" for size in (0, 1, 2, 4, 8, 16) if size < batch}
-    us = time_networks({name: runner(network, source.call, size) for size, name in names.items()}, inputs)
+    runs = {name: runner(network, source.call, size) for size, name in names.items()}
+    us = time_networks(runs, inputs, options)
     fastest = min(names, key=lambda size: us[names[size]])
     if fastest:
         network_us[names[fastest]] = us[names[fastest]]

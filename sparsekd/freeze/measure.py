@@ -31,7 +31,12 @@ from .sites import Site, clone, weight_shape
 class Options:
     threads: int | None
     min_gain: float
-    seconds: float
+    seconds: float  # to measure one layer for
+
+    @property
+    def network_seconds(self) -> float:
+        """To measure one whole network for: 0.1 where a layer has 60 ms."""
+        return self.seconds / 0.6
 
 
 Choice = tuple[FrozenLayer, LayerPlan]
@@ -78,10 +83,12 @@ def choose_all(
     return variants
 
 
-def time_networks(networks: Mapping[str, Callable[..., Any]], inputs: tuple[Tensor, ...]) -> dict[str, float]:
+def time_networks(
+    networks: Mapping[str, Callable[..., Any]], inputs: tuple[Tensor, ...], options: Options
+) -> dict[str, float]:
     """Median microseconds of one call of each."""
     calls = {name: partial(network, *clone(inputs)) for name, network in networks.items()}
-    return {name: statistics.median(us) for name, us in measure(calls, 0.1 * len(calls)).items()}
+    return {name: statistics.median(us) for name, us in measure(calls, options.network_seconds * len(calls)).items()}
 
 
 def _choose(

@@ -50,7 +50,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters()) - padding
 
 
-def freeze_for(model: nn.Module, task: Task, batches: tuple[int, ...], layer_ms: float = 60.0) -> dict[int, Any]:
+def freeze_for(model: nn.Module, task: Task, batches: tuple[int, ...], layer_ms: float = 20.0) -> dict[int, Any]:
     """The network frozen for each batch size: which layers run sparse is chosen at that size."""
     return {batch: freeze(model.eval(), task.example_inputs(batch), layer_ms=layer_ms) for batch in batches}
 
@@ -63,7 +63,7 @@ def speed(model: nn.Module, frozen: Mapping[int, nn.Module], task: Task, quick: 
     second at the others, joules_{dense,frozen} per row at the largest. Interleaved windows, medians.
     """
     dense = densify(copy.deepcopy(model)).eval()
-    seconds, warmup, rounds = (0.05, 0.05, 5) if quick else (0.15, 0.15, 7)
+    seconds, warmup, rounds = (0.05, 0.05, 5) if quick else (0.1, 0.1, 7)
     metrics: dict[str, Any] = {}
     note = ""
     for batch in sorted(frozen):

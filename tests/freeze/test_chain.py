@@ -134,7 +134,7 @@ def test_threads_share_no_buffer(ours_wins):
 
 
 def test_slices_are_chosen_with_the_batch_and_kept_in_files(monkeypatch, tmp_path):
-    def times(networks, inputs):
+    def times(networks, inputs, options):
         return {name: 1.0 if name == "slices of 2" else 2.0 for name in networks}
 
     monkeypatch.setattr(sys.modules["sparsekd.freeze.freeze"], "time_networks", times)
@@ -154,7 +154,7 @@ def test_a_slower_layer_of_ours_is_kept_where_the_network_gets_faster(gain, ours
     def samples(timed, seconds):
         return {name: [100 * gain if name == "dense" else 100.0] * 8 for name in timed}
 
-    def times(networks, inputs):
+    def times(networks, inputs, options):
         return {name: 1.0 if name == "channels_last, ours throughout" else 2.0 for name in networks}
 
     monkeypatch.setattr(measure, "measure", samples)

@@ -93,7 +93,7 @@ def test_what_is_faster_as_it_is_runs_as_it_is(monkeypatch, tmp_path):
     def build():
         return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
 
-    def dense_wins(networks, inputs):
+    def dense_wins(networks, inputs, options):
         return {name: 1.0 if name == "dense, unfrozen" else 2.0 for name in networks}
 
     monkeypatch.setattr(sys.modules["sparsekd.freeze.freeze"], "time_networks", dense_wins)

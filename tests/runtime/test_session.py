@@ -137,7 +137,7 @@ def test_a_network_that_runs_dense_inside_torch_is_exported_sparse(tmp_path, mon
     monkeypatch.setattr(
         freezing,
         "time_networks",
-        lambda runs, inputs: {name: 1.0 if name == freezing.DENSE else 100.0 for name in runs},
+        lambda runs, inputs, options: {name: 1.0 if name == freezing.DENSE else 100.0 for name in runs},
     )
     frozen = sparsekd.freeze(model, x, layer_ms=1.0, min_gain=1.0)
     assert frozen.plan.eager
