@@ -41,7 +41,9 @@ MOVIES = {
     "numerical": dataclasses.replace(_MOVIES, ridge=2000.0),
     "social": dataclasses.replace(_MOVIES, ridge=100.0),
     "textual": dataclasses.replace(_MOVIES, ridge=100.0),
-    "categorical": dataclasses.replace(_MOVIES, input_dropout=0.5),
+    # On films of the two years behind 2009 and 2011, learning from those before, the average of the weights errs less for
+    # each of four seeds (0.924 on average, not 0.929); for numbers and texts it does not.
+    "categorical": dataclasses.replace(_MOVIES, input_dropout=0.5, averaged=0.98),
 }
 
 
