@@ -70,9 +70,12 @@ class MapCNN(nn.Module):
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         size = (self.shape.maps, self.shape.side)
-        maps = left.unflatten(1, size).unsqueeze(3) * right.unflatten(1, size).unsqueeze(2)  # [B, C, S, S]
+        left, right = left.unflatten(1, size), right.unflatten(1, size)
         if self.training or self.channels_last:  # what follows keeps this layout, in which large batches are faster
-            maps = maps.contiguous(memory_format=torch.channels_last)
+            left, right = left.mT.contiguous(), right.mT.contiguous()  # [B, S, C]
+            maps = (left.unsqueeze(2) * right.unsqueeze(1)).permute(0, 3, 1, 2)
+        else:
+            maps = left.unsqueeze(3) * right.unsqueeze(2)  # [B, C, S, S]
         pooled = self.pool(self.blocks(self.stem(maps))).flatten(1)
         return self.head(self.dropout(pooled)).squeeze(1)
 
