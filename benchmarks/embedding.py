@@ -1,7 +1,8 @@
 """Packed embedding tables against dense ones of torch: `python -m benchmarks.embedding [--part lookup] [--json PATH]`.
 
 lines   64-byte lines a second that this machine reads at random, from a table that fits the cache and one that does not
-lookup  rows and bags a second, of cached and cold tables, beside torch, and as a share of the rate of lines
+lookup  rows and bags a second, of tables in the nearest caches, in the last one and in memory, beside torch, and as a
+        share of the rate of lines
 top_k   the 20 best rows for each query beside dense matmul and topk
 memory  resident bytes of training (table, gradient, Adam) beside dense training: each in a process of its own
 growth  bytes and steps a second as rows grow from 10 thousand to 10 million, ids by Zipf's law
@@ -73,7 +74,8 @@ def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def lookup(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    tables = [("cached", 2_000), ("cold", 20_000 if args.quick else 4_000_000)]
+    tables = [("cached", 2_000), ("far cache", 5_000 if args.quick else 100_000)]
+    tables += [("cold", 20_000 if args.quick else 4_000_000)]
     for name, rows in tables:
         for dim in (64, 128) if not args.quick else (64,):
             if name == "cold" and dim == 128:
