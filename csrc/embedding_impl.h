@@ -27,6 +27,8 @@ inline int64_t count_kept(const EmbeddingTable& t, int64_t row) {
   return count;
 }
 
+static_assert(sparsekd::kRowsOfBase == 64, "Vec16::sum_first_bytes adds the counts of as many rows");
+
 // Where the values of a row begin: behind those of the rows before it in its 64.
 inline int64_t row_begin(const EmbeddingTable& t, int64_t row) {
   const int64_t base = static_cast<int64_t>(static_cast<uint64_t>(row) / sparsekd::kRowsOfBase);
@@ -164,6 +166,8 @@ inline Vec16 scale_of(const EmbeddingBag<T>& args, int64_t i) {
   return Vec16::broadcast(&scale);
 }
 
+constexpr bool kManyRegisters = Vec16::kTilePixels > 8;  // eight sums and what is added to them
+
 // Sums of a few bags whose rows have kGroups groups, in registers.
 template <int kGroups, class T>
 inline void bags_in_registers(const EmbeddingBag<T>& args, RowStream<T>& rows, int64_t begin_bag, int64_t end_bag) {
@@ -221,7 +225,7 @@ void embedding_bag(const EmbeddingBag<T>& args) {
     if (groups == 1) return bags_in_registers<1>(args, rows, begin_bag, end_bag);
     if (groups == 2) return bags_in_registers<2>(args, rows, begin_bag, end_bag);
     if (groups == 4) return bags_in_registers<4>(args, rows, begin_bag, end_bag);
-    if constexpr (Vec16::kTilePixels > 8)
+    if constexpr (kManyRegisters)
       if (groups == 8) return bags_in_registers<8>(args, rows, begin_bag, end_bag);
     bags_in_memory(args, rows, begin_bag, end_bag);
   });

@@ -1,11 +1,14 @@
 """A layer's call reaches the CPU kernels without torch's dispatcher, unless somebody wants to see the op."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -128,7 +131,40 @@ def test_a_lookup_like_the_last_one_sees_what_has_changed(mode, change, monkeypa
         copied = copy.deepcopy(table)
         copied.values.data.zero_()
         assert torch.equal(table(ids), got) and not copied(ids).any()
+        replaced = {"values": torch.zeros_like(table.values)}
+        assert not torch.func.functional_call(table, replaced, (ids,)).any()
+        assert torch.equal(table(ids), got)
     assert table(ids).requires_grad
+
+
+def test_bags_like_the_last_ones_have_their_offsets_weights_and_padding():
+    table = SparseEmbeddingBag(50, 8, "sum", padding_idx=2, density=0.5)
+    dense, ids, weights = table.to_dense(), torch.tensor([1, 2, 2, 7, 0, 49]), torch.rand(6)
+    with torch.no_grad():
+        for offsets in ([0], [0, 3], [0, 0, 6], [0, 2, 5]):
+            for given in (None, weights, -weights):
+                for _ in range(2):
+                    got = table(ids, torch.tensor(offsets), given)
+                    torch.testing.assert_close(got, dense(ids, torch.tensor(offsets), given))
+
+
+def test_a_table_whose_values_are_computed_is_no_call_like_the_last_one():
+    table, ids = SparseEmbedding(50, 8, density=0.5), torch.tensor([1, 2, 7])
+    with torch.no_grad():
+        want = table(ids)
+        prune.identity(table, "values")  # makes values_orig the parameter
+        assert all(torch.equal(table(ids), want) for _ in range(3))
+
+
+def test_a_table_lets_go_of_what_it_no_longer_has():
+    table = SparseEmbedding(50, 8, density=0.5)
+    for change in (exchange_entries, other_table, lambda table: table.to("meta")):
+        with torch.no_grad():
+            table(torch.tensor([1]))
+        old = weakref.ref(table.counts)
+        change(table)
+        gc.collect()
+        assert old() is None
 
 
 def exchange_data(layer):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsekd.data import Task
+from sparsekd.runs.averaging import AveragedWeights
 from sparsekd.runs.plans.network import Network
 from sparsekd.runs.plans.recipe import RECALIBRATION
 from sparsekd.runs.rates import learning_rate
@@ -83,6 +84,7 @@ def train(
     channels = [[feature.shape[1] for feature in tap.features] for tap in taps]
     sad = PlainSAD(channels[0], channels[1])
     optimizer = torch.optim.AdamW([*student.parameters(), *sad.parameters()], weight_decay=recipe.weight_decay)
+    averaged = AveragedWeights(student, recipe.averaged)
     steps, epochs = task.train.steps(recipe.batch_size), recipe.epochs // recipe.splits
     best: tuple[dict[str, Tensor], float] = {}, math.inf
     for epoch in range(1, epochs + 1):
@@ -99,10 +101,12 @@ def train(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        recalibrate(student, task, recipe.batch_size, order)
-        error = task.goal.scores(student, task.val)["mse"]
-        if error < best[1]:
-            best = copy.deepcopy(student.state_dict()), error
+            averaged.update()
+        with averaged.in_place():
+            recalibrate(student, task, recipe.batch_size, order)
+            error = task.goal.scores(student, task.val)["mse"]
+            if error < best[1]:
+                best = copy.deepcopy(student.state_dict()), error
     return best
 
 

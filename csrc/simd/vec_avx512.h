@@ -43,7 +43,6 @@ struct Vec16 {
   static Vec16 expand_load(const float* p, uint32_t kept) {
     __m512 zeros = _mm512_setzero_ps();
     asm("" : "+v"(zeros));
-
     return {_mm512_mask_expandloadu_ps(zeros, static_cast<__mmask16>(kept), p)};
   }
   // The lanes whose bit of `kept` is set, side by side; the lanes behind them hold anything. In a register, because

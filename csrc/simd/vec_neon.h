@@ -63,7 +63,8 @@ struct Vec16 {
       sums = vpadalq_u8(sums, bytes);
       largest = vmaxq_u8(largest, bytes);
     }
-    return vmaxvq_u8(largest) == 255 ? -1 : vaddlvq_u16(sums);
+    if (vmaxvq_u8(largest) == 255) return -1;
+    return vaddlvq_u16(sums);
   }
   void store(float* p) const {
     for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, v[i]);

@@ -180,11 +180,25 @@ void check_top_k(const std::string& name, const Table& t, int64_t count, int64_t
 
 }  // namespace
 
+// A table that no near cache holds, whose rows are asked for ahead.
+void check_far_rows(const std::string& isa, const Setting& set) {
+  std::mt19937 generator(8);
+  std::uniform_real_distribution<float> uniform(-1, 1);
+  const auto random = [&] { return uniform(generator); };
+  const Table t(4000, 128, random, set.side);
+  std::vector<int64_t> ids(1000);
+  for (int64_t& id : ids) id = static_cast<int64_t>(generator() % 4000);
+  check_rows<float>(isa + " embedding far", t, t.values, ids, set, 0);
+  check_rows<Bfloat16>(isa + " embedding far bf16", t, t.halves<Bfloat16>(set.side), ids, set, 1.0 / 256);
+}
+
 void check_embedding(const std::string& isa) {
   for (const Setting& set : {Setting{false, false, 1, Side::kEnd}, Setting{false, false, 2, Side::kBegin},
                              Setting{false, false, 3, Side::kEnd}}) {
     set_scratch_side(set.side);
-    const int64_t shapes[][2] = {{1, 1}, {63, 8}, {64, 16}, {200, 64}, {130, 37}, {90, 100}, {70, 300}};
+    check_far_rows(isa, set);
+    const int64_t shapes[][2] = {{1, 1},   {63, 8},   {64, 16},  {200, 64}, {130, 37},
+                                 {90, 24}, {90, 100}, {90, 120}, {70, 300}};
     for (const auto& [rows, dim] : shapes) {
       std::mt19937 generator(5);
       std::uniform_real_distribution<float> uniform(-1, 1);

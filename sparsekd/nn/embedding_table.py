@@ -207,10 +207,10 @@ class SparseTable(TracedWhole):
         table, buffers = known.table, self._buffers
         values = table.values
         if (
-            self._parameters["values"] is not values
-            or buffers["kept"] is not table.kept
-            or buffers["base"] is not table.base
-            or buffers["counts"] is not table.counts
+            self._parameters.get("values") is not values  # it may be computed from others
+            or buffers.get("kept") is not table.kept
+            or buffers.get("base") is not table.base
+            or buffers.get("counts") is not table.counts
             or values.shape != known.shape
             or not nobody_looks_on((ids, values))
         ):
@@ -224,9 +224,6 @@ class SparseTable(TracedWhole):
         table = self.table
         if nobody_looks_on(table):
             self.__dict__["_known"] = KnownTable(table, table.values.shape)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_known"}
 
     def _adopt(self, rows: int, dim: int, padding_idx: int | None, values: Tensor, kept: Tensor) -> None:
         if padding_idx is not None:

@@ -39,6 +39,19 @@ class TracedWhole(nn.Module):
 
         return tracer.call_module(self, as_one_call, args, kwargs)
 
+    # What a layer knows of its last call (``_again``) is no part of it, and would keep alive what it no longer has.
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__.pop("_known", None)
+        super().__setattr__(name, value)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__.pop("_known", None)
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_known"}
+
     def __prepare_scriptable__(self) -> Any:
         raise RuntimeError(
             f"{type(self).__name__}: TorchScript cannot compile block-sparse layers; script "
@@ -239,13 +252,6 @@ class BlockSparseLayer(TracedWhole):
         if dense and laid_out and _plain_float32(x, self.values, self.bias) and nobody_looks_on(weight):
             run = PREPARED[op](x, *weight, *rest)
             self.__dict__["_known"] = Known(x.shape, x.stride(), weight, self.values.shape, run)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self.__dict__.pop("_known", None)
-        super().__setattr__(name, value)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_known"}
 
     @property
     def computes_densely(self) -> bool:

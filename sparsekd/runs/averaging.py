@@ -15,7 +15,7 @@ class AveragedWeights:
 
     average <- decay * average + (1 - decay) * weights after every step, with the smaller decay (1 + n) / (10 + n) after
     the first n steps, so that the start is forgotten (as in Tan and Le, EfficientNet, ICML 2019, whose code does both).
-    After a prune it begins anew: the model has other parameters then.
+    After a prune it begins anew (``restart``): the model has parameters of other sizes then.
 
     decay: 0 averages nothing, and ``in_place`` leaves the model as it is.
     """

@@ -215,6 +215,7 @@ def settings_of_task(task: Task, plan: Plan, config: RunConfig) -> dict[str, Any
         "sizes": task.sizes,
         "networks": plan.architectures,
         "quick": config.quick,
+        **({"val_rows": len(task.val)} if config.quick else {}),
         **({"views": plan.views} if plan.views else {}),
     }
 

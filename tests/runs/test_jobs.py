@@ -129,7 +129,7 @@ from sparsekd.runs import jobs
 def work():
     jobs._end_with_parent()
     print("at work", flush=True)
-    time.sleep(600)
+    time.sleep(120)
 
 if __name__ == "__main__":
     child = multiprocessing.get_context("spawn").Process(target=work)

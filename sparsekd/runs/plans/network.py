@@ -161,6 +161,8 @@ class Network:
         length = f"{recipe.epochs} epochs" + (f" (1/{recipe.splits} of the rows each)" if recipe.splits > 1 else "")
         text = f"{length} of batch {recipe.batch_size}, {recipe.optimizer}, lr {recipe.lr:g} {rate}"
         text += (again[recipe.restart] if self.method else "") + f", weight decay {recipe.weight_decay:g}"
+        if recipe.averaged:
+            text += f", weights averaged over steps (decay {recipe.averaged:g})"
         if recipe.dropout or recipe.input_dropout:
             text += f", dropout {recipe.dropout:g} and {recipe.input_dropout:g} on the input"
         if self.alpha or self.beta:

@@ -48,3 +48,5 @@ class Recipe:
             )
         if not 0 <= self.averaged < 1:
             raise ValueError(f"sparsekd.runs: averaged is a decay in [0, 1), got {self.averaged}")
+        if self.averaged and not self.recalibrate:
+            raise ValueError("sparsekd.runs: averaged weights need batch norm statistics of their own; set recalibrate")
