@@ -71,7 +71,7 @@ def train(
 ) -> None:
     """Train those of ``networks`` that have no rows yet, ``config.jobs`` at once.
 
-    cache: of what the teacher says, where it has been run; None before the teacher is trained.
+    cache: of what the teacher says, where it has been run; None where none of them learns from it.
     """
     places = {network.folder: out / f"seed{seed}" / network.folder for network in networks}
     waiting = [folder for folder, place in places.items() if not (place / record.ROWS).is_file()]

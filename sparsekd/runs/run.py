@@ -121,13 +121,12 @@ class _Run:
     rows: list[Row] = field(default_factory=list)
 
     def train_all(self, seed: int) -> None:
-        """The teacher and its students, one after the other, or by `config.jobs` at once."""
-        taught = [student for student in self.plan.students if student.alpha or student.beta]
+        """The teacher and its students, one after the other; by `config.jobs` the students at once, since the teacher
+        takes longest and is ready sooner with all threads."""
         path = self.out / f"seed{seed}" / CACHE if self.config.jobs > 1 else None
         if path is not None:
             for network in self.plan.networks:  # rows under other settings are refused before anything is trained
                 self._earlier(network, seed)
-            self._train_at_once([network for network in self.plan.networks if network not in taught], seed, None)
         teacher = in_fast_layout(self.train(self.plan.teacher, seed))
         # Once a seed, and only if one of its students is not finished yet.
         kept = functools.cache(
@@ -135,16 +134,20 @@ class _Run:
                 kept_teacher, teacher, self.task, self.runtime, self.say_once, self.plan.views, seed, path
             )
         )
-        if path is not None and any(self._earlier(student, seed)[0] is None for student in taught):
-            kept()
-            self._train_at_once(taught, seed, path)
+        if path is not None:
+            self._train_at_once(seed, path, kept)
         for student in self.plan.students:
             self.train(student, seed, teacher, kept)
         if rank() == 0:  # it may be of an earlier call that was stopped
             (self.out / f"seed{seed}" / CACHE).unlink(missing_ok=True)
 
-    def _train_at_once(self, networks: list[Network], seed: int, cache: Path | None) -> None:
-        jobs.train(self.config, networks, seed, self.out, self.runtime, cache, self.say)
+    def _train_at_once(self, seed: int, path: Path, kept: Callable[[], TeacherCache | None]) -> None:
+        """The students that an earlier call has not finished."""
+        missing = [student for student in self.plan.students if self._earlier(student, seed)[0] is None]
+        taught = any(student.alpha or student.beta for student in missing)
+        if taught:
+            kept()  # which writes the file that the processes read
+        jobs.train(self.config, missing, seed, self.out, self.runtime, path if taught else None, self.say)
 
     def _earlier(self, network: Network, seed: int) -> tuple[Finished | None, list[Row]]:
         """What an earlier call has trained, and its rows. ValueError for a damaged file, and for other settings."""
