@@ -316,10 +316,13 @@ def table(options: argparse.Namespace) -> None:
             f"| {line['test_mse']:.4f}{spread} | {line['turns']} |"
         )
     if options.json:
-        command = shlex.join(["python", "-m", "benchmarks.headline", *sys.argv[1:]])
         # The rows were taken before: what this moment has to say of the machine's speed is left out.
         about = {name: value for name, value in machine().items() if name not in ("fma_peak_gflops", "load_average")}
-        write_json(options.json, command, [*lines, *rows], about)
+        write_json(options.json, this_command(), [*lines, *rows], about)
+
+
+def this_command() -> str:
+    return shlex.join(["python", "-m", "benchmarks.headline", *sys.argv[1:]])
 
 
 def floor(options: argparse.Namespace) -> None:
@@ -337,7 +340,7 @@ def floor(options: argparse.Namespace) -> None:
         )
         print("  " + ", ".join(f"{op} {share:.1%}" for op, share in row["ops_share"].items()), flush=True)
     if options.json:
-        write_json(options.json, shlex.join(["python", "-m", "benchmarks.headline", *sys.argv[1:]]), rows)
+        write_json(options.json, this_command(), rows)
 
 
 def floors(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
