@@ -50,7 +50,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters()) - padding
 
 
-def freeze_for(model: nn.Module, task: Task, batches: tuple[int, ...], layer_ms: float = 20.0) -> dict[int, Any]:
+def freeze_for(model: nn.Module, task: Task, batches: tuple[int, ...], layer_ms: float) -> dict[int, Any]:
     """The network frozen for each batch size: which layers run sparse is chosen at that size."""
     return {batch: freeze(model.eval(), task.example_inputs(batch), layer_ms=layer_ms) for batch in batches}
 
