@@ -17,16 +17,6 @@ constexpr int64_t kFewElements = 16384;  // stay on one thread
 // Rows of a piece of work: some 4096 elements.
 inline int64_t rows_at_once(int64_t width) { return max64(1, 4096 / max64(1, width)); }
 
-template <class T>
-inline Vec16 load_some(const T* p, int n) {
-  return n == 16 ? load16(p) : load16_first(p, n);
-}
-
-template <class T>
-inline void store_some(T* p, Vec16 v, int n) {
-  n == 16 ? store16(p, v) : store16_first(p, v, n);
-}
-
 // n neighbouring elements from `at` on; factor(i, lanes) is what element i and those behind it are multiplied with.
 template <class T, class Factor>
 inline void gate_run(const Gate<T>& d, int64_t at, int64_t n, const Factor& factor) {

@@ -43,6 +43,7 @@ PYBIND11_MODULE(_C, m) {
   sparsekd::bind_embedding(m);
   sparsekd::bind_int8(m);
   sparsekd::bind_attention(m);
+  sparsekd::bind_norm_relu(m);
   sparsekd::bind_network(m);
   sparsekd::bind_runtime(m);
 }

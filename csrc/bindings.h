@@ -85,6 +85,7 @@ void bind_linear(py::module_& m);
 void bind_embedding(py::module_& m);
 void bind_int8(py::module_& m);
 void bind_attention(py::module_& m);
+void bind_norm_relu(py::module_& m);
 void bind_network(py::module_& m);
 void bind_runtime(py::module_& m);
 

@@ -178,4 +178,15 @@ inline void store16_words(Bfloat16* p, Vec16 v, int n) {
 #endif
 }
 
+// The first n of 16 elements, without a mask where that is all of them.
+template <class T>
+inline Vec16 load_some(const T* p, int n) {
+  return n == 16 ? load16(p) : load16_first(p, n);
+}
+
+template <class T>
+inline void store_some(T* p, Vec16 v, int n) {
+  n == 16 ? store16(p, v) : store16_first(p, v, n);
+}
+
 }  // namespace

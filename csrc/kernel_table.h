@@ -9,6 +9,7 @@
 #include "between_kernels.h"
 #include "conv2d_kernels.h"
 #include "embedding_kernels.h"
+#include "norm_relu_kernels.h"
 #include "pool_kernels.h"
 
 namespace sparsekd {
@@ -24,6 +25,7 @@ struct KernelTable {
   BetweenKernels between;
   AttentionKernels attention;
   EmbeddingKernels embedding;
+  NormReluKernels norm_relu;
   // Multiply-adds on registers, `rounds` times a fixed amount, seeded from and written to sink [32]; returns the number
   // of floating point operations.
   double (*fma_burst)(int64_t rounds, float* sink);

@@ -7,6 +7,7 @@
 #include "embedding_update_impl.h"
 #include "int8_impl.h"
 #include "kernel_table.h"
+#include "norm_relu_impl.h"
 #include "pool_impl.h"
 
 namespace {
@@ -28,6 +29,7 @@ constexpr sparsekd::KernelTable kKernels = {
                 .layer_norm_bf16 = layer_norm<Bfloat16>},
     .attention = kAttention,
     .embedding = kEmbedding,
+    .norm_relu = {.forward = norm_relu, .grad = norm_relu_grad},
     .fma_burst = madd_burst<FloatSums, 1>,
     .bf16 = {.depth = FloatWords<Bfloat16>::kDepth,
              .conv2d = conv2d_forward<FloatWords<Bfloat16>>,

@@ -107,6 +107,16 @@ conv2d_grad_values_bf16 = conv2d_grad_values_f32
 linear_grad_input_bf16 = linear_grad_input_f32
 linear_grad_values_bf16 = linear_grad_values_f32
 
+# Maps of [rows, channels] in channels_last; residual 0, or y and dresidual 0, without a residual.
+def norm_relu(
+    rows: int, channels: int, x: int, residual: int, weight: int, bias: int, epsilon: float, y: int, mean: int,
+    variance: int, threads: int
+) -> None: ...  # fmt: skip
+def norm_relu_grad(
+    rows: int, channels: int, dy: int, x: int, y: int, weight: int, bias: int, mean: int, variance: int, epsilon: float,
+    dx: int, dresidual: int, dweight: int, dbias: int, threads: int
+) -> None: ...  # fmt: skip
+
 ELEMENTS: dict[str, int]
 
 # Of a tapped layer: features, gradient (0 in the forward pass), element, channels_last, channels, pixels.

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsekd.data import Task
+from sparsekd.nn import NormReLU
 from sparsekd.runs.averaging import AveragedWeights
 from sparsekd.runs.plans.network import Network
 from sparsekd.runs.plans.recipe import RECALIBRATION
@@ -77,6 +78,9 @@ def train(
 ) -> tuple[dict[str, Tensor], float]:
     """State and validation error of the best epoch; `student` trains in place."""
     recipe, taps = network.recipe, (Taps(teacher), Taps(student))
+    for module in student.modules():
+        if isinstance(module, NormReLU):
+            module.one_op = False  # batch norm, sum and ReLU by torch
     torch.manual_seed(1_000 + seed)
     with torch.no_grad():
         for model in (teacher.eval(), student.eval()):

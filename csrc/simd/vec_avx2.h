@@ -129,6 +129,11 @@ struct Vec16 {
     return b;
   }
   static Vec16 min(Vec16 a, Vec16 b) { return {{_mm256_min_ps(a.v[0], b.v[0]), _mm256_min_ps(a.v[1], b.v[1])}}; }
+  // b where a is positive or NaN, else 0.
+  static Vec16 where_positive(Vec16 a, Vec16 b) {
+    for (int i = 0; i < 2; ++i) b.v[i] = _mm256_and_ps(b.v[i], _mm256_cmp_ps(a.v[i], _mm256_setzero_ps(), _CMP_NLE_UQ));
+    return b;
+  }
   // 2^n of whole numbers -127 <= n <= 128, the first of which is rounded to 0 and the last is infinity.
   static Vec16 pow2(Vec16 n) {
     for (__m256& half : n.v) {

@@ -79,6 +79,10 @@ struct Vec16 {
     return {_mm512_mask_mov_ps(_mm512_max_ps(a.v, b.v), _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), a.v)};
   }
   static Vec16 min(Vec16 a, Vec16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+  // b where a is positive or NaN, else 0.
+  static Vec16 where_positive(Vec16 a, Vec16 b) {
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NLE_UQ), b.v)};
+  }
   // 2^n of whole numbers -127 <= n <= 128, the first of which is rounded to 0 and the last is infinity.
   static Vec16 pow2(Vec16 n) {
     const __m512i bits = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));

@@ -33,6 +33,7 @@ concept IsVec16 = requires(V a, V (&rows)[16], const V (&some)[8], const float* 
   { V::max(a, a) } -> std::same_as<V>;
   { V::max_nan(a, a) } -> std::same_as<V>;
   { V::min(a, a) } -> std::same_as<V>;
+  { V::where_positive(a, a) } -> std::same_as<V>;
   { V::pow2(a) } -> std::same_as<V>;
   // Between lanes.
   { V::expand_load(from, kept) } -> std::same_as<V>;

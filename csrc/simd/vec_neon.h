@@ -108,6 +108,12 @@ struct Vec16 {
     for (int i = 0; i < 4; ++i) a.v[i] = vminq_f32(a.v[i], b.v[i]);
     return a;
   }
+  // b where a is positive or NaN, else 0.
+  static Vec16 where_positive(Vec16 a, Vec16 b) {
+    for (int i = 0; i < 4; ++i)
+      b.v[i] = vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(b.v[i]), vclezq_f32(a.v[i])));
+    return b;
+  }
   // 2^n of whole numbers -127 <= n <= 128, the first of which is rounded to 0 and the last is infinity.
   static Vec16 pow2(Vec16 n) {
     for (float32x4_t& quarter : n.v) {

@@ -31,6 +31,8 @@ struct Setting {
 
 // Statistics of feature maps, matching of maps and distillation of logits, in one instruction set (attention_test.cpp).
 void check_attention(const std::string& isa);
+// Batch norm with a residual and ReLU (norm_relu_test.cpp).
+void check_norm_relu(const std::string& isa);
 // Lookups, bags, their gradients and the best of all rows, from packed tables (embedding_test.cpp).
 void check_embedding(const std::string& isa);
 void check_embedding_training(const std::string& isa);

@@ -365,6 +365,7 @@ int main(int argc, char** argv) {
     for (const Problem& problem : problems) check_problem(problem, isa);
     if (!is_variant(isa)) {
       check_attention(isa);
+      check_norm_relu(isa);
       check_embedding(isa);
       check_embedding_training(isa);
     }

@@ -32,6 +32,8 @@ OPS = (
     "feature_stats_grad",
     "match_maps",
     "kd",
+    "norm_relu",
+    "norm_relu_grad",
 )
 
 

@@ -30,6 +30,7 @@ from ..ops.conv2d import (
     memory_format,
 )
 from ..ops.linear import linear_grad_input_reference, linear_grad_values_reference, linear_reference
+from ..ops.norm_relu import norm_relu_grad_reference, norm_relu_reference
 from . import cpu_embedding
 from .native import missing, native
 
@@ -74,9 +75,10 @@ def register() -> None:
     layers: list[Callable[..., Tensor]]
     layers = [linear, linear_grad_input, linear_grad_values, conv2d, conv2d_grad_input, conv2d_grad_values]
     layers = [*map(_halves_in_float32, layers)]
-    DIRECT.update({op.__name__: op for op in (*layers, *cpu_embedding.LOOKUPS)})
+    norms: list[Callable] = [norm_relu, norm_relu_grad]
+    DIRECT.update({op.__name__: op for op in (*layers, *norms, *cpu_embedding.LOOKUPS)})
     PREPARED.update(linear=prepared_linear, conv2d=prepared_conv2d)
-    ops: list[Callable] = [*layers, feature_stats, feature_stats_grad, match_maps, kd]
+    ops: list[Callable] = [*layers, *norms, feature_stats, feature_stats_grad, match_maps, kd]
     ops += cpu_embedding.OPS
     for op in ops:
         # Not register_kernel: its wrapper imports torch._dynamo at the first call, seconds most processes can save.
@@ -253,6 +255,52 @@ def conv2d_grad_values(
         row_ptr.data_ptr(), col_idx.data_ptr(), col_idx.shape[0], dvalues.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return dvalues
+
+
+def norm_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _native_norm(x, weight, bias, residual):
+        return norm_relu_reference(x, weight, bias, eps, residual)
+    weight, bias, y = weight.contiguous(), bias.contiguous(), torch.empty_like(x)
+    mean, variance = torch.empty_like(weight), torch.empty_like(weight)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    native.norm_relu(
+        *_rows_and_channels(x), x.data_ptr(), 0 if residual is None else residual.data_ptr(), weight.data_ptr(),
+        bias.data_ptr(), eps, y.data_ptr(), mean.data_ptr(), variance.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y, mean, variance
+
+
+def norm_relu_grad(
+    grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not _native_norm(x, grad, y, weight, bias, mean, variance):
+        return norm_relu_grad_reference(grad, x, y, weight, bias, mean, variance, eps)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    weight, bias, mean, variance = (t.contiguous() for t in (weight, bias, mean, variance))
+    to_x, to_weight, to_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+    if y is None:
+        to_residual = grad.new_empty(0)
+    else:
+        y = y.contiguous(memory_format=torch.channels_last)
+        to_residual = torch.empty_like(y)
+    native.norm_relu_grad(
+        *_rows_and_channels(x), grad.data_ptr(), x.data_ptr(), 0 if y is None else y.data_ptr(), weight.data_ptr(),
+        bias.data_ptr(), mean.data_ptr(), variance.data_ptr(), eps, to_x.data_ptr(),
+        0 if y is None else to_residual.data_ptr(), to_weight.data_ptr(), to_bias.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return to_x, to_residual, to_weight, to_bias
+
+
+def _native_norm(x: Tensor, *operands: Tensor | None) -> bool:
+    """Whether the compiled kernels take these: float32 maps in channels_last. In other layouts torch is as fast."""
+    return x.numel() > 0 and x.is_contiguous(memory_format=torch.channels_last) and _native(x, *operands)
+
+
+def _rows_and_channels(x: Tensor) -> tuple[int, int]:
+    return x.numel() // x.shape[1], x.shape[1]
 
 
 def feature_stats(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,8 @@ import math
 
 from torch import Tensor, nn
 
+from ..nn import NormReLU
+
 
 class Classifier(nn.Module):
     """Images [B, 3, H, W] -> logits [B, classes]; the last layer is `head`.
@@ -21,6 +23,17 @@ class Classifier(nn.Module):
         raise NotImplementedError
 
 
+class ConvNormReLU(nn.Sequential):
+    """relu(bn(conv(x))), the layers by their numbers."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__(conv, nn.BatchNorm2d(conv.out_channels), NormReLU())
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        conv, norm, relu = self
+        return relu(conv(x), norm)
+
+
 class BasicBlock(nn.Module):
     """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)): [B, C, H, W] -> [B, K, H/stride, W/stride] (He et al. 2016)."""
 
@@ -28,10 +41,10 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels)
-        self.relu1 = nn.ReLU()
+        self.relu1 = NormReLU()
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.relu2 = nn.ReLU()
+        self.relu2 = NormReLU()
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
@@ -39,8 +52,8 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
-        return self.relu2(y + self.shortcut(x))
+        y = self.conv2(self.relu1(self.conv1(x), self.bn1))
+        return self.relu2(y, self.bn2, self.shortcut(x))
 
 
 def start_he(model: nn.Module) -> None:

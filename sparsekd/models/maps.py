@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .layers import BasicBlock
+from .layers import BasicBlock, ConvNormReLU
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,7 @@ class MapCNN(nn.Module):
         super().__init__()
         self.shape = shape
         self.channels_last = False  # whether evaluation has this layout; training always has
-        self.stem = nn.Sequential(
-            nn.Conv2d(shape.maps, shape.widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(shape.widths[0]), nn.ReLU()
-        )
+        self.stem = ConvNormReLU(nn.Conv2d(shape.maps, shape.widths[0], 3, 2, 1, bias=False))
         blocks, channels = [], shape.widths[0]
         for stage, (width, count) in enumerate(zip(shape.widths, shape.blocks, strict=True)):
             for place in range(count):

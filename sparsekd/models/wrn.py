@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..nn import NormReLU
 from .layers import Classifier, start_he
 
 
@@ -17,18 +18,18 @@ class WideBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
-        self.relu1 = nn.ReLU()
+        self.relu1 = NormReLU()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.relu2 = nn.ReLU()
+        self.relu2 = NormReLU()
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
         self.shortcut: nn.Conv2d | None = None
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        active = self.relu1(self.bn1(x))
-        y = self.conv2(self.relu2(self.bn2(self.conv1(active))))
+        active = self.relu1(x, self.bn1)
+        y = self.conv2(self.relu2(self.conv1(active), self.bn2))
         return y + (x if self.shortcut is None else self.shortcut(active))
 
 
@@ -49,7 +50,7 @@ class WideResNet(Classifier):
                 channels = wide
         self.blocks = nn.Sequential(*blocks)
         self.bn = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU()
+        self.relu = NormReLU()
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Linear(channels, classes)
         start_he(self)
@@ -59,5 +60,5 @@ class WideResNet(Classifier):
         return (*(f"blocks.{i}.relu1" for i in range(1, len(self.blocks))), "relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        features = self.relu(self.bn(self.blocks(self.stem(x))))
+        features = self.relu(self.blocks(self.stem(x)), self.bn)
         return self.head(self.pool(features).flatten(1))

@@ -12,6 +12,7 @@ from .embedding import SparseEmbedding, SparseEmbeddingBag
 from .embedding_int8 import Int8Embedding, Int8EmbeddingBag
 from .layer import BlockSparseLayer
 from .linear import SparseLinear
+from .norm_relu import NormReLU
 from .sharded import ShardedEmbedding
 from .transposed import SparseConvTranspose2d
 
@@ -19,6 +20,7 @@ __all__ = [
     "BlockSparseLayer",
     "Int8Embedding",
     "Int8EmbeddingBag",
+    "NormReLU",
     "ShardedEmbedding",
     "SparseConv1d",
     "SparseConv2d",

@@ -8,6 +8,7 @@ from .conv2d import conv2d
 from .conv_transpose2d import conv_transpose2d
 from .embedding import embedding, embedding_absent_, embedding_bag, embedding_top_k
 from .linear import linear
+from .norm_relu import norm_relu
 
 __all__ = [
     "conv2d",
@@ -18,6 +19,7 @@ __all__ = [
     "embedding_top_k",
     "feature_stats",
     "linear",
+    "norm_relu",
 ]
 
 # The ops are defined; now the kernels that run them here. By name, since this is the one arrow that points up: whoever

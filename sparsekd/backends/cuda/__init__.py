@@ -54,6 +54,8 @@ def describe(op: str) -> str:
     """What runs ``op`` on CUDA devices, and why."""
     if op in attention.OPS:
         return attention.describe(op)
+    if op.startswith("norm_relu"):
+        return "pure-torch reference; sparsekd.nn.NormReLU calls torch's ops one after the other there"
     if op.startswith("embedding"):
         return embedding.describe(op)
     if not uses_triton():
