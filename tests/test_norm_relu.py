@@ -133,6 +133,26 @@ def test_a_second_derivative_behind_the_kernel():
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
 
 
+def twice_through_one_norm(x, weight, bias, compute):
+    return compute(compute(x, weight, bias, None), weight, bias, None)
+
+
+def weight_of_x(x, weight, bias, compute):
+    return compute(x, x.mean((0, 2, 3)) + weight, bias, None)
+
+
+@needs_kernels
+@pytest.mark.parametrize("network", [twice_through_one_norm, weight_of_x])
+def test_gradients_with_a_graph_where_operands_depend_on_each_other(network):
+    given = operands((3, 5, 4, 4), with_residual=False)[:3]
+    grads = [
+        torch.autograd.grad(network(*given, compute).square().sum(), given, create_graph=True)
+        for compute in (ours, in_three)
+    ]
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
+
+
 def test_nan_and_infinity_pass_as_they_do_in_torch():
     x, weight, bias, residual = operands((4, 18, 3, 3))
     with torch.no_grad():
@@ -146,6 +166,8 @@ def test_nan_and_infinity_pass_as_they_do_in_torch():
 def test_opcheck(with_residual):
     x, weight, bias, residual = operands((2, 3, 4, 4), with_residual=with_residual)
     torch.library.opcheck(torch.ops.sparsekd.norm_relu.default, (x, weight, bias, EPS, residual))
+    permuted = torch.randn(2, 3, 4, 5).mT.requires_grad_()
+    torch.library.opcheck(torch.ops.sparsekd.norm_relu.default, (permuted, weight, bias, EPS, None))
     y, mean, variance = (t.detach() for t in norm_relu(x, weight, bias, EPS, residual))
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
     known = (torch.randn_like(y), x, y if with_residual else None, weight, bias, mean, variance, EPS)
@@ -236,10 +258,19 @@ class MyNorm(nn.BatchNorm2d):
         return super().forward(x) * 2
 
 
+def exchange_forward(norm):
+    norm.forward = lambda x: nn.BatchNorm2d.forward(norm, x) * 2
+
+
 OTHERS = {
     "a norm of one's own": lambda block: setattr(block, "norm", MyNorm(6)),
     "without weights": lambda block: setattr(block, "norm", nn.BatchNorm2d(6, affine=False)),
     "a hook": lambda block: block.norm.register_forward_hook(lambda module, args, y: y * 2),
+    "a hook before": lambda block: block.norm.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
+    "a hook backwards": lambda block: block.norm.register_full_backward_hook(lambda module, grad_x, grad_y: None),
+    "another forward": lambda block: exchange_forward(block.norm),
+    "nothing counted": lambda block: setattr(block.norm, "num_batches_tracked", None),
+    "no averages": lambda block: (setattr(block.norm, "running_mean", None), setattr(block.norm, "running_var", None)),
     "no norm at all": lambda block: setattr(block, "norm", nn.Identity()),
     "frozen": lambda block: block.norm.eval(),
     "float64": lambda block: block.double(),
@@ -257,17 +288,49 @@ def test_everything_else_runs_as_three(change, calls):
     assert not calls
 
 
+def test_a_hook_for_all_modules_sees_the_norm():
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, y: seen.append(type(module)))
+    try:
+        twins()[0](images())
+    finally:
+        handle.remove()
+    assert nn.BatchNorm2d in seen
+
+
+def test_forward_mode_differentiation():
+    block, other = twins()
+    x, tangent = images(), images(seed=1)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        got, want = (torch.autograd.forward_ad.unpack_dual(one(dual)).tangent for one in (block, other))
+    torch.testing.assert_close(got, want)
+
+
 def test_without_a_norm_it_is_relu_of_a_sum():
     x = images()
     assert torch.equal(NormReLU()(x), x.relu())
     assert torch.equal(NormReLU()(x, residual=x), (x + x).relu())
 
 
+def test_torchscript_names_the_way_out():
+    with pytest.raises(RuntimeError, match=r"NormReLU: TorchScript cannot compile .* torch\.jit\.trace"):
+        torch.jit.script(twins()[0])
+
+
+def test_a_stem_is_a_sequence_as_any_other():
+    network = models.ResNet((1, 1), 5, (8, 16)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(network.stem[2](network.stem[:2](x)), network.stem(x))
+    network.stem.append(nn.Identity())
+    torch.testing.assert_close(network.stem(x), network.stem[:2](x).relu())
+
+
 def test_sync_batch_norm_finds_the_norm():
     """A class that were both would lose its ReLU."""
     block = nn.SyncBatchNorm.convert_sync_batchnorm(twins()[0])
     assert type(block.norm) is nn.SyncBatchNorm and type(block.relu) is NormReLU
-    assert float(block.eval()(images()).min()) >= 0
+    assert block.eval()(images()).min().item() >= 0
 
 
 @needs_kernels
@@ -283,7 +346,7 @@ def test_in_graphs(calls, fresh_compiler):
         return torch.func.functional_call(block, parameters, images()).square().sum()
 
     held = {name: parameter.detach() for name, parameter in block.named_parameters()}
-    block.norm.track_running_stats = False
+    block.norm.track_running_stats = False  # no buffer may change under torch.func
     grads = torch.func.grad(loss)(held)
     other.zero_grad()
     other(images()).square().sum().backward()

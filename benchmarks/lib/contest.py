@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,3 +142,27 @@ def report(benchmark: Any, samples: Sequence[float]) -> None:
 
 def _nothing() -> None:
     pass
+
+
+def contest_of_gradients(
+    setup: Setup, results: dict[str, Callable[[], Tensor]], wanted: Sequence[Tensor], gradient: Tensor | None = None
+) -> Contest:
+    """A result and its gradients, compared with those of the first; `gradient` is that of a result of many numbers."""
+    if setup.compile:
+        results["compiled"] = torch.compile(results["ours"])
+    calls = {name: partial(_gradients, result, wanted, gradient) for name, result in results.items()}
+    first, *others = calls
+    expected = calls[first]()
+    for name in others:
+        agree(f"result of {name}", results[name]().detach(), results[first]().detach())
+        # Together: the gradient of a bias before a batch norm is rounding and nothing else.
+        agree(f"gradient of {name}", _flat(calls[name]()), _flat(expected))
+    return Contest(calls)
+
+
+def _gradients(result: Callable[[], Tensor], wanted: Sequence[Tensor], gradient: Tensor | None) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(result(), wanted, gradient)
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])

@@ -14,6 +14,15 @@ from torch import Tensor, nn
 from sparsekd import models
 from sparsekd.models import ResNet as SmallResNet
 from sparsekd.models import classifier
+from sparsekd.nn import NormReLU
+
+
+def norms_by_torch(network: nn.Module) -> nn.Module:
+    """The network, batch norms, residuals and ReLUs run by torch in training, too."""
+    for module in network.modules():
+        if isinstance(module, NormReLU):
+            module.one_op = False
+    return network
 
 
 def wrn_16_2() -> nn.Module:

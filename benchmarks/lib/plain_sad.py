@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.lib.models import norms_by_torch
 from sparsekd.data import Task
-from sparsekd.nn import NormReLU
 from sparsekd.runs.averaging import AveragedWeights
 from sparsekd.runs.plans.network import Network
 from sparsekd.runs.plans.recipe import RECALIBRATION
@@ -78,9 +78,7 @@ def train(
 ) -> tuple[dict[str, Tensor], float]:
     """State and validation error of the best epoch; `student` trains in place."""
     recipe, taps = network.recipe, (Taps(teacher), Taps(student))
-    for module in student.modules():
-        if isinstance(module, NormReLU):
-            module.one_op = False  # batch norm, sum and ReLU by torch
+    norms_by_torch(student)
     torch.manual_seed(1_000 + seed)
     with torch.no_grad():
         for model in (teacher.eval(), student.eval()):

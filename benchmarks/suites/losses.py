@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.lib.contest import Case, Contest, Setup, agree
+from benchmarks.lib.contest import Case, Contest, Setup, contest_of_gradients
 from sparsekd.losses import SAD, attention_transfer_loss, kd_loss
 from sparsekd.ops.attention import feature_stats
 
@@ -47,7 +46,7 @@ def _stats(setup: Setup, batch: int, maps: Sequence[tuple[int, int]]) -> Contest
     def loss(stats: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Callable[[], Tensor]:
         return lambda: torch.stack([part.square().sum() for x in student for part in stats(x)]).sum()
 
-    return _contest(setup, {"plain": loss(plain), "ours": loss(feature_stats)}, student)
+    return contest_of_gradients(setup, {"plain": loss(plain), "ours": loss(feature_stats)}, student)
 
 
 def _transfer(setup: Setup, batch: int, maps: Sequence[tuple[int, int]]) -> Contest:
@@ -62,7 +61,7 @@ def _transfer(setup: Setup, batch: int, maps: Sequence[tuple[int, int]]) -> Cont
         return torch.stack([F.mse_loss(attention(s), attention(t)) for s, t in pairs]).sum()
 
     calls = {"plain": plain, "ours": lambda: attention_transfer_loss(student, teacher)}
-    return _contest(setup, calls, student)
+    return contest_of_gradients(setup, calls, student)
 
 
 def _logits(setup: Setup, batch: int, classes: int = 100, temperature: float = 4.0) -> Contest:
@@ -73,33 +72,12 @@ def _logits(setup: Setup, batch: int, classes: int = 100, temperature: float = 4
         logs, wanted = F.log_softmax(student / temperature, 1), F.softmax(teacher / temperature, 1)
         return temperature**2 * F.kl_div(logs, wanted, reduction="batchmean")
 
-    return _contest(setup, {"plain": plain, "ours": lambda: kd_loss(student, teacher, temperature)}, [student])
+    calls = {"plain": plain, "ours": lambda: kd_loss(student, teacher, temperature)}
+    return contest_of_gradients(setup, calls, [student])
 
 
 def _sad(setup: Setup, batch: int, maps: Sequence[tuple[int, int]]) -> Contest:
     student = _features(setup, batch, maps, grad=True)
     teacher = _features(setup, batch, [(2 * c, s) for c, s in maps], grad=False)
     module = SAD([t.shape[1] for t in teacher], [s.shape[1] for s in student]).to(setup.device)
-    return _contest(setup, {"ours": lambda: module(teacher, student)}, [*student, *module.parameters()])
-
-
-def _contest(setup: Setup, losses: dict[str, Callable[[], Tensor]], wanted: Sequence[Tensor]) -> Contest:
-    """Loss and its gradients, compared with those of the first."""
-    if setup.compile:
-        losses["compiled"] = torch.compile(losses["ours"])
-    calls = {name: partial(_gradients, loss, wanted) for name, loss in losses.items()}
-    first, *others = calls
-    expected = calls[first]()
-    for name in others:
-        agree(f"loss of {name}", losses[name]().detach(), losses[first]().detach())
-        # Together: the gradient of a bias before a batch norm is rounding and nothing else.
-        agree(f"gradient of {name}", _flat(calls[name]()), _flat(expected))
-    return Contest(calls)
-
-
-def _gradients(loss: Callable[[], Tensor], wanted: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss(), wanted)
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
+    return contest_of_gradients(setup, {"ours": lambda: module(teacher, student)}, [*student, *module.parameters()])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import sparsekd
 from benchmarks.lib.contest import Case, Contest, Setup, agree
+from benchmarks.lib.models import norms_by_torch
 from benchmarks.suites.networks import Source, sources
 from benchmarks.suites.students import kept_weights
 from sparsekd import BlockSparse
@@ -34,11 +35,12 @@ def cases(setup: Setup) -> list[Case]:
 
 
 def _build(setup: Setup, source: Source) -> Contest:
-    dense = source.build().to(setup.device).train()
+    built = source.build().to(setup.device).train()
+    dense = norms_by_torch(copy.deepcopy(built))
     inputs = tuple(x.to(setup.device) for x in source.inputs())
     networks = {"dense": dense}
     for density in setup.densities:
-        ours = sparsekd.sparsify(copy.deepcopy(dense), density=density, exclude=source.exclude)
+        ours = sparsekd.sparsify(copy.deepcopy(built), density=density, exclude=source.exclude)
         _compare_one_step(source.id, ours, inputs)
         networks[f"ours_{density:g}"] = ours
     whole = kept_weights(dense)

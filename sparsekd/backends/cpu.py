@@ -37,7 +37,7 @@ from .native import missing, native
 # Of instruction sets that multiply bf16 as it is.
 BF16_INSTRUCTIONS = {"avx512_bf16": "vdpbf16ps", "neon_bf16": "bfdot"}
 
-__all__ = ["describe", "isa", "missing", "native", "register"]
+__all__ = ["describe", "isa", "missing", "native", "register", "runs_norm_relu"]
 
 
 def isa() -> str | None:
@@ -50,6 +50,8 @@ def describe(op: str) -> str:
     if native is None:
         return f"pure-torch reference: {missing}"
     dtypes = "float32"
+    if op.startswith("norm_relu"):
+        return f"sparsekd._C {native.isa()} for float32 in channels_last; pure-torch reference otherwise"
     if op.startswith("feature_stats") or op in ("embedding", "embedding_bag", "embedding_top_k"):
         dtypes = "float32, bfloat16 and float16"
     elif op.endswith("_int8"):
@@ -260,7 +262,7 @@ def conv2d_grad_values(
 def norm_relu(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _native_norm(x, weight, bias, residual):
+    if not runs_norm_relu(x, weight, bias, residual):
         return norm_relu_reference(x, weight, bias, eps, residual)
     weight, bias, y = weight.contiguous(), bias.contiguous(), torch.empty_like(x)
     mean, variance = torch.empty_like(weight), torch.empty_like(weight)
@@ -276,7 +278,7 @@ def norm_relu(
 def norm_relu_grad(
     grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not _native_norm(x, grad, y, weight, bias, mean, variance):
+    if not runs_norm_relu(x, grad, y, weight, bias, mean, variance):
         return norm_relu_grad_reference(grad, x, y, weight, bias, mean, variance, eps)
     grad = grad.contiguous(memory_format=torch.channels_last)
     weight, bias, mean, variance = (t.contiguous() for t in (weight, bias, mean, variance))
@@ -294,9 +296,15 @@ def norm_relu_grad(
     return to_x, to_residual, to_weight, to_bias
 
 
-def _native_norm(x: Tensor, *operands: Tensor | None) -> bool:
+def runs_norm_relu(x: Tensor, *operands: Tensor | None) -> bool:
     """Whether the compiled kernels take these: float32 maps in channels_last. In other layouts torch is as fast."""
-    return x.numel() > 0 and x.is_contiguous(memory_format=torch.channels_last) and _native(x, *operands)
+    return (
+        native is not None
+        and x.numel() > 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and all(operand is None or operand.is_cpu for operand in (x, *operands))
+        and _native(x, *operands)
+    )
 
 
 def _rows_and_channels(x: Tensor) -> tuple[int, int]:

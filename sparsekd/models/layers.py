@@ -24,14 +24,17 @@ class Classifier(nn.Module):
 
 
 class ConvNormReLU(nn.Sequential):
-    """relu(bn(conv(x))), the layers by their numbers."""
-
-    def __init__(self, conv: nn.Conv2d):
-        super().__init__(conv, nn.BatchNorm2d(conv.out_channels), NormReLU())
+    """A convolution, its batch norm and ReLU, which gets the norm; a slice of it is a sequence as any other."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        if len(self) != 3:
+            return super().forward(x)
         conv, norm, relu = self
         return relu(conv(x), norm)
+
+
+def conv_norm_relu(conv: nn.Conv2d) -> ConvNormReLU:
+    return ConvNormReLU(conv, nn.BatchNorm2d(conv.out_channels), NormReLU())
 
 
 class BasicBlock(nn.Module):

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .layers import BasicBlock, ConvNormReLU
+from .layers import BasicBlock, conv_norm_relu
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class MapCNN(nn.Module):
         super().__init__()
         self.shape = shape
         self.channels_last = False  # whether evaluation has this layout; training always has
-        self.stem = ConvNormReLU(nn.Conv2d(shape.maps, shape.widths[0], 3, 2, 1, bias=False))
+        self.stem = conv_norm_relu(nn.Conv2d(shape.maps, shape.widths[0], 3, 2, 1, bias=False))
         blocks, channels = [], shape.widths[0]
         for stage, (width, count) in enumerate(zip(shape.widths, shape.blocks, strict=True)):
             for place in range(count):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .layers import BasicBlock, Classifier, ConvNormReLU, start_he
+from .layers import BasicBlock, Classifier, conv_norm_relu, start_he
 
 
 class ResNet(Classifier):
@@ -16,7 +16,7 @@ class ResNet(Classifier):
 
     def __init__(self, blocks: Sequence[int], classes: int = 100, widths: Sequence[int] = (64, 128, 256, 512)):
         super().__init__()
-        self.stem = ConvNormReLU(nn.Conv2d(3, widths[0], 3, 1, 1, bias=False))
+        self.stem = conv_norm_relu(nn.Conv2d(3, widths[0], 3, 1, 1, bias=False))
         layers, channels = [], widths[0]
         for stage, (width, count) in enumerate(zip(widths, blocks, strict=True)):
             for place in range(count):

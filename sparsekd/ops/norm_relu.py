@@ -1,7 +1,6 @@
 """Batch norm by the statistics of the batch, a residual and ReLU, as one op with one gradient.
 
-B images, C channels, H x W pixels. A training step of a pruned network spends a fifth to a quarter of its time on
-these, which torch runs one after the other: each reads its maps and writes them again.
+B images, C channels, H x W pixels. Torch runs these one after the other, and each reads its maps and writes them again.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._schema import call, define, differentiate
+from .conv2d import memory_format
 
 _PIXELS = (0, 2, 3)
 
@@ -40,7 +40,8 @@ def norm_relu_reference(
     with torch.no_grad():
         variance, mean = torch.var_mean(_wide(x), _PIXELS, correction=0)
     y = F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
-    return F.relu(y if residual is None else y + residual), mean, variance
+    y = F.relu(y if residual is None else y + residual)
+    return y.contiguous(memory_format=memory_format(x)), mean, variance
 
 
 def norm_relu_grad_reference(
@@ -48,20 +49,17 @@ def norm_relu_grad_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to x, residual, weight and bias; that to the residual is empty without one. y: the result, which says
     where it was positive; None where there was no residual, so that x says it."""
+    layout = memory_format(x)
     inverse = (variance + eps).rsqrt()[:, None, None]
     apart = _wide(x) - mean[:, None, None]
-    if y is None:
-        y = apart * inverse * weight[:, None, None] + bias[:, None, None]
-        passed = torch.where(y <= 0, 0.0, _wide(grad))
-        to_residual = grad.new_empty(0)
-    else:
-        passed = torch.where(y <= 0, 0.0, _wide(grad))
-        to_residual = passed.to(grad.dtype)
+    positive = y if y is not None else apart * inverse * weight[:, None, None] + bias[:, None, None]
+    passed = torch.where(positive <= 0, 0.0, _wide(grad))
+    to_residual = grad.new_empty(0) if y is None else passed.to(grad.dtype).contiguous(memory_format=layout)
     count = x.numel() // x.shape[1]
     to_bias, to_weight = passed.sum(_PIXELS), (passed * apart * inverse).sum(_PIXELS)
     rest = (to_bias[:, None, None] + apart * inverse * to_weight[:, None, None]) / count
     to_x = ((passed - rest) * inverse * weight[:, None, None]).to(x.dtype)
-    return to_x, to_residual, to_weight.to(weight.dtype), to_bias.to(bias.dtype)
+    return to_x.contiguous(memory_format=layout), to_residual, to_weight.to(weight.dtype), to_bias.to(bias.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -99,14 +97,15 @@ def _fake(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     mean, variance = (x.new_empty(x.shape[1], dtype=_sum_dtype(x)) for _ in range(2))
-    return torch.empty_like(x), mean, variance
+    return torch.empty_like(x, memory_format=memory_format(x)), mean, variance
 
 
 def _fake_grad(
     grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    to_residual = grad.new_empty(0) if y is None else torch.empty_like(y)
-    return torch.empty_like(x), to_residual, torch.empty_like(weight), torch.empty_like(bias)
+    layout = memory_format(x)
+    to_residual = grad.new_empty(0) if y is None else torch.empty_like(y, memory_format=layout)
+    return torch.empty_like(x, memory_format=layout), to_residual, torch.empty_like(weight), torch.empty_like(bias)
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
@@ -133,6 +132,8 @@ def _backward_again(
     ctx: Any, grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The same by torch's ops, whose results can be differentiated once more."""
+    # Views, so that autograd.grad stops at them: x may itself depend on the weight.
+    x, weight, bias = (t.view_as(t) for t in (x, weight, bias))
     normal = F.batch_norm(x, None, None, weight, bias, training=True, eps=ctx.eps)
     passed = torch.where((normal if y is None else y).detach() <= 0, 0.0, grad)
     wanted = [(i, t) for i, t in enumerate((x, weight, bias)) if t.requires_grad]

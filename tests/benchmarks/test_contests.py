@@ -9,15 +9,16 @@ from torch import nn
 import sparsekd
 from benchmarks.lib import shapes
 from benchmarks.lib.contest import Replay, Setup, agree, energy_info, seconds_info
-from benchmarks.suites import embeddings, layers, losses, students, training
+from benchmarks.suites import embeddings, layers, losses, norms, students, training
 from benchmarks.suites.networks import load
 from sparsekd.energy import Comparison, Interval, Measurement
 from sparsekd.models import WideResNet
 
+SUITES = (layers, students, losses, norms, embeddings, training)
 QUICK = Setup(quick=True, densities=(0.3,), batches=(4,))
 
 
-@pytest.mark.parametrize("suite", [layers, students, losses, embeddings, training], ids=lambda suite: suite.__name__)
+@pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.__name__)
 def test_every_quick_case_builds_and_agrees_with_its_peer(suite):
     found = suite.cases(QUICK)
     assert len({case.id for case in found}) == len(found) > 0
@@ -29,7 +30,7 @@ def test_every_quick_case_builds_and_agrees_with_its_peer(suite):
 
 
 def test_the_full_suites_have_distinct_ids_and_both_networks():
-    for suite in (layers, students, losses, embeddings, training):
+    for suite in SUITES:
         ids = [case.id for case in suite.cases(Setup())]
         assert len(set(ids)) == len(ids)
     ids = " ".join(case.id for case in students.cases(Setup()))
