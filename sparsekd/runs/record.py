@@ -146,7 +146,7 @@ def _frozen(
     """
     task = task.to("cpu")
     batches = plan.timed_batches[:2] if quick else plan.timed_batches
-    frozen = freeze_for(model, task, batches, 5.0 if quick else 20.0)
+    frozen = freeze_for(model, task, batches, 3.0 if quick else 20.0)
     reference, prediction = predict(model, task.test), predict(frozen[max(frozen)], task.test, max(frozen))
     difference = float((prediction - reference).abs().max())
     if difference > 1e-3:
