@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
+from benchmarks.lib.models import norms_by_torch
 from sparsekd import backends, models
 from sparsekd.nn import NormReLU
 from sparsekd.nn import norm_relu as layer
@@ -359,10 +360,7 @@ def test_in_graphs(calls, fresh_compiler):
 def test_our_networks_train_by_it(name, calls):
     torch.manual_seed(1)
     network = models.classifier(name, classes=5).to(memory_format=torch.channels_last).train()
-    plain = copy.deepcopy(network)
-    for module in plain.modules():
-        if isinstance(module, NormReLU):
-            module.one_op = False
+    plain = norms_by_torch(copy.deepcopy(network))
     x = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(network(x), plain(x), rtol=1e-3, atol=1e-4)
     relus = sum(isinstance(module, NormReLU) for module in network.modules())

@@ -96,6 +96,12 @@ def nobody_looks_on(args: Sequence[Any]) -> bool:
     )
 
 
+def sum_dtype(*operands: Tensor) -> torch.dtype:
+    """Of sums over many elements of these: float32 for half types, since squares above 255 overflow float16, and
+    bfloat16 sums stop growing after 256 terms; float64 if any is."""
+    return torch.float64 if any(operand.dtype == torch.float64 for operand in operands) else torch.float32
+
+
 def autocast(x: Tensor, *operands: Tensor | None) -> tuple:
     """In the autocast dtype if autocast is on for the device of ``x``; as with torch's own layers, float64 stays."""
     if not torch._C._is_any_autocast_enabled():  # asked first, since the rest takes as long as a small layer

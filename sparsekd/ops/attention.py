@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._schema import define
+from ._schema import define, sum_dtype
 from .conv2d import memory_format
 
 _EPS = 1e-12  # of the L2 norm, as in the published code of both AFD and AT
@@ -54,7 +54,7 @@ def layer_stats(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def feature_stats_reference(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    dtype = _sum_dtype(features)
+    dtype = sum_dtype(*features)
     means = [f.to(dtype).mean((2, 3)) for f in features]
     energy = [f.to(dtype).square().mean(1).flatten(1) for f in features]
     return torch.cat(means, 1), torch.cat(energy, 1)
@@ -148,11 +148,6 @@ def kd_reference(student: Tensor, teacher: Tensor, temperature: float) -> tuple[
     return loss, (log_q.exp() - log_p.exp()) * (temperature / max(student.shape[0], 1))
 
 
-def _sum_dtype(features: Sequence[Tensor]) -> torch.dtype:
-    """float32 for half types: squares above 255 overflow float16, and bfloat16 sums stop growing after 256 terms."""
-    return torch.float64 if any(f.dtype == torch.float64 for f in features) else torch.float32
-
-
 def _with_grads(features: Sequence[Tensor], grad_means: Tensor, grad_energy: Tensor) -> list[tuple[Tensor, ...]]:
     """(features, grad of means [B, C, 1, 1], grad of energy [B, 1, H, W]) of each layer."""
     per_channel = grad_means.split([f.shape[1] for f in features], 1)
@@ -227,7 +222,7 @@ def _check_maps(
 
 
 def _fake_stats(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    first, dtype = features[0], _sum_dtype(features)
+    first, dtype = features[0], sum_dtype(*features)
     channels, pixels = sum(f.shape[1] for f in features), sum(f.shape[2] * f.shape[3] for f in features)
     return (
         first.new_empty(first.shape[0], channels, dtype=dtype),

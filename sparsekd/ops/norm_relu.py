@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._schema import call, define, differentiate
+from ._schema import call, define, differentiate, sum_dtype
 from .conv2d import memory_format
 
 _PIXELS = (0, 2, 3)
@@ -38,7 +38,7 @@ def norm_relu_reference(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.no_grad():
-        variance, mean = torch.var_mean(_wide(x), _PIXELS, correction=0)
+        variance, mean = torch.var_mean(x.to(sum_dtype(x)), _PIXELS, correction=0)
     y = F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
     y = F.relu(y if residual is None else y + residual)
     return y.contiguous(memory_format=memory_format(x)), mean, variance
@@ -49,22 +49,17 @@ def norm_relu_grad_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to x, residual, weight and bias; that to the residual is empty without one. y: the result, which says
     where it was positive; None where there was no residual, so that x says it."""
-    layout = memory_format(x)
+    layout, wide = memory_format(x), sum_dtype(x)
     inverse = (variance + eps).rsqrt()[:, None, None]
-    apart = _wide(x) - mean[:, None, None]
+    apart = x.to(wide) - mean[:, None, None]
     positive = y if y is not None else apart * inverse * weight[:, None, None] + bias[:, None, None]
-    passed = torch.where(positive <= 0, 0.0, _wide(grad))
+    passed = torch.where(positive <= 0, 0.0, grad.to(wide))
     to_residual = grad.new_empty(0) if y is None else passed.to(grad.dtype).contiguous(memory_format=layout)
     count = x.numel() // x.shape[1]
     to_bias, to_weight = passed.sum(_PIXELS), (passed * apart * inverse).sum(_PIXELS)
     rest = (to_bias[:, None, None] + apart * inverse * to_weight[:, None, None]) / count
     to_x = ((passed - rest) * inverse * weight[:, None, None]).to(x.dtype)
     return to_x.contiguous(memory_format=layout), to_residual, to_weight.to(weight.dtype), to_bias.to(bias.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """float32 for half types: sums of many terms stop growing in them."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
@@ -96,7 +91,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> 
 def _fake(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mean, variance = (x.new_empty(x.shape[1], dtype=_sum_dtype(x)) for _ in range(2))
+    mean, variance = (x.new_empty(x.shape[1], dtype=sum_dtype(x)) for _ in range(2))
     return torch.empty_like(x, memory_format=memory_format(x)), mean, variance
 
 
@@ -106,10 +101,6 @@ def _fake_grad(
     layout = memory_format(x)
     to_residual = grad.new_empty(0) if y is None else torch.empty_like(y, memory_format=layout)
     return torch.empty_like(x, memory_format=layout), to_residual, torch.empty_like(weight), torch.empty_like(bias)
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
