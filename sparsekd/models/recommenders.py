@@ -126,7 +126,7 @@ class LightGCN(Recommender):
     combine       "mean" of the rows before and after each time, as in LightGCN's code, or their "sum".
 
     One propagation serves a batch, whatever its size: large batches cost little more than small ones. In evaluation it
-    is kept for as long as the tables stay as they are.
+    is kept for as long as the tables stay as they are, beside a copy of them to tell.
     """
 
     graph_begin: Tensor
@@ -154,7 +154,7 @@ class LightGCN(Recommender):
         self.register_buffer("graph_begin", begin, persistent=False)
         self.register_buffer("graph_neighbours", neighbours, persistent=False)
         self.register_buffer("graph_weights", weights, persistent=False)
-        self._kept: tuple[tuple, Tensor] | None = None
+        self._kept: tuple[list[Tensor], Tensor] | None = None
 
     def forward(self, users: Tensor, items: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
         rows = self.propagated()
@@ -168,9 +168,10 @@ class LightGCN(Recommender):
         """The rows that are multiplied, users before items: [N, D]."""
         if torch.is_grad_enabled():
             return self._propagated()
-        now = tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
-        if self._kept is None or self._kept[0] != now:
-            self._kept = now, self._propagated()
+        now = [*self.users.state_dict().values(), *self.items.state_dict().values(), self.graph_weights]
+        # By value: the fused optimizers of torch change parameters without counting up their versions.
+        if self._kept is None or not all(map(_same, self._kept[0], now)):
+            self._kept = [tensor.clone() for tensor in now], self._propagated()
         return self._kept[1]
 
     def _propagated(self) -> Tensor:
@@ -195,7 +196,8 @@ class _Averaged(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, Tensor]:
-        return None, None, None, _weighted_sums(*ctx.graph, grads[0].contiguous())
+        begin, neighbours, weights = ctx.graph
+        return None, None, None, _weighted_sums(begin, neighbours, weights, grads[0].contiguous())
 
 
 def _weighted_sums(begin: Tensor, neighbours: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
@@ -216,6 +218,10 @@ def _graph(users: Tensor, items: Tensor, num_users: int, num_items: int) -> tupl
     begin = torch.cat([degree.new_zeros(1), degree.cumsum(0)])
     weights = (degree[row].double() * degree[column].double()).rsqrt().float()
     return begin, column, weights
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return left.device == right.device and left.dtype == right.dtype and torch.equal(left, right)
 
 
 def _products(mine: Tensor, chosen: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
