@@ -36,6 +36,7 @@ from .task import Task
 
 __all__ = ["load"]
 
+VALIDATION = HELD_OUT, LEARNT = "held-out", "learnt"
 SHORTEST = 5  # a user with fewer pairs gives none of them to validation or test
 _Parts = dict[str, tuple[Tensor, Tensor]]
 
@@ -47,6 +48,7 @@ def load(
     negatives: int = 1,
     seed: int = 0,
     most_items: int | None = None,
+    validation: str = HELD_OUT,
 ) -> Task[Pairs]:
     """Read interactions (formats: see `interactions`) from `root`; None: the embedded MovieTweetings.
 
@@ -55,10 +57,14 @@ def load(
     negatives   items a user has not seen, drawn for each pair in training.
     seed        of the split, where the data has neither parts nor times.
     most_items  only so many items, those chosen most often; None: all.
+    validation  "held-out", or "learnt": train has the pairs of validation, too. For the last training, by settings
+                that were found with validation held out; scores of the validation part are then of learnt pairs.
 
     Where there are no parts, a tenth of each user's pairs (one at least) is test and as much before it validation, the
     latest by time; users with fewer than 5 give none. Where there is no validation part, a tenth of train is drawn.
     """
+    if validation not in VALIDATION:
+        raise ValueError(f"sparsekd.data: validation must be {' or '.join(VALIDATION)}, got {validation!r}")
     if root is None:
         embedded = resources.files(f"{__package__}.movietweetings").joinpath("ratings.dat.xz")
         with resources.as_file(embedded) as path:
@@ -75,10 +81,12 @@ def load(
     parts, left_out = _cleaned(coded, len(user_ids), len(item_ids))
     counts |= left_out
     _check_not_empty(name, parts)
+    if validation == LEARNT:
+        split += "; train has the pairs of validation, too"
     rated = "" if least is None else f"ratings of {least:g} and more; "
     return Task(
         name=f"ranking-{name}",
-        **_pairs(parts, user_ids, item_ids, negatives),
+        **_pairs(parts, user_ids, item_ids, negatives, validation == LEARNT),
         goal=Ranking(),
         sizes={"users": len(user_ids), "items": len(item_ids)},
         mean=0.0,
@@ -87,6 +95,8 @@ def load(
             "source": "embedded" if root is None else f"{root.name}, {source.kind}",
             "sha256": source.sha256,
             "split_sha256": _digest(parts),
+            "validation": validation,
+            "negatives": negatives,
             "pairs": {part: len(pairs[0]) for part, pairs in parts.items()},
             "users_judged": {part: len(parts[part][0].unique()) for part in ("val", "test")},
             **counts,
@@ -213,18 +223,21 @@ def _check_not_empty(name: str, parts: _Parts) -> None:
             )
 
 
-def _pairs(parts: _Parts, user_ids: np.ndarray, item_ids: np.ndarray, negatives: int) -> dict[str, Pairs]:
-    """Train and validation have seen train, test has seen both."""
+def _pairs(
+    parts: _Parts, user_ids: np.ndarray, item_ids: np.ndarray, negatives: int, all_learnt: bool
+) -> dict[str, Pairs]:
+    """Validation has seen train, test has seen both, and train the one or the other."""
     num_users, num_items = len(user_ids), len(item_ids)
-    users, items = parts["train"]
-    offsets, seen = histories(users, items, num_users, num_items)
-    can_learn = offsets.diff()[users] < num_items
-    train = Pairs(users[can_learn], items[can_learn], num_items, offsets, seen, negatives, user_ids, item_ids)
-    val = replace(train, users=parts["val"][0], items=parts["val"][1])
-    both = [torch.cat([parts["train"][column], parts["val"][column]]) for column in (0, 1)]
-    offsets, seen = histories(both[0], both[1], num_users, num_items)
-    test = replace(train, users=parts["test"][0], items=parts["test"][1], seen_offsets=offsets, seen_items=seen)
-    return {"train": train, "val": val, "test": test}
+    both = torch.cat([parts["train"][0], parts["val"][0]]), torch.cat([parts["train"][1], parts["val"][1]])
+    of_train, of_both = (histories(*pairs, num_users, num_items) for pairs in (parts["train"], both))
+    (users, items), seen = (both, of_both) if all_learnt else (parts["train"], of_train)
+    can_learn = seen[0].diff()[users] < num_items
+    train = Pairs(users[can_learn], items[can_learn], num_items, *seen, negatives, user_ids, item_ids)
+    made = {"train": train}
+    for name, (offsets, items) in (("val", of_train), ("test", of_both)):
+        users, chosen = parts[name]
+        made[name] = replace(train, users=users, items=chosen, seen_offsets=offsets, seen_items=items)
+    return made
 
 
 def _digest(parts: _Parts) -> str:

@@ -208,6 +208,7 @@ def other_rows(out: Path, rows: Sequence[Row], common: Mapping[str, Any]) -> lis
 
 def settings_of_task(task: Task, plan: Plan, config: RunConfig) -> dict[str, Any]:
     """What all networks of one report have in common."""
+    negatives = getattr(task.train, "negatives", 1)
     return {
         "task": task.name,
         "data": task.meta.get("sha256"),
@@ -217,6 +218,7 @@ def settings_of_task(task: Task, plan: Plan, config: RunConfig) -> dict[str, Any
         "quick": config.quick,
         **({"val_rows": len(task.val)} if config.quick else {}),
         **({"views": plan.views} if plan.views else {}),
+        **({"negatives": negatives} if negatives > 1 else {}),
     }
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from .. import data, models
 from ..data import Task
 from ..data.movies import GROUPS
+from ..data.rankings import HELD_OUT, LEARNT
 from ..methods import METHODS
 from . import budgets
 from .config import RunConfig
@@ -174,6 +175,14 @@ TASKS: dict[str, Entry] = {
             Option("weight_decay", None, (), "the same of AdamW's decay"),
             Option("epochs", None, (), "the same of the epochs", number=(int, 1)),
             Option("batch_size", None, (), "pairs of a step, instead of a 32nd of them up to 8192", number=(int, 2)),
+            Option("negatives", None, (), "items not chosen that each pair is compared with (1)", number=(int, 1)),
+            Option(
+                "validation",
+                HELD_OUT,
+                (HELD_OUT, LEARNT),
+                "held-out, or learnt for the last training, by epochs that were found before",
+                in_folder=True,
+            ),
         ),
         methods=RANKING_METHODS,
         known=RANKING_METHODS_ALL,

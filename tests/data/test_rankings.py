@@ -45,6 +45,20 @@ def test_users_who_saw_everything_are_not_judged(tmp_path):
     assert pairs(task.train) == [(1, 0)] and history(task.train, 0) == [0, 1, 2]
 
 
+def test_validation_may_be_learnt(tmp_path):
+    folder = lightgcn(tmp_path, [[0, 1, 2], [1, 0, 1]], [[0, 4], [1, 3]], [[0, 3], [1, 2]])
+    held_out, learnt = (data.load("rankings", folder, validation=name) for name in ("held-out", "learnt"))
+    assert pairs(learnt.train) == [(0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2)]
+    assert history(learnt.train, 0) == [1, 2, 3] and history(learnt.val, 0) == [1, 2]
+    for part in ("val", "test"):
+        before, now = getattr(held_out, part), getattr(learnt, part)
+        assert pairs(now) == pairs(before) and torch.equal(now.seen_items, before.seen_items)
+    assert len(held_out.train) == 4 and "validation, too" in learnt.split and learnt.meta["validation"] == "learnt"
+    assert learnt.meta["split_sha256"] == held_out.meta["split_sha256"]  # of the parts as they are divided
+    with pytest.raises(ValueError, match="validation must be held-out or learnt, got 'used'"):
+        data.load("rankings", folder, validation="used")
+
+
 def test_the_hash_is_of_the_pairs_not_of_their_order(tmp_path):
     folders = [tmp_path / name for name in "abc"]
     for folder in folders:

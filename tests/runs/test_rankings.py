@@ -86,7 +86,7 @@ def test_every_method_has_its_networks_and_they_start_alike():
 
 
 def test_of_very_many_users_some_choose_the_epoch(monkeypatch):
-    config = RunConfig("sparserec", quick=True)
+    config = tasks.complete(RunConfig("sparserec", quick=True))
     whole = rankings.load(config)
     assert whole.meta["users_judged"]["val"] == len(whole.val.users.unique()) > 50
     monkeypatch.setattr(rankings, "MOST_SCORED", 50 * whole.sizes["items"] + 1)
@@ -105,6 +105,29 @@ def test_a_call_may_set_how_all_networks_learn():
     assert plan.teacher.recipe.epochs == 4
     assert "lr" not in tasks.complete(RunConfig("sparserec")).options
     assert planned().teacher.recipe.lr == rankings.RECIPE.lr
+
+
+def test_a_call_may_set_what_pairs_are_learnt_and_compared_with():
+    config = {"options": {"negatives": "3"}, "quick": True}
+    task = rankings.load(tasks.complete(RunConfig("sparserec", **config)))
+    assert next(iter(task.train.batches(8)))[0][2].shape == (8, 3)
+    assert task.goal.baselines == ("popular", "item_knn", "ease")
+    plan = planned(options={"validation": "learnt", "epochs": 2})
+    about = record.settings_of_task(task, plan, RunConfig("sparserec"))
+    assert about["negatives"] == 3 and "negatives" not in record.settings_of_task(small_task(), plan, RunConfig("x"))
+
+
+def test_learnt_validation_chooses_nothing():
+    learnt = {"validation": "learnt", "epochs": 2}
+    with pytest.raises(ValueError, match="nothing chooses the epoch; give epochs"):
+        rankings.load(tasks.complete(RunConfig("sparserec", quick=True, options={"validation": "learnt"})))
+    task = rankings.load(tasks.complete(RunConfig("sparserec", quick=True, options=learnt)))
+    assert task.goal.baselines == ("popular",) and len(task.train) > task.meta["pairs"]["train"]
+    plan = planned(options=learnt)
+    assert {network.recipe.select for network in (plan.teacher, *plan.students)} == {"last"}
+    assert plan.about["selection"].startswith("last epoch") and planned().teacher.recipe.select == "best"
+    folder = tasks.folder_of(tasks.complete(RunConfig("sparserec", quick=True, options=learnt)), task)
+    assert folder.name == "ranking-movietweetings-learnt-quick"
 
 
 def test_methods_of_other_tasks_are_refused():

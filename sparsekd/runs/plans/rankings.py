@@ -25,6 +25,8 @@ import torch
 
 from ... import data, models
 from ...data import Task
+from ...data.rankings import LEARNT
+from ...goals import Ranking
 from ...methods.tickets import imp_rounds
 from ..config import RunConfig
 from .network import Network, Plan
@@ -42,12 +44,15 @@ RECIPES = {
     "neumf": dataclasses.replace(RECIPE, lr=5e-3, weight_decay=1e-2),
     "lightgcn": dataclasses.replace(RECIPE, lr=1e-2, weight_decay=1e-2),
 }
+OF_DATA = ("negatives", "validation")
 OF_RECIPE = ("lr", "weight_decay", "epochs", "batch_size")  # what a call may set instead, as found for its data
 IMP: dict[str, Any] = {"epochs": 5, "removed": 0.1}  # of a round that only looks for the next mask
 QUICK: dict[str, Any] = {"most_items": 300}
 QUICK_RECIPE: dict[str, Any] = {"epochs": 3, "batch_size": 1024}
 QUICK_EVERY = 4
 QUICK_IMP: dict[str, Any] = {"epochs": 1, "removed": 0.5}
+_SELECTION = "epoch of the best validation NDCG@20 at the final density; the test part is used once, for that epoch"
+_SELECTION_LEARNT = "last epoch, since validation is learnt, too: its scores are of learnt pairs"
 MOST_SCORED = 100_000_000  # scores of users and items that a validation ranks: some seconds of a core
 EVERY = 50  # steps between two exchanges
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -65,7 +70,22 @@ SWITCHES: dict[str, dict[str, Any]] = {
 
 def load(config: RunConfig) -> Task:
     """Who chose what in the folder of the run, or in MovieTweetings; a quick run has the top items alone."""
-    return _validated_on_some(data.load("rankings", config.data_dir, **(QUICK if config.quick else {})))
+    learnt = config.options["validation"] == LEARNT
+    if learnt and "epochs" not in config.options:
+        raise ValueError(
+            "sparsekd run: with validation learnt nothing chooses the epoch; give epochs, as many as a run with "
+            "validation held-out found"
+        )
+    options = {name: config.options[name] for name in OF_DATA if name in config.options}
+    task = data.load("rankings", config.data_dir, **options, **(QUICK if config.quick else {}))
+    task = _validated_on_some(task)
+    return dataclasses.replace(task, goal=_NothingToChoose()) if learnt else task
+
+
+class _NothingToChoose(Ranking):
+    """Without the references whose settings validation chooses."""
+
+    baselines = ("popular",)
 
 
 def _validated_on_some(task: Task) -> Task:
@@ -85,7 +105,8 @@ def of_rankings(task: Task, config: RunConfig) -> Plan:
     kind = config.options["model"]
     more = QUICK_RECIPE if config.quick else {"batch_size": batch_for(len(task.train))}
     own = {name: config.options[name] for name in OF_RECIPE if name in config.options}
-    recipe = dataclasses.replace(RECIPES[kind], **{**more, **own})
+    learnt = config.options["validation"] == LEARNT
+    recipe = dataclasses.replace(RECIPES[kind], **{**more, **own}, select="last" if learnt else "best")
     teacher = Network(name="dense", folder="dense", make=partial(recommender, kind, task, DIM, None), recipe=recipe)
     return Plan(
         teacher=teacher,
@@ -94,8 +115,7 @@ def of_rankings(task: Task, config: RunConfig) -> Plan:
             "model": f"{kind}, {DIM} dimensions",
             "budget": "tables of one density have as many entries; `small` has as many bytes, masks and row positions "
             "counted",
-            "selection": "epoch of the best validation NDCG@20 at the final density; the test part is used once, for "
-            "that epoch",
+            "selection": _SELECTION_LEARNT if learnt else _SELECTION,
             "serving": "dense: product with all items and topk; frozen: the best 20 straight from the packed table",
         },
     )
