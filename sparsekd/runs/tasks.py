@@ -175,7 +175,13 @@ TASKS: dict[str, Entry] = {
             Option("weight_decay", None, (), "the same of AdamW's decay"),
             Option("epochs", None, (), "the same of the epochs", number=(int, 1)),
             Option("batch_size", None, (), "pairs of a step, instead of a 32nd of them up to 8192", number=(int, 2)),
-            Option("negatives", None, (), "items not chosen that each pair is compared with (1)", number=(int, 1)),
+            Option(
+                "negatives",
+                None,
+                (),
+                f"items not chosen that each pair is compared with ({rankings.NEGATIVES})",
+                number=(int, 1),
+            ),
             Option(
                 "validation",
                 HELD_OUT,
