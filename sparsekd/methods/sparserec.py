@@ -76,7 +76,7 @@ class SparseRec(TableMethod):
         values: str = "factors",
         accumulate: str = "signed",
         every: int = 100,
-        exchanged: float = 0.3,
+        exchanged: float = 0.1,
         until: float = 0.75,
         sample: float = 1.0,
         seed: int = 0,
