@@ -55,6 +55,20 @@ def test_a_sparse_table_answers_as_the_dense_one_with_its_zeros(kind):
         torch.testing.assert_close(packed.values.grad, full.weight.grad[packed.mask()])
 
 
+@pytest.mark.parametrize("density", [None, 0.4])
+@pytest.mark.parametrize("kind", ["mf", "neumf"])
+def test_sparse_gradients_are_those_of_the_rows_of_a_batch(kind, density):
+    gradients = []
+    for sparse in (False, True):
+        model = made(kind, density=density, sparse=sparse)
+        sum(scores.square().sum() for scores in model(*PAIRS, PAIRS[1][:, None])).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    of_all, of_rows = gradients
+    assert all(of_rows[name].is_sparse == ("users" in name or "items" in name) for name in of_rows)
+    for name, gradient in of_all.items():
+        torch.testing.assert_close(of_rows[name].to_dense(), gradient)
+
+
 @pytest.mark.parametrize(("combine", "layers"), [("mean", 3), ("sum", 2)])
 def test_lightgcn_averages_over_the_normalised_graph(combine, layers):
     model = models.LightGCN(SIZES, PAIRS, 6, layers=layers, combine=combine).double()

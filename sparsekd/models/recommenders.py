@@ -6,7 +6,9 @@
 
 `model(users [B], items [B], negatives [B, K])` returns the scores of the items [B] and of the negatives [B, K], and
 `model.score_items(users [U])` those of all items [U, I]: what `goals.Ranking` asks for. `model.tables` are the tables,
-each of users beside that of items with the same dimensions.
+each of users beside that of items with the same dimensions. With `sparse=True` MF and NeuMF have gradients of the rows
+of a batch alone, for an optimizer that takes such: `sparsekd.optim` for packed tables, `torch.optim.SparseAdam` for
+dense ones.
 
 Names in this file: B pairs, K negatives, U users, I items, D dimensions, N = U + I.
 """
@@ -28,9 +30,13 @@ _PIECE = 1 << 14  # rows of a table that are looked up at once
 _AT_ONCE = 1 << 22  # numbers of an intermediate result
 
 
-def table(rows: int, dim: int, density: float | None) -> nn.Embedding | SparseEmbedding:
+def table(rows: int, dim: int, density: float | None, sparse: bool = False) -> nn.Embedding | SparseEmbedding:
     """A dense table, or one that keeps the share `density` of its entries; they start from N(0, 0.1)."""
-    made = nn.Embedding(rows, dim) if density is None else SparseEmbedding(rows, dim, density=density)
+    made = (
+        nn.Embedding(rows, dim, sparse=sparse)
+        if density is None
+        else SparseEmbedding(rows, dim, density=density, sparse=sparse)
+    )
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.mul_(START)
@@ -40,12 +46,12 @@ def table(rows: int, dim: int, density: float | None) -> nn.Embedding | SparseEm
 class Recommender(nn.Module):
     """What recommenders share: sizes, the table of users and that of items."""
 
-    def __init__(self, sizes: Mapping[str, int], dim: int, density: float | None) -> None:
+    def __init__(self, sizes: Mapping[str, int], dim: int, density: float | None, sparse: bool = False) -> None:
         super().__init__()
         self.num_users, self.num_items, self.dim = sizes["users"], sizes["items"], dim
         self.dim_of_dense = dim  # a smaller model that stands for a larger one is counted against that
-        self.users = table(self.num_users, dim, density)
-        self.items = table(self.num_items, dim, density)
+        self.users = table(self.num_users, dim, density, sparse)
+        self.items = table(self.num_items, dim, density, sparse)
 
     @property
     def tables(self) -> tuple[tuple[Any, Any], ...]:
@@ -62,8 +68,10 @@ class Recommender(nn.Module):
 class MF(Recommender):
     """Matrix factorisation: the score is the product of two rows (BPR-MF: Rendle et al., UAI 2009)."""
 
-    def __init__(self, sizes: Mapping[str, int], dim: int = 64, density: float | None = None) -> None:
-        super().__init__(sizes, dim, density)
+    def __init__(
+        self, sizes: Mapping[str, int], dim: int = 64, density: float | None = None, sparse: bool = False
+    ) -> None:
+        super().__init__(sizes, dim, density, sparse)
 
     def forward(self, users: Tensor, items: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
         return _products(self.users(users), self.items(items), self.items(negatives))
@@ -80,10 +88,12 @@ class NeuMF(Recommender):
     """A product of two rows and a small network on two others, summed with learnt weights (He et al., Neural
     Collaborative Filtering, WWW 2017, equation 12); trained on pairs as the others here, not on single labels."""
 
-    def __init__(self, sizes: Mapping[str, int], dim: int = 64, density: float | None = None) -> None:
-        super().__init__(sizes, dim, density)
-        self.mlp_users = table(self.num_users, dim, density)
-        self.mlp_items = table(self.num_items, dim, density)
+    def __init__(
+        self, sizes: Mapping[str, int], dim: int = 64, density: float | None = None, sparse: bool = False
+    ) -> None:
+        super().__init__(sizes, dim, density, sparse)
+        self.mlp_users = table(self.num_users, dim, density, sparse)
+        self.mlp_items = table(self.num_items, dim, density, sparse)
         self.left, self.right = nn.Linear(dim, dim), nn.Linear(dim, dim, bias=False)
         self.mlp = nn.Sequential(nn.ReLU(), nn.Linear(dim, dim // 2), nn.ReLU())
         self.head = nn.Linear(dim + dim // 2, 1, bias=False)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import distributed
+from .. import distributed, optim
 from ..data.parts import Batch
 from ..methods import Method
 from ..tapped import TeacherTargets
@@ -38,7 +38,7 @@ class Stepper:
         self, method: Method, optimizer: str, runtime: Runtime, after_step: Callable[[], None] = lambda: None
     ) -> None:
         self.method, self.runtime, self.after_step = method, runtime, after_step
-        self.optimizer = _optimizer(optimizer, self.parameters)
+        self.optimizer = _optimizer(optimizer, self.model, self.parameters)
         method.attach(self.optimizer)
 
     @property
@@ -100,11 +100,19 @@ class Stepper:
             group["lr"], group["weight_decay"] = rate.lr, rate.weight_decay
 
 
-def _optimizer(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(name: str, model: nn.Module, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """An optimizer whose rate and decay are set anew before every step."""
     if name == "adamw":
         # One kernel a parameter: of a small pruned student, a dozen each are 6 % of a step.
         return torch.optim.AdamW(parameters, fused=True)
     if name in ("sgd", "nesterov"):
         return torch.optim.SGD(parameters, lr=0.0, momentum=0.9, nesterov=name == "nesterov")
-    raise ValueError(f"sparsekd.runs: optimizer must be adamw, sgd or nesterov, got {name!r}")
+    if name == "sparse-adam":
+        optimizer = optim.SparseAdam(model)
+        if len(optimizer.param_groups[0]["params"]) < len(parameters):
+            raise ValueError(
+                f"sparsekd.runs: sparse-adam trains tables alone, got {type(model).__name__} with other parameters; "
+                "take adamw"
+            )
+        return optimizer
+    raise ValueError(f"sparsekd.runs: optimizer must be adamw, sgd, nesterov or sparse-adam, got {name!r}")

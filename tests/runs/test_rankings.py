@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from sparsekd import checkpoint, data, models, report, runs
+from sparsekd import checkpoint, data, methods, models, optim, report, runs
 from sparsekd.data import Pairs, Task, histories
+from sparsekd.distill import Plain
 from sparsekd.goals import Ranking
 from sparsekd.methods.tables import bytes_of
-from sparsekd.runs import RunConfig, neighbours, record, tasks
+from sparsekd.runs import RunConfig, learners, neighbours, record, tasks
 from sparsekd.runs.plans import rankings
 from sparsekd.runs.plans.network import RANKING_METHODS_ALL
+from sparsekd.runs.runtime import Runtime
+from sparsekd.runs.steps import Rate, Stepper
 
 
 def part(chosen, seen, num_items=6):
@@ -101,7 +104,9 @@ def test_of_very_many_users_some_choose_the_epoch(monkeypatch):
 def test_a_call_may_set_how_all_networks_learn():
     plan = planned(options={"lr": "1e-3", "weight_decay": 0.25, "epochs": "4", "batch_size": "64"})
     recipes = [network.recipe for network in (plan.teacher, *plan.students)]
-    assert {(recipe.lr, recipe.weight_decay, recipe.batch_size) for recipe in recipes} == {(1e-3, 0.25, 64)}
+    assert {(recipe.lr, recipe.batch_size) for recipe in recipes} == {(1e-3, 64)}
+    # The other one has no decay of AdamW's kind.
+    assert [recipe.weight_decay for recipe in recipes if recipe.weight_decay != 0.25] == [1e-5, 1e-5]
     assert plan.teacher.recipe.epochs == 4
     assert "lr" not in tasks.complete(RunConfig("sparserec")).options
     assert planned().teacher.recipe.lr == rankings.RECIPE.lr
@@ -128,6 +133,32 @@ def test_learnt_validation_chooses_nothing():
     assert plan.about["selection"].startswith("last epoch") and planned().teacher.recipe.select == "best"
     folder = tasks.folder_of(tasks.complete(RunConfig("sparserec", quick=True, options=learnt)), task)
     assert folder.name == "ranking-movietweetings-learnt-quick"
+
+
+def test_one_ablation_moves_the_rows_of_a_batch_alone():
+    plan = planned(("sparserec", "sparserec-adam"))
+    usual, ours = (
+        next(n for n in plan.students if n.folder == f"{name}-0.1") for name in ("sparserec", "sparserec-adam")
+    )
+    assert usual.recipe.optimizer == "adamw" and ours.recipe.optimizer == "sparse-adam"
+    assert usual.options == ours.options and ours.name == "SparseRec, adam"
+    network = Stepper(learners.learner_of(record.fresh(ours, 0), small_task(), ours, None, 0), "sparse-adam", Runtime())
+    assert isinstance(network.optimizer, optim.SparseAdam)
+    before = [table.values.detach().clone() for table in network.method.tables]
+    chosen = small_task().train.batches(3, torch.Generator().manual_seed(0))
+    network.learn([next(chosen)], lambda step: Rate(0.1, 0.1))
+    for table, then in zip(network.method.tables, before, strict=True):
+        changed = table.values != then
+        assert changed.any() and not changed.all()  # by AdamW's decay all of them would
+
+
+@pytest.mark.parametrize("kind", ["neumf", "lightgcn"])
+def test_what_trains_more_than_rows_of_a_batch_is_refused(kind):
+    with pytest.raises(ValueError, match=f"got {kind}, which trains more; take --model mf"):
+        planned(("sparserec-adam",), options={"model": kind})
+    with pytest.raises(ValueError, match="sparse-adam trains tables alone, got NeuMF with other parameters"):
+        model = models.NeuMF({"users": 4, "items": 6}, 8, 0.5, sparse=True)
+        Stepper(methods.Method(Plain(model, Ranking())), "sparse-adam", Runtime())
 
 
 def test_methods_of_other_tasks_are_refused():

@@ -10,7 +10,8 @@ The teacher is the dense model, and its row is that of "dense"; students of `spa
     pep              learnt thresholds, then trained again from the same start
     sparserec        SparseRec; -random starts from random masks, -normal from random values, -last grows by the last
                      batch alone, -absolute by sums of magnitudes, -sampled learns half of the rows of a batch, -kd
-                     the teacher's scores too
+                     the teacher's scores too, and -adam by `sparsekd.optim.SparseAdam`: no row moves or decays but
+                     those of the batch
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ RECIPES = {
     "neumf": dataclasses.replace(RECIPE, lr=5e-3, weight_decay=1e-2),
     "lightgcn": dataclasses.replace(RECIPE, weight_decay=0.1),  # found on lastfm
 }
+# The decay of the rows of a batch, as a part of the gradient: that of AdamW is one of all rows, in every step.
+BY_ROWS: dict[str, Any] = {"optimizer": "sparse-adam", "weight_decay": 1e-5}
 OF_DATA = ("negatives", "validation")
 OF_RECIPE = ("lr", "weight_decay", "epochs", "batch_size")  # what a call may set instead, as found for its data
 IMP: dict[str, Any] = {"epochs": 5, "removed": 0.1}  # of a round that only looks for the next mask
@@ -59,6 +62,7 @@ EVERY = 50  # steps between two exchanges
 SWITCHES: dict[str, dict[str, Any]] = {
     "sparserec": {},
     "sparserec-kd": {},
+    "sparserec-adam": {},
     "sparserec-random": {"init": "random"},
     "sparserec-normal": {"values": "normal"},
     "sparserec-last": {"accumulate": "last"},
@@ -125,14 +129,14 @@ def of_rankings(task: Task, config: RunConfig) -> Plan:
 
 
 def recommender(
-    kind: str, task: Task, dim: int, density: float | None, dim_of_dense: int | None = None
+    kind: str, task: Task, dim: int, density: float | None, dim_of_dense: int | None = None, sparse: bool = False
 ) -> models.Recommender:
-    """A model for the users and items of a task."""
+    """A model for the users and items of a task; `sparse`: as of MF and NeuMF."""
     model: models.Recommender
     if kind == "lightgcn":
         model = models.LightGCN(task.sizes, (task.train.users, task.train.items), dim, density)
     else:
-        model = {"mf": models.MF, "neumf": models.NeuMF}[kind](task.sizes, dim, density)
+        model = {"mf": models.MF, "neumf": models.NeuMF}[kind](task.sizes, dim, density, sparse)
     model.dim_of_dense = dim if dim_of_dense is None else dim_of_dense
     return model
 
@@ -195,7 +199,13 @@ def _pep(density: float, recipe: Recipe, full: dict[str, Any]) -> Network:
 
 def _dynamic(method: str, task: Task, kind: str, density: float, recipe: Recipe, every: int) -> Network:
     """SparseRec, or what is left of it without one of its parts."""
-    make = partial(recommender, kind, task, DIM, density)
+    by_rows = method == "sparserec-adam"
+    if by_rows and kind != "mf":
+        raise ValueError(
+            f"sparsekd run: sparserec-adam moves the rows of a batch and nothing else, got {kind}, which trains more; "
+            "take --model mf"
+        )
+    make = partial(recommender, kind, task, DIM, density, sparse=by_rows)
     options = {"density": density, "every": every, **SWITCHES[method]}
     return Network(
         name={"sparserec": "SparseRec", "rigl": "RigL", "random-mask": "random mask"}.get(
@@ -203,7 +213,7 @@ def _dynamic(method: str, task: Task, kind: str, density: float, recipe: Recipe,
         ),
         folder=f"{method}-{density:g}",
         make=make,
-        recipe=recipe,
+        recipe=dataclasses.replace(recipe, **BY_ROWS) if by_rows else recipe,
         alpha=1.0 if method == "sparserec-kd" else 0.0,
         method="sparserec",
         densities=(density,),

@@ -17,7 +17,7 @@ class Recipe:
     rest. The plans hand these three to the networks that they make.
 
     splits       into how many epochs one pass over the rows is split: few passes then leave room to prune in steps.
-    optimizer    "adamw", or "sgd" and "nesterov" with momentum 0.9.
+    optimizer    "adamw", "sgd" and "nesterov" with momentum 0.9, or "sparse-adam" of packed tables with sparse=True.
     milestones   the learning rate is multiplied by 0.1 after each of these epochs; None: cosine decay to zero.
     restart      what begins the learning rate anew: "rewind" (and a new stage), every "prune", or "never".
     select       the epoch a network is kept from: "best" of the validation part, or "last".
