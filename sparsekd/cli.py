@@ -209,8 +209,8 @@ def _add_run(commands: Any, with_options: bool) -> None:
     run.add_argument(
         "--costs", metavar="FILE", help="times of the student's layers, for --unit latency_us (measured now)"
     )
-    for name, explained in _own_options().items():
-        run.add_argument(f"--{name.replace('_', '-')}", metavar="NAME", help=explained)
+    for name, (metavar, explained) in _own_options().items():
+        run.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=explained)
     run.add_argument("--pattern", metavar="RxC", help=f"blocks to prune, outputs x inputs ({usual.pattern})")
     run.add_argument("--seeds", type=int, metavar="N", help=f"how many seeds ({usual.seeds})")
     run.add_argument("--quick", action="store_true", help="less data and fewer epochs: to see it work, not to quote")
@@ -310,16 +310,18 @@ def _stream(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _own_options() -> dict[str, str]:
-    """Options that single tasks have for themselves, and what they are."""
+def _own_options() -> dict[str, tuple[str, str]]:
+    """Options that single tasks have for themselves: what stands for a value, and what they are."""
     from .runs import TASKS
 
     explained: dict[str, list[str]] = {}
+    metavars: dict[str, str] = {}
     for task, entry in TASKS.items():
         for option in entry.options:
             usual = "" if option.default is None else f" ({option.default})"
             explained.setdefault(option.name, []).append(f"{task}: {option.help}{usual}")
-    return {name: "; ".join(texts) for name, texts in explained.items()}
+            metavars[option.name] = "NAME" if option.choices else "N"
+    return {name: (metavars[name], "; ".join(texts)) for name, texts in explained.items()}
 
 
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:

@@ -35,6 +35,7 @@ __all__ = [
     "check_same_parameters",
     "data_parallel",
     "num_ranks",
+    "of_all_ranks",
     "total",
 ]
 
@@ -103,16 +104,22 @@ def _average_rows(parameter: nn.Parameter) -> None:
     if grad is not None:
         grad = grad.coalesce()
         places, terms = grad.indices()[0].contiguous(), grad.values()
-    counts: list[Any] = [None] * num_ranks()
-    dist.all_gather_object(counts, len(places))
-    every = [(places.new_empty(count), terms.new_empty(count)) for count in counts]
-    every[dist.get_rank()] = places, terms
-    for rank, pair in enumerate(every):
-        for tensor in pair:
-            dist.broadcast(tensor, src=rank)
-    index, sums = torch.cat([pair[0] for pair in every]), torch.cat([pair[1] for pair in every])
+    index, sums = of_all_ranks(places), of_all_ranks(terms)
     mean = torch.sparse_coo_tensor(index[None], sums / num_ranks(), parameter.shape, check_invariants=False)
     parameter.grad = mean.coalesce()
+
+
+def of_all_ranks(rows: Tensor) -> Tensor:
+    """The rows ``[n, ...]`` of every rank, one rank after the other; their numbers may differ."""
+    if num_ranks() == 1:
+        return rows
+    counts: list[Any] = [None] * num_ranks()
+    dist.all_gather_object(counts, len(rows))
+    every = [rows.new_empty(count, *rows.shape[1:]) for count in counts]
+    every[dist.get_rank()] = rows.contiguous()
+    for rank, theirs in enumerate(every):
+        dist.broadcast(theirs, src=rank)
+    return torch.cat(every)
 
 
 def data_parallel(model: nn.Module, **options: Any) -> nn.Module:

@@ -1,5 +1,7 @@
 """Recommenders over dense and sparse tables: scores against products written out, gradients, and equal answers."""
 
+import copy
+
 import pytest
 import torch
 
@@ -115,6 +117,28 @@ def test_lightgcn_ranks_by_what_an_optimizer_has_just_changed(density, fused):
         model._kept = None
         assert torch.equal(model.score_items(torch.arange(7)), after)
     assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("density", [None, 0.5])
+def test_lightgcn_that_has_been_evaluated_is_exported_and_copied(density):
+    model, users = made("lightgcn", density=density), torch.tensor([0, 3, 6])
+
+    class Scores(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, users):
+            return self.model.score_items(users)
+
+    with evaluating(model):
+        scores = model.score_items(users)
+        program = torch.export.export(Scores().eval(), (users,))
+        torch.testing.assert_close(program.module()(users), scores)
+    again = copy.deepcopy(model)
+    assert model._kept is not None and again._kept is None
+    with evaluating(again):
+        assert torch.equal(again.score_items(users), scores)
 
 
 def test_the_graph_is_no_part_of_a_state():

@@ -2,7 +2,7 @@
 
     task = data.load("rankings")                                # MovieTweetings, ratings of 7 and more
     task = data.load("rankings", "my-shop", columns={"user": "customer", "item": "sku"})
-    task.meta["split_sha256"]                                   # two that are equal have the very same pairs
+    task.meta["split_sha256"]                                   # two that are equal have the very same parts
 
 The rules, each of which `Task.meta` counts:
     duplicates                  a pair that is there twice counts once.
@@ -36,7 +36,7 @@ from .task import Task
 
 __all__ = ["load"]
 
-VALIDATION = HELD_OUT, LEARNT = "held-out", "learnt"
+HELD_OUT, LEARNT = VALIDATION = ("held-out", "learnt")  # what is done with the validation part
 SHORTEST = 5  # a user with fewer pairs gives none of them to validation or test
 _Parts = dict[str, tuple[Tensor, Tensor]]
 
@@ -234,9 +234,9 @@ def _pairs(
     can_learn = seen[0].diff()[users] < num_items
     train = Pairs(users[can_learn], items[can_learn], num_items, *seen, negatives, user_ids, item_ids)
     made = {"train": train}
-    for name, (offsets, items) in (("val", of_train), ("test", of_both)):
-        users, chosen = parts[name]
-        made[name] = replace(train, users=users, items=chosen, seen_offsets=offsets, seen_items=items)
+    for name, (seen_offsets, seen_items) in (("val", of_train), ("test", of_both)):
+        users, items = parts[name]
+        made[name] = replace(train, users=users, items=items, seen_offsets=seen_offsets, seen_items=seen_items)
     return made
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distill import Distiller, Plain
+from ..distributed import num_ranks, of_all_ranks
 from ..nn.embedding_table import SparseTable
 from ..ops.embedding import embedding_absent_, pack_mask
 from ..pruning.entries import rekeep
@@ -39,7 +40,8 @@ START = 0.1  # root of the mean square of the entries that the masks of the fact
 
 
 class SparseRec(TableMethod):
-    """Dynamic sparse training of the tables of a recommender, at an equal number of entries in every step.
+    """Dynamic sparse training of the tables of a recommender, at an equal number of entries in every step. On several
+    ranks all exchange the same entries, by the sums of what each of them has seen.
 
     Args:
         distiller: ``Plain``, or a ``Distiller`` of a dense teacher's scores with beta=0. Its student has ``tables``.
@@ -220,6 +222,8 @@ class SparseRec(TableMethod):
     @torch.no_grad()
     def _exchange(self, moves: int) -> None:
         """Drop the `moves` smallest entries and bring back as many absent ones of the largest sums, as zeros."""
+        for absent in self._absent:
+            absent.gather()
         worth, where = zip(*(absent.candidates(table) for absent, table in self._counted()), strict=True)
         worths = torch.cat(worth)
         weakest = torch.cat([_magnitudes(table) for table in self.tables])
@@ -240,7 +244,7 @@ class SparseRec(TableMethod):
             # An absent entry has its bit at zero, and each is named once: adding sets it.
             words = rows[come] * kept.shape[1] + dims[come] // 64
             kept.view(-1).index_add_(0, words, torch.ones_like(words) << dims[come] % 64)
-            rekeep(table, kept, self.optimizers)
+            rekeep(table, kept, self.optimizers, agree=True)
         for absent in self._absent:
             absent.clear()
 
@@ -273,6 +277,14 @@ class _Absent:
         total = self.sums[places]
         embedding_absent_(total, grads.to(total.dtype), table.kept, rows, absolute)
         self.sums[places] = total
+
+    def gather(self) -> None:
+        """Add up what all ranks have seen, each of them rows of its own batches."""
+        if num_ranks() == 1:
+            return
+        rows, sums = of_all_ranks(self.rows), of_all_ranks(self.sums)
+        self.rows, of_row = torch.unique(rows, return_inverse=True)
+        self.sums = sums.new_zeros(len(self.rows), self._dim).index_add_(0, of_row, sums)
 
     def candidates(self, table: SparseTable) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """What absent entries are worth, those of 0 left out; and their rows and dimensions."""

@@ -136,7 +136,8 @@ class LightGCN(Recommender):
     combine       "mean" of the rows before and after each time, as in LightGCN's code, or their "sum".
 
     One propagation serves a batch, whatever its size: large batches cost little more than small ones. In evaluation it
-    is kept for as long as the tables stay as they are, beside a copy of them to tell.
+    is kept for as long as the tables stay as they are. To tell, every call compares them with a copy, which takes as
+    much memory again; `sparsekd.recommend.save` writes what serves single users at once.
     """
 
     graph_begin: Tensor
@@ -176,13 +177,16 @@ class LightGCN(Recommender):
 
     def propagated(self) -> Tensor:
         """The rows that are multiplied, users before items: [N, D]."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_exporting():
             return self._propagated()
-        now = [*self.users.state_dict().values(), *self.items.state_dict().values(), self.graph_weights]
+        now = [*self.users.state_dict().values(), *self.items.state_dict().values()]
         # By value: the fused optimizers of torch change parameters without counting up their versions.
         if self._kept is None or not all(map(_same, self._kept[0], now)):
             self._kept = [tensor.clone() for tensor in now], self._propagated()
         return self._kept[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_kept": None}
 
     def _propagated(self) -> Tensor:
         ids = [_all(rows, self.graph_begin) for rows in (self.num_users, self.num_items)]

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..data.rankings import LEARNT
 from ..goals import Metric
 from .summary import label, metrics_of
 
@@ -13,9 +14,12 @@ Entry = Mapping[str, Any]  # of a summary
 
 
 def best(results: Mapping[str, Any], summary: Sequence[Entry]) -> Entry | None:
-    """The pruned network that did best on the validation part, on the test part in files that lack it; None of none."""
+    """The pruned network that did best on the validation part, on the test part in files that lack it; None of none,
+    and of several that have learnt the validation part."""
     judge = metrics_of(results)[0]
     pruned = [entry for entry in summary if entry["target_density"] is not None]
+    if results["task"].get("validation") == LEARNT and len(pruned) > 1:
+        return None
     key = f"val_{judge.name}"
     if any(entry["mean"].get(key) is None for entry in pruned):
         key = judge.name

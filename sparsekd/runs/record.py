@@ -18,6 +18,7 @@ from torch import nn
 from .. import backends, checkpoint, processor, recommend, report
 from ..convert import SPARSE_TYPES, named_layers
 from ..data import Task
+from ..data.rankings import LEARNT
 from ..goals import Ranking, predict
 from ..models import MF, LightGCN
 from ..pruning import CostTable, count_macs
@@ -100,7 +101,7 @@ def _described(finished: Finished, density: float | None, model: nn.Module, task
     dense_macs, macs = count_macs(model, [x.cpu() for x in task.train.examples(2)], not_pruned(model) or None)
     metrics = {
         **task.goal.scores(model.to(runtime.device), task.test),
-        **{name: value for name, value in picked.items() if name.startswith("val_")},
+        **({} if task.meta.get("validation") == LEARNT else _of_validation(picked)),
         "weights_kept": kept_share(model),
         "macs_kept": macs / dense_macs if dense_macs else 1.0,
         "macs": macs,
@@ -126,6 +127,10 @@ def _described(finished: Finished, density: float | None, model: nn.Module, task
         "epochs": epochs if density in (None, *network.densities[:1]) else [],  # of a sweep once
         "settings": finished.settings,
     }
+
+
+def _of_validation(epoch: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in epoch.items() if name.startswith("val_")}
 
 
 def write_for_serving(finished: Finished, task: Task) -> None:

@@ -68,7 +68,7 @@ def lay_out_moments(optimizer: torch.optim.Optimizer) -> None:
 
 def in_full(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with those that are left out where they are not used."""
-    return {"views": 0, "val_rows": None, **settings}
+    return {"views": 0, "val_rows": None, "negatives": 1, **settings}
 
 
 def check_same_settings(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -109,10 +109,11 @@ def _optimizer(name: str, model: nn.Module, parameters: list[nn.Parameter]) -> t
         return torch.optim.SGD(parameters, lr=0.0, momentum=0.9, nesterov=name == "nesterov")
     if name == "sparse-adam":
         optimizer = optim.SparseAdam(model)
-        if len(optimizer.param_groups[0]["params"]) < len(parameters):
+        others = len(parameters) - len(optimizer.param_groups[0]["params"])
+        if others:
             raise ValueError(
-                f"sparsekd.runs: sparse-adam trains tables alone, got {type(model).__name__} with other parameters; "
-                "take adamw"
+                f"sparsekd.runs: sparse-adam trains packed tables with sparse=True alone, got {others} other "
+                f"parameters beside those of {type(model).__name__}; take adamw, and make the model without sparse=True"
             )
         return optimizer
     raise ValueError(f"sparsekd.runs: optimizer must be adamw, sgd, nesterov or sparse-adam, got {name!r}")

@@ -18,7 +18,7 @@ from torch import nn
 from .. import data, models
 from ..data import Task
 from ..data.movies import GROUPS
-from ..data.rankings import HELD_OUT, LEARNT
+from ..data.rankings import HELD_OUT, VALIDATION
 from ..methods import METHODS
 from . import budgets
 from .config import RunConfig
@@ -172,8 +172,8 @@ TASKS: dict[str, Entry] = {
         options=(
             Option("model", "mf", rankings.MODELS, "mf, neumf or lightgcn", in_folder=True),
             Option("lr", None, (), "learning rate, instead of that of the model"),
-            Option("weight_decay", None, (), "the same of AdamW's decay"),
-            Option("epochs", None, (), "the same of the epochs", number=(int, 1)),
+            Option("weight_decay", None, (), "AdamW's decay, instead of that of the model; not of sparserec-adam"),
+            Option("epochs", None, (), "epochs, instead of those of the model", number=(int, 1)),
             Option("batch_size", None, (), "pairs of a step, instead of a 32nd of them up to 8192", number=(int, 2)),
             Option(
                 "negatives",
@@ -185,7 +185,7 @@ TASKS: dict[str, Entry] = {
             Option(
                 "validation",
                 HELD_OUT,
-                (HELD_OUT, LEARNT),
+                VALIDATION,
                 "held-out, or learnt for the last training, by epochs that were found before",
                 in_folder=True,
             ),

@@ -129,6 +129,15 @@ def test_the_result_comes_first_in_a_sentence(run):
     assert order == sorted(order)
 
 
+def test_of_several_that_have_learnt_validation_none_is_the_best(run):
+    pruned = [entry for entry in run["summary"] if entry["target_density"] is not None]
+    assert len(pruned) > 1 and verdict.best(run, run["summary"]) in pruned
+    run["task"]["validation"] = "learnt"
+    assert verdict.best(run, run["summary"]) is None and verdict.sentence(run, run["summary"]) == ""
+    assert "keeps" not in " ".join(Outline(page.html([run])).words[:20])
+    assert verdict.best(run, pruned[:1]) is pruned[0]
+
+
 def test_the_sentence_names_what_does_better_without_a_network(run):
     run["baselines"] = [{"name": "ridge", "accuracy": 0.70}, {"name": "EASE"}]
     assert "no network" not in verdict.sentence(run, run["summary"])

@@ -11,7 +11,7 @@ from sparsekd.data import Pairs, Task, histories
 from sparsekd.distill import Plain
 from sparsekd.goals import Ranking
 from sparsekd.methods.tables import bytes_of
-from sparsekd.runs import RunConfig, learners, neighbours, record, tasks
+from sparsekd.runs import RunConfig, learners, neighbours, record, state, tasks
 from sparsekd.runs.plans import rankings
 from sparsekd.runs.plans.network import RANKING_METHODS_ALL
 from sparsekd.runs.runtime import Runtime
@@ -156,9 +156,27 @@ def test_one_ablation_moves_the_rows_of_a_batch_alone():
 def test_what_trains_more_than_rows_of_a_batch_is_refused(kind):
     with pytest.raises(ValueError, match=f"got {kind}, which trains more; take --model mf"):
         planned(("sparserec-adam",), options={"model": kind})
-    with pytest.raises(ValueError, match="sparse-adam trains tables alone, got NeuMF with other parameters"):
-        model = models.NeuMF({"users": 4, "items": 6}, 8, 0.5, sparse=True)
-        Stepper(methods.Method(Plain(model, Ranking())), "sparse-adam", Runtime())
+
+
+def test_sparse_adam_of_a_network_beside_tables_is_refused():
+    model = models.NeuMF({"users": 4, "items": 6}, 8, 0.5, sparse=True)
+    method = methods.Method(Plain(model, Ranking()))
+    with pytest.raises(
+        ValueError, match="got 6 other parameters beside those of NeuMF; take adamw, and make the model"
+    ):
+        Stepper(method, "sparse-adam", Runtime())
+
+
+@pytest.mark.parametrize("name", ["negatives", "exchanged"])
+def test_rows_under_other_settings_are_not_taken(name, tmp_path):
+    """Also those from before there was the setting."""
+    now = {"task": "ranking", "seed": 0, "folder": "sparserec-0.1", "options": {"exchanged": 0.1}, "negatives": 8}
+    then = json.loads(json.dumps(now))
+    del (then if name == "negatives" else then["options"])[name]
+    for first, second in ((then, now), (now, then)):
+        with pytest.raises(ValueError, match=r"is of another run: its (negatives|options) is"):
+            state.check_same_settings(tmp_path, first, second)
+    state.check_same_settings(tmp_path, now, now)
 
 
 def test_methods_of_other_tasks_are_refused():

@@ -65,6 +65,37 @@ def test_ranks_that_train_apart_are_found_after_an_epoch(folder, tmp_path):
     assert done.returncode == 1 and "rank 1 holds other parameters than rank 0" in done.stderr
 
 
+RANKINGS = """
+import importlib, sys
+from sparsekd import distributed, runs
+rankings = importlib.import_module("sparsekd.runs.plans.rankings")
+rankings.QUICK, rankings.QUICK_RECIPE = {"most_items": 40}, {"epochs": 3, "batch_size": 512}
+method = importlib.import_module("sparsekd.methods.sparserec")
+exchange, exchanges = method.SparseRec._exchange, []
+def watched(self, moves):
+    exchange(self, moves)
+    distributed.check_same_masks(self.student)
+    exchanges.append(moves)
+method.SparseRec._exchange = watched
+config = runs.RunConfig(
+    "sparserec", quick=True, methods=("sparserec", "sparserec-adam"), densities=(0.1,), out=sys.argv[2], measure=False
+)
+results, out = runs.run(config, lambda line: None)
+assert len(exchanges) > 5, exchanges
+print(len(results["rows"]))
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_two_ranks_exchange_the_same_entries_of_tables(folder, tmp_path):
+    done = on_two_ranks(RANKINGS, folder, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.replace("\n", "") == "33"
+    for name in ("sparserec", "sparserec-adam"):
+        (row,) = json.loads((tmp_path / f"out/seed0/{name}-0.1/rows.json").read_text())
+        assert row["metrics"]["weights_kept"] == pytest.approx(0.1, abs=1e-3)
+
+
 STOPPED_RANKS = """
 import datetime, importlib, sys, time
 sys.path.insert(0, sys.argv[3])

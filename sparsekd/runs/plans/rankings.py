@@ -35,9 +35,9 @@ from .recipe import Recipe
 
 MODELS = ("mf", "neumf", "lightgcn")
 DIM = 64
-# Found on the validation parts of lastfm and ml-1m with dense MF; all models and methods learn alike. The rate is
-# constant, so that every round of a ticket is trained as the others; the epoch is chosen on the validation part.
-NEGATIVES = 8  # of each pair: with one, the dense model has a sixth less NDCG@20 on these two
+NEGATIVES = 8  # of each pair: with one, dense MF has a sixth less NDCG@20 on the validation parts of lastfm and ml-1m
+# Found on these two with dense MF; all models and methods learn alike. The rate is constant, so that every round of a
+# ticket is trained as the others; the epoch is chosen on the validation part.
 RECIPE = Recipe(lr=1e-2, weight_decay=0.5, epochs=20, batch_size=8192, milestones=(), select="best", recalibrate=False)
 RECIPES = {
     "mf": RECIPE,
@@ -46,7 +46,8 @@ RECIPES = {
     "neumf": dataclasses.replace(RECIPE, lr=5e-3, weight_decay=1e-2),
     "lightgcn": dataclasses.replace(RECIPE, weight_decay=0.1),  # found on lastfm
 }
-# The decay of the rows of a batch, as a part of the gradient: that of AdamW is one of all rows, in every step.
+# In place of AdamW's decay of all rows in every step: a part of the gradient, of the rows of a batch. Found on lastfm
+# among 0 and 1e-6 to 1e-4.
 BY_ROWS: dict[str, Any] = {"optimizer": "sparse-adam", "weight_decay": 1e-5}
 OF_DATA = ("negatives", "validation")
 OF_RECIPE = ("lr", "weight_decay", "epochs", "batch_size")  # what a call may set instead, as found for its data
@@ -59,6 +60,7 @@ _SELECTION = "epoch of the best validation NDCG@20 at the final density; the tes
 _SELECTION_LEARNT = "last epoch, since validation is learnt, too: its scores are of learnt pairs"
 MOST_SCORED = 100_000_000  # scores of users and items that a validation ranks: some seconds of a core
 EVERY = 50  # steps between two exchanges
+EXCHANGED = 0.1  # share of the entries that the first exchange drops
 SWITCHES: dict[str, dict[str, Any]] = {
     "sparserec": {},
     "sparserec-kd": {},
@@ -110,7 +112,7 @@ def _validated_on_some(task: Task) -> Task:
 
 def of_rankings(task: Task, config: RunConfig) -> Plan:
     kind = config.options["model"]
-    more = QUICK_RECIPE if config.quick else {"batch_size": batch_for(len(task.train))}
+    more = QUICK_RECIPE if config.quick else {"batch_size": batch_for(_held_out(task))}
     own = {name: config.options[name] for name in OF_RECIPE if name in config.options}
     learnt = config.options["validation"] == LEARNT
     recipe = dataclasses.replace(RECIPES[kind], **{**more, **own}, select="last" if learnt else "best")
@@ -131,7 +133,7 @@ def of_rankings(task: Task, config: RunConfig) -> Plan:
 def recommender(
     kind: str, task: Task, dim: int, density: float | None, dim_of_dense: int | None = None, sparse: bool = False
 ) -> models.Recommender:
-    """A model for the users and items of a task; `sparse`: as of MF and NeuMF."""
+    """A model for the users and items of a task; `sparse`: as of MF and NeuMF, LightGCN has no such option."""
     model: models.Recommender
     if kind == "lightgcn":
         model = models.LightGCN(task.sizes, (task.train.users, task.train.items), dim, density)
@@ -139,6 +141,11 @@ def recommender(
         model = {"mf": models.MF, "neumf": models.NeuMF}[kind](task.sizes, dim, density, sparse)
     model.dim_of_dense = dim if dim_of_dense is None else dim_of_dense
     return model
+
+
+def _held_out(task: Task) -> int:
+    """Pairs to learn from where validation is held out, so that the last training has the batches of the others."""
+    return int(task.meta.get("pairs", {}).get("train", len(task.train)))
 
 
 def batch_for(pairs: int) -> int:
@@ -198,7 +205,7 @@ def _pep(density: float, recipe: Recipe, full: dict[str, Any]) -> Network:
 
 
 def _dynamic(method: str, task: Task, kind: str, density: float, recipe: Recipe, every: int) -> Network:
-    """SparseRec, or what is left of it without one of its parts."""
+    """SparseRec or one of its variants."""
     by_rows = method == "sparserec-adam"
     if by_rows and kind != "mf":
         raise ValueError(
@@ -206,7 +213,7 @@ def _dynamic(method: str, task: Task, kind: str, density: float, recipe: Recipe,
             "take --model mf"
         )
     make = partial(recommender, kind, task, DIM, density, sparse=by_rows)
-    options = {"density": density, "every": every, **SWITCHES[method]}
+    options = {"density": density, "every": every, "exchanged": EXCHANGED, **SWITCHES[method]}
     return Network(
         name={"sparserec": "SparseRec", "rigl": "RigL", "random-mask": "random mask"}.get(
             method, method.replace("sparserec-", "SparseRec, ")
