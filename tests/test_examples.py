@@ -1,6 +1,7 @@
 """The scripts in examples/ run, with as little training as shows every step."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,11 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 def run(tmp_path, script, *arguments):
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *arguments], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, str(EXAMPLES / script), *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # other tests run beside it
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
