@@ -141,7 +141,11 @@ def test_one_ablation_moves_the_rows_of_a_batch_alone():
         next(n for n in plan.students if n.folder == f"{name}-0.1") for name in ("sparserec", "sparserec-adam")
     )
     assert usual.recipe.optimizer == "adamw" and ours.recipe.optimizer == "sparse-adam"
-    assert usual.options == ours.options and ours.name == "SparseRec, adam"
+    assert (
+        usual.options["exchanged"] == rankings.EXCHANGED
+        and usual.options == ours.options
+        and ours.name == "SparseRec, adam"
+    )
     network = Stepper(learners.learner_of(record.fresh(ours, 0), small_task(), ours, None, 0), "sparse-adam", Runtime())
     assert isinstance(network.optimizer, optim.SparseAdam)
     before = [table.values.detach().clone() for table in network.method.tables]

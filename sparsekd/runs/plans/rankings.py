@@ -78,7 +78,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
 
 def load(config: RunConfig) -> Task:
     """Who chose what in the folder of the run, or in MovieTweetings; a quick run has the top items alone."""
-    learnt = config.options["validation"] == LEARNT
+    learnt = _learns_validation(config)
     if learnt and "epochs" not in config.options:
         raise ValueError(
             "sparsekd run: with validation learnt nothing chooses the epoch; give epochs, as many as a run with "
@@ -89,6 +89,10 @@ def load(config: RunConfig) -> Task:
     task = data.load("rankings", config.data_dir, **options)
     task = _validated_on_some(task)
     return dataclasses.replace(task, goal=_NothingToChoose()) if learnt else task
+
+
+def _learns_validation(config: RunConfig) -> bool:
+    return config.options["validation"] == LEARNT
 
 
 class _NothingToChoose(Ranking):
@@ -112,9 +116,9 @@ def _validated_on_some(task: Task) -> Task:
 
 def of_rankings(task: Task, config: RunConfig) -> Plan:
     kind = config.options["model"]
-    more = QUICK_RECIPE if config.quick else {"batch_size": batch_for(_held_out(task))}
+    more = QUICK_RECIPE if config.quick else {"batch_size": batch_for(_train_pairs(task))}
     own = {name: config.options[name] for name in OF_RECIPE if name in config.options}
-    learnt = config.options["validation"] == LEARNT
+    learnt = _learns_validation(config)
     recipe = dataclasses.replace(RECIPES[kind], **{**more, **own}, select="last" if learnt else "best")
     teacher = Network(name="dense", folder="dense", make=partial(recommender, kind, task, DIM, None), recipe=recipe)
     return Plan(
@@ -143,8 +147,8 @@ def recommender(
     return model
 
 
-def _held_out(task: Task) -> int:
-    """Pairs to learn from where validation is held out, so that the last training has the batches of the others."""
+def _train_pairs(task: Task) -> int:
+    """Pairs of the train part, without those of validation: the last training has the batches of the ones before."""
     return int(task.meta.get("pairs", {}).get("train", len(task.train)))
 
 
