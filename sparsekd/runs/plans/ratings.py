@@ -24,7 +24,7 @@ from .recipe import RECALIBRATION, Recipe
 # The weights of KD and SAD for ratings. On the validation part of the movies task alpha 1 with beta 0 and 10 are within
 # the spread of seeds, beta 100 is worse. The paper's beta of 50 to 200 belongs to a cross-entropy on CIFAR-100.
 ALPHA, BETA = 1.0, 10.0
-QUICK_ROWS, QUICK_VAL_ROWS = 4_000, 2_000  # the latest train rows and the first val rows, all that a quick run uses
+QUICK_ROWS, QUICK_VAL_ROWS = 3_000, 1_500  # the latest train rows and the first val rows, all that a quick run uses
 # A lottery ticket is trained again after its last rewinding; in fewer than 6 epochs SS-SAD has no room to prune.
 SHORTEST = 6
 
