@@ -13,9 +13,10 @@ namespace {
 // The kernels follow ids blindly, so that one past the end would be answered with a neighbour's row.
 void check_ids(const EmbeddingTable& table, const int64_t* ids, int64_t count) {
   const uint64_t rows = static_cast<uint64_t>(table.rows);
-  bool outside = false;
-  for (int64_t i = 0; i < count; ++i) outside |= static_cast<uint64_t>(ids[i]) >= rows;
-  for (int64_t i = 0; outside; ++i)
+  uint64_t outside = 0;  // the upper bit: a comparison would not be vectorised
+  for (int64_t i = 0; i < count; ++i)
+    outside |= static_cast<uint64_t>(ids[i]) | (rows - 1 - static_cast<uint64_t>(ids[i]));
+  for (int64_t i = 0; outside >> 63 != 0; ++i)
     if (static_cast<uint64_t>(ids[i]) >= rows)
       throw std::out_of_range("sparsekd.embedding: ids must lie in [0, " + std::to_string(table.rows) + "), got " +
                               std::to_string(ids[i]) + " at place " + std::to_string(i));

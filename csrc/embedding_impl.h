@@ -29,12 +29,20 @@ inline int64_t count_kept(const EmbeddingTable& t, int64_t row) {
 
 static_assert(sparsekd::kRowsOfBase == 64, "Vec16::sum_first_bytes adds the counts of as many rows");
 
+// Whether a row of a base may keep more than its count can say.
+inline bool any_of_many(const uint8_t* counts) {
+  uint8_t most = 0;
+  for (int i = 0; i < sparsekd::kRowsOfBase; ++i) most = counts[i] > most ? counts[i] : most;
+  return most == kManyKept;
+}
+
 // Where the values of a row begin: behind those of the rows before it in its 64.
 inline int64_t row_begin(const EmbeddingTable& t, int64_t row) {
   const int64_t base = static_cast<int64_t>(static_cast<uint64_t>(row) / sparsekd::kRowsOfBase);
   const int64_t first = base * sparsekd::kRowsOfBase;
-  const int64_t before = Vec16::sum_first_bytes(t.counts + first, static_cast<int>(row - first));
-  if (before >= 0) return t.base[base] + before;
+  const uint8_t* counts = t.counts + first;
+  if (t.dim < kManyKept || !any_of_many(counts))
+    return t.base[base] + Vec16::sum_first_bytes(counts, static_cast<int>(row - first));
   int64_t begin = t.base[base];
   for (int64_t i = first; i < row; ++i) begin += count_kept(t, i);
   return begin;
@@ -59,14 +67,14 @@ inline uint32_t group_of(uint64_t word, int g) { return static_cast<uint32_t>(wo
 inline int kept_before(uint64_t word, int g) { return __builtin_popcountll(word & ((uint64_t{1} << 16 * g) - 1)); }
 
 // body(group, its bits, where its values lie) for every 16 dimensions of a row. What precedes each of the four groups of
-// a word is counted from the word, so that none waits for the one before it.
-template <class Body>
+// a word is counted from the word, so that none waits for the one before it. kWhole: `dim` is a multiple of 64.
+template <bool kWhole = false, class Body>
 inline void each_group(const EmbeddingTable& t, int64_t row, int64_t begin, const Body& body) {
   const uint64_t* kept = kept_of(t, row);
   const int64_t groups = ceil_div(t.dim, 16);
   for (int64_t first = 0; first < groups; first += 4) {
     const uint64_t word = kept[first / 4];
-    const int have = static_cast<int>(min64(4, groups - first));
+    const int have = kWhole ? 4 : static_cast<int>(min64(4, groups - first));
 #pragma GCC unroll 4
     for (int g = 0; g < 4; ++g)
       if (g < have) body(first + g, group_of(word, g), begin + kept_before(word, g));
@@ -74,46 +82,44 @@ inline void each_group(const EmbeddingTable& t, int64_t row, int64_t begin, cons
   }
 }
 
-// Goes through ids and asks ahead for the rows of later ones, in two steps: their bits and where they begin, then their
-// values. `at` must be asked for every i from `begin` on, in order. Of a table that lies in the cache it asks for nothing.
-template <class T>
+// Goes through ids and finds ahead where later rows begin, which takes as long as it then takes to expand them. If the
+// table is cold it asks for them, too, in two steps: their bits and counts, then their values. `at` must be asked for
+// every i from `begin` on, in order.
+template <class T, bool kCold>
 class RowStream {
  public:
   RowStream(const EmbeddingTable& t, const T* values, const int64_t* ids, int64_t begin, int64_t end)
-      : t_(t), values_(values), ids_(ids), end_(end), cold_(bytes_of(t) > kInCache) {
-    for (int64_t i = begin; cold_ && i < min64(end, begin + kValuesAhead); ++i) ask_for_values(i);
+      : t_(t), values_(values), ids_(ids), end_(end) {
+    for (int64_t i = begin; i < min64(end, begin + kValuesAhead); ++i) find(i);
   }
 
   // Where the values of row ids[i] begin.
   int64_t at(int64_t i) {
-    if (!cold_) return row_begin(t_, ids_[i]);
-    if (i + kBitsAhead < end_) {
-      const int64_t row = ids_[i + kBitsAhead];
-      __builtin_prefetch(kept_of(t_, row));
-      __builtin_prefetch(t_.counts + row / sparsekd::kRowsOfBase * sparsekd::kRowsOfBase);
-      __builtin_prefetch(t_.base + row / sparsekd::kRowsOfBase);
-    }
+    if (kCold && i + kBitsAhead < end_) ask_for_bits(ids_[i + kBitsAhead]);
     const int64_t begin = begins_[i % kBitsAhead];
-    if (i + kValuesAhead < end_) ask_for_values(i + kValuesAhead);
+    if (i + kValuesAhead < end_) find(i + kValuesAhead);
     return begin;
   }
 
  private:
   static constexpr int64_t kBitsAhead = 16, kValuesAhead = 8;
-  static constexpr int64_t kInCache = 256 << 10;  // half of a small L2 cache
 
-  static int64_t bytes_of(const EmbeddingTable& t) {
-    const int64_t last = t.rows - 1;
-    const int64_t values = t.rows > 0 ? row_begin(t, last) + count_kept(t, last) : 0;
-    return static_cast<int64_t>(sizeof(T)) * values + 8 * t.rows * ceil_div(t.dim, 64);
+  void find(int64_t i) {
+    const int64_t begin = row_begin(t_, ids_[i]);
+    begins_[i % kBitsAhead] = begin;
+    if (kCold) ask_for_values(values_ + begin, count_kept(t_, ids_[i]));
+  }
+
+  void ask_for_bits(int64_t row) const {
+    __builtin_prefetch(kept_of(t_, row));
+    __builtin_prefetch(t_.counts + row / sparsekd::kRowsOfBase * sparsekd::kRowsOfBase);
+    __builtin_prefetch(t_.base + row / sparsekd::kRowsOfBase);
   }
 
   // Three lines without a branch, whose outcome would change from row to row; more only of rows that have them.
-  void ask_for_values(int64_t i) {
-    const int64_t row = ids_[i], begin = row_begin(t_, row);
-    begins_[i % kBitsAhead] = begin;
-    const char* first = reinterpret_cast<const char*>(values_ + begin);
-    const int64_t last = max64(1, static_cast<int64_t>(sizeof(T)) * count_kept(t_, row)) - 1;
+  static void ask_for_values(const T* values, int64_t count) {
+    const char* first = reinterpret_cast<const char*>(values);
+    const int64_t last = max64(1, static_cast<int64_t>(sizeof(T)) * count) - 1;
     __builtin_prefetch(first);
     __builtin_prefetch(first + min64(64, last));
     __builtin_prefetch(first + last);
@@ -124,8 +130,29 @@ class RowStream {
   const T* values_;
   const int64_t* ids_;
   int64_t end_, begins_[kBitsAhead];
-  bool cold_;
 };
+
+constexpr int64_t kInCache = 256 << 10;  // half of a small L2 cache
+
+template <class T>
+inline bool is_cold(const EmbeddingTable& t) {
+  const int64_t last = t.rows - 1;
+  const int64_t values = t.rows > 0 ? row_begin(t, last) + count_kept(t, last) : 0;
+  return static_cast<int64_t>(sizeof(T)) * values + 8 * t.rows * ceil_div(t.dim, 64) > kInCache;
+}
+
+// body(the stream of ids[begin .. end)).
+template <class T, class Body>
+inline void with_rows(const EmbeddingTable& t, const T* values, const int64_t* ids, int64_t begin, int64_t end,
+                      const Body& body) {
+  if (is_cold<T>(t)) {
+    RowStream<T, true> rows(t, values, ids, begin, end);
+    body(rows);
+  } else {
+    RowStream<T, false> rows(t, values, ids, begin, end);
+    body(rows);
+  }
+}
 
 template <class T>
 constexpr bool kScaled = sizeof(T) == 1;  // int8_t, which has a scale for each row
@@ -140,22 +167,34 @@ inline void store_group(Out* row, int64_t group, Vec16 v, int64_t dim) {
     store16_first(row + 16 * group, v, static_cast<int>(dim - 16 * group));
 }
 
+template <bool kWhole, class T, class Rows>
+inline void look_up(const EmbeddingLookup<T>& args, Rows& rows, int64_t begin_id, int64_t end_id) {
+  const EmbeddingTable& t = args.table;
+  for (int64_t i = begin_id; i < end_id; ++i) {
+    auto* out = args.out + i * t.dim;
+    Vec16 scale = Vec16::zero();
+    if constexpr (kScaled<T>) scale = Vec16::broadcast(args.row_scale + args.ids[i]);
+    each_group<kWhole>(t, args.ids[i], rows.at(i), [&](int64_t group, uint32_t bits, int64_t begin) {
+      Vec16 row = expand(args.values + begin, bits);
+      if constexpr (kScaled<T>) row = Vec16::mul(row, scale);
+      if constexpr (kWhole)
+        store16(out + 16 * group, row);
+      else
+        store_group(out, group, row, t.dim);
+    });
+  }
+}
+
 template <class T>
 void embedding_lookup(const EmbeddingLookup<T>& args) {
-  const EmbeddingTable& t = args.table;
   parallel(args.threads, ceil_div(args.count, kIdsOfPiece), [&](int64_t piece) {
-    const int64_t end = min64(args.count, (piece + 1) * kIdsOfPiece);
-    RowStream<T> rows(t, args.values, args.ids, piece * kIdsOfPiece, end);
-    for (int64_t i = piece * kIdsOfPiece; i < end; ++i) {
-      auto* out = args.out + i * t.dim;
-      Vec16 scale = Vec16::zero();
-      if constexpr (kScaled<T>) scale = Vec16::broadcast(args.row_scale + args.ids[i]);
-      each_group(t, args.ids[i], rows.at(i), [&](int64_t group, uint32_t bits, int64_t begin) {
-        Vec16 row = expand(args.values + begin, bits);
-        if constexpr (kScaled<T>) row = Vec16::mul(row, scale);
-        store_group(out, group, row, t.dim);
-      });
-    }
+    const int64_t begin = piece * kIdsOfPiece, end = min64(args.count, begin + kIdsOfPiece);
+    with_rows(args.table, args.values, args.ids, begin, end, [&](auto& rows) {
+      if (args.table.dim % 64 == 0)
+        look_up<true>(args, rows, begin, end);
+      else
+        look_up<false>(args, rows, begin, end);
+    });
   });
 }
 
@@ -169,8 +208,8 @@ inline Vec16 scale_of(const EmbeddingBag<T>& args, int64_t i) {
 constexpr bool kManyRegisters = Vec16::kTilePixels > 8;  // eight sums and what is added to them
 
 // Sums of a few bags whose rows have kGroups groups, in registers.
-template <int kGroups, class T>
-inline void bags_in_registers(const EmbeddingBag<T>& args, RowStream<T>& rows, int64_t begin_bag, int64_t end_bag) {
+template <int kGroups, class T, class Rows>
+inline void bags_in_registers(const EmbeddingBag<T>& args, Rows& rows, int64_t begin_bag, int64_t end_bag) {
   const EmbeddingTable& t = args.table;
   for (int64_t bag = begin_bag; bag < end_bag; ++bag) {
     Vec16 sum[kGroups];
@@ -195,8 +234,8 @@ inline void bags_in_registers(const EmbeddingBag<T>& args, RowStream<T>& rows, i
 }
 
 // The same for rows of any length.
-template <class T>
-inline void bags_in_memory(const EmbeddingBag<T>& args, RowStream<T>& rows, int64_t begin_bag, int64_t end_bag) {
+template <class T, class Rows>
+inline void bags_in_memory(const EmbeddingBag<T>& args, Rows& rows, int64_t begin_bag, int64_t end_bag) {
   const EmbeddingTable& t = args.table;
   const int64_t padded = round_up(t.dim, 16);
   float* sum = scratch_of<float>(sparsekd::kScratchSum, padded);
@@ -221,13 +260,15 @@ void embedding_bag(const EmbeddingBag<T>& args) {
   const int64_t bags = max64(1, kIdsOfPiece / per_bag), groups = ceil_div(args.table.dim, 16);
   parallel(args.threads, ceil_div(args.bags, bags), [&](int64_t piece) {
     const int64_t begin_bag = piece * bags, end_bag = min64(args.bags, begin_bag + bags);
-    RowStream<T> rows(args.table, args.values, args.ids, args.offsets[begin_bag], args.offsets[end_bag]);
-    if (groups == 1) return bags_in_registers<1>(args, rows, begin_bag, end_bag);
-    if (groups == 2) return bags_in_registers<2>(args, rows, begin_bag, end_bag);
-    if (groups == 4) return bags_in_registers<4>(args, rows, begin_bag, end_bag);
-    if constexpr (kManyRegisters)
-      if (groups == 8) return bags_in_registers<8>(args, rows, begin_bag, end_bag);
-    bags_in_memory(args, rows, begin_bag, end_bag);
+    const int64_t begin = args.offsets[begin_bag], end = args.offsets[end_bag];
+    with_rows(args.table, args.values, args.ids, begin, end, [&](auto& rows) {
+      if (groups == 1) return bags_in_registers<1>(args, rows, begin_bag, end_bag);
+      if (groups == 2) return bags_in_registers<2>(args, rows, begin_bag, end_bag);
+      if (groups == 4) return bags_in_registers<4>(args, rows, begin_bag, end_bag);
+      if constexpr (kManyRegisters)
+        if (groups == 8) return bags_in_registers<8>(args, rows, begin_bag, end_bag);
+      bags_in_memory(args, rows, begin_bag, end_bag);
+    });
   });
 }
 

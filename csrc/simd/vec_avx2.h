@@ -84,18 +84,16 @@ struct Vec16 {
     _mm256_storeu_ps(packed + __builtin_popcount(low), compress8(a.v[1], high));
     return load(packed);
   }
-  // Of 64 bytes the sum of the first n < 64; -1 where one of these is 255.
+  // Of 64 bytes the sum of the first n < 64.
   static int64_t sum_first_bytes(const uint8_t* p, int n) {
     const auto half = [](const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); };
     const uint8_t* wanted = kBytesBefore.byte + 64 - n;
     const __m256i low = _mm256_and_si256(half(p), half(wanted));
     const __m256i high = _mm256_and_si256(half(p + 32), half(wanted + 32));
-    const __m256i full = _mm256_set1_epi8(-1);
-    if (_mm256_movemask_epi8(_mm256_or_si256(_mm256_cmpeq_epi8(low, full), _mm256_cmpeq_epi8(high, full)))) return -1;
     const __m256i zero = _mm256_setzero_si256();
     const __m256i four = _mm256_add_epi64(_mm256_sad_epu8(low, zero), _mm256_sad_epu8(high, zero));
     const __m128i two = _mm_add_epi64(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
-    return _mm_cvtsi128_si64(two) + _mm_extract_epi64(two, 1);
+    return _mm_cvtsi128_si64(_mm_add_epi64(two, _mm_unpackhi_epi64(two, two)));
   }
   void store(float* p) const {
     _mm256_storeu_ps(p, v[0]);

@@ -50,16 +50,13 @@ struct Vec16 {
   static Vec16 compress(Vec16 a, uint32_t kept) {
     return {_mm512_mask_compress_ps(a.v, static_cast<__mmask16>(kept), a.v)};
   }
-  // Of 64 bytes the sum of the first n < 64; -1 where one of these is 255.
+  // Of 64 bytes the sum of the first n < 64.
   static int64_t sum_first_bytes(const uint8_t* p, int n) {
-    const uint64_t wanted = (uint64_t{1} << n) - 1;
-    const __m256i low = _mm256_maskz_loadu_epi8(static_cast<__mmask32>(wanted), p);
-    const __m256i high = _mm256_maskz_loadu_epi8(static_cast<__mmask32>(wanted >> 32), p + 32);
-    const __m256i full = _mm256_set1_epi8(-1), zero = _mm256_setzero_si256();
-    if (_mm256_cmpeq_epi8_mask(_mm256_max_epu8(low, high), full) != 0) return -1;
-    const __m256i four = _mm256_add_epi64(_mm256_sad_epu8(low, zero), _mm256_sad_epu8(high, zero));
+    const __m512i bytes = _mm512_maskz_loadu_epi8((uint64_t{1} << n) - 1, p);
+    const __m512i eight = _mm512_sad_epu8(bytes, _mm512_setzero_si512());
+    const __m256i four = _mm256_add_epi64(_mm512_castsi512_si256(eight), _mm512_extracti64x4_epi64(eight, 1));
     const __m128i two = _mm_add_epi64(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
-    return _mm_cvtsi128_si64(two) + _mm_extract_epi64(two, 1);
+    return _mm_cvtsi128_si64(_mm_add_epi64(two, _mm_unpackhi_epi64(two, two)));
   }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   // Past the caches, to a multiple of 64 bytes; `fence` must follow before others may read.

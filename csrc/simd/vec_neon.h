@@ -52,18 +52,14 @@ struct Vec16 {
     for (int i = 0; kept != 0; kept &= kept - 1) packed[i++] = lane[__builtin_ctz(kept)];
     return load(packed);
   }
-  // Of 64 bytes the sum of the first n < 64; -1 where one of these is 255.
+  // Of 64 bytes the sum of the first n < 64.
   static int64_t sum_first_bytes(const uint8_t* p, int n) {
     alignas(16) constexpr uint8_t kPlace[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     uint16x8_t sums = vdupq_n_u16(0);
-    uint8x16_t largest = vdupq_n_u8(0);
     for (int i = 0; i < 4; ++i) {
       const int have = n - 16 * i < 0 ? 0 : n - 16 * i;
-      const uint8x16_t bytes = vandq_u8(vld1q_u8(p + 16 * i), vcltq_u8(vld1q_u8(kPlace), vdupq_n_u8(have)));
-      sums = vpadalq_u8(sums, bytes);
-      largest = vmaxq_u8(largest, bytes);
+      sums = vpadalq_u8(sums, vandq_u8(vld1q_u8(p + 16 * i), vcltq_u8(vld1q_u8(kPlace), vdupq_n_u8(have))));
     }
-    if (vmaxvq_u8(largest) == 255) return -1;
     return vaddlvq_u16(sums);
   }
   void store(float* p) const {

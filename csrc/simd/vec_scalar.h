@@ -46,20 +46,19 @@ struct Vec16 {
     for (; kept != 0; kept &= kept - 1) lane[__builtin_ctz(kept)] = *p++;
     return load(lane);
   }
-  // Of 64 bytes the sum of the first n < 64; -1 where one of these is 255. Pairs of bytes are added as words of 16 bits,
+  // Of 64 bytes the sum of the first n < 64. Pairs of bytes are added as words of 16 bits,
   // and those by a multiplication whose highest word is their sum.
   static int64_t sum_first_bytes(const uint8_t* p, int n) {
-    constexpr uint64_t kBytes = 0x0101010101010101u, kEven = 0x00ff00ff00ff00ffu, kPairs = 0x0001000100010001u;
+    constexpr uint64_t kEven = 0x00ff00ff00ff00ffu, kPairs = 0x0001000100010001u;
     uint8_t bytes[64] = {};
     memcpy(bytes, p, static_cast<unsigned>(n));
-    uint64_t pairs = 0, full = 0;
+    uint64_t pairs = 0;
     for (int i = 0; i < 64; i += 8) {
       uint64_t eight;
       memcpy(&eight, bytes + i, sizeof eight);
       pairs += (eight & kEven) + (eight >> 8 & kEven);
-      full |= (~eight - kBytes) & eight & kBytes << 7;  // a byte of 255
     }
-    return full != 0 ? -1 : static_cast<int64_t>(pairs * kPairs >> 48);
+    return static_cast<int64_t>(pairs * kPairs >> 48);
   }
   // The lanes whose bit of `kept` is set, side by side; the lanes behind them hold anything.
   static Vec16 compress(Vec16 a, uint32_t kept) {
