@@ -37,7 +37,10 @@ def load(name: str) -> nn.Module:
         make: Callable[[], Any] = getattr(importlib.import_module(module), factory)
     except (ModuleNotFoundError, AttributeError) as error:
         raise ValueError(f"sparsekd bench: expected {name!r} to name a function or class to call: {error}") from error
-    model = make()
+    try:
+        model = make()
+    except TypeError as error:
+        raise ValueError(f"sparsekd bench: {name} must be callable without arguments: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"sparsekd bench: {name} must make an nn.Module, got {type(model).__name__}")
     return model

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .blocks import BlockPattern, BlockSparse
 from .conversion import table_type
-from .convert import replace_layers, sparse_layer
+from .convert import replace_layers, sparse_layer, table_as
 from .nn import BlockSparseLayer
 from .nn.embedding_table import SparseTable
 
@@ -89,7 +89,12 @@ def load(model: nn.Module, path: Path_) -> nn.Module:
     twins: list[tuple[nn.Module, nn.Module]] = []
     for name, layer in model.named_modules():
         if isinstance(layer, SparseTable) or table_type(layer) is not None:
-            twins += _as_in_file(name, layer, name in header.get("tables", ()))
+            try:
+                twins.append((layer, table_as(layer, packed=name in header.get("tables", ()))))
+            except ValueError as error:
+                raise ValueError(
+                    f"sparsekd.checkpoint.load: {name!r} is a packed table in the file, {error}"
+                ) from error
             continue
         wanted, twin = sparse.get(name), layer
         if isinstance(layer, BlockSparseLayer) and layer.pattern != wanted:
@@ -99,25 +104,10 @@ def load(model: nn.Module, path: Path_) -> nn.Module:
         if isinstance(twin, BlockSparseLayer):
             parts = [tensors[f"{name}.{part}".lstrip(".")] for part in ("values", "row_ptr", "col_idx")]
             BlockSparse(parts[0], parts[1], parts[2], twin.matrix_shape, twin.pattern).validate()
-        if twin is not layer:
-            twins.append((layer, twin))
-    replace_layers(model, twins)
+        twins.append((layer, twin))
+    replace_layers(model, [(layer, twin) for layer, twin in twins if twin is not layer])
     model.load_state_dict(_state_of(model, tensors, header))
     return model
-
-
-def _as_in_file(name: str, layer: Any, packed: bool) -> list[tuple[nn.Module, nn.Module]]:
-    """(layer, what takes its place) where an embedding is packed in the file and dense in the model, or otherwise."""
-    if packed == isinstance(layer, SparseTable):
-        return []
-    kind = table_type(layer)
-    if kind is None:
-        return [(layer, layer.to_dense())]
-    if refusal := kind.refusal(layer):
-        raise ValueError(f"sparsekd.checkpoint.load: {name!r} is a packed table in the file, got {refusal}")
-    first = torch.zeros(layer.weight.shape, dtype=torch.bool, device=layer.weight.device)
-    first[:, 0] = True  # the entries come with the values
-    return [(layer, kind.from_dense(layer, mask=first))]
 
 
 def metadata(path: Path_) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -48,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return commands[options.command](options, arguments)
     except ModuleNotFoundError as error:
         return _lacking(error, options.command)
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except _EXPECTED as error:
         if options.debug:
             raise
@@ -167,7 +171,12 @@ def _add_run(commands: Any, with_options: bool) -> None:
 
     usual = RunConfig()
     run.add_argument("task", nargs="?", help=f"{', '.join(TASKS)} ({usual.task})")
-    run.add_argument("--data", dest="data_dir", metavar="DIR", help="folder of the data files, where none are embedded")
+    run.add_argument(
+        "--data",
+        dest="data_dir",
+        metavar="DIR",
+        help="folder of the data, or one file (what is embedded)",
+    )
     run.add_argument(
         "--method",
         dest="methods",
@@ -214,7 +223,7 @@ def _add_run(commands: Any, with_options: bool) -> None:
     run.add_argument("--pattern", metavar="RxC", help=f"blocks to prune, outputs x inputs ({usual.pattern})")
     run.add_argument("--seeds", type=int, metavar="N", help=f"how many seeds ({usual.seeds})")
     run.add_argument("--quick", action="store_true", help="less data and fewer epochs: to see it work, not to quote")
-    run.add_argument("--out", metavar="DIR", help="folder for everything that is written (runs/<task>)")
+    run.add_argument("--out", metavar="DIR", help="folder for everything that is written (runs/NAME of the data)")
     run.add_argument("--threads", type=int, metavar="N", help="threads of torch and of the kernels")
     run.add_argument(
         "--jobs", type=int, metavar="N", help="networks to train at once, with a share of the threads each"
@@ -320,7 +329,7 @@ def _own_options() -> dict[str, tuple[str, str]]:
         for option in entry.options:
             usual = "" if option.default is None else f" ({option.default})"
             explained.setdefault(option.name, []).append(f"{task}: {option.help}{usual}")
-            metavars[option.name] = "NAME" if option.choices else "N"
+            metavars[option.name] = "COLUMN" if option.text else "NAME" if option.choices else "N"
     return {name: (metavars[name], "; ".join(texts)) for name, texts in explained.items()}
 
 

@@ -193,6 +193,21 @@ def sparse_layer(dense: nn.Module, pattern: BlockPattern | None = None, **option
     return kind.from_dense(dense, pattern, **options)
 
 
+def table_as(layer: Any, packed: bool) -> nn.Module:
+    """An embedding, packed or dense, as the one or the other; itself where it is. Packed anew it keeps one entry a row,
+    until its own are loaded.  ValueError where no packed table can stand for it."""
+    if packed == isinstance(layer, SparseTable):
+        return layer
+    kind = table_type(layer)
+    if kind is None:
+        return layer.to_dense()
+    if refusal := kind.refusal(layer):
+        raise ValueError(f"got {refusal}")
+    first = torch.zeros(layer.weight.shape, dtype=torch.bool, device=layer.weight.device)
+    first[:, 0] = True
+    return kind.from_dense(layer, mask=first)
+
+
 def replace_layers(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
     """Put the second of each pair in the place of the first, wherever the model holds it: under every name, and in the
     lists, tuples and dictionaries that its modules keep beside them."""

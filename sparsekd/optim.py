@@ -44,7 +44,7 @@ class SparseOptimizer(Optimizer):
         if not self._tables:
             raise ValueError(
                 f"{kind}: expected a SparseEmbedding or SparseEmbeddingBag with sparse=True, or a model that has some, "
-                f"got {type(tables).__name__} without any"
+                f"got {type(tables).__name__} without any; set table.sparse = True where it is not"
             )
         for name in ("lr", "eps", "weight_decay", "initial_accumulator_value"):
             if not 0.0 <= defaults.get(name, 0.0) < math.inf:

@@ -42,6 +42,7 @@ _FORMAT = "sparsekd-recommender"
 _KEY = "sparsekd"
 BY_ROWS = "the items whose rows have the largest product with the row of the user"
 BY_POPULARITY = "no interaction in training, so the items that most users chose"
+NOT_KNOWN = "not among the users of this file, so the items that most users chose"
 _TABLE = ("values", "kept", "base", "counts")
 
 
@@ -95,8 +96,10 @@ class Served:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         if not Path(path).is_file():
+            what = "is a folder" if Path(path).is_dir() else "does not exist"
             raise FileNotFoundError(
-                f"sparsekd recommend: {path} does not exist; give a file that recommend.save or sparsekd run wrote"
+                f"sparsekd recommend: {path} {what}; give a file that recommend.save wrote, or sparsekd run, as "
+                "runs/NAME/seed0/sparserec-0.1/recommender.safetensors"
             )
         try:
             with safe_open(path, framework="pt") as file:
@@ -129,15 +132,16 @@ class Served:
     def num_items(self) -> int:
         return len(self._items)
 
-    def best(self, user: str, top: int = 20) -> Answer:
+    def best(self, user: str | int, top: int = 20) -> Answer:
         """The best `top` items for the user of this id, as the source of the data writes it; fewer where there are no
         more that the user has not chosen."""
         if top < 1:
             raise ValueError(f"sparsekd recommend: top must be at least 1, got {top}")
         number = self._users.number(user)
         if number is None or not self._tensors["learnt"][number]:
-            chosen = set() if number is None else set(self._chosen(number).tolist())
-            return self._popular(top, chosen)
+            if number is None:
+                return self._popular(top, set(), NOT_KNOWN)
+            return self._popular(top, set(self._chosen(number).tolist()), BY_POPULARITY)
         query = ops.embedding(torch.tensor([number]), self._table("users"), self.dim)
         never = (self._tensors["times"] == 0).nonzero().flatten()
         excluded = torch.cat([self._chosen(number), never]).unique()
@@ -146,10 +150,10 @@ class Served:
         found = items[0] >= 0
         return Answer(self._items.names(items[0][found].tolist()), scores[0][found].float().tolist(), BY_ROWS)
 
-    def _popular(self, top: int, chosen: set[int]) -> Answer:
+    def _popular(self, top: int, chosen: set[int], rule: str) -> Answer:
         times, order = self._tensors["times"], self._tensors["popular"]
         best = [item for item in order[: top + len(chosen)].tolist() if item not in chosen and times[item] > 0][:top]
-        return Answer(self._items.names(best), [float(times[item]) for item in best], BY_POPULARITY)
+        return Answer(self._items.names(best), [float(times[item]) for item in best], rule)
 
     def _chosen(self, number: int) -> Tensor:
         begin, end = self._tensors["chosen.offsets"][number : number + 2].tolist()
@@ -174,10 +178,10 @@ class _Ids:
         begin = int(self._ends[number - 1]) if number else 0
         return bytes(self._ids[begin : int(self._ends[number])].numpy()).decode()
 
-    def number(self, name: str) -> int | None:
+    def number(self, name: str | int) -> int | None:
         """Where an id stands; None where it does not."""
         try:
-            wanted: Any = name if self._text else int(name)
+            wanted: Any = str(name) if self._text else int(name)
         except ValueError:
             return None
         place = bisect_left(cast("Any", self), wanted)

@@ -241,6 +241,7 @@ def test_bench_names_what_it_could_not_time(capsys, tmp_path, monkeypatch):
         (["torch.nn:Identity", "--batch", "0"], "batch must be 1 or more, got [0]"),
         (["torch.nn:Identity", "--budget", "macs"], "--budget takes UNIT=NUMBER with one of weights, macs, bytes"),
         (["torch.nn:Identity", "--budget", "joules=0.5"], "got 'joules=0.5': sparsekd bench: a budget counts one of"),
+        (["torch.nn:Linear"], "torch.nn:Linear must be callable without arguments"),
         (["builtins:dict"], "builtins:dict must make an nn.Module, got dict"),
         (["sparsekd.models:MobileNetV2"], "does not take inputs of shape [[1, 5]] (the batch, then --input-shape): "),
     ],

@@ -54,10 +54,10 @@ def test_known_users_get_what_the_model_scores_best(tmp_path, kind, density):
 def test_users_without_history_get_what_most_chose(tmp_path):
     recommend.save(made(), task(), tmp_path / "file")
     served = recommend.Served(tmp_path / "file")
-    for name in ("zoë", "nobody", ""):
+    for name, rule in (("zoë", recommend.BY_POPULARITY), ("nobody", recommend.NOT_KNOWN), (4711, recommend.NOT_KNOWN)):
         answer = served.best(name, 3)
         assert answer.items == ["20", "10", "30"] and answer.scores == [3, 1, 1]
-        assert answer.rule == recommend.BY_POPULARITY
+        assert answer.rule == rule
 
 
 @pytest.mark.parametrize("users", [(7, 8, 9, 30, 200), ("7", "08", "9", "a" * 40, "é")])
@@ -127,3 +127,5 @@ def test_the_command(tmp_path, capsys):
     assert lines == [f"user zoë: {recommend.BY_POPULARITY}", "20\t3", "10\t1"]
     assert cli.main(["recommend", "--model", path + "x", "--user", "zoë"]) == 2
     assert "does not exist" in capsys.readouterr().err
+    assert cli.main(["recommend", "--model", str(tmp_path), "--user", "zoë"]) == 2
+    assert "is a folder; give a file" in capsys.readouterr().err

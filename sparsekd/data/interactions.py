@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -268,9 +269,11 @@ def _found(name: str, headings: Sequence[str], columns: Mapping[str, str]) -> di
         if title is not None:
             found[what] = title
         elif what in columns or what in _NEEDED:
+            flag = "timestamp" if what == "time" else what
             raise ValueError(
                 f"sparsekd.data: {name} lacks a column of the {what} ({', '.join(wanted)}); its header has "
-                f"{', '.join(headings)}; name it by columns={{{what!r}: ...}}"
+                f"{', '.join(headings)}; name it by columns={{{what!r}: ...}}, or by --{flag} "
+                "of sparsekd run"
             )
     return found
 
@@ -295,7 +298,7 @@ def _columns(
 ) -> Interactions:
     """From columns of text; () where there is none."""
     numbers = _floats(name, "rating", ratings) if len(ratings) else None
-    seconds = _floats(name, "time", times) if len(times) else None
+    seconds = _seconds(name, times) if len(times) else None
     return Interactions(_ids(name, "user", users), _ids(name, "item", items), numbers, seconds)
 
 
@@ -314,6 +317,26 @@ def _ids(name: str, column: str, texts: Sequence[str]) -> np.ndarray:
 
 def _floats(name: str, column: str, texts: Sequence[str]) -> np.ndarray:
     return np.array([sources.number(name, column, row, text) for row, text in enumerate(texts, 1)], np.float64)
+
+
+def _seconds(name: str, texts: Sequence[str]) -> np.ndarray:
+    """Numbers as they are; else dates as 2020-10-15 14:55:23, in seconds since 1970 and without a zone in UTC."""
+    try:
+        float(texts[0])
+    except ValueError:
+        return np.array([_date(name, row, text) for row, text in enumerate(texts, 1)], np.float64)
+    return _floats(name, "time", texts)
+
+
+def _date(name: str, row: int, text: str) -> float:
+    try:
+        date = datetime.fromisoformat(text.strip())
+    except ValueError as error:
+        raise ValueError(
+            f"sparsekd.data: {name} row {row}: time must be a number, or a date as 2020-10-15 14:55:23, got {text!r}; "
+            "correct the file"
+        ) from error
+    return (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp()
 
 
 def _likes(parts: Mapping[str, Interactions]) -> float | None:

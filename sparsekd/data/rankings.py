@@ -96,6 +96,7 @@ def load(
             "sha256": source.sha256,
             "split_sha256": _digest(parts),
             "validation": validation,
+            "min_rating": least,
             "negatives": negatives,
             "pairs": {part: len(pairs[0]) for part, pairs in parts.items()},
             "users_judged": {part: len(parts[part][0].unique()) for part in ("val", "test")},

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..backends import cpu
 from ..nn import SparseConv2d, SparseLinear
+from ..nn.embedding_table import SparseTable
 from .measure import density_of
 from .network import FrozenModel
 from .plan import Plan
@@ -21,7 +22,9 @@ def run_dense(source: Source, dense: nn.Module, network_us: dict[str, float]) ->
     """The model with dense layers and its own forward; a file keeps the blocks of those that were block-sparse."""
     kept = {name: one.blocks for name, one in source.model.named_modules() if type(one) in _KEPT}
     density = {name: density_of(blocks) for name, blocks in kept.items()}
-    note = "the model's own forward runs, with dense layers: it was faster than what could be made of it"
+    tables = any(isinstance(one, SparseTable) for one in dense.modules())
+    with_what = "dense layers and packed tables" if tables else "dense layers"
+    note = f"the model's own forward runs, with {with_what}: it was faster than what could be made of it"
     if density:
         note += f"; its blocks (density {min(density.values()):.2g} to {max(density.values()):.2g}) are kept in files"
     plan = Plan(

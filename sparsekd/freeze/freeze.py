@@ -125,7 +125,7 @@ def _on_cpu(source: Source, memory_format: str | None, options: Options, may_run
     inputs, call, traced = source.inputs, source.call, source.trace is not None
     variants = choose_all(source.network, source.sites, memory_format, options)
     networks = {name: assemble(source.network, source.sites, variant.layers) for name, variant in variants.items()}
-    dense = dense_twin(source.model)
+    dense = dense_twin(source.model, tables=False)  # a dense table may be ten times as large
     runs: dict[str, Callable[..., object]] = {
         "unfrozen": source.run,
         **({} if dense is None else {DENSE: call.calls(dense.requires_grad_(False))}),

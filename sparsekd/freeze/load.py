@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from ..backends import cpu
 from ..blocks import BlockPattern, BlockSparse
 from ..checkpoint import fingerprint
-from ..conversion import sparse_type
-from ..convert import replace_layers, sparse_layer
+from ..conversion import sparse_type, table_type
+from ..convert import replace_layers, sparse_layer, table_as
 from ..nn import BlockSparseLayer
+from ..nn.embedding_table import SparseTable
 from .call import Call
 from .checked import dataclass_of
 from .deploy import LoadedNetwork, load
@@ -105,6 +106,13 @@ def _damaged(check: Any, *arguments: Any) -> Any:
         raise ValueError(f"is damaged: {error}") from error
 
 
+def _of_another(check: Any, *arguments: Any) -> Any:
+    try:
+        return check(*arguments)
+    except ValueError as error:
+        raise ValueError(f"belongs to another model: {error}") from error
+
+
 def _check_tensors(theirs: Any, ours: dict[str, list[int]]) -> None:
     if not isinstance(theirs, dict):
         raise ValueError("is damaged: it does not say of which model it is")
@@ -132,6 +140,7 @@ def _frozen(state: Mapping[str, Any], record: Record, model: nn.Module, plan: Pl
     if [site.name for site in given] != [one.name for one in plan]:
         raise ValueError("is damaged: its plan is not that of its sites")
     tensors = [_tensors_of(place, state["layers"][place.name]) for place in plan]
+    _take_over_tables(model, _dict(state["rest"]))
     _take_over_blocks(model, {**_dict(state["rest"]), **_blocks_alone(given, tensors)})
     inputs = record.inputs()
     inputs = cast(inputs, torch.float32, torch.bfloat16) if record.in_bf16 else inputs
@@ -294,6 +303,21 @@ def _take_over_blocks(model: nn.Module, rest: Mapping[str, Any]) -> None:
     replace_layers(model, twins)
 
 
+def _take_over_tables(model: nn.Module, rest: Mapping[str, Any]) -> None:
+    """Makes embeddings packed, with the entries of the file, or dense as there, in place."""
+    twins: list[tuple[nn.Module, nn.Module]] = []
+    for name, layer in model.named_modules():
+        kept, dense = rest.get(f"{name}.kept"), f"{name}.weight" in rest
+        if isinstance(layer, SparseTable) or table_type(layer) is not None:
+            twin = layer
+            if isinstance(kept, Tensor) or dense:
+                twin = _of_another(table_as, layer, not dense)
+            if isinstance(kept, Tensor) and isinstance(twin, SparseTable):
+                _damaged(twin.rekeep_, kept)
+            twins.append((layer, twin))
+    replace_layers(model, [(layer, twin) for layer, twin in twins if twin is not layer])
+
+
 def _with_blocks(name: str, dense: Any, values: Tensor, row_ptr: Tensor, col_idx: Tensor) -> BlockSparseLayer:
     kind: Any = sparse_type(dense)
     if values.dim() != 3 or not all(0 < size < 2**20 for size in values.shape[1:]):
@@ -313,12 +337,13 @@ def _with_blocks(name: str, dense: Any, values: Tensor, row_ptr: Tensor, col_idx
 def _dense(state: Mapping[str, Any], record: Record, model: nn.Module, plan: Plan) -> FrozenModel:
     if len(plan) or state["layers"] != {} or state["sites"] != [] or state["nodes"] != {}:
         raise ValueError("is damaged: it runs the model's own forward, and has layers for another")
-    dense = dense_twin(model)
+    dense = dense_twin(model, tables=False)
     if dense is None:
         raise ValueError("belongs to another model: this one is scripted")
+    rest = dict(_dict(state["rest"]))
+    _take_over_tables(dense, rest)
     dense = dense.requires_grad_(False)
     kept: dict[str, BlockSparse] = {}
-    rest = dict(_dict(state["rest"]))
     for name, held in _dict(state["kept"]).items():
         kept[name] = _damaged(_kept, name, held, dense)
         rest[f"{name}.weight"] = kept[name].to_dense()

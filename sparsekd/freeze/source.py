@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..convert import SPARSE_TYPES
+from ..nn.embedding_table import SparseTable
 from .attention import join_attention
 from .call import Call
 from .canonical import computes_as_norm, spell_out
@@ -59,9 +60,10 @@ class Source:
         notes = list(self.said)
         named = dict(self.model.named_modules())
         sparse = [name for name, module in named.items() if type(module) in SPARSE_TYPES]
-        if not sparse:
+        tables = [name for name, module in named.items() if isinstance(module, SparseTable)]
+        if not sparse and not tables:
             notes.append("no block-sparse layer: sparsekd.sparsify or a pruning method makes some")
-        elif missing:
+        elif sparse and missing:
             notes.append(f"every layer stays dense: {missing}")
         found = {site.target for site in self.sites}
         with_hooks = [name for name, one in named.items() if name and hooked(one)]

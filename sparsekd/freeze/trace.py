@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..convert import densify
+from ..convert import SPARSE_TYPES, densify, named_layers, replace_layers
 from ..nn.layer import TracedWhole, computes_as
 from .call import Call
 
@@ -64,11 +64,16 @@ def traces(
     yield METHODS[2], lambda: by_export(model, twin, call, inputs, None, one_size=True)
 
 
-def dense_twin(model: nn.Module) -> nn.Module | None:
-    """The model with dense layers; None of what cannot be copied, as scripted modules."""
+def dense_twin(model: nn.Module, tables: bool = True) -> nn.Module | None:
+    """The model with dense layers, and dense tables if `tables`; None of what cannot be copied, as scripted modules."""
     if isinstance(model, torch.jit.ScriptModule):
         return None
-    return densify(copy.deepcopy(model)).requires_grad_(True) if _all_float(model) else densify(copy.deepcopy(model))
+    twin = copy.deepcopy(model)
+    if tables:
+        densify(twin)
+    else:
+        replace_layers(twin, [(layer, layer.to_dense()) for _, layer in named_layers(twin, SPARSE_TYPES)])
+    return twin.requires_grad_(True) if _all_float(model) else twin
 
 
 def _all_float(model: nn.Module) -> bool:

@@ -18,6 +18,7 @@ important rows alone. The paper's abstract says no more: sizes, intervals and wh
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -108,6 +109,12 @@ class SparseRec(TableMethod):
     def after_step(self) -> None:
         """Count the step; exchange entries where it is time to."""
         self.step += 1
+        if self.step == self.steps + 1 and self.exchanged:
+            warnings.warn(
+                f"SparseRec: this is step {self.step} of {self.steps}, and entries have not been exchanged since step "
+                f"{round(self.until * self.steps)}; give steps= of the whole training",
+                stacklevel=2,
+            )
         last = self.until * self.steps
         if self.exchanged and self.step % self.every == 0 and self.step < last:
             share = self.exchanged / 2 * (1 + math.cos(math.pi * self.step / last))

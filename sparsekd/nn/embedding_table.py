@@ -156,7 +156,8 @@ class SparseTable(TracedWhole):
         return unpack_mask(self.kept, self.embedding_dim)
 
     def top_k(self, queries: Tensor, k: int, excluded: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """The best rows for each query, straight from the packed table: ``ops.embedding_top_k``."""
+        """The best rows for each query, straight from the packed table: ``ops.embedding_top_k``. Where there are fewer
+        than ``k`` rows the score is -infinity and the id -1."""
         if queries.shape[-1:] != (self.embedding_dim,):
             raise ValueError(
                 f"{type(self).__name__}.top_k: queries must be [n, {self.embedding_dim}], got {tuple(queries.shape)}"

@@ -42,9 +42,12 @@ class Unreachable(Exception):
         stays = "one unit of each layer stays"
         stays += f", and {self.floor:.3g} of its weights" if self.floor else ""
         at_best = f"{self.least:.6g} weights" if budget is None else budget.amount(self.least, dense)
+        goes = budget is not None and budget.is_share and budget.removed
+        most = f"no more than {at_best} can go" if goes else f"{at_best} is the smallest budget possible"
         return (
-            f"{budget or 'this'} cannot be reached: {stays}, so that {at_best} is the smallest budget possible; the "
-            f"largest part of it is {self.layer!r}; ask for more, lower floor, use smaller blocks, or exclude no layers"
+            f"{budget or 'this'} cannot be reached: {stays}, so that {most}; the largest part of what stays is "
+            f"{self.layer!r}; {'remove less' if goes else 'ask for more'}, lower floor, use smaller blocks, or exclude "
+            "no layers"
         )
 
 

@@ -28,6 +28,7 @@ from ..checkpoint import fingerprint, write_atomically
 from ..conversion import SPARSE_TYPES, Pattern, named_layers
 from ..convert import densify, sparsify
 from ..freeze import Plan, freeze
+from .observe import in_a_tuple
 
 DENSITIES = (0.05, 0.15, 0.3, 0.6)
 ROUNDS = 7  # of timing whole networks, in turns
@@ -139,7 +140,7 @@ class CostTable:
         """
         if cpu.native is None:
             raise RuntimeError(f"sparsekd.CostTable.measure: there is nothing to measure: {cpu.missing}")
-        inputs = tuple(example_inputs)
+        inputs = in_a_tuple(example_inputs)
         dense = densify(copy.deepcopy(model)).eval()
         options: dict[str, Any] = {"threads": threads, "dtype": dtype, "layer_ms": layer_ms}
         plans: dict[float, Plan] = {}

@@ -31,9 +31,15 @@ class Seen:
 
 
 @torch.no_grad()
+def in_a_tuple(example_inputs: Any) -> tuple[Any, ...]:
+    """The inputs of a call; a single tensor may stand for itself."""
+    return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+
+
 def observe(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: Sequence[Any]) -> Seen:
     """Run the model once, in eval mode and without a trace left. The first dimension of the first tensor is the
     batch."""
+    example_inputs = in_a_tuple(example_inputs)
     batch = next((x.shape[0] for x in example_inputs if isinstance(x, Tensor) and x.dim()), 1)
     uses: dict[str, float] = {}
 

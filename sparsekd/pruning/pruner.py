@@ -19,7 +19,7 @@ from .cost import CostTable
 from .grouping import Grouping
 from .held import Held
 from .meters import Meters
-from .observe import observe
+from .observe import in_a_tuple, observe
 from .rewind import Theta0, check_state
 from .surgery import check_optimizer, forget, parameter_ids, state_slots
 from .units import check_finite, drop, grow, of_gone, prunable_layers
@@ -100,7 +100,7 @@ class Pruner:
         self._rule = Rule(scope, score, floor, torch.Generator().manual_seed(seed))
         self._meters = Meters(model, self._layers, costs, floor, self.makes_faster)
         if example_inputs is not None:
-            self.observe(*example_inputs)
+            self.observe(*in_a_tuple(example_inputs))
         self._held.bury(())
         if rewindable:
             self.snapshot()

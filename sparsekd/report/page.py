@@ -20,7 +20,7 @@ from . import charts, compare
 from .charts import Chart, Series, pareto
 from .markup import Figure, Table, figure, render
 from .summary import label, metrics_of
-from .tables import NOT_MEASURED, accuracy_table, speed_table, validation_heading
+from .tables import NOT_MEASURED, accuracy_table, speed_table, title_of, validation_heading
 from .verdict import best, reference, sentence, shown
 
 Row = Mapping[str, Any]
@@ -30,12 +30,12 @@ def html(runs: Sequence[Mapping[str, Any]], data: str = "results.json") -> str:
     """One page about one or several results (as `report.read` gives them, each with its summary); `data` is the file
     beside it that holds them."""
     names = compare.names(runs)
-    heading = f"{names[0]}: distilled, pruned, frozen" if len(runs) == 1 else f"{len(runs)} runs compared"
+    title = title_of(names[0], runs[0]) if len(runs) == 1 else f"{len(runs)} runs compared"
     return render(
         "runs.html",
         {
             "title": f"sparsekd: {', '.join(dict.fromkeys(names))}",
-            "heading": heading,
+            "heading": title,
             "data": data,
             "comparison": _comparison(runs) if len(runs) > 1 else None,
             "sections": [_section(run, name) for run, name in zip(runs, names, strict=True)],

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..goals import Metric
+from ..goals import Metric, Ranking
 from .summary import best_on_test, label, metrics_of, summarise
 from .verdict import sentence
 
@@ -35,7 +35,7 @@ def document(results: Mapping[str, Any]) -> str:
     task, protocol = results["task"], results["protocol"]
     summary = summarise(results["rows"], metrics_of(results)[0])
     parts = [
-        f"# {task['name']}: distilled, pruned, frozen",
+        f"# {title_of(task['name'], results)}",
         *filter(None, [sentence(results, summary)]),
         f"`{results['command']}`",
         result_tables({**results, "summary": summary}),
@@ -45,6 +45,11 @@ def document(results: Mapping[str, Any]) -> str:
         "Charts: report.html",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def title_of(name: str, results: Mapping[str, Any]) -> str:
+    ranks = results["task"].get("goal", {}).get("name") == Ranking.name
+    return f"{name}: {'tables of recommenders, dense and sparse' if ranks else 'distilled, pruned, frozen'}"
 
 
 def result_tables(results: Mapping[str, Any], draw: Drawn | None = None) -> str:
@@ -70,8 +75,9 @@ def accuracy_table(results: Mapping[str, Any], summary: Sequence[Mapping[str, An
     judge = metrics[0]
     if any(entry["mean"].get(f"val_{judge.name}") is not None for entry in summary):
         quality.append((validation_heading(judge), f"val_{judge.name}", judge.scale, f".{judge.digits}f"))
-    known = {name for entry in summary for name in entry["mean"]}  # earlier runs did not count multiply-adds
-    columns = (*quality, *(column for column in _COST if column[1] in known or column[1] != "macs_kept"))
+    # Earlier runs did not count multiply-adds, and recommenders have none that could go.
+    counted = any("macs_kept" in entry["mean"] and entry["mean"].get("macs", 1) for entry in summary)
+    columns = (*quality, *(column for column in _COST if counted or column[1] != "macs_kept"))
     rows = []
     for score in results["baselines"]:
         name = f"{score['name']} ({score['setting']})" if score.get("setting") else score["name"]

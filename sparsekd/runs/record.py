@@ -181,11 +181,10 @@ def in_one_line(row: Mapping[str, Any], task: Task) -> str:
     scores = ", ".join(
         f"{metric.heading} {metric.scale * metrics[metric.name]:.{metric.digits}f}" for metric in task.goal.metrics
     )
-    return (
-        f"seed {row['seed']}  {report.label(row)}: {scores}, "
-        f"{metrics['weights_kept']:.1%} of the weights, {metrics['macs_kept']:.1%} of the work, "
-        f"trained in {metrics['train_seconds']:.0f} s"
-    )
+    kept = f"{metrics['weights_kept']:.1%} of the weights"
+    if metrics["macs"]:
+        kept += f", {metrics['macs_kept']:.1%} of the work"
+    return f"seed {row['seed']}  {report.label(row)}: {scores}, {kept}, trained in {metrics['train_seconds']:.0f} s"
 
 
 def kept_rows(path: Path) -> list[Row]:

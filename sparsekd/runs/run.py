@@ -79,6 +79,8 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> tuple[dict[st
         torch.set_num_threads(config.threads)
     keep_freed_memory()
     loaded = entry.load(config)
+    if entry.describe is not None and rank() == 0:
+        say(entry.describe(loaded))
     runtime = start(config, entry.on_gpu, deadline)
     if config.jobs > 1 and (runtime.device != "cpu" or distributed.num_ranks() > 1):
         raise ValueError(

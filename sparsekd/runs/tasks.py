@@ -44,7 +44,7 @@ __all__ = [
 class Option:
     """A setting of one task alone: `--NAME` of the command, `RunConfig.options[NAME]` in Python.
 
-    choices     what it may be; none: a number.
+    choices     what it may be; none: a number, or any text if `text`.
     number      what makes the number of a text, and the least that it may be.
     in_folder   whether a choice other than the default is part of the name of the folder of the run.
     each        a choice that means a run for each of the others.
@@ -57,12 +57,17 @@ class Option:
     in_folder: bool = False
     each: str | None = None
     number: tuple[type[int] | type[float], float] = (float, 0.0)
+    text: bool = False
 
     def checked(self, value: Any) -> Any:
         """The value, a number made of its text.  ValueError for what it may not be."""
         if self.choices:
             if value not in self.choices:
                 raise ValueError(f"sparsekd run: {self.name} must be one of {', '.join(self.choices)}, got {value!r}")
+            return value
+        if self.text:
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"sparsekd run: {self.name} must be a text, got {value!r}")
             return value
         kind, least = self.number
         try:
@@ -97,6 +102,8 @@ class Entry:
     known      the methods that it can be trained by.
     densities  what is kept unless the call names densities, by the options.
     on_gpu     whether training is on CUDA, and there in bf16, unless the call says otherwise.
+    blocks     whether it prunes blocks, which can be counted in several units; else entries of tables.
+    describe   a line on what was read, for the reader to see before anything is trained.
     """
 
     load: Callable[[RunConfig], Task]
@@ -106,6 +113,8 @@ class Entry:
     known: tuple[str, ...] = KNOWN_METHODS
     densities: Callable[[Mapping[str, Any]], tuple[float, ...]] = _usual_densities
     on_gpu: bool = False
+    blocks: bool = True
+    describe: Callable[[Task], str] | None = None
 
 
 # By the published recipe a run counts weights, and each method chooses as in the paper.
@@ -182,6 +191,11 @@ TASKS: dict[str, Entry] = {
                 f"items not chosen that each pair is compared with ({rankings.NEGATIVES})",
                 number=(int, 1),
             ),
+            Option("min_rating", None, (), "ratings from it on count as chosen (4 of 5, 7 of 10); 0: all"),
+            *(
+                Option(name, None, (), f"column of {what} in a table, where it has no usual name", text=True)
+                for name, what in rankings.COLUMNS.items()
+            ),
             Option(
                 "validation",
                 HELD_OUT,
@@ -193,6 +207,8 @@ TASKS: dict[str, Entry] = {
         methods=RANKING_METHODS,
         known=RANKING_METHODS_ALL,
         densities=lambda options: (0.2, 0.1, 0.05),
+        blocks=False,
+        describe=rankings.describe,
     ),
 }
 
@@ -217,6 +233,8 @@ def complete(config: RunConfig) -> RunConfig:
     for method in config.methods or ():
         if method not in entry.known:
             raise ValueError(f"sparsekd run: {config.task} is trained by {', '.join(entry.known)}, got {method!r}")
+    if not entry.blocks:
+        _check_counts_no_blocks(config)
     given = {name: own[name].checked(value) for name, value in config.options.items()}
     options = {option.name: option.default for option in entry.options if option.default is not None} | given
     methods = entry.methods if config.methods is None else config.methods
@@ -226,6 +244,18 @@ def complete(config: RunConfig) -> RunConfig:
     unit = config.unit or _usual_unit(options)
     scope = config.scope or _usual_scope(unit)
     return dataclasses.replace(config, options=options, methods=methods, densities=densities, unit=unit, scope=scope)
+
+
+def _check_counts_no_blocks(config: RunConfig) -> None:
+    usual = RunConfig(unit=_usual_unit({}), scope=_usual_scope(_usual_unit({})))  # as in a complete one
+    settings = {"budgets": "budget", "unit": "unit", "scope": "scope", "pattern": "pattern", "at_once": "at-once"}
+    found = {flag: (getattr(config, name), getattr(usual, name)) for name, flag in settings.items()}
+    given = [f"--{flag}" for flag, (value, expected) in found.items() if value not in (None, expected)]
+    if given:
+        raise ValueError(
+            f"sparsekd run: {config.task} keeps shares of the entries of tables, which --density names, got "
+            f"{', '.join(given)}, which is about blocks of layers; leave it out"
+        )
 
 
 def _usual_unit(options: Mapping[str, Any]) -> str:

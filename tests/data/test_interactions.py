@@ -86,8 +86,17 @@ def test_tables_with_named_columns(tmp_path, kind):
         ValueError, match=r"shop.* lacks a column of the user \(user, .*its header has who, what, stars"
     ):
         interactions.read(path)
-    with pytest.raises(ValueError, match="lacks a column of the time"):
+    with pytest.raises(ValueError, match=r"lacks a column of the time .* or by --timestamp of sparsekd run"):
         interactions.read(path, {"user": "who", "item": "what", "time": "when"})
+
+
+def test_times_are_numbers_or_dates(tmp_path):
+    path = tmp_path / "shop.csv"
+    path.write_text("user,item,date\n1,2,1970-01-02\n1,3,1970-01-01 00:01:00\n1,4,1970-01-01T01:00:00+01:00\n")
+    assert interactions.read(path).parts["all"].times.tolist() == [86400, 60, 0]
+    path.write_text("user,item,date\n1,2,1970-01-02\n1,3,soon\n")
+    with pytest.raises(ValueError, match=r"row 2: time must be a number, or a date as 2020-10-15 14:55:23, got 'soon'"):
+        interactions.read(path)
 
 
 def test_parquet_with_empty_fields_cut_short_or_without_rows(tmp_path):

@@ -1,6 +1,7 @@
 """SparseRec: budgets hold after every step, masks come from the factorisation, growth by summed gradients."""
 
 import math
+import warnings
 from itertools import pairwise
 
 import numpy as np
@@ -93,6 +94,19 @@ def test_the_budget_holds_after_every_step_and_learning_goes_on(kind, options):
     assert last < first
     changed = [number for number, (a, b) in enumerate(pairwise(masks), 2) if not torch.equal(a, b)]
     assert changed and all(step % 4 == 0 and step < 0.75 * STEPS for step in changed)
+
+
+def test_training_that_goes_on_past_its_steps_is_warned_of_once():
+    _, method, _ = sparserec()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        method.step = STEPS - 1
+        method.after_step()
+    with pytest.warns(UserWarning, match=f"step {STEPS + 1} of {STEPS}, .*; give steps= of the whole training"):
+        method.after_step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        method.after_step()
 
 
 def test_an_exchange_drops_the_smallest_and_brings_back_what_gradients_want():

@@ -144,10 +144,20 @@ def test_every_layer_keeps_its_floor():
         pruner.prune_to(macs=0.95)
 
 
+def test_a_single_tensor_may_stand_for_the_inputs():
+    one, other = Net(), Net()
+    other.load_state_dict(one.state_dict())
+    sparsekd.sparsify(one, macs=0.5, example_inputs=(IMAGE,))
+    sparsekd.sparsify(other, macs=0.5, example_inputs=IMAGE)
+    assert one.state_dict().keys() == other.state_dict().keys()
+    assert all(torch.equal(x, y) for x, y in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
 @pytest.mark.parametrize("unit", ["weights", "macs", "bytes"])
 def test_the_smallest_budget_is_named_and_can_be_met(unit):
     pruner = pruner_of(Net(), pattern=BlockPattern(1, 1))
-    with pytest.raises(ValueError, match=rf"{unit}=0.9999 cannot be reached.*largest part of it is 'conv1'") as error:
+    wanted = rf"{unit}=0.9999 cannot be reached.*can go; the largest part of what stays is 'conv1'; remove less"
+    with pytest.raises(ValueError, match=wanted) as error:
         pruner.prune_to(**{unit: 0.9999})
     smallest = float(str(error.value).partition("so that ")[2].partition("=")[2].split()[0])
     pruner.prune_to(**{unit: smallest})

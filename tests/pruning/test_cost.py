@@ -152,7 +152,7 @@ def test_a_latency_below_what_stays_names_the_smallest(target, says):
     pruner = pruner_of(net, pattern=BlockPattern(4, 1), scope="cost", costs=costs_of_net(net))
     with pytest.raises(ValueError, match=says) as error:
         pruner.prune_to(latency_us=target)
-    assert "the largest part of it is 'conv1'" in str(error.value)
+    assert "the largest part of what stays is 'conv1'" in str(error.value)
     smallest = float(str(error.value).partition("so that ")[2].partition("=")[2].split()[0])
     pruner.prune_to(latency_us=smallest)
     assert pruner.predicted_us[1] == pytest.approx(5 + 8 + 6 + 3, abs=0.1)

@@ -122,6 +122,42 @@ def test_a_call_may_set_what_pairs_are_learnt_and_compared_with():
     assert about["negatives"] == 3 and "negatives" not in record.settings_of_task(small_task(), plan, RunConfig("x"))
 
 
+def test_a_table_of_ones_own_is_read_by_options_and_what_was_left_out_is_said(tmp_path):
+    rows = [f"{item},u{user},{1 + (user + item) % 5},2020-01-{item + 1:02}" for user in range(12) for item in range(12)]
+    path = tmp_path / "shop.csv"
+    path.write_text("\n".join(["sku,client,marks,day", *rows, rows[-1]]))
+    options = {"user": "client", "item": "sku", "rating": "marks", "timestamp": "day"}
+
+    def said(**more):
+        config = RunConfig("sparserec", str(path), {**options, **more})
+        return rankings.describe(rankings.load(tasks.complete(config)))
+
+    assert said(min_rating="0").endswith("of test; left out: 1 pairs that were there before")
+    assert "12 users, 12 items" in said() and "pairs rated below 4 (--min-rating)" in said()
+    with pytest.raises(ValueError, match="user must be a text, got 3"):
+        tasks.complete(RunConfig("sparserec", options={"user": 3}))
+
+
+@pytest.mark.parametrize(
+    ("given", "flag"),
+    [
+        ({"budgets": ("bytes=0.1",)}, "--budget"),
+        ({"unit": "bytes"}, "--unit"),
+        ({"scope": "layer"}, "--scope"),
+        ({"pattern": "4x4"}, "--pattern"),
+        ({"at_once": "magnitude"}, "--at-once"),
+    ],
+)
+def test_what_is_about_blocks_is_refused(given, flag):
+    with pytest.raises(ValueError, match=f"keeps shares of the entries of tables, .* got {flag}, .*; leave it out"):
+        tasks.complete(RunConfig("sparserec", **given))
+
+
+def test_a_density_that_leaves_rows_empty_is_refused_before_anything_is_trained():
+    with pytest.raises(ValueError, match=r"one of its 64 entries, got 0.01; give 0.015625 or more"):
+        tasks.plan_of(small_task(), tasks.complete(RunConfig("sparserec", densities=(0.01,))))
+
+
 def test_learnt_validation_chooses_nothing():
     learnt = {"validation": "learnt", "epochs": 2}
     with pytest.raises(ValueError, match="nothing chooses the epoch; give epochs"):
@@ -211,7 +247,10 @@ def test_a_run_writes_its_report_and_goes_on_where_it_stopped(tiny, tmp_path, mo
     assert "NDCG@20" in page and "SparseRec" in page
     for name in ("popular", "item_knn", "ease"):
         monkeypatch.setattr(neighbours, name, lambda task: pytest.fail("what needs no network is computed once"))
-    again, _ = runs.run(RunConfig(methods=("sparserec", "imp"), **config), say=lambda line: pytest.fail(line))
+    again, _ = runs.run(
+        RunConfig(methods=("sparserec", "imp"), **config),
+        say=lambda line: line.startswith("ranking-") or pytest.fail(line),
+    )
     assert [row["metrics"] for row in again["rows"]] == [row["metrics"] for row in results["rows"]]
     assert again["baselines"] == results["baselines"]
     with pytest.raises(runs.OutOfTime):
