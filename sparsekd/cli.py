@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import os
+import select
 import shlex
 import sys
 from collections.abc import Sequence
@@ -33,7 +34,8 @@ TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: --stop-after came first
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 2 for bad input, 75 when --stop-after came first, 130 after Ctrl-C."""
+    """Run one command; the exit code is 0, 1 where nobody reads the output any more, 2 for bad input, 75 when
+    --stop-after came first, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands = {"run": _run, STREAM: _stream, "bench": _bench, "export": _export, "report": _report}
     commands |= {"recommend": _recommend, "doctor": _doctor}
@@ -46,13 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:  # the options of `run` follow from its tasks
         return _lacking(error, "run")
     try:
-        return commands[options.command](options, arguments)
+        code = commands[options.command](options, arguments)
+        sys.stdout.flush()
+        return code
     except ModuleNotFoundError as error:
         return _lacking(error, options.command)
-    except BrokenPipeError:  # whoever read the output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except _EXPECTED as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 1
         if options.debug:
             raise
         print(f"sparsekd: error: {error}", file=sys.stderr)
@@ -84,6 +87,21 @@ def configs(arguments: Sequence[str]) -> list[RunConfig]:
     from . import runs
 
     return runs.several(_config(_parser(arguments).parse_args(arguments), arguments))
+
+
+def _nobody_reads() -> bool:
+    """Whether the output leads nowhere, as behind `| head`; it is silent from then on."""
+    try:
+        output, poll = sys.stdout.fileno(), select.poll()
+    except OSError:  # it is no file
+        return False
+    poll.register(output, 0)
+    if not poll.poll(0):  # errors are told unasked
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, output)
+    os.close(nowhere)
+    return True
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
@@ -175,7 +193,7 @@ def _add_run(commands: Any, with_options: bool) -> None:
         "--data",
         dest="data_dir",
         metavar="DIR",
-        help="folder of the data, or one file (what is embedded)",
+        help="folder of the data, or one file (embedded data)",
     )
     run.add_argument(
         "--method",
@@ -223,7 +241,7 @@ def _add_run(commands: Any, with_options: bool) -> None:
     run.add_argument("--pattern", metavar="RxC", help=f"blocks to prune, outputs x inputs ({usual.pattern})")
     run.add_argument("--seeds", type=int, metavar="N", help=f"how many seeds ({usual.seeds})")
     run.add_argument("--quick", action="store_true", help="less data and fewer epochs: to see it work, not to quote")
-    run.add_argument("--out", metavar="DIR", help="folder for everything that is written (runs/NAME of the data)")
+    run.add_argument("--out", metavar="DIR", help="folder for everything that is written (runs/NAME)")
     run.add_argument("--threads", type=int, metavar="N", help="threads of torch and of the kernels")
     run.add_argument(
         "--jobs", type=int, metavar="N", help="networks to train at once, with a share of the threads each"

@@ -156,12 +156,13 @@ def _pruned_further(
     return smaller
 
 
-def densify(model: nn.Module) -> nn.Module:
-    """Replace every block-sparse layer and packed table by the torch layer with the same weight, in place."""
+def densify(model: nn.Module, tables: bool = True) -> nn.Module:
+    """Replace every block-sparse layer, and if `tables` every packed table, by the torch layer with the same weight, in
+    place."""
     if isinstance(model, (BlockSparseLayer, SparseTable)):
         raise ValueError("sparsekd.densify: a bare layer cannot be replaced in place; use layer.to_dense()")
     layers = [layer for _, layer in named_layers(model, SPARSE_TYPES)]
-    layers += [module for module in model.modules() if isinstance(module, SparseTable)]
+    layers += [module for module in model.modules() if tables and isinstance(module, SparseTable)]
     replace_layers(model, ((layer, layer.to_dense()) for layer in layers))
     return model
 
@@ -195,14 +196,14 @@ def sparse_layer(dense: nn.Module, pattern: BlockPattern | None = None, **option
 
 def table_as(layer: Any, packed: bool) -> nn.Module:
     """An embedding, packed or dense, as the one or the other; itself where it is. Packed anew it keeps one entry a row,
-    until its own are loaded.  ValueError where no packed table can stand for it."""
+    until its own are loaded.  ValueError, which says why, where no packed table can stand for it."""
     if packed == isinstance(layer, SparseTable):
         return layer
     kind = table_type(layer)
     if kind is None:
         return layer.to_dense()
     if refusal := kind.refusal(layer):
-        raise ValueError(f"got {refusal}")
+        raise ValueError(f"and no packed table can stand for {refusal.partition(';')[0]}")
     first = torch.zeros(layer.weight.shape, dtype=torch.bool, device=layer.weight.device)
     first[:, 0] = True
     return kind.from_dense(layer, mask=first)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -40,6 +41,23 @@ def failure(capsys, *arguments: str) -> str:
     (line,) = captured.err.strip().splitlines()
     assert line.startswith("sparsekd: error: ") and "Traceback" not in line
     return line
+
+
+def test_output_that_nobody_reads_ends_without_a_traceback():
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "sparsekd", "doctor"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 1 and b"Broken" not in said and b"Traceback" not in said
+
+
+def test_another_broken_pipe_is_an_error(capsys, monkeypatch):
+    def broken(*arguments):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(cli, "_doctor", broken)
+    assert "Broken pipe" in failure(capsys, "doctor")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from sparsekd import backends, ops
 from sparsekd.nn import SparseEmbedding, SparseEmbeddingBag
 from sparsekd.ops.embedding import Table, count_kept, pack_mask, row_index, unpack_mask
 
-SHAPES = [(1, 1), (5, 8), (64, 16), (130, 37), (200, 64), (70, 100), (66, 300)]
+SHAPES = [(1, 1), (5, 8), (64, 16), (130, 37), (200, 64), (70, 100), (66, 300), (70, 320)]
+SHAPES += [(3000, 128)]  # of 64-bit words alone, and too large for the cache
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 

@@ -46,8 +46,8 @@ struct Vec16 {
     for (; kept != 0; kept &= kept - 1) lane[__builtin_ctz(kept)] = *p++;
     return load(lane);
   }
-  // Of 64 bytes the sum of the first n < 64. Pairs of bytes are added as words of 16 bits,
-  // and those by a multiplication whose highest word is their sum.
+  // Of 64 bytes the sum of the first n < 64. Pairs of bytes are added as words of 16 bits, and those by a multiplication
+  // whose highest word is their sum.
   static int64_t sum_first_bytes(const uint8_t* p, int n) {
     constexpr uint64_t kEven = 0x00ff00ff00ff00ffu, kPairs = 0x0001000100010001u;
     uint8_t bytes[64] = {};

@@ -13,6 +13,7 @@ All but Parquet may be packed (.xz, .gz). Whatever is wrong with a file raises V
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -46,6 +47,7 @@ COLUMNS = {
 _NEEDED = ("user", "item")
 _PACKED = (".xz", ".gz")
 _MOVIELENS = {"ratings.dat": "::", "u.data": "\t", "ratings.csv": ","}  # what is between two fields
+_WITHOUT_HEADINGS = {"ratings.dat", "u.data"}
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,22 @@ def read(folder: Path, columns: Mapping[str, str] | None = None) -> Source:
     for reader in (_lightgcn, _counted, _recbole, _movielens, _table):
         source = reader(by_name, given)
         if source is not None:
+            _check_has_headings(given, source.kind)
             return source
+    _check_has_headings(given, *_WITHOUT_HEADINGS.intersection(by_name))
     raise FileNotFoundError(
         f"sparsekd.data: no interactions in {folder}; expected train.txt and test.txt, *.inter, ratings.dat, "
         "ratings.csv, u.data, or one *.csv, *.tsv or *.parquet"
     )
+
+
+def _check_has_headings(columns: Mapping[str, str], *kinds: str) -> None:
+    for kind in kinds:
+        if columns and (kind in _WITHOUT_HEADINGS or kind.startswith("LightGCN")):
+            raise ValueError(
+                f"sparsekd.data: columns belong to a table with a header, got {', '.join(columns)} for {kind}, which "
+                "has none; leave them out"
+            )
 
 
 def _plain(path: Path) -> str:
@@ -269,11 +282,10 @@ def _found(name: str, headings: Sequence[str], columns: Mapping[str, str]) -> di
         if title is not None:
             found[what] = title
         elif what in columns or what in _NEEDED:
-            flag = "timestamp" if what == "time" else what
             raise ValueError(
                 f"sparsekd.data: {name} lacks a column of the {what} ({', '.join(wanted)}); its header has "
-                f"{', '.join(headings)}; name it by columns={{{what!r}: ...}}, or by --{flag} "
-                "of sparsekd run"
+                f"{', '.join(headings)}; name it by columns={{{what!r}: ...}}, in sparsekd run by "
+                f"--{what}"
             )
     return found
 
@@ -320,7 +332,8 @@ def _floats(name: str, column: str, texts: Sequence[str]) -> np.ndarray:
 
 
 def _seconds(name: str, texts: Sequence[str]) -> np.ndarray:
-    """Numbers as they are; else dates as 2020-10-15 14:55:23, in seconds since 1970 and without a zone in UTC."""
+    """Numbers as they are; where the first is a date as 2020-10-15 14:55:23, all in seconds since 1970, without a zone
+    in UTC."""
     try:
         float(texts[0])
     except ValueError:
@@ -330,11 +343,11 @@ def _seconds(name: str, texts: Sequence[str]) -> np.ndarray:
 
 def _date(name: str, row: int, text: str) -> float:
     try:
-        date = datetime.fromisoformat(text.strip())
+        date = datetime.fromisoformat(re.sub("[Zz]$", "+00:00", text.strip()))
     except ValueError as error:
         raise ValueError(
-            f"sparsekd.data: {name} row {row}: time must be a number, or a date as 2020-10-15 14:55:23, got {text!r}; "
-            "correct the file"
+            f"sparsekd.data: {name} row {row}: time must be a date as 2020-10-15 14:55:23, or in all rows a number, "
+            f"got {text!r}; correct the file"
         ) from error
     return (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp()
 

@@ -7,6 +7,7 @@
 The rules, each of which `Task.meta` counts:
     duplicates                  a pair that is there twice counts once.
     below_the_rating            pairs rated below `min_rating` are left out.
+    of_other_items              pairs of items that are not among the `most_items`.
     held_out_again              a pair that is held out leaves train (the validation part of Gowalla lies in train), and
                                 one of validation and test stays in test.
     users_without_history       users of validation or test with nothing in train: there is nothing to recommend by, so
@@ -73,10 +74,15 @@ def load(
         source, name = interactions.read(root, columns), root.name.partition(".")[0] or "interactions"
     least = source.likes if min_rating is None else min_rating
     kept, below = _rated(source.parts, least)
+    rated_pairs = _count(kept)
     if most_items is not None:
         kept = _of_top_items(kept, most_items)
     numbered, user_ids, item_ids = _numbered(kept, source.numbered and most_items is None)
-    counts: dict[str, Any] = {"below_the_rating": below, **_count_duplicates(numbered, len(item_ids))}
+    counts: dict[str, Any] = {
+        "below_the_rating": below,
+        "of_other_items": rated_pairs - _count(kept),
+        **_count_duplicates(numbered, len(item_ids)),
+    }
     coded, split = _split(kept, numbered, len(item_ids), seed)
     parts, left_out = _cleaned(coded, len(user_ids), len(item_ids))
     counts |= left_out
@@ -110,7 +116,11 @@ def _rated(parts: Mapping[str, Interactions], least: float | None) -> tuple[dict
     if least is None:
         return dict(parts), 0
     kept = {name: log if log.ratings is None else log.take(log.ratings >= least) for name, log in parts.items()}
-    return kept, sum(map(len, parts.values())) - sum(map(len, kept.values()))
+    return kept, _count(parts) - _count(kept)
+
+
+def _count(parts: Mapping[str, Interactions]) -> int:
+    return sum(map(len, parts.values()))
 
 
 def _of_top_items(parts: Mapping[str, Interactions], count: int) -> dict[str, Interactions]:

@@ -106,13 +106,6 @@ def _damaged(check: Any, *arguments: Any) -> Any:
         raise ValueError(f"is damaged: {error}") from error
 
 
-def _of_another(check: Any, *arguments: Any) -> Any:
-    try:
-        return check(*arguments)
-    except ValueError as error:
-        raise ValueError(f"belongs to another model: {error}") from error
-
-
 def _check_tensors(theirs: Any, ours: dict[str, list[int]]) -> None:
     if not isinstance(theirs, dict):
         raise ValueError("is damaged: it does not say of which model it is")
@@ -311,7 +304,10 @@ def _take_over_tables(model: nn.Module, rest: Mapping[str, Any]) -> None:
         if isinstance(layer, SparseTable) or table_type(layer) is not None:
             twin = layer
             if isinstance(kept, Tensor) or dense:
-                twin = _of_another(table_as, layer, not dense)
+                try:
+                    twin = table_as(layer, packed=not dense)
+                except ValueError as error:
+                    raise ValueError(f"belongs to another model: {name!r} is a packed table in it, {error}") from error
             if isinstance(kept, Tensor) and isinstance(twin, SparseTable):
                 _damaged(twin.rekeep_, kept)
             twins.append((layer, twin))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..convert import SPARSE_TYPES, densify, named_layers, replace_layers
+from ..convert import densify
 from ..nn.layer import TracedWhole, computes_as
 from .call import Call
 
@@ -68,11 +68,7 @@ def dense_twin(model: nn.Module, tables: bool = True) -> nn.Module | None:
     """The model with dense layers, and dense tables if `tables`; None of what cannot be copied, as scripted modules."""
     if isinstance(model, torch.jit.ScriptModule):
         return None
-    twin = copy.deepcopy(model)
-    if tables:
-        densify(twin)
-    else:
-        replace_layers(twin, [(layer, layer.to_dense()) for _, layer in named_layers(twin, SPARSE_TYPES)])
+    twin = densify(copy.deepcopy(model), tables)
     return twin.requires_grad_(True) if _all_float(model) else twin
 
 

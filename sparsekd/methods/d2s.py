@@ -122,7 +122,7 @@ class D2S(Method):
         scope: Literal["global", "cost"] = "global",
         floor: float = 0.02,
         costs: CostTable | None = None,
-        example_inputs: Sequence[Any] | None = None,
+        example_inputs: Tensor | Sequence[Any] | None = None,
     ) -> None:
         super().__init__(distiller)
         if not isinstance(distiller, Plain):

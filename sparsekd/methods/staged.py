@@ -88,7 +88,7 @@ class Staged(Method):
         seed: int = 0,
         floor: float | None = None,
         costs: CostTable | None = None,
-        example_inputs: Sequence[Any] | None = None,
+        example_inputs: Tensor | Sequence[Any] | None = None,
         rewind: Literal["all", "weights"] = "all",
         rewind_to: int = 0,
         first_score: FirstScore | None = None,

@@ -116,7 +116,7 @@ class CostTable:
     def measure(
         cls,
         model: nn.Module,
-        example_inputs: Sequence[Tensor],
+        example_inputs: Tensor | Sequence[Tensor],
         *,
         pattern: Pattern = None,
         include: Sequence[str] | None = None,

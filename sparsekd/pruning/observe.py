@@ -30,17 +30,17 @@ class Seen:
     uses: dict[str, float]
 
 
-@torch.no_grad()
 def in_a_tuple(example_inputs: Any) -> tuple[Any, ...]:
     """The inputs of a call; a single tensor may stand for itself."""
     return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
 
 
-def observe(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: Sequence[Any]) -> Seen:
+@torch.no_grad()
+def observe(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: Tensor | Sequence[Any]) -> Seen:
     """Run the model once, in eval mode and without a trace left. The first dimension of the first tensor is the
     batch."""
-    example_inputs = in_a_tuple(example_inputs)
-    batch = next((x.shape[0] for x in example_inputs if isinstance(x, Tensor) and x.dim()), 1)
+    inputs = in_a_tuple(example_inputs)
+    batch = next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim()), 1)
     uses: dict[str, float] = {}
 
     def count(name: str, layer: Any, given: Tensor, output: Tensor) -> None:
@@ -57,7 +57,7 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: S
     ]
     try:
         with evaluation_mode(model):
-            model(*example_inputs)
+            model(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -73,7 +73,7 @@ def count_weights(model: nn.Module, exclude: Sequence[str] | None = None) -> tup
 
 
 def count_macs(
-    model: nn.Module, example_inputs: Sequence[Any], exclude: Sequence[str] | None = None
+    model: nn.Module, example_inputs: Tensor | Sequence[Any], exclude: Sequence[str] | None = None
 ) -> tuple[float, float]:
     """Multiply-adds for one example (when dense, now) of the layers that are, or can be, block-sparse."""
     layers: dict[str, Any] = dict(named_layers(model, (*DENSE_TYPES, *SPARSE_TYPES), None, exclude))

@@ -49,8 +49,8 @@ class Pruner:
         floor: share of the weights that every layer keeps at least; one unit stays in any case. Default: 0.02 for scope
             ``"cost"``, else 0.
         costs: microseconds of the layers, for budgets of ``latency_us``.
-        example_inputs: a tuple, see :meth:`observe`; needed before the first prune if the model has batch norm, and for
-            budgets of ``macs``.
+        example_inputs: a tensor or a tuple, see :meth:`observe`; needed before the first prune if the model has batch
+            norm, and for budgets of ``macs``.
         rewindable: remember all values now (theta0), for :meth:`rewind`. Costs a copy of the model.
 
     Under ``torch.compile`` every prune makes new shapes: call ``torch.compiler.reset()`` after one, or dynamo gives up
@@ -78,7 +78,7 @@ class Pruner:
         seed: int = 0,
         floor: float | None = None,
         costs: CostTable | None = None,
-        example_inputs: Sequence[Any] | None = None,
+        example_inputs: Tensor | Sequence[Any] | None = None,
         rewindable: bool = True,
     ) -> None:
         check_choice("granularity", granularity, ("block", "filter", "unstructured"))

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import convert
 from ..conversion import SPARSE_TYPES, Pattern, named_layers
@@ -27,7 +27,7 @@ def sparsify(
     macs: float | None = None,
     bytes: float | None = None,
     latency_us: float | None = None,
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: Tensor | Sequence[Any] | None = None,
     scope: Literal["cost", "global", "layer"] = "cost",
     score: Literal["magnitude", "lamp"] | None = None,
     floor: float | None = None,
@@ -47,7 +47,7 @@ def sparsify(
         model, pattern, density, include, exclude: as in ``convert.sparsify``.
         weights, macs, bytes, latency_us: what stays, instead of a density. A number up to 1 is a share of the layers
             that can be pruned (of microseconds: of the whole network), a number above is absolute.
-        example_inputs: a tuple, needed for a budget. ``latency_us`` is that of its batch size.
+        example_inputs: a tensor or a tuple, needed for a budget. ``latency_us`` is that of its batch size.
         scope: ``"cost"`` keeps what is worth most for its cost in the budget's unit, ``"global"`` the largest weights,
             ``"layer"`` the same share of every layer. See ``Pruner``, as for ``score`` and ``floor``.
         costs: of a :class:`CostTable`; default for ``latency_us``: measured now, with the threads of torch.

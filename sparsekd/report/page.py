@@ -19,7 +19,7 @@ from ..blocks import BlockPattern
 from . import charts, compare
 from .charts import Chart, Series, pareto
 from .markup import Figure, Table, figure, render
-from .summary import label, metrics_of
+from .summary import counts_macs, label, metrics_of
 from .tables import NOT_MEASURED, accuracy_table, speed_table, title_of, validation_heading
 from .verdict import best, reference, sentence, shown
 
@@ -30,12 +30,12 @@ def html(runs: Sequence[Mapping[str, Any]], data: str = "results.json") -> str:
     """One page about one or several results (as `report.read` gives them, each with its summary); `data` is the file
     beside it that holds them."""
     names = compare.names(runs)
-    title = title_of(names[0], runs[0]) if len(runs) == 1 else f"{len(runs)} runs compared"
+    heading = title_of(names[0], runs[0]) if len(runs) == 1 else f"{len(runs)} runs compared"
     return render(
         "runs.html",
         {
             "title": f"sparsekd: {', '.join(dict.fromkeys(names))}",
-            "heading": title,
+            "heading": heading,
             "data": data,
             "comparison": _comparison(runs) if len(runs) > 1 else None,
             "sections": [_section(run, name) for run, name in zip(runs, names, strict=True)],
@@ -60,7 +60,7 @@ def _section(run: Row, name: str) -> dict[str, Any]:
     chosen = best(run, summary)
     curves = list(_curves(run, colours, first))
     maps, map_note = _maps(run, first)
-    costs = [cost for cost in _COSTS if any(entry["mean"].get(cost[0]) is not None for entry in summary)]
+    costs = [cost for cost in _COSTS if any(_has(entry["mean"], cost[0]) for entry in summary)]
     figures = [_against(run, colours, *cost) for cost in costs]
     return {
         "name": name,
@@ -121,6 +121,10 @@ _COSTS = (
     ("weights_kept", "density", "weights kept, %", 100.0),
     ("joules_frozen", "energy", "mJ an input, frozen", 1e3),
 )
+
+
+def _has(mean: Row, cost: str) -> bool:
+    return counts_macs(mean) if cost == "macs_kept" else mean.get(cost) is not None
 
 
 def _not_drawn(run: Row) -> Iterator[str]:

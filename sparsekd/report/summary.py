@@ -74,3 +74,8 @@ def _by_name(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str
     for entry in entries:
         groups.setdefault(entry["name"], []).append(entry)
     return groups
+
+
+def counts_macs(mean: Mapping[str, Any]) -> bool:
+    """Whether a network has multiply-adds to save: recommenders have none, and earlier runs did not count them."""
+    return mean.get("macs_kept") is not None and bool(mean.get("macs", 1))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..goals import Metric, Ranking
-from .summary import best_on_test, label, metrics_of, summarise
+from .summary import best_on_test, counts_macs, label, metrics_of, summarise
 from .verdict import sentence
 
 NOT_MEASURED = "not measured"
@@ -75,8 +75,7 @@ def accuracy_table(results: Mapping[str, Any], summary: Sequence[Mapping[str, An
     judge = metrics[0]
     if any(entry["mean"].get(f"val_{judge.name}") is not None for entry in summary):
         quality.append((validation_heading(judge), f"val_{judge.name}", judge.scale, f".{judge.digits}f"))
-    # Earlier runs did not count multiply-adds, and recommenders have none that could go.
-    counted = any("macs_kept" in entry["mean"] and entry["mean"].get("macs", 1) for entry in summary)
+    counted = any(counts_macs(entry["mean"]) for entry in summary)
     columns = (*quality, *(column for column in _COST if counted or column[1] != "macs_kept"))
     rows = []
     for score in results["baselines"]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data.rankings import LEARNT
 from ..goals import Metric
-from .summary import label, metrics_of
+from .summary import counts_macs, label, metrics_of
 
 Entry = Mapping[str, Any]  # of a summary
 
@@ -44,7 +44,7 @@ def sentence(results: Mapping[str, Any], summary: Sequence[Entry]) -> str:
         return ""
     name, unit = judge.heading.removesuffix(" %"), " %" if judge.heading.endswith(" %") else ""
     kept = f"{chosen['mean']['weights_kept']:.0%} of the weights"
-    if chosen["mean"].get("macs_kept") is not None and chosen["mean"].get("macs", 1):
+    if counts_macs(chosen["mean"]):
         kept += f" and {chosen['mean']['macs_kept']:.0%} of the multiply-adds"
     text = f"{label(chosen)} keeps {kept} and has a {name} of {shown(judge, chosen)}{unit}"
     if dense is None:

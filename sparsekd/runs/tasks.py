@@ -251,10 +251,11 @@ def _check_counts_no_blocks(config: RunConfig) -> None:
     settings = {"budgets": "budget", "unit": "unit", "scope": "scope", "pattern": "pattern", "at_once": "at-once"}
     found = {flag: (getattr(config, name), getattr(usual, name)) for name, flag in settings.items()}
     given = [f"--{flag}" for flag, (value, expected) in found.items() if value not in (None, expected)]
+    given = ["--budget"] if config.budgets else given  # whose unit it is
     if given:
         raise ValueError(
-            f"sparsekd run: {config.task} keeps shares of the entries of tables, which --density names, got "
-            f"{', '.join(given)}, which is about blocks of layers; leave it out"
+            f"sparsekd run: {config.task} keeps shares of the entries of tables, which --density names; leave out "
+            f"{', '.join(given)}, which is for blocks of layers"
         )
 
 

@@ -86,16 +86,33 @@ def test_tables_with_named_columns(tmp_path, kind):
         ValueError, match=r"shop.* lacks a column of the user \(user, .*its header has who, what, stars"
     ):
         interactions.read(path)
-    with pytest.raises(ValueError, match=r"lacks a column of the time .* or by --timestamp of sparsekd run"):
+    with pytest.raises(ValueError, match=r"lacks a column of the time .*in sparsekd run by --time"):
         interactions.read(path, {"user": "who", "item": "what", "time": "when"})
+
+
+@pytest.mark.parametrize(
+    ("files", "kind"),
+    [
+        ({"ratings.dat": "1::2::3::4\n"}, "ratings.dat"),
+        ({"u.data": "1\t2\t3\t4\n"}, "u.data"),
+        ({"train.txt": "0 1\n", "test.txt": "0 2\n"}, "LightGCN text"),
+    ],
+)
+def test_columns_of_files_without_a_header_are_refused(tmp_path, files, kind):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert interactions.read(tmp_path).parts
+    with pytest.raises(ValueError, match=rf"columns belong to a table with a header, got user for {kind}, .*leave"):
+        interactions.read(tmp_path, {"user": "who"})
 
 
 def test_times_are_numbers_or_dates(tmp_path):
     path = tmp_path / "shop.csv"
-    path.write_text("user,item,date\n1,2,1970-01-02\n1,3,1970-01-01 00:01:00\n1,4,1970-01-01T01:00:00+01:00\n")
-    assert interactions.read(path).parts["all"].times.tolist() == [86400, 60, 0]
+    times = ["1970-01-02", "1970-01-01 00:01:00", "1970-01-01T01:00:00+01:00", "1970-01-01T00:00:09Z"]
+    path.write_text("\n".join(["user,item,date", *(f"1,{item},{time}" for item, time in enumerate(times))]))
+    assert interactions.read(path).parts["all"].times.tolist() == [86400, 60, 0, 9]
     path.write_text("user,item,date\n1,2,1970-01-02\n1,3,soon\n")
-    with pytest.raises(ValueError, match=r"row 2: time must be a number, or a date as 2020-10-15 14:55:23, got 'soon'"):
+    with pytest.raises(ValueError, match=r"row 2: time must be a date as 2020-10-15 14:55:23, or .*, got 'soon'"):
         interactions.read(path)
 
 

@@ -47,6 +47,10 @@ def test_tables_stay_packed_in_memory_and_in_files(tmp_path, monkeypatch, eager)
     for other in (model, packed(0.1), packed(0.5), Recommender()):
         loaded = sparsekd.load_frozen(tmp_path / "frozen.safetensors", other)
         assert torch.equal(loaded(ids), frozen(ids)) and isinstance(loaded.network.table, SparseEmbedding)
+    other = Recommender()
+    other.table = nn.Embedding(ROWS, DIM, max_norm=1.0)
+    with pytest.raises(ValueError, match=r"another model: 'table' is a packed table in it, and no .*for max_norm=1.0"):
+        sparsekd.load_frozen(tmp_path / "frozen.safetensors", other)
 
 
 @pytest.mark.parametrize("eager", [False, True])

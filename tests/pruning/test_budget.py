@@ -144,6 +144,13 @@ def test_every_layer_keeps_its_floor():
         pruner.prune_to(macs=0.95)
 
 
+def test_a_model_is_observed_without_gradients():
+    net, seen = Net(), []
+    net.conv1.register_forward_hook(lambda module, args, output: seen.append(output.requires_grad))
+    Pruner(net, scope="cost", example_inputs=torch.randn(2, 2, 12, 12))
+    assert seen and not any(seen)
+
+
 def test_a_single_tensor_may_stand_for_the_inputs():
     one, other = Net(), Net()
     other.load_state_dict(one.state_dict())

@@ -126,14 +126,19 @@ def test_a_table_of_ones_own_is_read_by_options_and_what_was_left_out_is_said(tm
     rows = [f"{item},u{user},{1 + (user + item) % 5},2020-01-{item + 1:02}" for user in range(12) for item in range(12)]
     path = tmp_path / "shop.csv"
     path.write_text("\n".join(["sku,client,marks,day", *rows, rows[-1]]))
-    options = {"user": "client", "item": "sku", "rating": "marks", "timestamp": "day"}
+    options = {"user": "client", "item": "sku", "rating": "marks", "time": "day"}
 
-    def said(**more):
-        config = RunConfig("sparserec", str(path), {**options, **more})
-        return rankings.describe(rankings.load(tasks.complete(config)))
+    def loaded(**more):
+        return rankings.load(tasks.complete(RunConfig("sparserec", str(path), {**options, **more})))
 
-    assert said(min_rating="0").endswith("of test; left out: 1 pairs that were there before")
-    assert "12 users, 12 items" in said() and "pairs rated below 4 (--min-rating)" in said()
+    everything, liked = loaded(min_rating="0"), loaded()
+    said = rankings.describe(everything)
+    assert said.startswith("ranking-shop: 12 users, 12 items; ")
+    assert said.endswith("of test. Left out: pairs that are there twice: 1")
+    assert "pairs rated below 4 (--min-rating): 8" in rankings.describe(liked)
+    # Of another split nothing is gone on with.
+    about = [record.settings_of_task(task, planned(), RunConfig("sparserec")) for task in (everything, liked)]
+    assert about[0]["split"] == everything.meta["split_sha256"] != about[1]["split"]
     with pytest.raises(ValueError, match="user must be a text, got 3"):
         tasks.complete(RunConfig("sparserec", options={"user": 3}))
 
@@ -149,7 +154,7 @@ def test_a_table_of_ones_own_is_read_by_options_and_what_was_left_out_is_said(tm
     ],
 )
 def test_what_is_about_blocks_is_refused(given, flag):
-    with pytest.raises(ValueError, match=f"keeps shares of the entries of tables, .* got {flag}, .*; leave it out"):
+    with pytest.raises(ValueError, match=f"keeps shares of the entries of tables, .*; leave out {flag}, which"):
         tasks.complete(RunConfig("sparserec", **given))
 
 
@@ -245,6 +250,9 @@ def test_a_run_writes_its_report_and_goes_on_where_it_stopped(tiny, tmp_path, mo
     assert results["task"]["split_sha256"] and results["task"]["pairs"]["test"] > 0
     page = (folder / "report.html").read_text()
     assert "NDCG@20" in page and "SparseRec" in page
+    written = (folder / "report.md").read_text()
+    for text in (page, written):  # nothing was distilled or frozen, and there are no multiply-adds to save
+        assert "tables of recommenders, dense and sparse" in text and "multiply-adds" not in text
     for name in ("popular", "item_knn", "ease"):
         monkeypatch.setattr(neighbours, name, lambda task: pytest.fail("what needs no network is computed once"))
     again, _ = runs.run(

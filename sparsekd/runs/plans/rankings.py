@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -51,7 +51,7 @@ RECIPES = {
 BY_ROWS: dict[str, Any] = {"optimizer": "sparse-adam", "weight_decay": 1e-5}
 OF_DATA = ("negatives", "validation", "min_rating")
 # Options that name a column of a table, and whose it is.
-COLUMNS = {"user": "the user", "item": "the item", "rating": "the rating", "timestamp": "the time"}
+COLUMNS = {"user": "the user", "item": "the item", "rating": "the rating", "time": "the time"}
 OF_RECIPE = ("lr", "weight_decay", "epochs", "batch_size")  # what a call may set instead, as found for its data
 IMP: dict[str, Any] = {"epochs": 5, "removed": 0.1}  # of a round that only looks for the next mask
 QUICK: dict[str, Any] = {"most_items": 300}
@@ -89,8 +89,6 @@ def load(config: RunConfig) -> Task:
     options: dict[str, Any] = {"negatives": NEGATIVES, **(QUICK if config.quick else {})}
     options |= {name: config.options[name] for name in OF_DATA if name in config.options}
     columns = {name: config.options[name] for name in COLUMNS if name in config.options}
-    if "timestamp" in columns:
-        columns["time"] = columns.pop("timestamp")
     task = data.load("rankings", config.data_dir, columns=columns, **options)
     task = _validated_on_some(task)
     return dataclasses.replace(task, goal=_NothingToChoose()) if learnt else task
@@ -101,15 +99,27 @@ def describe(task: Task) -> str:
     meta, pairs = task.meta, task.meta["pairs"]
     counts = {
         f"pairs rated below {meta['min_rating'] or 0:g} (--min-rating)": meta["below_the_rating"],
-        "pairs that were there before": meta["duplicates"],
+        "pairs of items chosen less often": meta["of_other_items"],
+        "pairs that are there twice": meta["duplicates"],
+        "pairs of train that are held out": meta["held_out_again"],
         "users without history": meta["users_without_history"],
         "users who saw everything": meta["users_who_saw_everything"],
     }
-    left_out = ", ".join(f"{count:,} {why}" for why, count in counts.items() if count)
+    left_out = ", ".join(f"{why}: {count:,}" for why, count in counts.items() if count)
     return (
         f"{task.name}: {task.sizes['users']:,} users, {task.sizes['items']:,} items; {pairs['train']:,} pairs to learn "
-        f"from, {pairs['val']:,} of validation, {pairs['test']:,} of test; left out: {left_out or 'none'}"
+        f"from, {pairs['val']:,} of validation, {pairs['test']:,} of test. Left out: {left_out or 'none'}"
     )
+
+
+def _check_leaves_every_row(densities: Sequence[float]) -> None:
+    """As the tables do, before anything is trained."""
+    for density in densities:
+        if density * DIM < 1:
+            raise ValueError(
+                f"sparsekd run: a density must leave every row one of its {DIM} entries, got {density:g}; give "
+                f"{1 / DIM:g} or more"
+            )
 
 
 def _learns_validation(config: RunConfig) -> bool:
@@ -140,12 +150,7 @@ def of_rankings(task: Task, config: RunConfig) -> Plan:
     more = QUICK_RECIPE if config.quick else {"batch_size": batch_for(_train_pairs(task))}
     own = {name: config.options[name] for name in OF_RECIPE if name in config.options}
     learnt = _learns_validation(config)
-    for density in config.densities or ():
-        if density * DIM < 1:
-            raise ValueError(
-                f"sparsekd run: a density must leave every row one of its {DIM} entries, got {density:g}; give "
-                f"{1 / DIM:g} or more"
-            )
+    _check_leaves_every_row(config.densities or ())
     recipe = dataclasses.replace(RECIPES[kind], **{**more, **own}, select="last" if learnt else "best")
     teacher = Network(name="dense", folder="dense", make=partial(recommender, kind, task, DIM, None), recipe=recipe)
     return Plan(
