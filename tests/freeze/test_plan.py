@@ -26,7 +26,7 @@ from .networks import (
 @needs_kernels
 def test_plan_says_what_was_measured_and_why(monkeypatch):
     # On a busy machine the dense network, whose plan has no layers, may be measured as the fastest.
-    monkeypatch.setattr(sys.modules["sparsekd.freeze.freeze"], "dense_twin", lambda model: None)
+    monkeypatch.setattr(sys.modules["sparsekd.freeze.freeze"], "dense_twin", lambda model, tables: None)
     model = sparsekd.sparsify(trained(ResNet()), density=0.4, exclude=["stem.*"])
     frozen = freeze(model, torch.randn(IMAGE), layer_ms=5)
     plan = frozen.plan
