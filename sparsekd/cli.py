@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import select
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .broken_pipe import nobody_reads
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return _lacking(error, options.command)
     except _EXPECTED as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
+        if isinstance(error, BrokenPipeError) and nobody_reads():
             return 1
         if options.debug:
             raise
@@ -87,21 +86,6 @@ def configs(arguments: Sequence[str]) -> list[RunConfig]:
     from . import runs
 
     return runs.several(_config(_parser(arguments).parse_args(arguments), arguments))
-
-
-def _nobody_reads() -> bool:
-    """Whether the output leads nowhere, as behind `| head`; it is silent from then on."""
-    try:
-        output, poll = sys.stdout.fileno(), select.poll()
-    except OSError:  # it is no file
-        return False
-    poll.register(output, 0)
-    if not poll.poll(0):  # errors are told unasked
-        return False
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, output)
-    os.close(nowhere)
-    return True
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

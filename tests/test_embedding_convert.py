@@ -41,7 +41,7 @@ def test_embeddings_are_converted_where_they_are_named_and_else_left():
     mask = model.users.mask()
     assert torch.equal(model.users.rows(), dense.users.weight * mask)
     assert "SparseEmbedding(30, 8, density=0.25)" in str(sparsekd.conversion_report(model))
-    with pytest.raises(ValueError, match="'users' is a packed table already"):
+    with pytest.raises(ValueError, match=r"'users' is a packed table already"):
         sparsekd.sparsify(model, density=0.1, include=["users"])
     out = model(*IDS)
     sparsekd.densify(model)
@@ -100,7 +100,7 @@ def test_files_hold_packed_tables_and_are_read_into_any(tmp_path):
     assert type(model.users) is nn.Embedding and torch.equal(model(*IDS), dense(*IDS))
     dense.users = nn.Embedding(30, 8, max_norm=1.0)
     checkpoint.save(packed(), path)
-    with pytest.raises(ValueError, match="'users' is a packed table in the file, got max_norm"):
+    with pytest.raises(ValueError, match=r"'users' is a packed table in the file, and no .* can stand for max_norm"):
         checkpoint.load(dense, path)
 
 

@@ -12,7 +12,17 @@ ROOT = Path(__file__).parents[1]
 # From the ground up. A room may import what is on a floor below its own, wherever in a function the import stands and
 # for types alone too; rooms on one floor do not know each other. A room is a folder or a file of sparsekd/.
 FLOORS = [
-    ["_C", "blocks", "kernels", "modes", "processor", "ranks", "timing", "version"],  # these import no other room
+    [
+        "_C",
+        "blocks",
+        "broken_pipe",
+        "kernels",
+        "modes",
+        "processor",
+        "ranks",
+        "timing",
+        "version",
+    ],  # these import no other room
     ["ops", "energy", "runtime"],  # what an op means; joules; exported networks without torch
     ["backends", "features", "outputs", "taps"],  # what runs an op here; what a student can look at
     ["losses", "nn"],  # what it can learn; layers
