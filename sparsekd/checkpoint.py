@@ -105,7 +105,7 @@ def load(model: nn.Module, path: Path_) -> nn.Module:
             parts = [tensors[f"{name}.{part}".lstrip(".")] for part in ("values", "row_ptr", "col_idx")]
             BlockSparse(parts[0], parts[1], parts[2], twin.matrix_shape, twin.pattern).validate()
         twins.append((layer, twin))
-    replace_layers(model, [(layer, twin) for layer, twin in twins if twin is not layer])
+    replace_layers(model, twins)
     model.load_state_dict(_state_of(model, tensors, header))
     return model
 

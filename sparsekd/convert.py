@@ -211,13 +211,15 @@ def table_as(layer: Any, packed: bool) -> nn.Module:
 
 def replace_layers(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
     """Put the second of each pair in the place of the first, wherever the model holds it: under every name, and in the
-    lists, tuples and dictionaries that its modules keep beside them."""
+    lists, tuples and dictionaries that its modules keep beside them. A layer paired with itself stays."""
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
     replaced: dict[int, nn.Module] = {}
     gone: list[nn.Module] = []  # held, so that no id is used twice
     for old, new in pairs:
+        if old is new:
+            continue
         if not gone:
             _check_not_wrapped(model)
         _carry_over(old, new)

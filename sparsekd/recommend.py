@@ -138,9 +138,9 @@ class Served:
         if top < 1:
             raise ValueError(f"sparsekd recommend: top must be at least 1, got {top}")
         number = self._users.number(user)
-        if number is None or not self._tensors["learnt"][number]:
-            if number is None:
-                return self._popular(top, set(), NOT_KNOWN)
+        if number is None:
+            return self._popular(top, set(), NOT_KNOWN)
+        if not self._tensors["learnt"][number]:
             return self._popular(top, set(self._chosen(number).tolist()), BY_POPULARITY)
         query = ops.embedding(torch.tensor([number]), self._table("users"), self.dim)
         never = (self._tensors["times"] == 0).nonzero().flatten()

@@ -311,7 +311,7 @@ def _take_over_tables(model: nn.Module, rest: Mapping[str, Any]) -> None:
             if isinstance(kept, Tensor) and isinstance(twin, SparseTable):
                 _damaged(twin.rekeep_, kept)
             twins.append((layer, twin))
-    replace_layers(model, [(layer, twin) for layer, twin in twins if twin is not layer])
+    replace_layers(model, twins)
 
 
 def _with_blocks(name: str, dense: Any, values: Tensor, row_ptr: Tensor, col_idx: Tensor) -> BlockSparseLayer:
