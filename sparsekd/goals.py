@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
@@ -67,6 +67,12 @@ class Metric:
     def describe(self) -> dict[str, Any]:
         """The fields, for a JSON file; `ideal` only where there is one."""
         return {name: value for name, value in asdict(self).items() if name != "ideal" or value is not None}
+
+
+def headline(metrics: Sequence[Metric]) -> tuple[Metric, ...]:
+    """What a line has room for: of metrics at several cutoffs, as "recall@20", those at the cutoff of the first one."""
+    cutoff = metrics[0].name.partition("@")[2]
+    return tuple(metric for metric in metrics if metric.name.partition("@")[2] == cutoff)
 
 
 class Batches(Protocol):

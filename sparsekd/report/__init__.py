@@ -31,7 +31,7 @@ from .. import checkpoint
 from ..goals import Classification, Regression
 from . import compare, page, streams
 from .sensitivity import sensitivity_page, write_sensitivity
-from .summary import label, metrics_of, summarise
+from .summary import briefly, label, metrics_of, summarise
 from .tables import NOT_MEASURED, Drawn, document, markdown_table, text_table
 from .tables import result_tables as _tables_of_networks
 
@@ -66,10 +66,15 @@ def result_tables(results: Mapping[str, Any], draw: Drawn | None = None) -> str:
 def for_terminal(runs: Sequence[Mapping[str, Any]]) -> str:
     """What a command prints of one or several results: each under its name, no wider than the terminal."""
     draw = drawn_for_terminal()
-    names = [streams.title(run) for run in runs] if runs[0].get("kind") == streams.KIND else compare.names(runs)
-    parts = [draw(*compare.table([_summed(run) for run in runs])[:2])] if len(runs) > 1 else []
-    for name, run in zip(names, runs, strict=True):
+    if runs[0].get("kind") == streams.KIND:
+        names, shown = [streams.title(run) for run in runs], list(runs)
+    else:
+        names, shown = compare.names(runs), [briefly(run) for run in runs]
+    parts = [draw(*compare.table([_summed(run) for run in shown])[:2])] if len(runs) > 1 else []
+    for name, run, whole in zip(names, shown, runs, strict=True):
         parts += [f"== {name}", result_tables(run, draw)]
+        if run is not whole and len(metrics_of(run)) < len(metrics_of(whole)):
+            parts.append("Metrics at other cutoffs: report.md.")
     return "\n\n".join(parts)
 
 

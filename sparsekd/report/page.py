@@ -20,7 +20,7 @@ from . import charts, compare
 from .charts import Chart, Series, pareto
 from .markup import Figure, Table, figure, render
 from .summary import counts_macs, label, metrics_of
-from .tables import NOT_MEASURED, accuracy_table, speed_table, title_of, validation_heading
+from .tables import NOT_MEASURED, accuracy_table, of_task, speed_table, title_of, validation_heading
 from .verdict import best, reference, sentence, shown
 
 Row = Mapping[str, Any]
@@ -80,7 +80,7 @@ def _section(run: Row, name: str) -> dict[str, Any]:
         "curve_note": _curve_note(run, first),
         "maps": maps,
         "map_note": map_note,
-        "protocol": {**run["task"], **protocol},
+        "protocol": {**of_task(run), **protocol},
     }
 
 

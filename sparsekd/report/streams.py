@@ -9,7 +9,7 @@ from typing import Any
 from . import charts
 from .charts import Chart, Series
 from .markup import Table, figure, render
-from .tables import NOT_MEASURED, Drawn, inline, markdown_table
+from .tables import NOT_MEASURED, Drawn, listed, markdown_table
 
 KIND = "stream"
 _POINTS = 200  # of a line in a chart: what is longer is drawn by the means of pieces
@@ -44,8 +44,8 @@ def document(results: Mapping[str, Any]) -> str:
         f"`{results['command']}`",
         tables(results),
         "## Protocol",
-        "\n".join(f"- {key.replace('_', ' ')}: {inline(value)}" for key, value in results["protocol"].items()),
-        "\n".join(f"- stream, {key.replace('_', ' ')}: {inline(value)}" for key, value in results["stream"].items()),
+        listed(results["protocol"]),
+        listed({f"stream, {key}": value for key, value in results["stream"].items()}),
         "Charts: report.html",
     ]
     return "\n\n".join(parts) + "\n"

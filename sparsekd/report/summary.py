@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..goals import Metric
+from ..goals import Metric, headline
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], judge: Metric) -> list[dict[str, Any]]:
@@ -59,6 +59,13 @@ def _best(entries: Sequence[Mapping[str, Any]], judge: Metric, key: str) -> Mapp
 def metrics_of(results: Mapping[str, Any]) -> tuple[Metric, ...]:
     """What the numbers of a run are, by its own account; the first metric judges."""
     return tuple(Metric(**metric) for metric in results["task"]["goal"]["metrics"])
+
+
+def briefly(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The same run with no more metrics than a terminal has room for."""
+    task = results["task"]
+    metrics = [metric.describe() for metric in headline(metrics_of(results))]
+    return {**results, "task": {**task, "goal": {**task["goal"], "metrics": metrics}}}
 
 
 def label(entry: Mapping[str, Any]) -> str:

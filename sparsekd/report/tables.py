@@ -40,11 +40,18 @@ def document(results: Mapping[str, Any]) -> str:
         f"`{results['command']}`",
         result_tables({**results, "summary": summary}),
         "## Protocol",
-        "\n".join(f"- {key.replace('_', ' ')}: {inline(value)}" for key, value in protocol.items()),
-        "\n".join(f"- {key.replace('_', ' ')}: {inline(value)}" for key, value in task.items()),
+        listed(protocol),
+        listed(of_task(results)),
         "Charts: report.html",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def of_task(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What a protocol says of the task: of its goal the name and what judges."""
+    goal = results["task"].get("goal")
+    said = {"goal": f"{goal['name']}, judged by {metrics_of(results)[0].heading.removeprefix('test ')}"} if goal else {}
+    return {**results["task"], **said}
 
 
 def title_of(name: str, results: Mapping[str, Any]) -> str:
@@ -208,9 +215,20 @@ def _block(heading: str, names: _Rows, columns: Sequence[_Column], first: int, a
     return "\n".join(line.rstrip() for line in drawn)
 
 
+def listed(entries: Mapping[str, Any]) -> str:
+    """A Markdown list of a protocol."""
+    return "\n".join(f"- {key.replace('_', ' ')}: {inline(value)}" for key, value in entries.items())
+
+
 def inline(value: Any) -> str:
+    """A value of a JSON file in one line; what several keys have alike is said once."""
     if isinstance(value, Mapping):
-        return "; ".join(f"{key} {inline(inner)}" for key, inner in value.items())
+        keys_of: dict[str, list[str]] = {}
+        for key, inner in value.items():
+            keys_of.setdefault(inline(inner), []).append(key)
+        return "; ".join(f"{', '.join(keys)}{':' * (' ' in text)} {text}" for text, keys in keys_of.items())
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(inline, value))
+        return ", ".join(map(inline, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)

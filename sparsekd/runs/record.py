@@ -19,7 +19,7 @@ from .. import backends, checkpoint, processor, recommend, report
 from ..convert import SPARSE_TYPES, named_layers
 from ..data import Task
 from ..data.rankings import LEARNT
-from ..goals import Ranking, predict
+from ..goals import Ranking, headline, predict
 from ..models import MF, LightGCN
 from ..pruning import CostTable, count_macs
 from ..version import __version__
@@ -180,7 +180,8 @@ def in_one_line(row: Mapping[str, Any], task: Task) -> str:
     """What the terminal shows when a network has finished."""
     metrics = row["metrics"]
     scores = ", ".join(
-        f"{metric.heading} {metric.scale * metrics[metric.name]:.{metric.digits}f}" for metric in task.goal.metrics
+        f"{metric.heading} {metric.scale * metrics[metric.name]:.{metric.digits}f}"
+        for metric in headline(task.goal.metrics)
     )
     kept = f"{metrics['weights_kept']:.1%} of the weights"
     if metrics["macs"]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sparsekd import report
-from sparsekd.goals import Classification, Click, Metric, Regression
+from sparsekd.goals import Classification, Click, Metric, Ranking, Regression
 from sparsekd.runs.plans import paper
 
 MSE = Regression().judge
@@ -233,3 +233,33 @@ def test_a_table_for_a_terminal_goes_on_below_itself():
         "  long, indeed           45.0",
     ]
     assert report.text_table(heading, rows, 60).splitlines()[1] == "model                  test MSE   of words  kept %"
+
+
+def test_a_terminal_shows_metrics_at_one_cutoff(results, tmp_path):
+    """All of them are in report.md, and where a run has no others nothing is said."""
+    assert "report.md" not in report.for_terminal([results])
+    results["task"]["goal"] = Ranking(cutoffs=(5, 20)).describe()
+    results["baselines"] = []
+    for one in results["rows"]:
+        one["metrics"] |= {f"{name}@{k}": 0.01 * k for name in ("ndcg", "recall", "hr", "mrr") for k in (5, 20)}
+        for epoch in one["epochs"]:
+            epoch["val_ndcg@20"] = 0.2
+    text = report.for_terminal([results])
+    assert "recall@20" in text and "@5" not in text
+    assert text.endswith("Metrics at other cutoffs: report.md.")
+    written = report.write(results, tmp_path)
+    assert "recall@20" in written[1].read_text() and "recall@5" in written[1].read_text()
+
+
+def test_a_protocol_says_once_what_several_have_alike(results, tmp_path):
+    results["protocol"] |= {
+        "students": {"a": "two epochs", "b": "two epochs", "c": "one epoch"},
+        "versions": {"torch": "2.13.0", "python": "3.11"},
+        "not_pruned": [],
+        "quick": False,
+    }
+    text = report.write(results, tmp_path)[1].read_text()
+    assert "- students: a, b: two epochs; c: one epoch\n" in text
+    assert "- versions: torch 2.13.0; python 3.11\n" in text
+    assert "- not pruned: none\n" in text and "- quick: no\n" in text
+    assert "- goal: regression, judged by MSE\n" in text

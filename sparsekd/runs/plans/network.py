@@ -157,7 +157,9 @@ class Network:
     def describe(self) -> str:
         """Recipe and schedule in one line."""
         recipe = self.recipe
-        rate = "cosine to 0" if recipe.milestones is None else f"x 0.1 after epochs {list(recipe.milestones)}"
+        rate = "cosine to 0" if recipe.milestones is None else "constant"
+        if recipe.milestones:
+            rate = f"x 0.1 after epochs {', '.join(map(str, recipe.milestones))}"
         again = {"rewind": ", anew at every rewinding and stage", "prune": ", anew at every prune", "never": ""}
         length = f"{recipe.epochs} epochs" + (f" (1/{recipe.splits} of the rows each)" if recipe.splits > 1 else "")
         text = f"{length} of batch {recipe.batch_size}, {recipe.optimizer}, lr {recipe.lr:g} {rate}"
