@@ -168,7 +168,7 @@ def _add_run(commands: Any, with_options: bool) -> None:
     if not with_options:
         return
     from .pruning import SCOPES, UNITS
-    from .runs import TASKS, RunConfig
+    from .runs import TASKS, RunConfig, own_options
     from .runs.plans.network import AT_ONCE, KNOWN_METHODS, RANKING_METHODS_ALL
 
     usual = RunConfig()
@@ -220,8 +220,6 @@ def _add_run(commands: Any, with_options: bool) -> None:
     run.add_argument(
         "--costs", metavar="FILE", help="times of the student's layers, for --unit latency_us (measured now)"
     )
-    for name, (metavar, explained) in _own_options().items():
-        run.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=explained)
     run.add_argument("--pattern", metavar="RxC", help=f"blocks to prune, outputs x inputs ({usual.pattern})")
     run.add_argument("--seeds", type=int, metavar="N", help=f"how many seeds ({usual.seeds})")
     run.add_argument("--quick", action="store_true", help="less data and fewer epochs: to see it work, not to quote")
@@ -250,6 +248,10 @@ def _add_run(commands: Any, with_options: bool) -> None:
         action="store_true",
         help="score and time the finished networks again, without training; with --no-measure the test scores alone",
     )
+    for tasks, options in own_options().items():
+        group = run.add_argument_group(f"options of {', '.join(tasks)}")
+        for name, (metavar, explained) in options.items():
+            group.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=explained)
 
 
 def _add_stream(commands: Any, with_options: bool) -> None:
@@ -321,20 +323,6 @@ def _stream(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _own_options() -> dict[str, tuple[str, str]]:
-    """Options that single tasks have for themselves: what stands for a value, and what they are."""
-    from .runs import TASKS
-
-    explained: dict[str, list[str]] = {}
-    metavars: dict[str, str] = {}
-    for task, entry in TASKS.items():
-        for option in entry.options:
-            usual = "" if option.default is None else f" ({option.default})"
-            explained.setdefault(option.name, []).append(f"{task}: {option.help}{usual}")
-            metavars[option.name] = "COLUMN" if option.text else "NAME" if option.choices else "N"
-    return {name: (metavars[name], "; ".join(texts)) for name, texts in explained.items()}
-
-
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from . import report, runs
 
@@ -353,14 +341,14 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def _config(options: argparse.Namespace, arguments: Sequence[str]) -> RunConfig:
     """What was given, by the fields of RunConfig and the options of the task."""
-    from .runs import RunConfig
+    from .runs import RunConfig, own_options
 
     given = vars(options)
     known = {field.name for field in dataclasses.fields(RunConfig)} - {"command"}
     fields = {name: value for name, value in given.items() if name in known}
     if "all" in fields.get("methods", ()):
         del fields["methods"]
-    own = {name: given[name] for name in _own_options() if name in given}
+    own = {name: given[name] for options in own_options().values() for name in options if name in given}
     command = shlex.join(["sparsekd", *(a for a in arguments if a != "--fresh")])
     return RunConfig(**fields, options=own, command=command)
 

@@ -25,6 +25,6 @@ memory     the allocator behind CPU tensors
 from .config import RunConfig
 from .run import run
 from .runtime import OutOfTime, Runtime, rank
-from .tasks import TASKS, Entry, Option, several
+from .tasks import TASKS, Entry, Option, own_options, several
 
-__all__ = ["TASKS", "Entry", "Option", "OutOfTime", "RunConfig", "Runtime", "rank", "run", "several"]
+__all__ = ["TASKS", "Entry", "Option", "OutOfTime", "RunConfig", "Runtime", "own_options", "rank", "run", "several"]

@@ -331,6 +331,24 @@ def plain_student(task: Task, config: RunConfig) -> Callable[[], nn.Module]:
     return plan.students[0].make
 
 
+def own_options() -> dict[tuple[str, ...], dict[str, tuple[str, str]]]:
+    """What `--help` says of the options that tasks have for themselves: of which tasks, by name, what stands for a
+    value, and what it is. What several tasks say alike is said once."""
+    explained: dict[str, dict[str, str]] = {}
+    metavars: dict[str, str] = {}
+    for task, entry in TASKS.items():
+        for option in entry.options:
+            usual = "" if option.default is None else f" ({option.default})"
+            explained.setdefault(option.name, {})[task] = f"{option.help}{usual}"
+            metavars[option.name] = "COLUMN" if option.text else "NAME" if option.choices else "N"
+    grouped: dict[tuple[str, ...], dict[str, tuple[str, str]]] = {}
+    for name, texts in explained.items():
+        alike = len(set(texts.values())) == 1
+        text = next(iter(texts.values())) if alike else "; ".join(f"{task}: {text}" for task, text in texts.items())
+        grouped.setdefault(tuple(texts), {})[name] = metavars[name], text
+    return grouped
+
+
 def unit_of(config: RunConfig) -> str:
     """What the densities of a complete run count."""
     assert config.unit is not None  # `complete` has filled it in
