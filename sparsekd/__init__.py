@@ -14,7 +14,7 @@ pruning    scores, schedules, budgets, Pruner; sparsify
 distributed  one mask and one gradient on every rank
 optim      SGD, Adagrad and Adam that touch the rows of a batch alone
 serving    ServingModel: answers while it is replaced
-methods    SP-SAD, LTH-SAD, SS-SAD; D2S for streams
+methods    SP-SAD, LTH-SAD, SS-SAD; SparseRec for tables of embeddings, D2S for streams
 freeze     the inference network: folded, fused, each layer as fast as this machine can run it
 runtime    Session: an exported network without torch
 energy     EnergyMeter: joules with the name of the counter they come from
@@ -41,7 +41,7 @@ _HOMES = {
     "freeze": ("FrozenModel", "LoadedNetwork", "export_onnx", "freeze", "load_frozen"),
     "goals": ("Classification", "Click", "Ranking", "Regression"),
     "losses": ("SAD", "attention_transfer_loss", "kd_loss", "kd_regression_loss"),
-    "methods": ("D2S", "LTHSAD", "SPSAD", "SSSAD"),
+    "methods": ("D2S", "LTHSAD", "SPSAD", "SSSAD", "SparseRec"),
     "pruning": ("CostTable", "LinearSchedule", "Pruner", "sparsify"),
     "serving": ("ServingModel",),
     "taps": ("FeatureTap",),
@@ -72,6 +72,7 @@ __all__ = [
     "Ranking",
     "Regression",
     "ServingModel",
+    "SparseRec",
     "TeacherCache",
     "__version__",
     "attention_transfer_loss",

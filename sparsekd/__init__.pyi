@@ -8,7 +8,7 @@ from .energy import EnergyMeter
 from .freeze import FrozenModel, LoadedNetwork, export_onnx, freeze, load_frozen
 from .goals import Classification, Click, Ranking, Regression
 from .losses import SAD, attention_transfer_loss, kd_loss, kd_regression_loss
-from .methods import D2S, LTHSAD, SPSAD, SSSAD
+from .methods import D2S, LTHSAD, SPSAD, SSSAD, SparseRec
 from .pruning import CostTable, LinearSchedule, Pruner, sparsify
 from .serving import ServingModel
 from .taps import FeatureTap
@@ -37,6 +37,7 @@ __all__ = [
     "Ranking",
     "Regression",
     "ServingModel",
+    "SparseRec",
     "TeacherCache",
     "__version__",
     "attention_transfer_loss",
