@@ -28,11 +28,16 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None, **options: A
     "cifar100" (see `cifar100.load` for its options) or "rankings" (see `rankings.load`: who chose what, in any usual
     format; without a folder the MovieTweetings that ship with sparsekd).
 
-    data_dir  folder with the files, or with the set's own folder (ml-latest-small/, imdb5000/ and tmdb5000/,
-              cifar-100-binary/ or cifar-100-python/); default $SPARSEKD_DATA_<NAME>, then $SPARSEKD_DATA, then the
-              embedded copy where there is one.
+    Args:
+        name: one of ``NAMES``.
+        data_dir: folder with the files, or with the set's own folder (ml-latest-small/, imdb5000/ and tmdb5000/,
+            cifar-100-binary/ or cifar-100-python/); default $SPARSEKD_DATA_<NAME>, then $SPARSEKD_DATA, then the
+            embedded copy where there is one.
+        options: those of the reader.
 
-    Raises ValueError (unknown name or option, bad contents) or FileNotFoundError.
+    Raises:
+        ValueError: for an unknown name or option, or bad contents.
+        FileNotFoundError: where the files are not there.
 
     >>> task = load("movietweetings")
     >>> task.train.target.shape

@@ -42,11 +42,13 @@ def load(
 ) -> Task[Rows]:
     """Read train and test of either distribution from `root`.
 
-    validation  training images held out, equally many of each class, always the same ones.
-    images      training images to use of the others, equally many of each class; None: all.
-    test        test images to use, equally many of each class; None: all.
-    pixels      32, or 16 or 8: images averaged over squares of pixels.
-    classes     how many of the 100, the first by label; images of the others are left out of all parts.
+    Args:
+        root: the folder of the files.
+        validation: training images held out, equally many of each class, always the same ones.
+        images: training images to use of the others, equally many of each class; None: all.
+        test: test images to use, equally many of each class; None: all.
+        pixels: 32, or 16 or 8: images averaged over squares of pixels.
+        classes: how many of the 100, the first by label; images of the others are left out of all parts.
     """
     (train, labels, name, digest), (unseen, unseen_labels, test_name, test_digest) = (
         _read(root, part) for part in ("train", "test")

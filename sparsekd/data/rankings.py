@@ -53,13 +53,15 @@ def load(
 ) -> Task[Pairs]:
     """Read interactions (formats: see `interactions`) from `root`; None: the embedded MovieTweetings.
 
-    columns     names of the columns of a table, where they are not usual ones: user, item, rating, time.
-    min_rating  ratings from it on count as chosen; None: 4 of 5 stars, 7 of 10; 0 takes all.
-    negatives   items a user has not seen, drawn for each pair in training.
-    seed        of the split, where the data has neither parts nor times.
-    most_items  only so many items, those chosen most often; None: all.
-    validation  "held-out", or "learnt": train has the pairs of validation, too. For the last training, by settings
-                that were found with validation held out; scores of the validation part are then of learnt pairs.
+    Args:
+        root: a folder, or one file.
+        columns: names of the columns of a table, where they are not usual ones: user, item, rating, time.
+        min_rating: ratings from it on count as chosen; None: 4 of 5 stars, 7 of 10; 0 takes all.
+        negatives: items a user has not seen, drawn for each pair in training.
+        seed: of the split, where the data has neither parts nor times.
+        most_items: only so many items, those chosen most often; None: all.
+        validation: "held-out", or "learnt": train has the pairs of validation, too. For the last training, by settings
+            that were found with validation held out; scores of the validation part are then of learnt pairs.
 
     Where there are no parts, a tenth of each user's pairs (one at least) is test and as much before it validation, the
     latest by time; users with fewer than 5 give none. Where there is no validation part, a tenth of train is drawn.

@@ -18,14 +18,16 @@ P = TypeVar("P", bound=Part)
 class Task(Generic[P]):
     """What to learn: three parts and how they came about (`split` says it).
 
-    name   "movietweetings", "movielens", "movies-<group>", "cifar100" or "ranking-<folder>".
-    goal   what a network is for: its loss, and how it is judged.
-    sizes  what a network must know to fit the inputs. Of ratings (user_features, item_features, prior): columns of
-           user_features and item_features, and how many users and items there are in train, plus one for the unknown;
-           of one vector of features: columns of features; of images: classes and pixels; of rankings: users and items.
-    mean   train mean of a target that is a number; 0 where it is a class.
-    split  the split rule in words.
-    meta   json-able: counts, source files with their sha256.
+    Args:
+        name: "movietweetings", "movielens", "movies-<group>", "cifar100" or "ranking-<folder>".
+        train, val, test: the parts.
+        goal: what a network is for: its loss, and how it is judged.
+        sizes: what a network must know to fit the inputs. Of ratings (user_features, item_features, prior): columns of
+            user_features and item_features, and how many users and items there are in train, plus one for the unknown;
+            of one vector of features: columns of features; of images: classes and pixels; of rankings: users and items.
+        mean: train mean of a target that is a number; 0 where it is a class.
+        split: the split rule in words.
+        meta: json-able: counts, source files with their sha256.
     """
 
     name: str

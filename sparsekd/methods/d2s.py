@@ -54,7 +54,7 @@ _WATCHED = 32  # batches at the end of a window that say whether the copy falls 
 
 
 class D2S(Method):
-    """A full model that learns a stream, and the sparse copy of it that serves.
+    """A full model that learns a stream, and the sparse copy of it that serves::
 
         method = D2S(Plain(model, Click()), 0.9, every=4, example_inputs=inputs)
         optimizer = AdamW(model.parameters(), lr=1e-3)

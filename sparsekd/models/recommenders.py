@@ -44,7 +44,15 @@ def table(rows: int, dim: int, density: float | None, sparse: bool = False) -> n
 
 
 class Recommender(nn.Module):
-    """What recommenders share: sizes, the table of users and that of items."""
+    """What MF, NeuMF and LightGCN share: a table of users and one of items.
+
+    Args:
+        sizes: {"users": how many, "items": how many}, as ``Task.sizes`` has it.
+        dim: dimensions of every table.
+        density: None makes dense tables, ``nn.Embedding``; a share in (0, 1] ``sparsekd.nn.SparseEmbedding`` that keep
+            so much of their entries, at least one a row.
+        sparse: gradients of the rows of a batch alone.
+    """
 
     def __init__(self, sizes: Mapping[str, int], dim: int, density: float | None, sparse: bool = False) -> None:
         super().__init__()
@@ -59,9 +67,11 @@ class Recommender(nn.Module):
         return ((self.users, self.items),)
 
     def forward(self, users: Tensor, items: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores [B] of ``items [B]`` and [B, K] of ``negatives [B, K]`` for ``users [B]``: what ``Ranking`` learns."""
         raise NotImplementedError
 
     def score_items(self, users: Tensor) -> Tensor:
+        """Scores [U, items] of all items for ``users [U]``."""
         raise NotImplementedError
 
 
@@ -131,9 +141,11 @@ class NeuMF(Recommender):
 class LightGCN(Recommender):
     """Rows averaged over neighbours of the graph of interactions (He et al., LightGCN, SIGIR 2020, equations 3 and 4).
 
-    interactions  who chose what, in training: (users [M], items [M]); they are the graph.
-    layers        times that every row becomes the average of its neighbours.
-    combine       "mean" of the rows before and after each time, as in LightGCN's code, or their "sum".
+    Args:
+        interactions: who chose what, in training: (users [M], items [M]); they are the graph.
+        layers: times that every row becomes the average of its neighbours.
+        combine: "mean" of the rows before and after each time, as in LightGCN's code, or their "sum".
+        sizes, dim, density: as of ``Recommender``.
 
     One propagation serves a batch, whatever its size: large batches cost little more than small ones. In evaluation it
     is kept for as long as the tables stay as they are. To tell, every call compares them with a copy, which takes as
