@@ -41,7 +41,8 @@ def sparsify(
 
     With a density it is :func:`sparsekd.convert.sparsify`, which says what is converted and what stays dense: the
     density counts weights, in every layer alike. With a budget the blocks are chosen over the whole network, and layers
-    that keep all of theirs stay dense. A model that is block-sparse already is pruned further.
+    that keep all of theirs stay dense. With neither, layers are converted and all blocks kept: nothing is removed. A
+    model that is block-sparse already is pruned further.
 
     Args:
         model, pattern, density, include, exclude: as in ``convert.sparsify``.

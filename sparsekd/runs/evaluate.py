@@ -63,7 +63,7 @@ def speed(model: nn.Module, frozen: Mapping[int, nn.Module], task: Task, quick: 
     second at the others, joules_{dense,frozen} per row at the largest. Interleaved windows, medians.
     """
     dense = densify(copy.deepcopy(model)).eval()
-    seconds, warmup, rounds = (0.02, 0.01, 5) if quick else (0.1, 0.1, 7)
+    seconds, warmup, rounds = (0.02, 0.01, 5) if quick else (0.05, 0.05, 7)
     metrics: dict[str, Any] = {}
     note = ""
     for batch in sorted(frozen):
