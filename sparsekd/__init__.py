@@ -48,6 +48,8 @@ _HOMES = {
     "teacher_cache": ("TeacherCache",),
 }
 _TRAINING = ("torch", "safetensors")  # what the extra [train] installs
+# Not in __all__: `from sparsekd import *` would put `sparsekd.nn` in the place of torch's.
+_MODULES = ("backends", "nn", "ops", "optim", "runtime")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
@@ -76,7 +78,6 @@ __all__ = [
     "TeacherCache",
     "__version__",
     "attention_transfer_loss",
-    "backends",
     "conversion_report",
     "densify",
     "export_onnx",
@@ -84,10 +85,6 @@ __all__ = [
     "kd_loss",
     "kd_regression_loss",
     "load_frozen",
-    "nn",
-    "ops",
-    "optim",
-    "runtime",
     "sparsify",
 ]
 
@@ -115,7 +112,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})
 
 
 class _Door(ModuleType):

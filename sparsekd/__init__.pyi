@@ -1,5 +1,9 @@
 # The names of sparsekd/__init__.py, which loads them when they are asked for.
-from . import backends, nn, ops, optim, runtime
+from . import backends as backends
+from . import nn as nn
+from . import ops as ops
+from . import optim as optim
+from . import runtime as runtime
 from .blocks import BlockPattern, BlockSparse
 from .conversion import ConversionReport
 from .convert import conversion_report, densify
@@ -41,7 +45,6 @@ __all__ = [
     "TeacherCache",
     "__version__",
     "attention_transfer_loss",
-    "backends",
     "conversion_report",
     "densify",
     "export_onnx",
@@ -49,9 +52,5 @@ __all__ = [
     "kd_loss",
     "kd_regression_loss",
     "load_frozen",
-    "nn",
-    "ops",
-    "optim",
-    "runtime",
     "sparsify",
 ]

@@ -129,10 +129,11 @@ def _pruned(
 def _check_takes(name: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     try:
         model(*inputs)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         shapes = [list(x.shape) for x in inputs]
         raise RuntimeError(
-            f"sparsekd bench: {name} does not take inputs of shape {shapes} (the batch, then --input-shape): {error}"
+            f"sparsekd bench: {name} does not take inputs of shape {shapes} (the batch, then "
+            f"--input-shape, one for each input, of floats): {error}"
         ) from error
 
 

@@ -80,6 +80,7 @@ def load(model: nn.Module, path: Path_) -> nn.Module:
     """Give `model` the tensors of a file that `save` wrote; layers that are sparse in the file become sparse, in place.
 
     `model`: same architecture, dense or sparse (with any blocks). Returned; left untouched where something is wrong.
+    Layers that become sparse, or dense, have new parameters: make optimizers afterwards.
     Raises FileNotFoundError, and ValueError for a damaged file or the file of another model (naming the first
     difference).
     """
@@ -248,12 +249,15 @@ def _read(path: Path_, expected: str, remedy: str | None = None) -> tuple[dict[s
             header = json.loads((file.metadata() or {}).get(_KEY, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"sparsekd.checkpoint: {path} is corrupt or cut short ({error}); {remedy}") from error
+        raise ValueError(
+            f"sparsekd.checkpoint: {path} is no safetensors file, or corrupt or cut short ({error}); {remedy}"
+        ) from error
     named = header.get("format") if isinstance(header, dict) else None
     if named != expected:
         raise ValueError(
             f"sparsekd.checkpoint: expected a {expected} file, got {named or 'a safetensors file of another program'} "
-            f"in {path}; models are read by load, training states by load_state"
+            f"in {path}; `load` reads what `save` wrote, `load_state` what `save_state`, and `sparsekd.load_frozen` "
+            "what `FrozenModel.save` did"
         )
     if header["version"] > VERSION:
         raise ValueError(

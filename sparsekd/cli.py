@@ -229,7 +229,9 @@ def _add_run(commands: Any, with_options: bool) -> None:
         "--jobs", type=int, metavar="N", help="networks to train at once, with a share of the threads each"
     )
     run.add_argument("--device", help="cpu or cuda for training (images: cuda where there is one)")
-    run.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="autocast, for CPUs with bf16, too (images on cuda: on)")
+    run.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, help="autocast, for CPUs with bf16, too (images on cuda: on)"
+    )
     run.add_argument(
         "--compile", dest="compiled", action="store_true", help="torch.compile the training steps (no gain on a CPU)"
     )

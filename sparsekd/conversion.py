@@ -148,6 +148,12 @@ def named_layers(
     name of a module names that module alone, whatever brackets and stars are in it; a layer under several names goes by
     all of them and is given under the first.
     """
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}; make one: " if isinstance(model, type) else f"{type(model).__name__}; "
+        raise TypeError(f"sparsekd: expected a model, a torch.nn.Module, got {what}its layers are looked at")
+    for option, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str):
+            raise TypeError(f"sparsekd: {option} must be several names, got the text {patterns!r}; pass [{patterns!r}]")
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)

@@ -172,6 +172,11 @@ class Distiller(nn.Module):
                 "sparsekd.Distiller: matching must be a module (teacher features, student features) -> scalar, "
                 f"got {type(matching).__name__} {matching!r}; None makes a SAD, or pass AttentionTransfer()"
             )
+        if teacher is student:
+            raise ValueError(
+                "sparsekd.Distiller: teacher and student are one module, which would learn from itself; pass "
+                "copy.deepcopy(model) as the teacher"
+            )
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
         self._teacher, self._student = (
             TappedNetwork("Distiller", network, output=output, takes_tensor=self.goal.takes_tensor)

@@ -122,7 +122,9 @@ def test_foreign_and_newer_files(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="another program"):
         checkpoint.load(network(), tmp_path / "foreign")
     checkpoint.save_state({"epoch": 1}, tmp_path / "state")
-    with pytest.raises(ValueError, match="expected a sparsekd-model file, got sparsekd-state"):
+    with pytest.raises(
+        ValueError, match=r"expected a sparsekd-model file, got sparsekd-state .*`sparsekd.load_frozen` what"
+    ):
         checkpoint.load(network(), tmp_path / "state")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         checkpoint.load(network(), tmp_path / "absent")

@@ -239,3 +239,9 @@ def test_distiller_refuses_bad_calls():
     d.beta = 1.0
     with pytest.raises(ValueError, match="made with beta=0"):
         d.loss(inputs, target)
+
+
+def test_a_network_is_not_its_own_teacher():
+    d = distiller(beta=0)
+    with pytest.raises(ValueError, match="teacher and student are one module"):
+        Distiller(d.student, d.student, [], [], goal=d.goal, beta=0.0)

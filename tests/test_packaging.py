@@ -80,8 +80,12 @@ def test_the_command_says_what_it_can_without_torch(arguments):
 def test_every_name_of_the_door_is_there():
     python(
         "import sparsekd\nfor name in sparsekd.__all__:\n    assert getattr(sparsekd, name) is not None\n"
-        "assert not hasattr(sparsekd, 'nothing')\n"
+        "assert not hasattr(sparsekd, 'nothing') and {'nn', 'freeze'} < set(dir(sparsekd))\n"
     )
+
+
+def test_all_names_leave_those_of_torch_alone():
+    python("from torch import nn, optim\nfrom sparsekd import *\nassert nn.Linear and optim.SGD and sparsify\n")
 
 
 def test_type_checkers_read_the_names_that_are_loaded():

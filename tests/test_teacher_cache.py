@@ -332,6 +332,13 @@ def test_every_pair_of_views_and_rows_has_a_place_of_its_own():
         cache.add(torch.tensor([row]), (x[row : row + 1],), view)
 
 
+def test_a_single_tensor_is_no_tuple_of_inputs():
+    x, _ = images()
+    cache = TeacherCache(network(2), (), rows=3, example_inputs=(x[:2],))
+    with pytest.raises(TypeError, match=r"TeacherCache.add: inputs must be a tuple, got a tensor; pass \(x,\)"):
+        cache.add(torch.arange(2), x[:2])
+
+
 def test_the_example_in_the_docs_is_right():
     result = doctest.testmod(importlib.import_module("sparsekd.teacher_cache.cache"))
     assert result.attempted and not result.failed

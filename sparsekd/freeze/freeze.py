@@ -75,12 +75,14 @@ def freeze(
             0 keeps all sparse, ``math.inf`` none.
         memory_format: "contiguous" or "channels_last"; default: whichever makes the whole network faster.
         tolerance: largest difference from the outputs of ``model``, relative to the largest output; default by dtype.
-            Given, it lets outputs that are no floats (positions, classes) differ.
+            Given, and by "bf16" and "int8", whose rounding may move them, outputs that are no floats (positions,
+            classes) may differ.
         layer_ms: milliseconds to measure one layer for, in each memory format; whole networks have 5/3 of it each.
         dtype: "bf16" computes a float32 model in bfloat16 (best with 16x2 blocks): inputs and outputs stay float32.
             "int8" multiplies bytes in sparse float32 layers where that is faster (CPU; best with 16x4 blocks).
             Activations between layers stay float32; ``tolerance`` (then 0.1) is that of bytes against float32.
-        calibration: batches like ``example_inputs`` that show int8 layers the range of their inputs; None: the example.
+        calibration: batches like ``example_inputs`` (no labels) that show int8 layers the range of their inputs; None:
+            the example.
         percentile: share of a layer's inputs that its int8 range has to hold, in %; the rest is clamped.
 
     Raises:
@@ -91,8 +93,12 @@ def freeze(
         raise ValueError(f"sparsekd.freeze: dtype must be None, 'bf16' or 'int8', got {dtype!r}")
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"sparsekd.freeze: tolerance must be positive, got {tolerance}; None takes that of the dtype")
+    if calibration is not None and dtype != "int8":
+        raise ValueError(f"sparsekd.freeze: calibration is for dtype='int8', got dtype={dtype!r}; leave it out")
+    model = getattr(model, "_orig_mod", model)  # of torch.compile, which would compile anew for every size tried here
     call, inputs = Call.of(getattr(model, "forward", None), example_inputs)
     _check_devices(inputs)
+    batches = [inputs] if calibration is None else _calibration(inputs, calibration)
     on_gpu = is_on_gpu(inputs)
     if on_gpu:
         _check_gpu_options(dtype, threads, min_gain, memory_format)
@@ -114,7 +120,6 @@ def freeze(
                 check_outputs(frozen, source.traced, source.expected, inputs, tolerance)
                 return frozen
             check_outputs(frozen, source.traced, source.expected, inputs, None)
-            batches = [inputs] if calibration is None else [_tensors_of(model, batch) for batch in calibration]
             int8 = to_int8(frozen, batches, percentile, options)
             check_int8(int8, frozen, inputs, tolerance)
             return int8
@@ -164,7 +169,13 @@ def _in_bf16(
         raise TypeError("sparsekd.freeze: dtype='bf16' casts a float32 model and inputs; leave it out for others")
     halves = cast(inputs, torch.float32, torch.bfloat16)
     half_model = prepare(model).bfloat16()
-    expected = outputs_of(call.calls(half_model), halves)
+    try:
+        expected = outputs_of(call.calls(half_model), halves)
+    except NotImplementedError as error:
+        raise RuntimeError(
+            f"sparsekd.freeze: dtype='bf16': torch has no bfloat16 form of something in the model ({error}); freeze it "
+            "in float32"
+        ) from error
     source = find_source(half_model, call, halves, expected, tolerance, pools=True)
     half = _on_cpu(source, memory_format, options, may_run_dense=False)
     check_outputs(half, source.traced, source.expected, halves, tolerance)
@@ -191,10 +202,38 @@ def _images(network: nn.Module, source: Source, network_us: dict[str, float], op
     return fastest
 
 
-def _tensors_of(model: nn.Module, batch: Any) -> tuple[Tensor, ...]:
-    inputs = Call.of(model.forward, batch)[1]
-    _check_devices(inputs)
-    return inputs
+def _calibration(example: tuple[Tensor, ...], batches: Iterable[Any]) -> list[tuple[Tensor, ...]]:
+    """The tensors of every batch. Raises ValueError unless there is one, and all are like the example."""
+    if isinstance(batches, Tensor):
+        raise ValueError(
+            f"sparsekd.freeze: calibration must be several batches, got one tensor {tuple(batches.shape)}; pass [x]"
+        )
+    found = []
+    for number, batch in enumerate(batches):
+        try:
+            tensors = Call.of(None, batch)[1]
+        except TypeError as error:
+            raise ValueError(f"sparsekd.freeze: calibration batch {number}: {error}") from None
+        if [_kind(x) for x in tensors] != [_kind(x) for x in example]:
+            raise ValueError(
+                f"sparsekd.freeze: calibration batch {number} must be inputs like example_inputs, "
+                f"{_kinds(example)}, got {_kinds(tensors)}; leave labels out, and convert the others"
+            )
+        _check_devices((*tensors, example[0]))
+        found.append(tensors)
+    if not found:
+        raise ValueError(
+            "sparsekd.freeze: calibration has no batch; an iterator that has been used gives none, pass a list"
+        )
+    return found
+
+
+def _kind(x: Tensor) -> tuple[torch.dtype, int]:
+    return x.dtype, x.dim()
+
+
+def _kinds(inputs: tuple[Tensor, ...]) -> str:
+    return ", ".join(f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in inputs)
 
 
 def _check_devices(inputs: tuple[Tensor, ...]) -> None:

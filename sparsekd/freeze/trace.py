@@ -323,8 +323,14 @@ def with_batch(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
     batch = batch_of(inputs)
     if size == batch or batch < 1:
         return inputs
-    rows = torch.arange(size, device=inputs[0].device) % batch
-    return tuple(x[rows].contiguous() if x.dim() and x.shape[0] == batch else x for x in inputs)
+    rows = torch.arange(size, device=inputs[0].device)
+
+    def resized(x: Tensor) -> Tensor:
+        # A row of integers may be where bags begin, which must go on rising: torch reads anything where they fall.
+        rising = x.dim() == 1 and not x.is_floating_point()
+        return x[rows.clamp(max=batch - 1) if rising else rows % batch].contiguous()
+
+    return tuple(resized(x) if x.dim() and x.shape[0] == batch else x for x in inputs)
 
 
 def _lifted(model: nn.Module, program: torch.export.ExportedProgram) -> tuple[fx.Graph, dict[str, Any]]:

@@ -39,6 +39,7 @@ from ..freeze import freeze
 from ..modes import evaluation_mode
 from ..outputs import check_tensor, pick
 from ..pruning import Budget, CostTable, Grouping, Pruner
+from ..pruning.observe import Example
 from ..serving import ServingModel
 from ..tapped import TeacherTargets
 from .base import Method, PruneEvent, part_of
@@ -122,7 +123,7 @@ class D2S(Method):
         scope: Literal["global", "cost"] = "global",
         floor: float = 0.02,
         costs: CostTable | None = None,
-        example_inputs: Tensor | Sequence[Any] | None = None,
+        example_inputs: Example | None = None,
     ) -> None:
         super().__init__(distiller)
         if not isinstance(distiller, Plain):

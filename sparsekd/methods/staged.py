@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from ..blocks import BlockPattern
 from ..distill import Distiller, Losses, Plain
 from ..pruning import Budget, CostTable, Grouping, Pruner, Schedule
+from ..pruning.observe import Example
 from ..pruning.schedule import described
 from ..tapped import TeacherTargets
 from .base import Method, PruneEvent, part_of
@@ -88,7 +89,7 @@ class Staged(Method):
         seed: int = 0,
         floor: float | None = None,
         costs: CostTable | None = None,
-        example_inputs: Tensor | Sequence[Any] | None = None,
+        example_inputs: Example | None = None,
         rewind: Literal["all", "weights"] = "all",
         rewind_to: int = 0,
         first_score: FirstScore | None = None,

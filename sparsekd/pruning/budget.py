@@ -44,6 +44,8 @@ class Budget:
             )
         ((unit, number),) = given.items()
         check_unit(caller, unit)
+        if isinstance(number, str):
+            raise TypeError(f"{caller}: {unit} must be a number, got the text {number!r}")
         if not 0.0 <= number < float("inf") or number == float(removed):
             raise ValueError(
                 f"{caller}: {unit} must be a share in {'[0, 1)' if removed else '(0, 1]'} of the dense network, or a "

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,7 +29,8 @@ from ..checkpoint import fingerprint, write_atomically
 from ..conversion import SPARSE_TYPES, Pattern, named_layers
 from ..convert import densify, sparsify
 from ..freeze import Plan, freeze
-from .observe import in_a_tuple
+from ..freeze.call import Call
+from .observe import Example
 
 DENSITIES = (0.05, 0.15, 0.3, 0.6)
 ROUNDS = 7  # of timing whole networks, in turns
@@ -116,7 +118,7 @@ class CostTable:
     def measure(
         cls,
         model: nn.Module,
-        example_inputs: Tensor | Sequence[Tensor],
+        example_inputs: Example,
         *,
         pattern: Pattern = None,
         include: Sequence[str] | None = None,
@@ -130,7 +132,7 @@ class CostTable:
 
         Args:
             model: dense or sparse, on the CPU; left as it is.
-            example_inputs: of one call, with the batch size to be served.
+            example_inputs: of one call, as ``freeze`` takes them, with the batch size to be served.
             pattern, include, exclude: as in ``sparsify``.
             densities: those to time at, below 1; the dense network is timed too.
             threads, dtype, layer_ms: as in ``freeze``.
@@ -140,7 +142,7 @@ class CostTable:
         """
         if cpu.native is None:
             raise RuntimeError(f"sparsekd.CostTable.measure: there is nothing to measure: {cpu.missing}")
-        inputs = in_a_tuple(example_inputs)
+        call, inputs = Call.of(model.forward, example_inputs)
         dense = densify(copy.deepcopy(model)).eval()
         options: dict[str, Any] = {"threads": threads, "dtype": dtype, "layer_ms": layer_ms}
         plans: dict[float, Plan] = {}
@@ -150,14 +152,18 @@ class CostTable:
         for density in (*sorted(densities), 1.0):
             sparse = dense
             if density < 1.0:
-                sparse = sparsify(copy.deepcopy(dense), pattern, density, include, exclude)
+                with warnings.catch_warnings():
+                    if plans:
+                        warnings.simplefilter("ignore")  # said of the first copy
+                    sparse = sparsify(copy.deepcopy(dense), pattern, density, include, exclude)
                 patterns = {name: str(layer.pattern) for name, layer in named_layers(sparse, SPARSE_TYPES)}
-            frozen = freeze(sparse, inputs, **options)
-            calls[density], plans[density] = partial(frozen, *inputs), _with_times(frozen.plan, sparse, inputs, options)
+            frozen = freeze(sparse, example_inputs, **options)
+            calls[density] = partial(call.calls(frozen), *inputs)
+            plans[density] = _with_times(frozen.plan, sparse, example_inputs, options)
             slices = slices or plans[density].images
             options["memory_format"] = plans[density].memory_format
             if slices:
-                plans[density] = _of_slices(sparse, inputs, slices, options)
+                plans[density] = _of_slices(sparse, call, inputs, slices, options)
         layers = _layers(plans, patterns)
         if not layers:
             raise RuntimeError(
@@ -273,18 +279,21 @@ def _layers(plans: Mapping[float, Plan], patterns: Mapping[str, str]) -> dict[st
     return layers
 
 
-def _of_slices(model: nn.Module, inputs: tuple[Tensor, ...], images: int, options: Mapping[str, Any]) -> Plan:
+def _of_slices(
+    model: nn.Module, call: Call, inputs: tuple[Tensor, ...], images: int, options: Mapping[str, Any]
+) -> Plan:
     """The plan of the batch that a thread takes through a network at a time: its layers find their input in the cache,
     where those of the whole batch would wait for the memory."""
-    few = tuple(x[:images] if x.dim() else x for x in inputs)
+    args, kwargs = call.build([x[:images] if x.dim() else x for x in inputs])
+    few = kwargs or args
     options = {**options, "threads": 1}
     return _with_times(freeze(model, few, **options).plan, model, few, options)
 
 
-def _with_times(plan: Plan, model: nn.Module, inputs: tuple[Tensor, ...], options: Mapping[str, Any]) -> Plan:
+def _with_times(plan: Plan, model: nn.Module, example_inputs: Example, options: Mapping[str, Any]) -> Plan:
     """The plan, or that of all our layers where the model as it is was faster: the whole network's time stays that of
     the faster one, and its layers are timed all the same."""
-    return freeze(model, inputs, **options, min_gain=0.0).plan if plan.eager else plan
+    return freeze(model, example_inputs, **options, min_gain=0.0).plan if plan.eager else plan
 
 
 def _in_the_network(

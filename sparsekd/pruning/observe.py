@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd as Transposed
+from torch.utils._pytree import tree_leaves
 
 from ..conversion import DENSE_TYPES, SPARSE_TYPES, named_layers
 from ..modes import evaluation_mode
@@ -30,17 +31,23 @@ class Seen:
     uses: dict[str, float]
 
 
-def in_a_tuple(example_inputs: Any) -> tuple[Any, ...]:
-    """The inputs of a call; a single tensor may stand for itself."""
-    return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+Example = Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+def arguments_of(example_inputs: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments of a call: a single tensor may stand for itself, a mapping is keywords."""
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return tuple(example_inputs), {}
 
 
 @torch.no_grad()
-def observe(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: Tensor | Sequence[Any]) -> Seen:
-    """Run the model once, in eval mode and without a trace left. The first dimension of the first tensor is the
-    batch."""
-    inputs = in_a_tuple(example_inputs)
-    batch = next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim()), 1)
+def observe(model: nn.Module, layers: Mapping[str, nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
+    """Run the model once, in eval mode and without a trace left. The first dimension of the first tensor, which may lie
+    in a list or dict, is the batch."""
+    batch = next((x.shape[0] for x in tree_leaves((list(args), dict(kwargs))) if isinstance(x, Tensor) and x.dim()), 1)
     uses: dict[str, float] = {}
 
     def count(name: str, layer: Any, given: Tensor, output: Tensor) -> None:
@@ -57,7 +64,7 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: T
     ]
     try:
         with evaluation_mode(model):
-            model(*inputs)
+            model(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -72,12 +79,10 @@ def count_weights(model: nn.Module, exclude: Sequence[str] | None = None) -> tup
     return sum(sizes), sum(kept)
 
 
-def count_macs(
-    model: nn.Module, example_inputs: Tensor | Sequence[Any], exclude: Sequence[str] | None = None
-) -> tuple[float, float]:
+def count_macs(model: nn.Module, example_inputs: Example, exclude: Sequence[str] | None = None) -> tuple[float, float]:
     """Multiply-adds for one example (when dense, now) of the layers that are, or can be, block-sparse."""
     layers: dict[str, Any] = dict(named_layers(model, (*DENSE_TYPES, *SPARSE_TYPES), None, exclude))
-    uses = observe(model, layers, example_inputs).uses
+    uses = observe(model, layers, *arguments_of(example_inputs)).uses
     sizes = {name: math.prod(weight_shape(layer)) for name, layer in layers.items()}
     kept = {name: getattr(layer, "num_kept", sizes[name]) for name, layer in layers.items()}
     dense, now = (sum(used * counts[name] for name, used in uses.items()) for counts in (sizes, kept))

@@ -19,10 +19,10 @@ from .cost import CostTable
 from .grouping import Grouping
 from .held import Held
 from .meters import Meters
-from .observe import in_a_tuple, observe
+from .observe import Example, arguments_of, observe
 from .rewind import Theta0, check_state
 from .surgery import check_optimizer, forget, parameter_ids, state_slots
-from .units import check_finite, drop, grow, of_gone, prunable_layers
+from .units import check_finite, check_there, drop, grow, of_gone, prunable_layers
 
 COST_FLOOR = 0.02  # of the weights of a layer: less is seldom faster, and a layer that is nearly empty learns nothing
 
@@ -49,8 +49,8 @@ class Pruner:
         floor: share of the weights that every layer keeps at least; one unit stays in any case. Default: 0.02 for scope
             ``"cost"``, else 0.
         costs: microseconds of the layers, for budgets of ``latency_us``.
-        example_inputs: a tensor or a tuple, see :meth:`observe`; needed before the first prune if the model has batch
-            norm, and for budgets of ``macs``.
+        example_inputs: a tensor, a tuple, or a mapping of keyword arguments, see :meth:`observe`; needed before the
+            first prune if the model has batch norm, and for budgets of ``macs``.
         rewindable: remember all values now (theta0), for :meth:`rewind`. Costs a copy of the model.
 
     Under ``torch.compile`` every prune makes new shapes: call ``torch.compiler.reset()`` after one, or dynamo gives up
@@ -78,7 +78,7 @@ class Pruner:
         seed: int = 0,
         floor: float | None = None,
         costs: CostTable | None = None,
-        example_inputs: Tensor | Sequence[Any] | None = None,
+        example_inputs: Example | None = None,
         rewindable: bool = True,
     ) -> None:
         check_choice("granularity", granularity, ("block", "filter", "unstructured"))
@@ -100,7 +100,8 @@ class Pruner:
         self._rule = Rule(scope, score, floor, torch.Generator().manual_seed(seed))
         self._meters = Meters(model, self._layers, costs, floor, self.makes_faster)
         if example_inputs is not None:
-            self.observe(*in_a_tuple(example_inputs))
+            args, kwargs = arguments_of(example_inputs)
+            self.observe(*args, **kwargs)
         self._held.bury(())
         if rewindable:
             self.snapshot()
@@ -167,13 +168,13 @@ class Pruner:
             f"in {len(self._layers)} layers removed{time}{note})"
         )
 
-    def observe(self, *example_inputs: Any) -> None:
+    def observe(self, *args: Any, **kwargs: Any) -> None:
         """Run the model once (eval mode, no gradient, no trace left) to see which layer feeds which batch norm, and how
         many multiply-adds each weight costs.
 
         A batch norm of any kind belongs to a layer if it gets the very tensor that the layer returned, unchanged.
         """
-        seen = observe(self.model, self.layers(), example_inputs)
+        seen = observe(self.model, self.layers(), args, kwargs)
         self._held.batch_norms, self._meters.uses = seen.batch_norms, seen.uses
         self._held.bury(self._optimizers)  # a model that was sparse before may have dead filters
 
@@ -374,7 +375,9 @@ class Pruner:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Raise RuntimeError unless the weights kept are those planned, and everything has the shape it should."""
+        """Raise RuntimeError unless the weights kept are those planned, everything has the shape it should, and the
+        model still has these layers."""
+        check_there(self.model, self._layers)
         for units in self._layers:
             if units.num_kept != units.planned:
                 raise RuntimeError(

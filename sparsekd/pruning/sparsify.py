@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from .. import convert
 from ..conversion import SPARSE_TYPES, Pattern, named_layers
 from .budget import UNITS, Budget
 from .cost import CostTable
+from .observe import Example
 from .pruner import Pruner
 
 
@@ -27,7 +28,7 @@ def sparsify(
     macs: float | None = None,
     bytes: float | None = None,
     latency_us: float | None = None,
-    example_inputs: Tensor | Sequence[Any] | None = None,
+    example_inputs: Example | None = None,
     scope: Literal["cost", "global", "layer"] = "cost",
     score: Literal["magnitude", "lamp"] | None = None,
     floor: float | None = None,
@@ -42,13 +43,15 @@ def sparsify(
     With a density it is :func:`sparsekd.convert.sparsify`, which says what is converted and what stays dense: the
     density counts weights, in every layer alike. With a budget the blocks are chosen over the whole network, and layers
     that keep all of theirs stay dense. With neither, layers are converted and all blocks kept: nothing is removed. A
-    model that is block-sparse already is pruned further.
+    model that is block-sparse already is pruned further. Layers that are replaced have new parameters: make optimizers
+    afterwards.
 
     Args:
         model, pattern, density, include, exclude: as in ``convert.sparsify``.
         weights, macs, bytes, latency_us: what stays, instead of a density. A number up to 1 is a share of the layers
             that can be pruned (of microseconds: of the whole network), a number above is absolute.
-        example_inputs: a tensor or a tuple, needed for a budget. ``latency_us`` is that of its batch size.
+        example_inputs: a tensor, a tuple, or a mapping of keyword arguments, needed for a budget. ``latency_us`` is
+            that of its batch size.
         scope: ``"cost"`` keeps what is worth most for its cost in the budget's unit, ``"global"`` the largest weights,
             ``"layer"`` the same share of every layer. See ``Pruner``, as for ``score`` and ``floor``.
         costs: of a :class:`CostTable`; default for ``latency_us``: measured now, with the threads of torch.

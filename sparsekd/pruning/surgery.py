@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import ASGD, LBFGS, Adagrad, Optimizer, Rprop
+from torch.optim import ASGD, LBFGS, Adafactor, Adagrad, Optimizer, Rprop
 
 from ..blocks import spread
 from ..nn import BlockSparseLayer
@@ -52,7 +52,7 @@ def check_optimizer(optimizer: Any) -> Optimizer:
     """It itself; raises TypeError unless its state can follow a parameter that changes its shape."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"Pruner.attach: expected a torch optimizer, got {type(optimizer).__name__}")
-    if isinstance(optimizer, (LBFGS, Rprop, ASGD)):
+    if isinstance(optimizer, (LBFGS, Rprop, ASGD, Adafactor)):
         raise TypeError(
             f"Pruner.attach: the state of {type(optimizer).__name__} can be neither shrunk nor set back; "
             "use SGD, Adam, AdamW or the like"

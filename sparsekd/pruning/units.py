@@ -179,6 +179,17 @@ class BlockUnits:
             )
 
 
+def check_there(model: nn.Module, layers: Sequence[Any]) -> None:
+    """Raise RuntimeError unless the model still has the layers of these units."""
+    there = set(map(id, model.modules()))
+    for units in layers:
+        if id(units.layer) not in there:
+            raise RuntimeError(
+                f"Pruner.check: the model has another layer in the place of {units.name!r} than it had (by densify or "
+                "an assignment); make a new Pruner, and new optimizers"
+            )
+
+
 class FilterUnits(BlockUnits):
     """A block-sparse layer of pattern 1 x Cg whose units are whole output rows (a filter: R * S blocks)."""
 

@@ -65,6 +65,11 @@ class Session:
         Raises KeyError for a name that is missing or unknown, TypeError for another dtype, ValueError for another
         shape, IndexError for an id that no table has, MemoryError where the activations do not fit.
         """
+        if not isinstance(inputs, Mapping):
+            raise TypeError(
+                f"sparsekd.Session.run: expected a mapping of names {self._names} to arrays, got "
+                f"{type(inputs).__name__}; or call the session with the arrays"
+            )
         if inputs.keys() != set(self._names):
             raise KeyError(f"sparsekd.Session: expected inputs named {self._names}, got {list(inputs)}")
         results = self._run([inputs[name] for name in self._names])

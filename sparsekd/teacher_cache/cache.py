@@ -119,6 +119,8 @@ class TeacherCache:
         inputs: of the teacher, for these rows in this view. Raises ValueError for rows or a view that there are not,
         and for features or outputs of other shapes than those of ``example_inputs``.
         """
+        if isinstance(inputs, Tensor):
+            raise TypeError("sparsekd.TeacherCache.add: inputs must be a tuple, got a tensor; pass (x,)")
         places = self._places(rows, view)
         if bool(self._array("there").index_select(0, places).all()):
             return

@@ -85,3 +85,22 @@ def test_a_row_whose_sum_may_leave_32_bits_stays_float():
     torch.testing.assert_close(frozen(x), model(x))
     with pytest.raises(ValueError, match="32 bits"):
         quantize.quantize_layer(model[0].blocks, None, quantize.ByteScale.of_range(0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("calibration", "says"),
+    [
+        ([], "has no batch"),
+        (lambda x: x, "must be several batches, got one tensor"),
+        (lambda x: [x, (x, torch.zeros(4))], "batch 1 must be inputs like example_inputs, .* leave labels out"),
+        (lambda x: [x.double()], "batch 0 must be inputs like example_inputs, float32 .* got float64"),
+        ([["text"]], "batch 0: "),
+    ],
+)
+def test_calibration_of_something_else_is_refused(model, calibration, says):
+    x = torch.randn(2, 3, 12, 12)
+    batches = calibration(x) if callable(calibration) else calibration
+    with pytest.raises(ValueError, match=says):
+        sparsekd.freeze(model, x, dtype="int8", layer_ms=1, calibration=batches)
+    with pytest.raises(ValueError, match="calibration is for dtype='int8'"):
+        sparsekd.freeze(model, x, layer_ms=1, calibration=[x])

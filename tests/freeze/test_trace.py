@@ -341,3 +341,40 @@ def test_names_with_numbers_are_not_mistaken_for_one_another(min_gain):
         nn.init.constant_(slope.weight, 0.1 + 0.2 * number)
     x = torch.rand(IMAGE)
     assert_frozen_equals(model, quick(model, x, min_gain=min_gain), x)
+
+
+class Bags(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bags, self.linear = nn.EmbeddingBag(100, 16, mode="sum"), nn.Linear(32, 16)
+
+    def forward(self, x, ids, offsets):
+        return self.linear(torch.cat([x, self.bags(ids, offsets)], 1))
+
+
+def test_bags_begin_further_and_further_back_at_other_batch_sizes_too():
+    """Offsets that fall again make torch read whatever lies there."""
+    seen = []
+    model = Bags().eval()
+    model.bags.register_forward_pre_hook(lambda bags, args: seen.append(args[1].tolist()))
+    example = (torch.randn(4, 16), torch.randint(100, (9,)), torch.tensor([0, 2, 3, 5]))
+    assert not source._disagrees(model, model, example, model(*example), None)
+    assert {len(offsets) for offsets in seen} == {1, 4, 5}
+    assert all(offsets == sorted(offsets) for offsets in seen)
+    assert "another batch size" not in str(sparsekd.freeze(Bags().eval(), example, layer_ms=1).plan.notes)
+
+
+def test_a_compiled_model_is_frozen_as_it_was_before():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU()).eval()
+    calls = []
+    compiled = torch.compile(model, backend=lambda module, inputs: calls.append(1) or module)
+    x = torch.randn(IMAGE)
+    frozen = sparsekd.freeze(compiled, x, layer_ms=1)
+    assert not calls
+    torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_no_bf16_form_says_so():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.LocalResponseNorm(3)).eval()
+    with pytest.raises(RuntimeError, match=r"no bfloat16 form of something in the model .* freeze it in float32"):
+        sparsekd.freeze(model, torch.randn(IMAGE), dtype="bf16", layer_ms=1)
