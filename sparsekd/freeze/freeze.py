@@ -33,7 +33,7 @@ from .measure import Options, choose_all, time_networks
 from .network import FrozenModel, assemble, cast, check_outputs, runner
 from .outputs import BF16_TOLERANCE
 from .plan import Plan
-from .prepare import prepare
+from .prepare import prepare, uncompiled
 from .sites import clone
 from .source import Source, find_source, in_eager_mode, outputs_of
 from .trace import LOCK, batch_of, dense_twin, with_batch
@@ -95,7 +95,7 @@ def freeze(
         raise ValueError(f"sparsekd.freeze: tolerance must be positive, got {tolerance}; None takes that of the dtype")
     if calibration is not None and dtype != "int8":
         raise ValueError(f"sparsekd.freeze: calibration is for dtype='int8', got dtype={dtype!r}; leave it out")
-    model = getattr(model, "_orig_mod", model)  # of torch.compile, which would compile anew for every size tried here
+    model = uncompiled(model)
     call, inputs = Call.of(getattr(model, "forward", None), example_inputs)
     _check_devices(inputs)
     batches = [inputs] if calibration is None else _calibration(inputs, calibration)

@@ -33,7 +33,7 @@ from .network import FrozenModel, assemble, cast
 from .outputs import BF16_TOLERANCE
 from .packed import cpu_layer
 from .plan import LayerPlan, Plan
-from .prepare import prepare
+from .prepare import prepare, uncompiled
 from .quantize import ByteScale
 from .sites import Site, find_sites, weight_shape
 from .source import in_eager_mode, trace_by
@@ -71,7 +71,7 @@ def load_frozen(
         raise ValueError(f"sparsekd.load_frozen: {path} is damaged: it is nested without end") from error
     try:
         with LOCK, in_eager_mode():
-            return build(state, model, threads)
+            return build(state, uncompiled(model), threads)
     except RecursionError as error:
         raise ValueError(f"sparsekd.load_frozen: {path} is damaged: it is nested without end") from error
     except ValueError as error:

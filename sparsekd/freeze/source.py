@@ -222,8 +222,8 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def in_eager_mode() -> Iterator[None]:
-    """Whatever the caller is in: no autograd, and what says nothing of a device is on the CPU."""
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+    """Whatever the caller is in: no autograd, no autocast, and what says nothing of a device is on the CPU."""
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
         yield
 
 

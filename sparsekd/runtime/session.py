@@ -48,8 +48,11 @@ class Session:
         if threads is not None and threads < 1:
             raise ValueError(f"sparsekd.Session: threads must be 1 or more, got {threads}")
         self._native = native.Session(os.fspath(path), threads or _processors())
-        self.inputs = tuple(_tensor(*one) for one in self._native.inputs)
-        self.outputs = tuple(_tensor(*one) for one in self._native.outputs)
+        try:
+            self.inputs = tuple(_tensor(*one) for one in self._native.inputs)
+            self.outputs = tuple(_tensor(*one) for one in self._native.outputs)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"sparsekd.Session: {os.fspath(path)} is damaged: a name is no text ({error})") from error
         self.threads, self.note = self._native.threads, self._native.note
         self._names = [one.name for one in self.inputs]
         self._run = self._native.run

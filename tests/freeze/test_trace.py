@@ -364,7 +364,7 @@ def test_bags_begin_further_and_further_back_at_other_batch_sizes_too():
     assert "another batch size" not in str(sparsekd.freeze(Bags().eval(), example, layer_ms=1).plan.notes)
 
 
-def test_a_compiled_model_is_frozen_as_it_was_before():
+def test_a_compiled_model_is_frozen_as_it_was_before(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU()).eval()
     calls = []
     compiled = torch.compile(model, backend=lambda module, inputs: calls.append(1) or module)
@@ -372,6 +372,10 @@ def test_a_compiled_model_is_frozen_as_it_was_before():
     frozen = sparsekd.freeze(compiled, x, layer_ms=1)
     assert not calls
     torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-5)
+    frozen.save(tmp_path / "frozen")
+    assert torch.equal(load_frozen(tmp_path / "frozen", compiled)(x), frozen(x)) and not calls
+    with torch.autocast("cpu"):
+        torch.testing.assert_close(sparsekd.freeze(model, x, layer_ms=1)(x), frozen(x), rtol=1e-4, atol=1e-5)
 
 
 def test_what_has_no_bf16_form_says_so():

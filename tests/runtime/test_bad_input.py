@@ -127,6 +127,14 @@ def test_a_graph_that_says_something_else(name, exported, tmp_path):
         open_session(tmp_path / "wrong.skd")
 
 
+def test_a_name_that_is_no_text(exported, tmp_path):
+    data = exported.read_bytes()
+    assert b'"output\\"' in data  # a text within a text
+    (tmp_path / "wrong.skd").write_bytes(data.replace(b'"output\\"', b'"out\xffut\\"'))
+    with pytest.raises(ValueError, match=r"sparsekd.Session: .*wrong.skd is damaged: a name is no text"):
+        open_session(tmp_path / "wrong.skd")
+
+
 @pytest.mark.parametrize("part", ["row_ptr", "col_idx"])
 @pytest.mark.parametrize("number", [-1, 2**30, 7])
 def test_blocks_that_are_not_there(part, number, exported, tmp_path):
