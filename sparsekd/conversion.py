@@ -149,8 +149,8 @@ def named_layers(
     all of them and is given under the first.
     """
     if not isinstance(model, nn.Module):
-        what = f"the class {model.__name__}; make one: " if isinstance(model, type) else f"{type(model).__name__}; "
-        raise TypeError(f"sparsekd: expected a model, a torch.nn.Module, got {what}its layers are looked at")
+        what = f"the class {model.__name__}; make one of it" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"sparsekd: expected a model, a torch.nn.Module, got {what}")
     for option, patterns in (("include", include), ("exclude", exclude)):
         if isinstance(patterns, str):
             raise TypeError(f"sparsekd: {option} must be several names, got the text {patterns!r}; pass [{patterns!r}]")

@@ -1,13 +1,14 @@
-"""Evaluation mode for a while: a look at a model that leaves no trace in it."""
+"""Evaluation mode for a while, a look at a model that leaves no trace in it; and a model without torch.compile."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
-__all__ = ["evaluation_mode"]
+__all__ = ["evaluation_mode", "uncompiled"]
 
 
 @contextmanager
@@ -23,3 +24,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What `torch.compile` was given, where the model comes from it; any other model itself."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # loaded by the first torch.compile, in seconds
+    return model._orig_mod if dynamo is not None and isinstance(model, dynamo.OptimizedModule) else model

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .modes import uncompiled
+
 __all__ = ["FeatureTap"]
 
 
@@ -41,7 +43,7 @@ class FeatureTap(nn.Module):
             raise TypeError(f"sparsekd.FeatureTap: names must be a list of module names, got a string; use [{names!r}]")
         if not names or len(set(names)) != len(names):
             raise ValueError(f"sparsekd.FeatureTap: expected one or more different names, got {list(names)}")
-        if hasattr(model, "_orig_mod"):
+        if uncompiled(model) is not model:
             raise TypeError(
                 "sparsekd.FeatureTap: got the result of torch.compile, whose inner modules run no hooks; "
                 "tap the original model, then compile the tap: torch.compile(FeatureTap(model, names))"

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 _PLAIN = (bool, int, float, str, type(None))
+
+
+Example = Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+def call_arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments of an example: a tensor is the only one, a mapping is keywords."""
+    if isinstance(example, Tensor):
+        return (example,), {}
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, Iterable) and not isinstance(example, str):
+        return tuple(example), {}
+    raise TypeError(f"sparsekd: example_inputs must be a tensor or several, got {type(example).__name__}")
 
 
 class Call:
@@ -27,24 +41,13 @@ class Call:
     @classmethod
     def of(cls, forward: Callable[..., Any] | None, example: Any) -> tuple[Call, tuple[Tensor, ...]]:
         """The call that ``example_inputs`` describes, and its tensors. A mapping is keyword arguments."""
-        args: Sequence[Any] = ()
-        kwargs: Mapping[str, Any] = {}
-        if isinstance(example, Tensor):
-            args = (example,)
-        elif isinstance(example, Mapping):
-            kwargs = example
-        elif isinstance(example, Sequence) and not isinstance(example, str):
-            args = example
-        else:
-            raise TypeError(
-                f"sparsekd.freeze: example_inputs must be a tensor or several, got {type(example).__name__}"
-            )
+        args, kwargs = call_arguments(example)
         tensors: list[Tensor] = []
         patterns = [_pattern(one, tensors) for one in args]
         named = {name: _pattern(one, tensors) for name, one in kwargs.items()}
         if not tensors:
             got = ", ".join(type(one).__name__ for one in (*args, *kwargs.values())) or "nothing"
-            raise TypeError(f"sparsekd.freeze: example_inputs must be a tensor or several, got {got}")
+            raise TypeError(f"sparsekd: example_inputs must be a tensor or several, got {got}")
         return cls(patterns, named, _names(forward, len(patterns))), tuple(tensors)
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -103,6 +106,15 @@ class Call:
         return cls(args, kwargs, names)
 
 
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Those in lists, tuples and mappings, in order; what else there is is passed by."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, Mapping)):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(one)
+
+
 def _pattern(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors.append(value)
@@ -114,8 +126,7 @@ def _pattern(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, _PLAIN):
         return {"value": value}
     raise TypeError(
-        f"sparsekd.freeze: example_inputs must be a tensor or several, in lists, tuples and dicts, got "
-        f"{type(value).__name__}"
+        f"sparsekd: example_inputs must be a tensor or several, in lists, tuples and dicts, got {type(value).__name__}"
     )
 
 
@@ -197,4 +208,4 @@ def _names(forward: Callable[..., Any] | None, count: int) -> list[str]:
     return by_name[:count] if len(by_name) >= count else []
 
 
-__all__ = ["Call"]
+__all__ = ["Call", "Example", "call_arguments", "tensors_in"]

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import cpu
-from .call import Call
+from ..modes import uncompiled
+from .call import Call, call_arguments
 from .cuda import freeze_on_gpu
 from .eager import DENSE, NOISE, run_dense
 from .file import describe_inputs
@@ -33,7 +34,7 @@ from .measure import Options, choose_all, time_networks
 from .network import FrozenModel, assemble, cast, check_outputs, runner
 from .outputs import BF16_TOLERANCE
 from .plan import Plan
-from .prepare import prepare, uncompiled
+from .prepare import prepare
 from .sites import clone
 from .source import Source, find_source, in_eager_mode, outputs_of
 from .trace import LOCK, batch_of, dense_twin, with_batch
@@ -95,10 +96,10 @@ def freeze(
         raise ValueError(f"sparsekd.freeze: tolerance must be positive, got {tolerance}; None takes that of the dtype")
     if calibration is not None and dtype != "int8":
         raise ValueError(f"sparsekd.freeze: calibration is for dtype='int8', got dtype={dtype!r}; leave it out")
-    model = uncompiled(model)
+    model = uncompiled(model)  # torch.compile would compile anew for every size that is tried here
     call, inputs = Call.of(getattr(model, "forward", None), example_inputs)
     _check_devices(inputs)
-    batches = [inputs] if calibration is None else _calibration(inputs, calibration)
+    batches = [inputs] if calibration is None else _calibration(call, inputs, calibration)
     on_gpu = is_on_gpu(inputs)
     if on_gpu:
         _check_gpu_options(dtype, threads, min_gain, memory_format)
@@ -172,6 +173,8 @@ def _in_bf16(
     try:
         expected = outputs_of(call.calls(half_model), halves)
     except NotImplementedError as error:
+        if "BFloat16" not in str(error):
+            raise
         raise RuntimeError(
             f"sparsekd.freeze: dtype='bf16': torch has no bfloat16 form of something in the model ({error}); freeze it "
             "in float32"
@@ -202,22 +205,27 @@ def _images(network: nn.Module, source: Source, network_us: dict[str, float], op
     return fastest
 
 
-def _calibration(example: tuple[Tensor, ...], batches: Iterable[Any]) -> list[tuple[Tensor, ...]]:
-    """The tensors of every batch. Raises ValueError unless there is one, and all are like the example."""
-    if isinstance(batches, Tensor):
+def _calibration(call: Call, example: tuple[Tensor, ...], batches: Any) -> list[tuple[Tensor, ...]]:
+    """The tensors of every batch, in the order of the example's. Raises ValueError unless there is a batch, and all are
+    calls like the example."""
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise ValueError(
-            f"sparsekd.freeze: calibration must be several batches, got one tensor {tuple(batches.shape)}; pass [x]"
+            f"sparsekd.freeze: calibration must be several batches, got {type(batches).__name__}; pass [x]"
         )
     found = []
     for number, batch in enumerate(batches):
         try:
-            tensors = Call.of(None, batch)[1]
+            args, kwargs = call_arguments(batch)
+            tensors = call.flatten(args, kwargs)
         except TypeError as error:
-            raise ValueError(f"sparsekd.freeze: calibration batch {number}: {error}") from None
+            raise ValueError(
+                f"sparsekd.freeze: calibration batch {number} must be inputs like example_inputs, without labels: "
+                f"{error}"
+            ) from None
         if [_kind(x) for x in tensors] != [_kind(x) for x in example]:
             raise ValueError(
                 f"sparsekd.freeze: calibration batch {number} must be inputs like example_inputs, "
-                f"{_kinds(example)}, got {_kinds(tensors)}; leave labels out, and convert the others"
+                f"{_kinds(example)}, got {_kinds(tensors)}; convert it"
             )
         _check_devices((*tensors, example[0]))
         found.append(tensors)
@@ -228,12 +236,16 @@ def _calibration(example: tuple[Tensor, ...], batches: Iterable[Any]) -> list[tu
     return found
 
 
-def _kind(x: Tensor) -> tuple[torch.dtype, int]:
-    return x.dtype, x.dim()
+def _kind(x: Any) -> Any:
+    """Whole numbers of any type will do for each other."""
+    return (x.dtype if x.is_floating_point() else int, x.dim()) if isinstance(x, Tensor) else type(x)
 
 
-def _kinds(inputs: tuple[Tensor, ...]) -> str:
-    return ", ".join(f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in inputs)
+def _kinds(inputs: Sequence[Any]) -> str:
+    return ", ".join(
+        f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        for x in inputs
+    )
 
 
 def _check_devices(inputs: tuple[Tensor, ...]) -> None:

@@ -19,6 +19,7 @@ from ..blocks import BlockPattern, BlockSparse
 from ..checkpoint import fingerprint
 from ..conversion import sparse_type, table_type
 from ..convert import replace_layers, sparse_layer, table_as
+from ..modes import uncompiled
 from ..nn import BlockSparseLayer
 from ..nn.embedding_table import SparseTable
 from .call import Call
@@ -33,7 +34,7 @@ from .network import FrozenModel, assemble, cast
 from .outputs import BF16_TOLERANCE
 from .packed import cpu_layer
 from .plan import LayerPlan, Plan
-from .prepare import prepare, uncompiled
+from .prepare import prepare
 from .quantize import ByteScale
 from .sites import Site, find_sites, weight_shape
 from .source import in_eager_mode, trace_by

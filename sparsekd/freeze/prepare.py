@@ -13,11 +13,6 @@ from torch.nn.utils import parametrize, prune
 from .kinds import LAYERS, LIFTED
 
 
-def uncompiled(model: nn.Module) -> nn.Module:
-    """What ``torch.compile`` was given: it would compile anew for every size that is tried here."""
-    return getattr(model, "_orig_mod", model)
-
-
 def prepare(model: nn.Module) -> nn.Module:
     """The copy; a bare layer becomes a network of one."""
     copied = _copy(model).eval()
@@ -76,4 +71,4 @@ def _compute_weights(module: nn.Module) -> None:
                     torch.nn.utils.remove_spectral_norm(module, name)
 
 
-__all__ = ["prepare", "uncompiled"]
+__all__ = ["prepare"]

@@ -222,7 +222,7 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def in_eager_mode() -> Iterator[None]:
-    """Whatever the caller is in: no autograd, no autocast, and what says nothing of a device is on the CPU."""
+    """Whatever the caller is in: no autograd, no autocast of the CPU, and what names no device is on the CPU."""
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
         yield
 

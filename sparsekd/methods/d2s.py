@@ -36,10 +36,10 @@ from .. import distributed
 from ..blocks import BlockPattern
 from ..distill import Losses, Plain
 from ..freeze import freeze
+from ..freeze.call import Example
 from ..modes import evaluation_mode
 from ..outputs import check_tensor, pick
 from ..pruning import Budget, CostTable, Grouping, Pruner
-from ..pruning.observe import Example
 from ..serving import ServingModel
 from ..tapped import TeacherTargets
 from .base import Method, PruneEvent, part_of

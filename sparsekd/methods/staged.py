@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from ..blocks import BlockPattern
 from ..distill import Distiller, Losses, Plain
+from ..freeze.call import Example
 from ..pruning import Budget, CostTable, Grouping, Pruner, Schedule
-from ..pruning.observe import Example
 from ..pruning.schedule import described
 from ..tapped import TeacherTargets
 from .base import Method, PruneEvent, part_of

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -44,8 +45,7 @@ class Budget:
             )
         ((unit, number),) = given.items()
         check_unit(caller, unit)
-        if isinstance(number, str):
-            raise TypeError(f"{caller}: {unit} must be a number, got the text {number!r}")
+        _check_number(caller, unit, number)
         if not 0.0 <= number < float("inf") or number == float(removed):
             raise ValueError(
                 f"{caller}: {unit} must be a share in {'[0, 1)' if removed else '(0, 1]'} of the dense network, or a "
@@ -74,6 +74,7 @@ class Budget:
             return cls.of(caller, removed_share.removed, **{**numbers, removed_share.unit: removed_share.number})
         if removed_share is None:
             return cls.of(caller, True, **numbers)
+        _check_number(caller, "removed_share", removed_share)
         if not 0.0 <= removed_share < 1.0:
             raise ValueError(f"{caller}: removed_share must lie in [0, 1), got {removed_share}")
         if numbers["weights"] is not None:
@@ -156,3 +157,8 @@ class Linear:
 def _stored(units: Units) -> int:
     """Bytes of a block, with its place."""
     return units.entry_weights * units.parameter.element_size() + INDEX_BYTES
+
+
+def _check_number(caller: str, name: str, number: Any) -> None:
+    if isinstance(number, str):
+        raise TypeError(f"{caller}: {name} must be a number, got the text {number!r}")

@@ -29,8 +29,8 @@ from ..checkpoint import fingerprint, write_atomically
 from ..conversion import SPARSE_TYPES, Pattern, named_layers
 from ..convert import densify, sparsify
 from ..freeze import Plan, freeze
-from ..freeze.call import Call
-from .observe import Example
+from ..freeze.call import Call, Example
+from ..modes import uncompiled
 
 DENSITIES = (0.05, 0.15, 0.3, 0.6)
 ROUNDS = 7  # of timing whole networks, in turns
@@ -143,6 +143,8 @@ class CostTable:
         if cpu.native is None:
             raise RuntimeError(f"sparsekd.CostTable.measure: there is nothing to measure: {cpu.missing}")
         call, inputs = Call.of(model.forward, example_inputs)
+        args, kwargs = call.build(inputs)
+        example = kwargs or args
         dense = densify(copy.deepcopy(model)).eval()
         options: dict[str, Any] = {"threads": threads, "dtype": dtype, "layer_ms": layer_ms}
         plans: dict[float, Plan] = {}
@@ -156,15 +158,17 @@ class CostTable:
                     if plans:
                         warnings.simplefilter("ignore")  # said of the first copy
                     sparse = sparsify(copy.deepcopy(dense), pattern, density, include, exclude)
-                patterns = {name: str(layer.pattern) for name, layer in named_layers(sparse, SPARSE_TYPES)}
-            frozen = freeze(sparse, example_inputs, **options)
+                named = named_layers(uncompiled(sparse), SPARSE_TYPES)
+                patterns = {name: str(layer.pattern) for name, layer in named}
+            frozen = freeze(sparse, example, **options)
             calls[density] = partial(call.calls(frozen), *inputs)
-            plans[density] = _with_times(frozen.plan, sparse, example_inputs, options)
+            plans[density] = _with_times(frozen.plan, sparse, example, options)
             slices = slices or plans[density].images
             options["memory_format"] = plans[density].memory_format
             if slices:
                 plans[density] = _of_slices(sparse, call, inputs, slices, options)
-        layers = _layers(plans, patterns)
+        prefix = "" if uncompiled(dense) is dense else "_orig_mod."  # of the names in the model that was given
+        layers = {f"{prefix}{name}": layer for name, layer in _layers(plans, patterns).items()}
         if not layers:
             raise RuntimeError(
                 "sparsekd.CostTable.measure: none of the layers could be timed; print(sparsekd.freeze(model, inputs)"

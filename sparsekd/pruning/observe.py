@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd as Transposed
-from torch.utils._pytree import tree_leaves
 
 from ..conversion import DENSE_TYPES, SPARSE_TYPES, named_layers
+from ..freeze.call import Example, call_arguments, tensors_in
 from ..modes import evaluation_mode
 from ..nn import BlockSparseLayer
 from .batch_norm import FedBatchNorms
@@ -31,23 +31,11 @@ class Seen:
     uses: dict[str, float]
 
 
-Example = Tensor | Sequence[Any] | Mapping[str, Any]
-
-
-def arguments_of(example_inputs: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and keyword arguments of a call: a single tensor may stand for itself, a mapping is keywords."""
-    if isinstance(example_inputs, Tensor):
-        return (example_inputs,), {}
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    return tuple(example_inputs), {}
-
-
 @torch.no_grad()
 def observe(model: nn.Module, layers: Mapping[str, nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
     """Run the model once, in eval mode and without a trace left. The first dimension of the first tensor, which may lie
-    in a list or dict, is the batch."""
-    batch = next((x.shape[0] for x in tree_leaves((list(args), dict(kwargs))) if isinstance(x, Tensor) and x.dim()), 1)
+    in a list or mapping, is the batch."""
+    batch = next((x.shape[0] for x in tensors_in([*args, *kwargs.values()]) if x.dim()), 1)
     uses: dict[str, float] = {}
 
     def count(name: str, layer: Any, given: Tensor, output: Tensor) -> None:
@@ -82,7 +70,7 @@ def count_weights(model: nn.Module, exclude: Sequence[str] | None = None) -> tup
 def count_macs(model: nn.Module, example_inputs: Example, exclude: Sequence[str] | None = None) -> tuple[float, float]:
     """Multiply-adds for one example (when dense, now) of the layers that are, or can be, block-sparse."""
     layers: dict[str, Any] = dict(named_layers(model, (*DENSE_TYPES, *SPARSE_TYPES), None, exclude))
-    uses = observe(model, layers, *arguments_of(example_inputs)).uses
+    uses = observe(model, layers, *call_arguments(example_inputs)).uses
     sizes = {name: math.prod(weight_shape(layer)) for name, layer in layers.items()}
     kept = {name: getattr(layer, "num_kept", sizes[name]) for name, layer in layers.items()}
     dense, now = (sum(used * counts[name] for name, used in uses.items()) for counts in (sizes, kept))

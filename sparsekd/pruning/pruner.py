@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ..blocks import BlockPattern
 from ..distributed import agree
+from ..freeze.call import Example, call_arguments
 from .batch_norm import first_batch_norm
 from .budget import UNITS, Budget, Linear
 from .choice import SCOPES, Meter, Rule, Scores, Unreachable, check_choice
@@ -19,7 +20,7 @@ from .cost import CostTable
 from .grouping import Grouping
 from .held import Held
 from .meters import Meters
-from .observe import Example, arguments_of, observe
+from .observe import observe
 from .rewind import Theta0, check_state
 from .surgery import check_optimizer, forget, parameter_ids, state_slots
 from .units import check_finite, check_there, drop, grow, of_gone, prunable_layers
@@ -49,8 +50,8 @@ class Pruner:
         floor: share of the weights that every layer keeps at least; one unit stays in any case. Default: 0.02 for scope
             ``"cost"``, else 0.
         costs: microseconds of the layers, for budgets of ``latency_us``.
-        example_inputs: a tensor, a tuple, or a mapping of keyword arguments, see :meth:`observe`; needed before the
-            first prune if the model has batch norm, and for budgets of ``macs``.
+        example_inputs: as ``freeze`` takes them, see :meth:`observe`; needed before the first prune if the model has
+            batch norm, and for budgets of ``macs``.
         rewindable: remember all values now (theta0), for :meth:`rewind`. Costs a copy of the model.
 
     Under ``torch.compile`` every prune makes new shapes: call ``torch.compiler.reset()`` after one, or dynamo gives up
@@ -100,7 +101,7 @@ class Pruner:
         self._rule = Rule(scope, score, floor, torch.Generator().manual_seed(seed))
         self._meters = Meters(model, self._layers, costs, floor, self.makes_faster)
         if example_inputs is not None:
-            args, kwargs = arguments_of(example_inputs)
+            args, kwargs = call_arguments(example_inputs)
             self.observe(*args, **kwargs)
         self._held.bury(())
         if rewindable:
@@ -375,8 +376,7 @@ class Pruner:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Raise RuntimeError unless the weights kept are those planned, everything has the shape it should, and the
-        model still has these layers."""
+        """Raise RuntimeError unless the weights kept are those planned, in the shape they should have, in the model."""
         check_there(self.model, self._layers)
         for units in self._layers:
             if units.num_kept != units.planned:

@@ -11,9 +11,9 @@ from torch import nn
 
 from .. import convert
 from ..conversion import SPARSE_TYPES, Pattern, named_layers
+from ..freeze.call import Example
 from .budget import UNITS, Budget
 from .cost import CostTable
-from .observe import Example
 from .pruner import Pruner
 
 

@@ -185,8 +185,8 @@ def check_there(model: nn.Module, layers: Sequence[Any]) -> None:
     for units in layers:
         if id(units.layer) not in there:
             raise RuntimeError(
-                f"Pruner.check: the model has another layer in the place of {units.name!r} than it had (by densify or "
-                "an assignment); make a new Pruner, and new optimizers"
+                f"Pruner.check: layer {units.name!r} is no longer in the model (removed, or replaced by densify or an "
+                "assignment); make a new Pruner, and new optimizers"
             )
 
 

@@ -225,8 +225,9 @@ def inline(value: Any) -> str:
     if isinstance(value, Mapping):
         keys_of: dict[str, list[str]] = {}
         for key, inner in value.items():
-            keys_of.setdefault(inline(inner), []).append(key)
-        return "; ".join(f"{', '.join(keys)}{':' * (' ' in text)} {text}" for text, keys in keys_of.items())
+            keys_of.setdefault(inline(inner), []).append(str(key))
+        said = "; ".join(f"{', '.join(keys)}{':' * (' ' in text)} {text}" for text, keys in keys_of.items())
+        return said or "none"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(inline, value)) or "none"
     if isinstance(value, bool):

@@ -91,10 +91,14 @@ def test_a_row_whose_sum_may_leave_32_bits_stays_float():
     ("calibration", "says"),
     [
         ([], "has no batch"),
-        (lambda x: x, "must be several batches, got one tensor"),
-        (lambda x: [x, (x, torch.zeros(4))], "batch 1 must be inputs like example_inputs, .* leave labels out"),
+        (lambda x: x, "must be several batches, got Tensor"),
+        (
+            lambda x: [x, (x, torch.zeros(4))],
+            "batch 1 must be inputs like example_inputs, without labels: .*expected 1 input tensors, got 2",
+        ),
         (lambda x: [x.double()], "batch 0 must be inputs like example_inputs, float32 .* got float64"),
-        ([["text"]], "batch 0: "),
+        ([{"y": torch.zeros(4)}], "batch 0 must be inputs like example_inputs, without labels: "),
+        (5, "must be several batches, got int"),
     ],
 )
 def test_calibration_of_something_else_is_refused(model, calibration, says):

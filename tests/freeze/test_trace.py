@@ -374,8 +374,30 @@ def test_a_compiled_model_is_frozen_as_it_was_before(tmp_path):
     torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-5)
     frozen.save(tmp_path / "frozen")
     assert torch.equal(load_frozen(tmp_path / "frozen", compiled)(x), frozen(x)) and not calls
+
+
+def test_a_model_is_frozen_inside_autocast_as_outside():
+    model, x = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU()).eval(), torch.randn(IMAGE)
     with torch.autocast("cpu"):
-        torch.testing.assert_close(sparsekd.freeze(model, x, layer_ms=1)(x), frozen(x), rtol=1e-4, atol=1e-5)
+        frozen = sparsekd.freeze(model, x, layer_ms=1)
+    torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class Tripled(nn.Module):
+    """A wrapper that has what it wraps under the name that torch.compile gives it."""
+
+    def __init__(self):
+        super().__init__()
+        self._orig_mod = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return 3 * self._orig_mod(x)
+
+
+def test_a_wrapper_is_no_compiled_model():
+    x = torch.randn(2, 8)
+    model = Tripled().eval()
+    torch.testing.assert_close(sparsekd.freeze(model, x, layer_ms=1)(x), model(x))
 
 
 def test_what_has_no_bf16_form_says_so():

@@ -7,7 +7,7 @@ from torch.optim import SGD
 
 import sparsekd
 from sparsekd import BlockPattern
-from sparsekd.pruning import CostTable, Pruner
+from sparsekd.pruning import Pruner
 
 from .common import (
     Net,
@@ -111,7 +111,7 @@ def test_layers_that_left_the_model_are_not_pruned_on(granularity):
     pruner = Pruner(model, granularity=granularity, scope="global")
     pruner.prune_to(0.2)
     model[2] = nn.Linear(16, 16)
-    with pytest.raises(RuntimeError, match="another layer in the place of '2'"):
+    with pytest.raises(RuntimeError, match="layer '2' is no longer in the model"):
         pruner.prune_to(0.4)
 
 
@@ -126,6 +126,7 @@ def test_an_optimizer_that_cannot_follow_is_refused_before_it_steps():
     ("call", "error", "says"),
     [
         (lambda m: sparsekd.sparsify(m, macs="0.3", example_inputs=(torch.ones(1, 16),)), TypeError, "text '0.3'"),
+        (lambda m: Pruner(m).prune_to("0.3"), TypeError, "removed_share must be a number, got the text '0.3'"),
         (lambda m: sparsekd.sparsify(type(m), density=0.3), TypeError, "got the class Sequential"),
         (lambda m: sparsekd.sparsify(m.state_dict(), density=0.3), TypeError, "got OrderedDict"),
         (lambda m: sparsekd.sparsify(m, density=0.3, exclude="0"), TypeError, r"pass \['0'\]"),
@@ -134,27 +135,3 @@ def test_an_optimizer_that_cannot_follow_is_refused_before_it_steps():
 def test_arguments_of_another_type(call, error, says):
     with pytest.raises(error, match=says):
         call(nn.Sequential(nn.Linear(16, 16)))
-
-
-class Named(nn.Module):
-    """Takes its inputs by name, or in a dict."""
-
-    def __init__(self, in_a_dict):
-        super().__init__()
-        self.left, self.right, self.in_a_dict = nn.Linear(32, 32), nn.Linear(16, 32), in_a_dict
-
-    def forward(self, batch=None, *, x=None, y=None):
-        if self.in_a_dict:
-            x, y = batch["x"], batch["y"]
-        return self.left(x) + self.right(y)
-
-
-@pytest.mark.parametrize("in_a_dict", [False, True])
-def test_examples_by_name_and_in_a_dict(in_a_dict):
-    named = {"x": torch.randn(4, 32), "y": torch.randn(4, 16)}
-    example = (named,) if in_a_dict else named
-    model = sparsekd.sparsify(Named(in_a_dict), BlockPattern(16, 1), macs=0.75, example_inputs=example)
-    assert sparsekd.pruning.count_macs(model, example) == (32 * 48, 0.75 * 32 * 48)
-    assert Pruner(Named(in_a_dict), example_inputs=example).macs == (32 * 48, 32 * 48)
-    costs = CostTable.measure(Named(in_a_dict), example, pattern=BlockPattern(16, 1), layer_ms=0.5)
-    assert costs.layers.keys() == {"left", "right"} and costs.batch == 4 and costs.inputs == ((4, 32), (4, 16))

@@ -15,7 +15,7 @@ from torch import nn
 import sparsekd
 from sparsekd import BlockPattern
 from sparsekd.backends import cpu
-from sparsekd.pruning import CostTable, LayerCost, Pruner
+from sparsekd.pruning import CostTable, LayerCost, Pruner, count_macs
 from sparsekd.pruning import cost as cost_module
 from sparsekd.pruning.choice import Rule
 from sparsekd.pruning.cost import Timed, _in_the_network, network_of
@@ -278,3 +278,42 @@ def test_sparsify_prunes_on_and_leaves_whole_layers_dense():
     assert type(net[8]) is nn.Linear and table.predict(net) == pytest.approx(50, abs=0.3)
     sparsekd.sparsify(net, BlockPattern(4, 1), latency_us=30, costs=table, example_inputs=(IMAGE,))
     assert type(net[8]) is nn.Linear and table.predict(net) == pytest.approx(30, abs=0.3)
+
+
+class Named(nn.Module):
+    """Takes its inputs by name, or in a dict."""
+
+    def __init__(self, in_a_dict):
+        super().__init__()
+        self.left, self.right, self.in_a_dict = nn.Linear(32, 32), nn.Linear(16, 32), in_a_dict
+
+    def forward(self, batch=None, *, x=None, y=None):
+        if self.in_a_dict:
+            x, y = batch["x"], batch["y"]
+        return self.left(x) + self.right(y)
+
+
+@pytest.mark.parametrize("in_a_dict", [False, True])
+def test_examples_by_name_and_in_a_dict(in_a_dict):
+    named = {"x": torch.randn(4, 32), "y": torch.randn(4, 16)}
+    example = (named,) if in_a_dict else named
+    model = sparsekd.sparsify(Named(in_a_dict), BlockPattern(16, 1), macs=0.75, example_inputs=example)
+    assert count_macs(model, example) == (32 * 48, 0.75 * 32 * 48)
+    assert Pruner(Named(in_a_dict), example_inputs=example).macs == (32 * 48, 32 * 48)
+
+
+@pytest.mark.skipif(cpu.native is None, reason="no compiled kernels")
+@pytest.mark.parametrize("in_a_dict", [False, True])
+def test_a_network_is_measured_by_inputs_with_names(in_a_dict):
+    named = {"x": torch.randn(4, 32), "y": torch.randn(4, 16)}
+    example = (named,) if in_a_dict else named
+    costs = CostTable.measure(Named(in_a_dict), example, pattern=BlockPattern(16, 1), layer_ms=0.5)
+    assert costs.layers.keys() == {"left", "right"} and costs.batch == 4 and costs.inputs == ((4, 32), (4, 16))
+
+
+@pytest.mark.skipif(cpu.native is None, reason="no compiled kernels")
+def test_a_compiled_network_is_measured_under_its_names():
+    net = torch.compile(nn.Sequential(nn.Linear(32, 32), nn.ReLU()), backend="eager")
+    costs = CostTable.measure(net, torch.randn(4, 32), pattern=BlockPattern(16, 1), densities=(0.5,), layer_ms=0.5)
+    assert list(costs.layers) == ["_orig_mod.0"]
+    assert costs.predict(sparsekd.sparsify(net, BlockPattern(16, 1), 0.5)) > 0
