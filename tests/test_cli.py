@@ -261,7 +261,11 @@ def test_bench_names_what_it_could_not_time(capsys, tmp_path, monkeypatch):
         (["torch.nn:Identity", "--budget", "joules=0.5"], "got 'joules=0.5': sparsekd bench: a budget counts one of"),
         (["torch.nn:Linear"], "torch.nn:Linear must be callable without arguments"),
         (["builtins:dict"], "builtins:dict must make an nn.Module, got dict"),
-        (["sparsekd.models:MobileNetV2"], "does not take inputs of shape [[1, 5]] (the batch, then --input-shape): "),
+        (
+            ["sparsekd.models:MobileNetV2"],
+            "does not take inputs of shape [[1, 5]] (the batch, then --input-shape, one for",
+        ),
+        (["torch.nn:Bilinear"], "torch.nn:Bilinear must be callable without arguments"),
     ],
 )
 def test_bench_says_what_is_wrong(capsys, arguments, message):

@@ -165,8 +165,10 @@ def test_tokens_and_images_with_channels_last():
         assert made.sad.student_channels == (channels,)
     image = nn.Sequential(nn.Identity(), nn.Flatten(), nn.Linear(4 * 5 * 6, 2))
     options["example_inputs"] = (torch.randn(4, 5, 4, 6),)
-    assert Distiller(image, image, ["0"], ["0"], **options).sad.student_channels == (5,)
-    assert Distiller(image, image, ["0"], ["0"], **options, channels_last=True).sad.student_channels == (6,)
+    assert Distiller(copy.deepcopy(image), image, ["0"], ["0"], **options).sad.student_channels == (5,)
+    assert Distiller(copy.deepcopy(image), image, ["0"], ["0"], **options, channels_last=True).sad.student_channels == (
+        6,
+    )
 
 
 @dataclass
