@@ -113,6 +113,6 @@ def test_a_damaged_network_of_a_run_is_trained_again_by_deleting_it(tmp_path):
     network = SimpleNamespace(make=lambda: nn.Linear(2, 2), file=lambda density: "model.safetensors")
     finished = record.Finished(network, 0, tmp_path, {}, [])
     with pytest.raises(
-        ValueError, match=r"model\.safetensors is corrupt.*delete .* to train it again, or pass --fresh"
+        ValueError, match=r"model\.safetensors is .*corrupt.*delete .* to train it again, or pass --fresh"
     ):
         finished.load(None)
