@@ -265,6 +265,7 @@ def test_bench_names_what_it_could_not_time(capsys, tmp_path, monkeypatch):
             ["sparsekd.models:MobileNetV2"],
             "does not take inputs of shape [[1, 5]] (the batch, then --input-shape, one for",
         ),
+        (["torch.nn:CosineSimilarity"], "one for each input, of floats): "),
         (["torch.nn:Bilinear"], "torch.nn:Bilinear must be callable without arguments"),
     ],
 )
