@@ -78,6 +78,11 @@ class Call:
         args = tuple(_build(one, tensors) for one in self.args)
         return args, {name: _build(one, tensors) for name, one in self.kwargs.items()}
 
+    def example(self, tensors: Sequence[Tensor]) -> Example:
+        """Of these tensors what `of` took, which is arguments of one kind."""
+        args, kwargs = self.build(tensors)
+        return kwargs or args
+
     def calls(self, model: Callable[..., Any]) -> Callable[..., Any]:
         """``model`` as a function of the tensors alone."""
         if self._flat:

@@ -215,8 +215,7 @@ def _calibration(call: Call, example: tuple[Tensor, ...], batches: Any) -> list[
     found = []
     for number, batch in enumerate(batches):
         try:
-            args, kwargs = call_arguments(batch)
-            tensors = call.flatten(args, kwargs)
+            tensors = call.flatten(*call_arguments(batch))
         except TypeError as error:
             raise ValueError(
                 f"sparsekd.freeze: calibration batch {number} must be inputs like example_inputs, without labels: "

@@ -143,8 +143,7 @@ class CostTable:
         if cpu.native is None:
             raise RuntimeError(f"sparsekd.CostTable.measure: there is nothing to measure: {cpu.missing}")
         call, inputs = Call.of(model.forward, example_inputs)
-        args, kwargs = call.build(inputs)
-        example = kwargs or args
+        example = call.example(inputs)
         dense = densify(copy.deepcopy(model)).eval()
         options: dict[str, Any] = {"threads": threads, "dtype": dtype, "layer_ms": layer_ms}
         plans: dict[float, Plan] = {}
@@ -288,8 +287,7 @@ def _of_slices(
 ) -> Plan:
     """The plan of the batch that a thread takes through a network at a time: its layers find their input in the cache,
     where those of the whole batch would wait for the memory."""
-    args, kwargs = call.build([x[:images] if x.dim() else x for x in inputs])
-    few = kwargs or args
+    few = call.example([x[:images] if x.dim() else x for x in inputs])
     options = {**options, "threads": 1}
     return _with_times(freeze(model, few, **options).plan, model, few, options)
 
