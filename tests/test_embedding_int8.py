@@ -106,6 +106,37 @@ def test_it_is_copied_saved_exported_and_smaller():
     assert served(ids).any() and not Int8Embedding(layer)(ids).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_a_cast_of_the_model_is_one_of_what_it_gives_out(dtype):
+    """The scales stay float32, as the kernels read them."""
+    torch.manual_seed(0)
+    served, ids = Int8Embedding(SparseEmbedding(300, 70, density=0.2)), torch.arange(300)
+    bags = Int8EmbeddingBag(SparseEmbeddingBag(300, 70, density=0.2, mode="sum"))
+    rows, pooled, best = served(ids), bags(ids.view(30, 10)), served.top_k(torch.ones(2, 70), 5)
+    model = torch.nn.Sequential(copy.deepcopy(served), torch.nn.Linear(70, 3)).to(dtype)
+    assert model(ids).dtype == dtype and torch.equal(model[0](ids), rows.to(dtype))
+    assert torch.equal(copy.deepcopy(bags).to(dtype)(ids.view(30, 10)), pooled.to(dtype))
+    assert all(map(torch.equal, model[0].top_k(torch.ones(2, 70), 5), best))
+    assert torch.equal(model.float()[0](ids), rows)
+    # Straight from the op, too, which knows of no module.
+    cast = list(served._tensors)
+    cast[1] = cast[1].half()
+    torch.testing.assert_close(torch.ops.sparsekd.embedding_int8(*cast, ids, 70), rows, rtol=1e-3, atol=1e-4)
+
+
+def test_the_state_of_another_mask_is_loaded():
+    torch.manual_seed(0)
+    ids = torch.arange(300)
+    for density in (0.2, 0.5):  # as many entries elsewhere, and another number of them
+        served = Int8Embedding(SparseEmbedding(300, 70, mask=torch.randperm(21000).view(300, 70) < 4200))
+        other = Int8Embedding(SparseEmbedding(300, 70, density=density))
+        other.load_state_dict(served.state_dict())
+        assert torch.equal(other(ids), served(ids))
+        with pytest.raises(RuntimeError, match=r"kept: expected values beside it"):
+            other.load_state_dict({"kept": served.kept}, strict=False)
+        assert torch.equal(other(ids), served(ids))
+
+
 def test_bad_input_is_refused_with_the_way_out():
     layer, bag = SparseEmbedding(8, 4, density=0.5), SparseEmbeddingBag(8, 4, mode="max", density=0.5)
     served = Int8Embedding(layer)

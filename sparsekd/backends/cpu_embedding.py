@@ -111,14 +111,14 @@ def embedding_top_k_int8(
     queries: Tensor, values: Tensor, row_scale: Tensor, kept: Tensor, base: Tensor, counts: Tensor, k: int,
     begin: Tensor | None, excluded: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _top_k(native.embedding_top_k_i8, queries, values, row_scale, kept, base, counts, k, begin, excluded)
+    return _top_k(native.embedding_top_k_i8, queries, values, row_scale.float(), kept, base, counts, k, begin, excluded)
 
 
 def _top_k(
     kernel: Any, queries: Tensor, values: Tensor, row_scale: Tensor | None, kept: Tensor, base: Tensor, counts: Tensor,
     k: int, begin: Tensor | None, excluded: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    check_excluded(begin, excluded)
+    check_excluded(begin, excluded, kept.shape[0])
     queries, values, kept, base, counts = (t.contiguous() for t in (queries.float(), values, kept, base, counts))
     row_scale, begin, excluded = (_packed(t) for t in (row_scale, begin, excluded))
     scores = queries.new_empty(queries.shape[0], k)
@@ -133,7 +133,9 @@ def _top_k(
 def embedding_int8(
     values: Tensor, row_scale: Tensor, kept: Tensor, base: Tensor, counts: Tensor, ids: Tensor, dim: int
 ) -> Tensor:
-    values, row_scale, kept, base, counts, ids = (t.contiguous() for t in (values, row_scale, kept, base, counts, ids))
+    values, row_scale, kept, base, counts, ids = (
+        t.contiguous() for t in (values, row_scale.float(), kept, base, counts, ids)
+    )
     out = row_scale.new_empty(*ids.shape, dim)
     native.embedding_i8(
         _table(kept, base, counts, dim), values.data_ptr(), row_scale.data_ptr(), ids.data_ptr(), ids.numel(),
@@ -147,7 +149,7 @@ def embedding_bag_int8(
     scale: Tensor | None, dim: int, padding: int,
 ) -> Tensor:  # fmt: skip
     values, row_scale, kept, base, counts, ids, offsets = (
-        t.contiguous() for t in (values, row_scale, kept, base, counts, ids, offsets)
+        t.contiguous() for t in (values, row_scale.float(), kept, base, counts, ids, offsets)
     )
     scale = None if scale is None else scale.float().contiguous()
     out = row_scale.new_empty(offsets.shape[0] - 1, dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from ..ops.embedding import Table, check_bags, check_lookup, row_index
 from ..ops.embedding_int8 import quantize_rows
 from .bags import bags_and_scale
 from .embedding import SparseEmbedding, SparseEmbeddingBag
-from .embedding_table import SparseTable
+from .embedding_table import SparseTable, index_of_state, note_dimensions
 
 __all__ = ["Int8Embedding", "Int8EmbeddingBag"]
 
@@ -35,7 +36,7 @@ class _Int8Table(nn.Module):
         if not bool(torch.isfinite(table.values).all()):
             raise ValueError(f"{kind}: expected finite values, got NaN or infinity")
         self.num_embeddings, self.embedding_dim = table.num_embeddings, table.embedding_dim
-        self.padding_idx = table.padding_idx
+        self.padding_idx, self.dtype = table.padding_idx, torch.float32
         kept = table.kept.clone()
         values, row_scale = quantize_rows(table.values.detach(), kept)
         base, counts = row_index(kept)
@@ -66,6 +67,29 @@ class _Int8Table(nn.Module):
         density = self.values.shape[0] / (self.num_embeddings * self.embedding_dim)
         return f"{self.num_embeddings}, {self.embedding_dim}, density={density:.3g}"
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """A cast of the model is one of the rows that are given out. The scales stay float32, as kernels read them."""
+        scale = self.row_scale
+        self.row_scale = scale.to(self.dtype)
+        super()._apply(fn, recurse)
+        self.dtype, self.row_scale = self.row_scale.dtype, scale.to(self.values.device)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        note_dimensions(self, destination, prefix)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *rest: Any) -> None:
+        """A state may keep other entries, and another number of them, than this table does now."""
+        found = index_of_state(self, state_dict, prefix, local_metadata)
+        if isinstance(found, str):
+            rest[-1].append(found)
+            return
+        if found is not None:
+            self.values = self.values.new_empty(state_dict[prefix + "values"].shape)
+            self.base, self.counts = found
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
     @property
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return self.values, self.row_scale, self.kept, self.base, self.counts
@@ -77,7 +101,7 @@ class _Int8Table(nn.Module):
 
 
 class Int8Embedding(_Int8Table):
-    """``SparseEmbedding`` for inference: ``[...] -> float32 [..., embedding_dim]``.
+    """``SparseEmbedding`` for inference: ``[...] -> [..., embedding_dim]``, float32, or what the model is cast to.
 
     A row's largest magnitude becomes 127, so that an entry is off by half a 127th of it at most.
     """
@@ -86,11 +110,12 @@ class Int8Embedding(_Int8Table):
 
     def forward(self, input: Tensor) -> Tensor:
         check_lookup("embedding_int8", input, self._floats, self.embedding_dim, self.padding_idx)
-        return torch.ops.sparsekd.embedding_int8(*self._tensors, input.long(), self.embedding_dim)
+        rows = torch.ops.sparsekd.embedding_int8(*self._tensors, input.long(), self.embedding_dim)
+        return rows.to(self.dtype)
 
 
 class Int8EmbeddingBag(_Int8Table):
-    """``SparseEmbeddingBag`` for inference, modes "sum" and "mean"; summed in float32."""
+    """``SparseEmbeddingBag`` for inference, modes "sum" and "mean"; summed in float32, then cast as the model is."""
 
     packed_type = SparseEmbeddingBag
 
@@ -104,4 +129,5 @@ class Int8EmbeddingBag(_Int8Table):
         ids, offsets, scale = bags_and_scale(self, input, offsets, per_sample_weights)
         check_bags(ids, offsets, self._floats, self.embedding_dim, scale, self.padding_idx)
         padding = -1 if self.padding_idx is None else self.padding_idx
-        return torch.ops.sparsekd.embedding_bag_int8(*self._tensors, ids, offsets, scale, self.embedding_dim, padding)
+        pooled = torch.ops.sparsekd.embedding_bag_int8(*self._tensors, ids, offsets, scale, self.embedding_dim, padding)
+        return pooled.to(self.dtype)
