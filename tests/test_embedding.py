@@ -299,6 +299,46 @@ def test_state_of_another_mask_is_loaded_and_a_broken_one_is_named():
     assert torch.equal(layer(ids), other(ids))
 
 
+def test_half_of_a_state_and_one_of_other_dimensions_are_refused():
+    """A table whose mask and values are of different states would read beyond its values."""
+    layer, other, ids = SparseEmbedding(70, 10, density=0.3), SparseEmbedding(70, 10, density=0.6), torch.arange(70)
+    before = layer(ids)
+    for state, message in (
+        ({"kept": other.kept}, "kept: expected values beside it"),
+        ({"values": layer.values.data}, "values: expected kept beside it"),
+        (SparseEmbedding(70, 8, density=0.3).state_dict(), "rows of 10 dimensions, got those of a table with 8"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            layer.load_state_dict(state, strict=False)
+    layer.load_state_dict({}, strict=False)
+    assert torch.equal(layer(ids), before)
+
+
+@pytest.mark.parametrize("padding_idx", [None, 0])
+def test_largest_of_empty_and_padded_bags_have_a_gradient(padding_idx):
+    layer = SparseEmbeddingBag(10, 5, mode="max", padding_idx=padding_idx, density=0.6)
+    dense = layer.to_dense()
+    for ids, offsets in (
+        (torch.zeros(2, 3, dtype=torch.int64), None),
+        (torch.tensor([0, 4, 4, 0, 9]), torch.tensor([0, 1, 1, 3])),
+        (torch.empty(0, dtype=torch.int64), torch.tensor([0, 0])),
+    ):
+        pooled = layer(ids, offsets)
+        torch.testing.assert_close(pooled, dense(ids, offsets))
+        pooled.sum().backward()
+        dense(ids, offsets).sum().backward()
+    torch.testing.assert_close(layer.values.grad, dense.weight.grad[layer.mask()])
+
+
+def test_largest_of_bags_is_exported_for_any_number_of_bags():
+    layer = SparseEmbeddingBag(10, 5, mode="max", padding_idx=0, density=0.6)
+    sizes = {0: torch.export.Dim("bags"), 1: torch.export.Dim("length")}
+    exported = torch.export.export(layer, (torch.randint(10, (4, 6)),), dynamic_shapes=(sizes,))
+    for shape in ((4, 6), (3, 2)):
+        ids = torch.randint(10, shape)
+        assert torch.equal(exported.module()(ids), layer(ids))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("wrong", [70, -1, 2**40])
 def test_ids_outside_are_refused(wrong, dtype):
@@ -314,6 +354,10 @@ def test_bad_input_is_refused_with_the_way_out():
     bag, layer = SparseEmbeddingBag(8, 4, density=0.5), SparseEmbedding(8, 4, density=0.5)
     ids, short = torch.tensor([0, 1]), layer.table._replace(base=layer.base[:0])
     wide = layer.table._replace(kept=layer.kept | 1 << 10)
+
+    def best_without(*excluded):
+        return layer.top_k(torch.zeros(1, 4), 1, (torch.tensor([0, len(excluded)]), torch.tensor(excluded)))
+
     cases = [
         (TypeError, r"use .long\(\)", lambda: layer(ids.float())),
         (ValueError, "need 1-D offsets", lambda: bag(ids)),
@@ -336,6 +380,10 @@ def test_bad_input_is_refused_with_the_way_out():
         (ValueError, "k must be positive", lambda: layer.top_k(torch.zeros(1, 4), 0)),
         (ValueError, r"queries must be \[n, 4\]", lambda: layer.top_k(torch.zeros(1, 5), 1)),
         (ValueError, "excluded must rise from 0", lambda: layer.top_k(torch.zeros(1, 4), 1, (ids + 1, ids))),
+        (ValueError, "ascend, got 5 before 2", lambda: best_without(5, 2)),
+        (IndexError, r"excluded ids must lie in \[0, 8\), got 8", lambda: best_without(8)),
+        (IndexError, r"excluded ids must lie in \[0, 8\), got -1", lambda: best_without(-1, 3)),
+        (TypeError, r"offsets must be int32 or int64, got torch.float32", lambda: bag(ids, torch.zeros(1))),
         (ValueError, r"\(begin \[3\], ids", lambda: layer.top_k(torch.zeros(2, 4), 1, (torch.tensor([0, 2]), ids))),
         (ValueError, "beyond the 4 of the queries", lambda: ops.embedding_top_k(torch.zeros(1, 4), wide, 1)),
         (ValueError, "base must be", lambda: ops.embedding_top_k(torch.zeros(1, 4), short, 1)),

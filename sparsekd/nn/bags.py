@@ -46,6 +46,8 @@ def _bags(layer: Any, input: Tensor, offsets: Tensor | None) -> tuple[Tensor, Te
         raise ValueError(f"{kind}: ids must be [n] or [bags, length], got shape {tuple(input.shape)}")
     if offsets is None or offsets.dim() != 1 or (layer.include_last_offset and not offsets.shape[0]):
         raise ValueError(f"{kind}: ids of shape [n] need 1-D offsets, where each bag begins")
+    if offsets.is_floating_point():
+        raise TypeError(f"{kind}: offsets must be int32 or int64, got {offsets.dtype}; use .long()")
     offsets = offsets.long()
     if not layer.include_last_offset:
         offsets = torch.cat([offsets, offsets.new_tensor([input.shape[0]])])

@@ -132,20 +132,22 @@ class SparseEmbeddingBag(SparseTable):
         return f"{super().extra_repr()}, mode={self.mode!r}"
 
     def _maximum(self, ids: Tensor, offsets: Tensor, learns: Tensor | None, own: bool) -> Tensor:
-        """By torch's own bags over the rows that were looked up, the padding left out."""
-        if self.padding_idx is not None:
-            real = ids != self.padding_idx
-            before = torch.cat([real.new_zeros(1, dtype=torch.int64), real.long().cumsum(0)])
-            ids, offsets = ids[real], before[offsets]
-            learns = None if learns is None else learns[real]
+        """By torch's own bags over the rows that were looked up. Its padding_idx would fix their number in an export,
+        so the padding is what every other row exceeds."""
         if own:
-            rows = embedding_rows(ids, self.table, self.embedding_dim, None, learns, self.sparse)
+            rows = embedding_rows(ids, self.table, self.embedding_dim, self.padding_idx, learns, self.sparse)
         else:
-            rows = ops.embedding(ids, self.table, self.embedding_dim)
+            rows = ops.embedding(ids, self.table, self.embedding_dim, self.padding_idx)
         if not ids.shape[0]:
-            return rows.new_zeros(offsets.shape[0] - 1, self.embedding_dim)
+            return rows.new_zeros(offsets.shape[0] - 1, self.embedding_dim) + rows.sum()  # torch takes no 0 rows
         place = torch.arange(ids.shape[0], device=ids.device)
-        return F.embedding_bag(place, rows, offsets, mode="max", include_last_offset=True)
+        if self.padding_idx is None:
+            return F.embedding_bag(place, rows, offsets, mode="max", include_last_offset=True)
+        real = ids != self.padding_idx
+        rows = rows.masked_fill(~real[:, None], float("-inf"))
+        pooled = F.embedding_bag(place, rows, offsets, mode="max", include_last_offset=True)
+        before = torch.cat([real.new_zeros(1, dtype=torch.int64), real.long().cumsum(0)])[offsets]
+        return pooled.masked_fill((before[1:] == before[:-1])[:, None], 0)
 
     def _options(self) -> dict[str, Any]:
         return {**super()._options(), "mode": self.mode, "include_last_offset": self.include_last_offset}

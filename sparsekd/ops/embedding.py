@@ -227,7 +227,7 @@ def embedding_top_k_reference(
     queries: Tensor, values: Tensor, kept: Tensor, base: Tensor, counts: Tensor, k: int, begin: Tensor | None,
     excluded: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    check_excluded(begin, excluded)
+    check_excluded(begin, excluded, kept.shape[0])
     count = queries.shape[0]
     scores = queries.new_full((count, k), float("-inf"))
     ids = torch.full((count, k), -1, dtype=torch.int64, device=queries.device)
@@ -267,15 +267,26 @@ def check_offsets(offsets: Tensor, count: int, what: str = "embedding_bag: offse
         )
 
 
-def check_excluded(begin: Tensor | None, excluded: Tensor | None) -> None:
-    if begin is not None and excluded is not None:
-        check_offsets(begin, excluded.shape[0], "embedding_top_k: the begin of excluded")
+def check_excluded(begin: Tensor | None, excluded: Tensor | None, rows: int) -> None:
+    """Kernels pass through the ids of a query once, from the first to the last."""
+    if begin is None or excluded is None:
+        return
+    check_offsets(begin, excluded.shape[0], "embedding_top_k: the begin of excluded")
+    _check_range(excluded, rows, "embedding_top_k: excluded ids")
+    falls = excluded[1:] < excluded[:-1]
+    falls[begin[(begin > 0) & (begin < excluded.shape[0])] - 1] = False  # from one query to the next they may
+    if bool(falls.any()):
+        at = int(falls.nonzero()[0, 0])
+        raise ValueError(
+            f"sparsekd.embedding_top_k: the excluded ids of a query must ascend, got {int(excluded[at])} before "
+            f"{int(excluded[at + 1])}; sort them"
+        )
 
 
-def _check_range(ids: Tensor, rows: int) -> None:
+def _check_range(ids: Tensor, rows: int, what: str = "embedding: ids") -> None:
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= rows):
         outside = ids[(ids < 0) | (ids >= rows)].reshape(-1)[0]
-        raise IndexError(f"sparsekd.embedding: ids must lie in [0, {rows}), got {int(outside)}")
+        raise IndexError(f"sparsekd.{what} must lie in [0, {rows}), got {int(outside)}")
 
 
 def check_lookup(op: str, ids: Tensor, table: Table, dim: int, padding_idx: int | None) -> None:

@@ -53,7 +53,7 @@ def embedding_top_k_int8_reference(
     queries: Tensor, values: Tensor, row_scale: Tensor, kept: Tensor, base: Tensor, counts: Tensor, k: int,
     begin: Tensor | None, excluded: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    check_excluded(begin, excluded)
+    check_excluded(begin, excluded, kept.shape[0])
     every = torch.arange(kept.shape[0], device=kept.device)
     sizes = [unpack_mask(kept[rows], 64 * kept.shape[1]).sum(1) for rows in every.split(_PIECE)]
     exact = values.float() * row_scale.repeat_interleave(torch.cat(sizes))

@@ -226,7 +226,7 @@ def _top_k(
     from sparsekd.kernels import embedding
     from sparsekd.kernels import embedding_top_k as kernel
 
-    check_excluded(begin, excluded)
+    check_excluded(begin, excluded, table[2].shape[0])
     count, dim = queries.shape
     _check_dimensions(table[2], dim)
     if not count:
