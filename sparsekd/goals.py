@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ranks
+from . import pairs, ranks
 from .losses import at_least_float32, check_same_shape, kd_loss, kd_regression_loss
 from .modes import evaluation_mode
 
@@ -117,8 +117,8 @@ def predict(model: nn.Module, part: Batches, batch_size: int = 512) -> Tensor:
 
 def _predictions_and_targets(model: nn.Module, part: Batches, batch_size: int) -> tuple[Tensor, Tensor]:
     with evaluating(model):
-        pairs = [(model(*inputs), target) for inputs, target in part.batches(batch_size)]
-        predictions, targets = zip(*pairs, strict=True)
+        answers = [(model(*inputs), target) for inputs, target in part.batches(batch_size)]
+        predictions, targets = zip(*answers, strict=True)
         return torch.cat(predictions).float().cpu(), torch.cat(targets).cpu()
 
 
@@ -360,11 +360,8 @@ class Ranking(Goal):
             )
         if not len(part.users):
             raise ValueError("sparsekd.Ranking.scores: the part must hold out at least one pair, got none")
-        # A pair that is there twice is held out once. As rows of two, pairs would take longer to sort than
-        # everything else here.
-        held = torch.unique(part.users.cpu() * part.num_items + part.items.cpu())
-        held_items = held % part.num_items
-        users, counts = torch.unique_consecutive(held // part.num_items, return_counts=True)
+        held_users, held_items = pairs.once(part.users.cpu(), part.items.cpu(), part.num_items)
+        users, counts = torch.unique_consecutive(held_users, return_counts=True)
         offsets, seen_items = part.seen_offsets.cpu(), part.seen_items.cpu()
         sums = dict.fromkeys((metric.name for metric in self.metrics), 0.0)
         begin = 0

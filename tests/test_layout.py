@@ -18,6 +18,7 @@ FLOORS = [
         "broken_pipe",
         "kernels",
         "modes",
+        "pairs",
         "processor",
         "ranks",
         "timing",

@@ -147,6 +147,19 @@ def test_the_graph_is_no_part_of_a_state():
     }  # fmt: skip
 
 
+def test_lightgcn_takes_numbers_of_32_bits_and_refuses_other_rows():
+    users, items = torch.tensor([0, 2, 1]), torch.tensor([1, 0, 2])
+    sizes = {"users": 3, "items": 3}
+    graphs = [models.LightGCN(sizes, pair, 4).graph_weights for pair in ((users, items), (users.int(), items.int()))]
+    assert torch.equal(*graphs)
+    for error, message, pair in (
+        (ValueError, r"LightGCN: users must lie in 0\.\.2, got 0\.\.3", (torch.tensor([0, 3, 1]), items)),
+        (TypeError, "LightGCN: items must be integers", (users, items.float())),
+    ):
+        with pytest.raises(error, match=message):
+            models.LightGCN(sizes, pair, 4)
+
+
 def test_bad_options_of_lightgcn():
     with pytest.raises(ValueError, match="combine must be 'mean' or 'sum', got 'max'"):
         models.LightGCN(SIZES, PAIRS, combine="max")

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import pairs
+
 __all__ = ["Augmentation", "Batch", "Pairs", "Part", "Period", "Rows", "histories", "periods"]
 
 Batch = tuple[tuple[Tensor, ...], Tensor]  # (inputs of the network, target of the goal)
@@ -184,7 +186,7 @@ class Pairs:
     Batches are ((users [B], items [B], negatives [B, K]), an empty target [B, 0]). Negatives are drawn evenly from the
     items that the user has not seen: never an item of the history. Without a generator they are the same in every call.
 
-    users, items              int64 [N].
+    users, items              int64 [N]; other integers become so.
     num_items                 I; items count from 0.
     seen_offsets, seen_items  the train history of every user, in CSR form: user u has seen
                               seen_items[seen_offsets[u] : seen_offsets[u + 1]], each item once, in rising order. int64
@@ -205,24 +207,14 @@ class Pairs:
     item_ids: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        if self.users.shape != self.items.shape or self.users.dim() != 1:
-            raise ValueError(
-                f"sparsekd.data.Pairs: users and items must be two equally long vectors, "
-                f"got {tuple(self.users.shape)} and {tuple(self.items.shape)}"
-            )
         if self.negatives < 1:
             raise ValueError(f"sparsekd.data.Pairs: negatives must be at least 1, got {self.negatives}")
         num_users = len(self.seen_offsets) - 1
-        for name, values, end in (
-            ("users", self.users, num_users),
-            ("items", self.items, self.num_items),
-            ("seen_items", self.seen_items, self.num_items),
-        ):
-            if len(values) and not 0 <= int(values.min()) <= int(values.max()) < end:
-                raise ValueError(
-                    f"sparsekd.data.Pairs: {name} must lie in 0..{end - 1}, "
-                    f"got {int(values.min())}..{int(values.max())}; number them from 0"
-                )
+        users, items = pairs.checked("data.Pairs", self.users, self.items, num_users, self.num_items)
+        pairs.check_numbers("data.Pairs", "seen_items", self.seen_items, self.num_items)
+        as_int64 = {"users": users, "items": items, "seen_offsets": self.seen_offsets.long()}
+        for name, values in (as_int64 | {"seen_items": self.seen_items.long()}).items():
+            object.__setattr__(self, name, values)  # of a frozen dataclass
         self._check_histories()
 
     def _check_histories(self) -> None:
@@ -304,15 +296,9 @@ def histories(users: Tensor, items: Tensor, num_users: int, num_items: int) -> t
     >>> histories(torch.tensor([2, 0, 2, 2]), torch.tensor([5, 1, 3, 5]), num_users=3, num_items=6)
     (tensor([0, 1, 1, 3]), tensor([1, 3, 5]))
     """
-    for name, values, end in (("users", users, num_users), ("items", items, num_items)):
-        if len(values) and not 0 <= int(values.min()) <= int(values.max()) < end:
-            raise ValueError(
-                f"sparsekd.data.histories: {name} must lie in 0..{end - 1}, "
-                f"got {int(values.min())}..{int(values.max())}; number them from 0"
-            )
-    once = torch.unique(users * num_items + items)
-    counts = torch.bincount(once // num_items, minlength=num_users)
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), once % num_items
+    users, items = pairs.once(*pairs.checked("data.histories", users, items, num_users, num_items), num_items)
+    counts = torch.bincount(users, minlength=num_users)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), items
 
 
 @dataclass(frozen=True)

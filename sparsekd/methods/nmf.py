@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import pairs
+
 __all__ = ["nmf"]
 
 # To divide by at least. A row that no factor explains shrinks with every sweep, until its products with others are no
@@ -32,15 +34,19 @@ def nmf(
 
     sweeps  of updates, of W and then of H each.
     start   (W, H) to begin with instead of random ones of R's mean.
+
+    Raises ValueError for numbers out of range and no pairs at all, TypeError for numbers that are no integers.
     """
-    once = torch.unique(users.cpu() * num_items + items.cpu())
-    index = torch.stack([once // num_items, once % num_items])
-    ones = torch.ones(len(once))
+    users, items = pairs.checked("methods.nmf", users.cpu(), items.cpu(), num_users, num_items)
+    if not len(users):
+        raise ValueError("sparsekd.methods.nmf: expected who chose what, got no pairs; give those to learn from")
+    index = torch.stack(pairs.once(users, items, num_items))
+    ones = torch.ones(index.shape[1])
     by_user = torch.sparse_coo_tensor(index, ones, (num_users, num_items), is_coalesced=True, check_invariants=False)
     by_item = torch.sparse_coo_tensor(index.flip(0), ones, (num_items, num_users), check_invariants=False).coalesce()
     if start is None:
         generator = torch.Generator().manual_seed(seed)
-        scale = (len(once) / (num_users * num_items) / rank) ** 0.5
+        scale = (len(ones) / (num_users * num_items) / rank) ** 0.5
         w, h = (scale * torch.randn(rows, rank, generator=generator).abs() for rows in (num_users, num_items))
     else:
         w, h = (factor.float().clone() for factor in start)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import pairs
 from ..nn import SparseEmbedding
 
 __all__ = ["MF", "LightGCN", "NeuMF", "Recommender"]
@@ -236,8 +237,9 @@ def _weighted_sums(begin: Tensor, neighbours: Tensor, weights: Tensor, rows: Ten
 def _graph(users: Tensor, items: Tensor, num_users: int, num_items: int) -> tuple[Tensor, Tensor, Tensor]:
     """(begin [N + 1], neighbours, weights) in CSR form: 1 / sqrt(degree of both ends) for every pair, both ways."""
     size = num_users + num_items
-    once = torch.unique(users * num_items + items)
-    left, right = once // num_items, num_users + once % num_items
+    users, items = pairs.checked("models.LightGCN", users, items, num_users, num_items)
+    left, right = pairs.once(users, items, num_items)
+    right = right + num_users
     ends = torch.unique(torch.cat([left * size + right, right * size + left]))
     row, column = ends // size, ends % size
     degree = torch.bincount(row, minlength=size)

@@ -136,6 +136,22 @@ def test_histories_are_those_of_a_hand_made_log():
             histories(torch.tensor(users), torch.tensor(chosen), 4, 6)
 
 
+def test_numbers_of_32_bits_are_pairs_as_well():
+    """70 000 x 40 000 pairs have numbers that 32 bits do not hold."""
+    sizes, users = (70_000, 40_000), torch.tensor([69_000, 65_537, 69_000])
+    items = torch.tensor([39_000, 5, 7])
+    offsets, seen = histories(users.int(), items.int(), *sizes)
+    assert all(map(torch.equal, (offsets, seen), histories(users, items, *sizes)))
+    part = Pairs(users.int(), items.int(), 40_000, offsets.int(), seen.int(), 2000)
+    assert {part.users.dtype, part.items.dtype, part.seen_offsets.dtype, part.seen_items.dtype} == {torch.int64}
+    long = Pairs(users, items, 40_000, offsets, seen, 2000)
+    assert torch.equal(part.examples(3)[2], long.examples(3)[2])
+    with pytest.raises(TypeError, match=r"histories: users must be integers, got torch.float32; use .long\(\)"):
+        histories(users.float(), items, *sizes)
+    with pytest.raises(TypeError, match="Pairs: items must be integers"):
+        Pairs(users, items.double(), 40_000, offsets, seen)
+
+
 def test_negatives_are_never_of_the_history_and_all_others_are_drawn_alike():
     part = some_pairs(24_000, negatives=3)
     counts = torch.zeros(6, 9)
