@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .. import pairs
 from ..distill import Distiller, Plain
 from ..distributed import num_ranks, of_all_ranks
 from ..nn.embedding_table import SparseTable
@@ -61,7 +62,10 @@ class SparseRec(TableMethod):
         sample: share of the rows of a batch that get a gradient, drawn by importance without replacement; 1: all.
             A row is as important as it has interactions.
 
-    Raises ValueError for options out of range and a budget too small for one entry in every row.
+    A table that is frozen keeps its entries, and the row of a ``padding_idx`` stays zero.
+
+    Raises ValueError for options or interactions out of range, a budget too small for one entry in every row, tables of
+    a pair with other dimensions than each other, and a frozen one with init="nmf".
     """
 
     name: ClassVar[str] = "sparserec"
@@ -85,7 +89,9 @@ class SparseRec(TableMethod):
         seed: int = 0,
     ) -> None:
         super().__init__(distiller)
-        _check(interactions, steps, init, values, accumulate, every, exchanged, until, sample)
+        _check(interactions, steps, sweeps, init, values, accumulate, every, exchanged, until, sample)
+        if interactions is not None:
+            interactions = self._checked(interactions, init)
         self.steps, self.every, self.exchanged, self.until = steps, every, exchanged, until
         self.accumulate, self.sample, self.step = accumulate, sample, 0
         self._settings: dict[str, Any] = {"init": init, "sweeps": sweeps, "values": values, "seed": seed}
@@ -95,13 +101,13 @@ class SparseRec(TableMethod):
         if init == "nmf" and interactions is not None:
             self._start_from(interactions, sweeps, values, seed)
         elif self.budget != self.num_kept:
-            self.drop_to(self.budget, [torch.rand(table.values.shape) for table in self.tables])
+            self._resize()
         self._absent = [_Absent(table) for table in self.tables]
         self._importance = self._degrees(interactions) if sample < 1 and interactions is not None else None
         self._drawn: list[Tensor | None] = [None] * len(self.tables)  # of the lookup that is under way
         self._hooks: list[Any] = []
         for place, table in enumerate(self.tables):
-            self._hooks.append(table.register_forward_hook(partial(self._watch, place)))
+            self._hooks.append(table.register_forward_hook(partial(self._watch, place), with_kwargs=True))
             if self._importance is not None:
                 before = partial(self._sample, place)
                 self._hooks.append(table.register_forward_pre_hook(before, with_kwargs=True))
@@ -174,10 +180,36 @@ class SparseRec(TableMethod):
             sizes = users.num_embeddings, items.num_embeddings, users.embedding_dim
             factors += list(nmf(*interactions, *sizes, sweeps=sweeps, seed=seed + place))
         scores = [nn.functional.normalize(factor).to(self.tables[0].values.device) for factor in factors]
+        for table, score in zip(self.tables, scores, strict=True):
+            if table.padding_idx is not None:
+                score[table.padding_idx] = 0  # it learns nothing, so that one entry is enough
         for table, mask, score in zip(self.tables, largest(scores, self.budget), scores, strict=True):
             rekeep(table, pack_mask(mask), self.optimizers)
             start = score[mask] if values == "factors" else torch.randn(table.values.shape, generator=self._generator)
+            if table.padding_idx is not None:
+                start[mask.nonzero()[:, 0] == table.padding_idx] = 0
             table.values.copy_(START * start / start.square().mean().sqrt())
+
+    @torch.no_grad()
+    def _resize(self) -> None:
+        """Drop entries by chance down to the budget, or let absent ones come by chance, as zeros."""
+        scores = []
+        for table in self.tables:
+            mask = table.mask()
+            scores.append(torch.rand(mask.shape).to(mask.device) + mask)
+        for table, mask in zip(self.tables, largest(scores, self.budget), strict=True):
+            rekeep(table, pack_mask(mask), self.optimizers)
+
+    def _checked(self, interactions: tuple[Tensor, Tensor], init: str) -> tuple[Tensor, Tensor]:
+        for users, items in self.pairs:
+            sizes = users.num_embeddings, items.num_embeddings
+            interactions = pairs.checked("methods.SparseRec", *interactions, *sizes)
+        if init == "nmf" and not all(table.values.requires_grad for table in self.tables):
+            raise ValueError(
+                "SparseRec: init='nmf' gives every table new entries, and one is frozen; give init='random', which "
+                "leaves it as it is"
+            )
+        return interactions
 
     def _degrees(self, interactions: tuple[Tensor, Tensor]) -> list[Tensor]:
         """How often each row of each table is in the interactions; at least once, so that all can be drawn."""
@@ -191,24 +223,29 @@ class SparseRec(TableMethod):
         """Say which ids of a lookup are to have a gradient."""
         if not table.training or not torch.is_grad_enabled():
             return None
-        rows, of_row = torch.unique(args[0], return_inverse=True)
+        rows, of_row = torch.unique(_ids_of(args, kwargs), return_inverse=True)
         drawn = self._draw(place, rows)
         self._drawn[place] = drawn
         return args, {**kwargs, "learns": drawn[of_row]}
 
-    def _watch(self, place: int, table: nn.Module, args: tuple, rows: Tensor) -> None:
+    def _watch(self, place: int, table: nn.Module, args: tuple, kwargs: dict[str, Any], rows: Tensor) -> None:
         """See the gradient of the rows that a table has given out."""
         if table.training and rows.requires_grad and self._sums_now():
-            rows.register_hook(partial(self._sum_up, place, args[0].reshape(-1), self._drawn[place]))
+            ids = _ids_of(args, kwargs).reshape(-1)
+            rows.register_hook(partial(self._sum_up, place, ids, self._drawn[place]))
 
     @torch.no_grad()
     def _sum_up(self, place: int, ids: Tensor, drawn: Tensor | None, grad: Tensor) -> None:
-        """Add what the entries that are absent would have learnt, of rows in the sample."""
+        """Add what the entries that are absent would have learnt, of rows in the sample; nothing of a batch whose
+        gradient overflows, which a scaled loss skips."""
         flat = grad.reshape(-1, grad.shape[-1])
         rows, of_row = torch.unique(ids, return_inverse=True)
         sums = flat.new_zeros(len(rows), flat.shape[1]).index_add_(0, of_row, flat)
         if drawn is not None:
             rows, sums = rows[drawn], sums[drawn]
+        if (padding := self.tables[place].padding_idx) is not None:
+            sums = sums.masked_fill((rows == padding)[:, None], 0)
+        sums = torch.where(torch.isfinite(sums).all(), sums, 0)
         self._absent[place].add(self.tables[place], rows, sums, self.accumulate == "absolute")
 
     def _sums_now(self) -> bool:
@@ -234,6 +271,10 @@ class SparseRec(TableMethod):
         worth, where = zip(*(absent.candidates(table) for absent, table in self._counted()), strict=True)
         worths = torch.cat(worth)
         weakest = torch.cat([_magnitudes(table) for table in self.tables])
+        if bool(weakest.isnan().any()):
+            raise ValueError(
+                "SparseRec: expected finite values in the tables, got NaN; load a checkpoint from before the divergence"
+            )
         moves = min(moves, len(worths), int(weakest.isfinite().sum()))
         stays = torch.ones_like(weakest, dtype=torch.bool)
         stays[weakest.topk(moves, largest=False).indices] = False
@@ -308,14 +349,21 @@ class _Absent:
         self._slot_of[self.rows] = slots
 
 
+def _ids_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["input"]
+
+
 def _magnitudes(table: SparseTable) -> Tensor:
-    """Of every entry; infinity for the largest of every row, which stays."""
+    """Of every entry; infinity for what stays: the largest of every row, and all of a table that is frozen."""
+    if not table.values.requires_grad:
+        return torch.full_like(table.values.detach(), float("inf"), dtype=torch.float32)
     return torch.ops.sparsekd.embedding_magnitudes(table.values.detach(), *table.table[1:])
 
 
 def _check(
     interactions: Sequence[Tensor] | None,
     steps: int,
+    sweeps: int,
     init: str,
     values: str,
     accumulate: str,
@@ -331,7 +379,7 @@ def _check(
     ):
         if value not in choices:
             raise ValueError(f"SparseRec: {name} must be one of {', '.join(choices)}, got {value!r}")
-    for name, number in (("steps", steps), ("every", every)):
+    for name, number in (("steps", steps), ("sweeps", sweeps), ("every", every)):
         if number < 1:
             raise ValueError(f"SparseRec: {name} must be at least 1, got {number}")
     if not 0 <= exchanged < 1 or not 0 <= until <= 1 or not 0 < sample <= 1:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..distill import Distiller, Plain
+from ..nn import SparseEmbedding
 from ..nn.embedding_table import SparseTable
 from ..ops.embedding import pack_mask
 from ..pruning.entries import rekeep
@@ -23,15 +24,33 @@ from .base import Method, PruneEvent
 __all__ = ["TableMethod", "budget_of_bytes", "bytes_of", "largest", "tables_of"]
 
 
-def tables_of(model: Any) -> tuple[tuple[SparseTable, SparseTable], ...]:
-    """The (users, items) pairs of a recommender.  TypeError where it has none, or dense ones."""
+def tables_of(model: Any) -> tuple[tuple[SparseEmbedding, SparseEmbedding], ...]:
+    """The (users, items) pairs of a recommender.  TypeError where it has none, or others; ValueError where the two of a
+    pair have other dimensions, or one table stands in two places."""
     pairs = getattr(model, "tables", None)
-    if not pairs or any(not isinstance(table, SparseTable) for pair in pairs for table in pair):
+    if not pairs or not all(map(_is_pair, pairs)):
         raise TypeError(
-            f"sparsekd.methods: {type(model).__name__} must have `tables`, pairs (users, items) of SparseEmbedding; "
-            "make a recommender with density=, or convert its tables with SparseEmbedding.from_dense"
+            f"sparsekd.methods: {type(model).__name__} must have `tables`, pairs (users, items) of SparseEmbedding as "
+            "in ((users, items),); make a recommender with density=, or convert its tables with "
+            "SparseEmbedding.from_dense"
+        )
+    for users, items in pairs:
+        if users.embedding_dim != items.embedding_dim:
+            raise ValueError(
+                f"sparsekd.methods: the tables of a pair in {type(model).__name__}.tables must have as many dimensions "
+                f"as each other, got {users.embedding_dim} and {items.embedding_dim}"
+            )
+    tables = [table for pair in pairs for table in pair]
+    if len(set(map(id, tables))) < len(tables):
+        raise ValueError(
+            f"sparsekd.methods: {type(model).__name__}.tables names one table in two places, and its entries would be "
+            "counted twice; give each table once, in one pair"
         )
     return tuple(tuple(pair) for pair in pairs)
+
+
+def _is_pair(pair: Any) -> bool:
+    return isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(t, SparseEmbedding) for t in pair)
 
 
 def bytes_of(tables: Sequence[SparseTable]) -> int:
@@ -59,7 +78,9 @@ def largest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     for mask, score in zip(masks, scores, strict=True):
         mask.scatter_(1, score.argmax(1, keepdim=True), True)
     rest = count - sum(mask.shape[0] for mask in masks)
-    flat = torch.cat([score.masked_fill(mask, -1).flatten() for mask, score in zip(masks, scores, strict=True)])
+    flat = torch.cat(
+        [score.masked_fill(mask, float("-inf")).flatten() for mask, score in zip(masks, scores, strict=True)]
+    )
     chosen = torch.zeros_like(flat, dtype=torch.bool)
     chosen[flat.topk(rest).indices] = True
     parts = chosen.split([score.numel() for score in scores])

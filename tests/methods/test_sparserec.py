@@ -14,6 +14,7 @@ from sparsekd.goals import Ranking
 from sparsekd.methods import SparseRec
 from sparsekd.methods.nmf import _update, nmf
 from sparsekd.methods.tables import bytes_of, largest
+from sparsekd.nn import SparseEmbedding, SparseEmbeddingBag
 
 from .made_up import CHOSEN, PART, SIZES, epoch, learner
 
@@ -241,3 +242,110 @@ def test_rows_that_no_factor_explains_stay_finite():
     assert factor.isfinite().all()
     apart = torch.arange(40)  # every pair stands alone
     assert all(one.isfinite().all() for one in nmf(apart, apart, 40, 40, 4, sweeps=300))
+
+
+def test_the_padding_row_stays_zero_and_small():
+    """It learns nothing: neither the factorisation nor gradients of its places in a batch give it entries."""
+
+    class Padded(models.MF):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.items = SparseEmbedding(30, 8, padding_idx=0, density=0.25)
+
+    for values in ("factors", "normal"):
+        model, method, optimizer = sparserec(kind=Padded, values=values, every=2)
+        none = torch.zeros(1, dtype=torch.int64)
+        for number in range(4):
+            epoch(method, optimizer, number, after=lambda: None)
+        assert not model.items(none).any() and int(model.items.mask()[0].sum()) == 1
+        assert bool(model.items(torch.arange(1, 30)).any(1).all())
+
+
+def test_a_frozen_table_keeps_its_entries():
+    model, method, optimizer = sparserec(init="random", every=2)
+    model.items.values.requires_grad_(False)
+    before, users = model.items.to_dense().weight.clone(), model.users.kept.clone()
+    epoch(method, optimizer, 0)
+    assert torch.equal(model.items.to_dense().weight, before)
+    assert method.num_kept == method.budget and not torch.equal(model.users.kept, users)
+    with pytest.raises(ValueError, match="one is frozen; give init='random'"):
+        SparseRec(method.distiller, CHOSEN, steps=5)
+
+
+@pytest.mark.parametrize("broken", [float("inf"), float("nan")])
+def test_a_batch_that_overflows_has_no_say_in_what_grows(broken):
+    """A scaled loss skips its step; the sums of the others decide."""
+    kept = []
+    for scale in (0.0, broken):
+        _, method, optimizer = sparserec(every=2)
+        for number, factor in enumerate((scale, 1.0)):
+            inputs, target = next(iter(PART.batches(16, torch.Generator().manual_seed(number))))
+            optimizer.zero_grad()
+            (method.loss(inputs, target).total * factor).backward()
+            if number:
+                optimizer.step()
+            method.after_step()
+        kept.append([table.kept for table in method.tables])
+    assert all(map(torch.equal, *kept))
+
+
+def test_values_that_are_lost_are_refused_at_the_exchange():
+    model, method, optimizer = sparserec(every=1)
+    with torch.no_grad():
+        model.items.values.fill_(float("nan"))
+    with pytest.raises(ValueError, match="got NaN; load a checkpoint from before"):
+        epoch(method, optimizer, 0)
+
+
+@pytest.mark.parametrize("density", [0.15, 0.6])
+def test_a_random_start_takes_any_budget(density):
+    _, method, optimizer = sparserec(init="random", density=density)
+    assert method.num_kept == method.budget == round(density * 54 * 8)
+    epoch(method, optimizer, 0)
+    assert method.num_kept == method.budget
+
+
+def test_ids_may_be_given_by_name():
+    class Named(models.MF):
+        def forward(self, users, items, negatives):
+            mine = self.users(input=users)
+            others = self.items(input=negatives) @ mine[:, :, None]
+            return (mine * self.items(input=items)).sum(1), others.squeeze(2)
+
+    for sample in (1.0, 0.5):
+        _, method, optimizer = sparserec(kind=Named, sample=sample)
+        epoch(method, optimizer, 0)
+
+
+class _Tables(torch.nn.Module):
+    def __init__(self, tables):
+        super().__init__()
+        self.tables = tables
+
+
+def test_tables_that_are_no_pairs_are_refused():
+    one, two = SparseEmbedding(24, 8, density=0.5), SparseEmbedding(30, 8, density=0.5)
+    other, bag = SparseEmbedding(30, 4, density=0.5), SparseEmbeddingBag(30, 8, density=0.5)
+    for error, message, tables in (
+        (TypeError, r"pairs \(users, items\) of SparseEmbedding", (one, two)),
+        (TypeError, r"pairs \(users, items\) of SparseEmbedding", ((one,),)),
+        (TypeError, r"pairs \(users, items\) of SparseEmbedding", ((one, bag),)),
+        (ValueError, "as many dimensions as each other, got 8 and 4", ((one, other),)),
+        (ValueError, "one table in two places", ((one, one),)),
+        (ValueError, "one table in two places", ((one, two), (one, two))),
+    ):
+        with pytest.raises(error, match=message):
+            SparseRec(Plain(_Tables(tables), Ranking()), CHOSEN, steps=5)
+
+
+def test_interactions_that_name_other_rows_are_refused():
+    users, items = CHOSEN
+    for error, message, chosen in (
+        (ValueError, r"items must lie in 0\.\.29, got 0\.\.30", (users, torch.cat([items[1:], torch.tensor([30])]))),
+        (ValueError, r"users must lie in 0\.\.23", (items, users)),
+        (ValueError, "two equally long vectors", (users, items[1:])),
+        (TypeError, "items must be integers, got torch.float32", (users, items.float())),
+        (ValueError, "got no pairs", (users[:0], items[:0])),
+    ):
+        with pytest.raises(error, match=message):
+            sparserec(interactions=chosen)
