@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -59,7 +60,8 @@ def save(model: Recommender, task: Task[Pairs], path: str | os.PathLike[str]) ->
     """Write what serving needs of a model whose score is a product of rows: `MF`, or `LightGCN` with the rows that it
     propagated, which are dense.
 
-    Raises TypeError for other models, ValueError where the task does not know the ids of its users and items.
+    Raises TypeError for other models, and those that score in a way of their own; ValueError where the task does not
+    know the ids of its users and items, or the model is of other sizes or not finite.
     """
     train, test = task.train, task.test
     if train.user_ids is None or train.item_ids is None:
@@ -67,6 +69,7 @@ def save(model: Recommender, task: Task[Pairs], path: str | os.PathLike[str]) ->
             "sparsekd.recommend.save: the task must know the ids of users and items; data.load('rankings') does"
         )
     tables = dict(zip(("users", "items"), _packed(model), strict=True))
+    _check_are_of_task(tables, train)
     tensors = {
         f"{side}.{name}": part for side, table in tables.items() for name, part in zip(_TABLE, table.table, strict=True)
     }
@@ -135,8 +138,9 @@ class Served:
     def best(self, user: str | int, top: int = 20) -> Answer:
         """The best `top` items for the user of this id, as the source of the data writes it; fewer where there are no
         more that the user has not chosen."""
-        if top < 1:
-            raise ValueError(f"sparsekd recommend: top must be at least 1, got {top}")
+        if top < 1 or top != int(top):
+            raise ValueError(f"sparsekd recommend: top must be a whole number from 1 on, got {top}")
+        top = min(int(top), self.num_items)
         number = self._users.number(user)
         if number is None:
             return self._popular(top, set(), NOT_KNOWN)
@@ -199,17 +203,34 @@ def _of_ids(known: np.ndarray) -> dict[str, Tensor]:
     return {"ids": torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8), "ends": ends}
 
 
+def _check_are_of_task(tables: Mapping[str, SparseEmbedding], train: Pairs) -> None:
+    wanted = {"users": len(train.seen_offsets) - 1, "items": train.num_items}
+    for side, table in tables.items():
+        if table.num_embeddings != wanted[side]:
+            raise ValueError(
+                f"sparsekd.recommend.save: the task has {wanted[side]} {side}, and the model must have a row for each, "
+                f"got {table.num_embeddings}; give the task that it was made for"
+            )
+        if not bool(torch.isfinite(table.values).all()):
+            raise ValueError(
+                f"sparsekd.recommend.save: the rows of {side} must be finite, got NaN or infinity; load a checkpoint "
+                "from before the divergence"
+            )
+
+
 def _packed(model: Recommender) -> list[SparseEmbedding]:
+    kind = next((kind for kind in (MF, LightGCN) if isinstance(model, kind)), None)
+    if kind is None or type(model).score_items is not kind.score_items:
+        own = "" if kind is None else " with a score_items of its own"
+        raise TypeError(
+            "sparsekd.recommend.save: expected a model whose score is a product of rows, MF or LightGCN, got "
+            f"{type(model).__name__}{own}; serve it from Python, by its score_items"
+        )
     if isinstance(model, LightGCN):
         with torch.no_grad():
             rows = model.propagated()
         sides = rows.split([model.num_users, model.num_items])
         return [SparseEmbedding.from_dense(nn.Embedding.from_pretrained(side.cpu())) for side in sides]
-    if not isinstance(model, MF):
-        raise TypeError(
-            f"sparsekd.recommend.save: expected a model whose score is a product of rows, MF or LightGCN, got "
-            f"{type(model).__name__}; serve it from Python, by its score_items"
-        )
     sides = model.tables[0]
     return [side if isinstance(side, SparseEmbedding) else SparseEmbedding.from_dense(side.cpu()) for side in sides]
 

@@ -115,8 +115,36 @@ def test_what_cannot_be_served_is_refused(tmp_path):
     with pytest.raises(TypeError, match="expected a model whose score is a product of rows"):
         recommend.save(models.NeuMF(SIZES, 6), task(), tmp_path / "file")
     recommend.save(made(), task(), tmp_path / "file")
-    with pytest.raises(ValueError, match="top must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="top must be a whole number from 1 on, got 0"):
         recommend.Served(tmp_path / "file").best("ann", 0)
+    with pytest.raises(ValueError, match=r"whole number from 1 on, got 2\.5"):
+        recommend.Served(tmp_path / "file").best("ann", 2.5)
+
+
+class _Biased(models.MF):
+    def score_items(self, users):
+        return super().score_items(users) + torch.arange(8)
+
+
+def test_a_score_of_its_own_other_sizes_and_nan_are_refused(tmp_path):
+    lost = made()
+    with torch.no_grad():
+        lost.items.values[3] = float("nan")
+    for error, message, model in (
+        (TypeError, "got _Biased with a score_items of its own", _Biased(SIZES, 6)),
+        (ValueError, "the task has 5 users, .* got 8", models.MF({"users": 8, "items": 5}, 6)),
+        (ValueError, "the task has 8 items, .* got 9", models.MF({"users": 5, "items": 9}, 6)),
+        (ValueError, "rows of items must be finite", lost),
+    ):
+        with pytest.raises(error, match=message):
+            recommend.save(model, task(), tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_than_there_are_takes_no_memory_for_them(tmp_path):
+    recommend.save(made(), task(), tmp_path / "file")
+    served = recommend.Served(tmp_path / "file")
+    assert served.best("ann", 10**12) == served.best("ann", 8)
 
 
 def test_the_command(tmp_path, capsys):
