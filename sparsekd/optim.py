@@ -210,14 +210,17 @@ class SparseAdam(SparseOptimizer):
 
 
 def _tables_of(tables: Tables) -> list[SparseTable]:
-    modules = tables.modules() if isinstance(tables, nn.Module) else tables
+    modules = tables.modules() if isinstance(tables, nn.Module) else list(tables)
     found: list[SparseTable] = []
     for module in modules:
         if isinstance(module, SparseTable) and module.sparse:
             found.append(module)
         elif not isinstance(tables, nn.Module):
+            got = type(module).__name__
+            got += " with sparse=False" if isinstance(module, SparseTable) else ""
             raise TypeError(
-                f"sparsekd.optim: expected SparseEmbedding or SparseEmbeddingBag with sparse=True, got {module!r}"
+                "sparsekd.optim: expected a model, or a list of its SparseEmbedding and SparseEmbeddingBag with "
+                f"sparse=True, whose state lies as their entries do, got {got} in the list; pass the model itself"
             )
     return found
 
