@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,7 +26,7 @@ from . import sources
 
 __all__ = ["COLUMNS", "Interactions", "Source", "read"]
 
-# What a column may be called where the caller does not say it.
+# What a column may be called where the caller does not say it, in small letters or capitals.
 COLUMNS = {
     "user": ("user", "user_id", "userId", "userID", "uid", "visitor", "customer_id", "Customer ID"),
     "item": (
@@ -48,6 +48,8 @@ _NEEDED = ("user", "item")
 _PACKED = (".xz", ".gz")
 _MOVIELENS = {"ratings.dat": "::", "u.data": "\t", "ratings.csv": ","}  # what is between two fields
 _WITHOUT_HEADINGS = {"ratings.dat", "u.data"}
+_FEW_NUMBERS = 1_000_000  # every number up to the largest gets a row; so many may be there for any data
+_GAPS = 10  # and as many for each pair
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Source:
     parts    "train", "val" and "test" where it is split, "all" where it is not.
     kind     of the files, in words.
     numbered whether ids are numbers from 0 that must stay as they are, as in the splits that papers publish.
-    likes    the rating from which such files are usually taken to mean "likes"; None where there are no ratings.
+    likes    the rating from which such files are usually taken to mean "likes"; None where there are no ratings, or no
+             scale that is known.
     sha256   of every file.
     """
 
@@ -138,13 +141,27 @@ class _Files:
 def _lightgcn(by_name: Mapping[str, Path], columns: Mapping[str, str]) -> Source | None:
     if not {"train.txt", "test.txt"} <= set(by_name):
         return None
-    files, parts = _Files(), {}
+    files, parts, paths = _Files(), {}, {}
     for part, names in (("train", ("train.txt",)), ("val", ("valid.txt", "val.txt")), ("test", ("test.txt",))):
         for name in names:
             if name in by_name and part not in parts:
-                path = by_name[name]
+                paths[part] = path = by_name[name]
                 parts[part] = _lines_of_items(path.name, sources.text(path.name, files.bytes(path)))
+    most = _FEW_NUMBERS + _GAPS * sum(map(len, parts.values()))
+    for part, log in parts.items():
+        _check_numbers(paths[part].name, log, most)
     return Source(parts, "LightGCN text", numbered=True, sha256=files.sha256)
+
+
+def _check_numbers(name: str, log: Interactions, most: int) -> None:
+    """Far too few pairs for the numbers that they have: ids that were never numbered."""
+    for what, numbers in (("user", log.users), ("item", log.items)):
+        if len(log) and numbers.max() >= most:
+            raise ValueError(
+                f"sparsekd.data: {name}: users and items must be numbered from 0, with so few pairs below {most:,}, "
+                f"got {what} {numbers.max()}; number them anew, or give a table (*.csv) with columns user and item, "
+                "whose ids may be any"
+            )
 
 
 def _lines_of_items(name: str, text: str) -> Interactions:
@@ -217,7 +234,11 @@ def _table(by_name: Mapping[str, Path], columns: Mapping[str, str]) -> Source | 
     named = [path for path in tables if _plain(path) in ("ratings.csv", "interactions.csv")]
     if len(named) != 1 and len(tables) > 1:
         names = ", ".join(path.name for path in tables)
-        raise ValueError(f"sparsekd.data: several tables, {names}; give the path of the one with the interactions")
+        raise ValueError(
+            f"sparsekd.data: several tables, {names}; give the path of the one with the interactions. Parts are read "
+            "from RecBole atomic files (NAME.train.inter, NAME.valid.inter, NAME.test.inter: tables with tabs and "
+            "headings such as user_id:token) and LightGCN text (train.txt, valid.txt, test.txt)"
+        )
     if not tables:
         return None
     path, files = (named or tables)[0], _Files()
@@ -231,15 +252,17 @@ def _table(by_name: Mapping[str, Path], columns: Mapping[str, str]) -> Source | 
 
 def _named(name: str, data: bytes, columns: Mapping[str, str], delimiters: str, ends: str = "") -> Interactions:
     """A table with a header; a heading ends where `ends` begins, as in user_id:token."""
-    header, newline, rest = data.partition(b"\n")
-    titles = sources.text(name, header).rstrip("\r")
+    header, *rest = re.split(rb"\r\n|\r|\n", data, maxsplit=1)  # \r alone: old Mac files
+    titles = sources.text(name, header)
     delimiter = max(delimiters, key=titles.count)
-    headings = [title.strip('"') for title in titles.split(delimiter)]
+    written = titles.split(delimiter)
+    headings = [title.strip().strip('"').strip() for title in written]
     if ends:
         headings = [heading.partition(ends)[0] for heading in headings]
     found = _found(name, headings, columns)
-    plain = delimiter.join(headings).encode() + newline + rest
-    table = sources.table(name, plain, list(found.values()), delimiter)
+    plain = b"\n".join([delimiter.join(headings).encode(), *rest])
+    padded = any(title != title.strip() for title in written)  # "user, item": so are the fields below
+    table = sources.table(name, plain, list(found.values()), delimiter, padded)
     return _columns(name, *(table[found[what]] if what in found else () for what in COLUMNS))
 
 
@@ -259,18 +282,34 @@ def _parquet(path: Path, files: _Files, columns: Mapping[str, str]) -> Interacti
         raise ValueError(f"sparsekd.data: {path.name} is no Parquet file, or cut short ({error})") from error
     if not table.num_rows:
         raise ValueError(f"sparsekd.data: {path.name} has no rows; fetch the file again")
-    values = {what: table.column(title).to_pylist() for what, title in found.items()}
-    for what, column in values.items():
-        if None in column:
-            row = column.index(None) + 1
-            raise ValueError(f"sparsekd.data: {path.name} row {row}: {found[what]} is empty; fill it or leave it out")
-    texts = {what: [_text(value) for value in column] for what, column in values.items()}
+    texts = {what: _texts(path.name, title, table.column(title)) for what, title in found.items()}
     return _columns(path.name, *(texts.get(what, ()) for what in COLUMNS))
 
 
-def _text(value: Any) -> str:
-    """Times come as dates from Parquet: seconds since 1970 then."""
-    return str(value.timestamp()) if hasattr(value, "timestamp") else str(value)
+def _texts(name: str, title: str, column: Any) -> list[str]:
+    """A column of Parquet: moments in seconds since 1970, without a zone in UTC; 3.0, as pandas has whole numbers of a
+    column with gaps, as 3."""
+    import pyarrow
+
+    kind = column.type
+    moments = pyarrow.types.is_timestamp(kind)
+    if pyarrow.types.is_nested(kind):
+        raise ValueError(f"sparsekd.data: {name}: {title} must hold one value a row, got {kind}; write a row for each")
+    if moments:  # as whole microseconds: Python's own have no nanoseconds
+        column = column.cast(pyarrow.timestamp("us", kind.tz), safe=False).cast(pyarrow.int64())
+    try:
+        values: list[Any] = [value.decode() if isinstance(value, bytes) else value for value in column.to_pylist()]
+    except (ValueError, OverflowError) as error:
+        raise ValueError(
+            f"sparsekd.data: {name}: {title} must hold UTF-8 text, numbers or dates, got {kind} ({error}); write it "
+            "as one of these"
+        ) from error
+    empty = next((row for row, value in enumerate(values, 1) if value is None or value != value), None)
+    if empty is not None:  # None or NaN, which does not equal itself
+        raise ValueError(f"sparsekd.data: {name} row {empty}: {title} is empty; fill it or leave it out")
+    if moments:
+        values = [value / 1e6 for value in values]
+    return [str(int(value) if isinstance(value, float) and value.is_integer() else value) for value in values]
 
 
 def _found(name: str, headings: Sequence[str], columns: Mapping[str, str]) -> dict[str, str]:
@@ -278,7 +317,7 @@ def _found(name: str, headings: Sequence[str], columns: Mapping[str, str]) -> di
     found = {}
     for what, usual in COLUMNS.items():
         wanted = (columns[what],) if what in columns else usual
-        title = next((title for title in wanted if title in headings), None)
+        title = _heading(headings, wanted, (str, str.strip) if what in columns else (str, str.strip, _small))
         if title is not None:
             found[what] = title
         elif what in columns or what in _NEEDED:
@@ -288,6 +327,20 @@ def _found(name: str, headings: Sequence[str], columns: Mapping[str, str]) -> di
                 f"--{what}"
             )
     return found
+
+
+def _heading(headings: Sequence[str], wanted: Sequence[str], ways: Sequence[Callable[[str], str]]) -> str | None:
+    """The heading that is one of `wanted`, by the first of the `ways` to write both in which one is."""
+    for way in ways:
+        written = {way(heading): heading for heading in reversed(headings)}
+        for title in wanted:
+            if way(title) in written:
+                return written[way(title)]
+    return None
+
+
+def _small(title: str) -> str:
+    return title.strip().casefold()
 
 
 def _fields(name: str, data: bytes, delimiter: str | None, count: int) -> list[list[str]]:
@@ -353,9 +406,13 @@ def _date(name: str, row: int, text: str) -> float:
 
 
 def _likes(parts: Mapping[str, Interactions]) -> float | None:
-    """Four of five stars and seven of ten are liked, by the largest rating there is."""
-    ratings = [log.ratings for log in parts.values()]
-    if any(column is None for column in ratings):
+    """By the largest rating there is, four of five stars and seven of ten are liked, and of 0 and 1, or -1 and 1, the
+    ones.  None for any other numbers, such as counts of plays, and where all are alike 1."""
+    known = [log.ratings for log in parts.values() if log.ratings is not None]
+    if len(known) < len(parts):
         return None
-    most = max(float(column.max()) for column in ratings if column is not None)
+    ratings = np.concatenate(known)
+    most = ratings.max()
+    if most == 1:
+        return 1.0 if ratings.min() < 1 and np.isin(ratings, (-1, 0, 1)).all() else None
     return 7.0 if 5 < most <= 10 else 4.0 if 1 < most <= 5 else None

@@ -56,7 +56,8 @@ def load(
     Args:
         root: a folder, or one file.
         columns: names of the columns of a table, where they are not usual ones: user, item, rating, time.
-        min_rating: ratings from it on count as chosen; None: 4 of 5 stars, 7 of 10; 0 takes all.
+        min_rating: ratings from it on count as chosen; 0 takes all but negative ones. None: 4 on a scale up to 5, 7 on
+            one up to 10, 1 of 0 and 1 or of -1 and 1; other numbers, such as counts of plays, all count.
         negatives: items a user has not seen, drawn for each pair in training.
         seed: of the split, where the data has neither parts nor times.
         most_items: only so many items, those chosen most often; None: all.
@@ -79,6 +80,9 @@ def load(
     rated_pairs = _count(kept)
     if most_items is not None:
         kept = _of_top_items(kept, most_items)
+    if not _count(kept):
+        cut = f"lower min_rating (--min-rating): {below:,} pairs are rated below {least:g}; or " if below else ""
+        raise ValueError(f"sparsekd.data: no interaction is left; {cut}take another file")
     numbered, user_ids, item_ids = _numbered(kept, source.numbered and most_items is None)
     counts: dict[str, Any] = {
         "below_the_rating": below,
@@ -88,7 +92,7 @@ def load(
     coded, split = _split(kept, numbered, len(item_ids), seed)
     parts, left_out = _cleaned(coded, len(user_ids), len(item_ids))
     counts |= left_out
-    _check_not_empty(name, parts)
+    _check_not_empty(name, parts, f"; {below:,} pairs rated below {least:g} do not count" if below else "")
     if validation == LEARNT:
         split += "; train has the pairs of validation, too"
     rated = "" if least is None else f"ratings of {least:g} and more; "
@@ -136,8 +140,6 @@ def _numbered(parts: Mapping[str, Interactions], as_they_are: bool) -> tuple[_Pa
     ids = []
     for column in ("users", "items"):
         values = np.concatenate([getattr(log, column) for log in parts.values()])
-        if not len(values):
-            raise ValueError("sparsekd.data: no interaction is left; lower min_rating or take another file")
         ids.append(np.arange(int(values.max()) + 1) if as_they_are else np.unique(values))
     users, items = ids
     numbered = {
@@ -227,12 +229,13 @@ def _cleaned(coded: Mapping[str, Tensor], num_users: int, num_items: int) -> tup
     }
 
 
-def _check_not_empty(name: str, parts: _Parts) -> None:
+def _check_not_empty(name: str, parts: _Parts, cut: str) -> None:
     for part, (users, _) in parts.items():
         if not len(users):
             raise ValueError(
                 f"sparsekd.data: no pair is left in the {part} part of {name}: a user needs {SHORTEST} of them to give "
-                "any away; take more data, lower min_rating, or split it into train.txt, valid.txt and test.txt"
+                f"any away{cut}; take more data, lower min_rating (--min-rating), or split it into train.txt, "
+                "valid.txt and test.txt"
             )
 
 

@@ -81,22 +81,33 @@ def unzip(name: str, data: bytes, members: Sequence[str]) -> dict[str, bytes]:
 
 
 def text(name: str, data: bytes) -> str:
-    """Decode UTF-8; ValueError names the file and the byte where it is something else."""
+    """Decode UTF-8; ValueError names the file and the line where it is something else."""
+    bad = data.find(b"\0")  # English in UTF-16 is UTF-8 with zeros
     try:
-        return data.decode("utf-8-sig")
+        content = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"sparsekd.data: {name} is not UTF-8 (byte {error.start}); fetch the file again") from error
+        bad = error.start if bad < 0 else min(bad, error.start)
+    if bad >= 0:
+        line = data.count(b"\n", 0, bad) + 1
+        raise ValueError(
+            f"sparsekd.data: {name} is not UTF-8 (line {line}); save it as UTF-8, or, where it is cut short, fetch it "
+            "again"
+        )
+    return content
 
 
-def table(name: str, data: bytes, columns: Sequence[str], delimiters: str = ",") -> dict[str, list[str]]:
+def table(
+    name: str, data: bytes, columns: Sequence[str], delimiters: str = ",", padded: bool = False
+) -> dict[str, list[str]]:
     """The named columns of a CSV file with a header line, as lists of strings.
 
-    The delimiter is the one of `delimiters` that splits the header line into most fields. ValueError names missing
-    columns, or the first line with the wrong number of fields, or says that there are no rows.
+    The delimiter is the one of `delimiters` that splits the header line into most fields; `padded` fields lose the
+    blanks around them. ValueError names missing columns, or the first line with the wrong number of fields, or says
+    that there are no rows.
     """
     content = text(name, data)
     delimiter = max(delimiters, key=content.split("\n", 1)[0].count)
-    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter)
+    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, skipinitialspace=padded)
     header = next(reader)
     missing = [column for column in columns if column not in header]
     if missing:
@@ -106,7 +117,7 @@ def table(name: str, data: bytes, columns: Sequence[str], delimiters: str = ",")
     rows: list[list[str]] = []
     for row in reader:
         if len(row) == len(header):
-            rows.append(row)
+            rows.append([field.strip() for field in row] if padded else row)
         elif row:
             raise ValueError(
                 f"sparsekd.data: {name} line {reader.line_num}: expected {len(header)} fields, got {len(row)}; "
