@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
@@ -39,9 +40,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--exclude", action="append", default=[], help="layers of --model to leave dense (fnmatch)")
     group.addoption("--compile", action="store_true", help="losses: torch.compile as a contestant too")
-    group.addoption("--seconds", type=float, help="length of one window")
+    group.addoption("--seconds", type=above_zero, help="length of one window")
     group.addoption("--rounds", type=int, help="windows of each contestant")
     group.addoption("--idle-seconds", type=float, default=0.0, help="power: measure idling first and subtract it")
+
+
+def above_zero(text: str) -> float:
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return float(text)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -87,6 +87,8 @@ def bench(
     for what, numbers in (("batch", batches), ("threads", threads)):
         if any(number < 1 for number in numbers):
             raise ValueError(f"sparsekd bench: {what} must be 1 or more, got {list(numbers)}")
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"sparsekd bench: seconds must be a number above 0, got {seconds:g}")
     model = load(name).to(DTYPES[dtype]).eval()
     rows, before = [], torch.get_num_threads()
     try:

@@ -257,6 +257,8 @@ def test_bench_names_what_it_could_not_time(capsys, tmp_path, monkeypatch):
         (["torch.nn:Identity", "--input-shape", "3,x"], "--input-shape takes integers, as in 3,224,224"),
         (["torch.nn:Identity", "--density", "1.5"], "density must lie in (0, 1], got 1.5"),
         (["torch.nn:Identity", "--batch", "0"], "batch must be 1 or more, got [0]"),
+        (["torch.nn:Identity", "--seconds", "-1"], "seconds must be a number above 0, got -1"),
+        (["torch.nn:Identity", "--seconds", "nan"], "seconds must be a number above 0, got nan"),
         (["torch.nn:Identity", "--budget", "macs"], "--budget takes UNIT=NUMBER with one of weights, macs, bytes"),
         (["torch.nn:Identity", "--budget", "joules=0.5"], "got 'joules=0.5': sparsekd bench: a budget counts one of"),
         (["torch.nn:Linear"], "torch.nn:Linear must be callable without arguments"),

@@ -108,6 +108,12 @@ def test_what_cannot_run_says_why(args, said):
     assert status == (0 if "cuda:7" in args else 2)
 
 
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan"])
+def test_windows_without_length_are_refused(seconds):
+    status, out = run_suite("benchmarks/throughput", f"--seconds={seconds}", "--collect-only")
+    assert status == 4 and f"expected a number above 0, got {seconds}" in out
+
+
 def test_an_own_model_is_one_option():
     args = ["--model", "benchmarks.lib.models:Bottleneck", "--input-shape", "3,8,8", "--batch", "2"]
     status, out = run_suite("benchmarks/throughput", "--quick", "--benchmark-disable", "-k", "students", *args)
