@@ -191,7 +191,12 @@ TASKS: dict[str, Entry] = {
                 f"items not chosen that each pair is compared with ({rankings.NEGATIVES})",
                 number=(int, 1),
             ),
-            Option("min_rating", None, (), "ratings from it on count as chosen (4 of 5, 7 of 10, 1 of 0 and 1; of other numbers all)"),
+            Option(
+                "min_rating",
+                None,
+                (),
+                "ratings from it on count as chosen (4 of 5, 7 of 10, 1 of 0 and 1; of other numbers all)",
+            ),
             *(
                 Option(name, None, (), f"column of {what} in a table, where it has no usual name", text=True)
                 for name, what in rankings.COLUMNS.items()
