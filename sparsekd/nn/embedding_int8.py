@@ -6,27 +6,23 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.embedding import Table, check_bags, check_lookup, row_index
 from ..ops.embedding_int8 import quantize_rows
 from .bags import bags_and_scale
 from .embedding import SparseEmbedding, SparseEmbeddingBag
-from .embedding_table import SparseTable, index_of_state, note_dimensions
+from .embedding_table import PackedState, SparseTable
 
 __all__ = ["Int8Embedding", "Int8EmbeddingBag"]
 
 
-class _Int8Table(nn.Module):
+class _Int8Table(PackedState):
     """What both share: the table, which learns nothing, and its best rows."""
 
     packed_type: ClassVar[type[SparseTable]]
 
-    values: Tensor
     row_scale: Tensor
-    kept: Tensor
-    base: Tensor
-    counts: Tensor
 
     def __init__(self, table: Any) -> None:
         super().__init__()
@@ -75,20 +71,8 @@ class _Int8Table(nn.Module):
         self.dtype, self.row_scale = self.row_scale.dtype, scale.to(self.values.device)
         return self
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        note_dimensions(self, destination, prefix)
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *rest: Any) -> None:
-        """A state may keep other entries, and another number of them, than this table does now."""
-        found = index_of_state(self, state_dict, prefix, local_metadata)
-        if isinstance(found, str):
-            rest[-1].append(found)
-            return
-        if found is not None:
-            self.values = self.values.new_empty(state_dict[prefix + "values"].shape)
-            self.base, self.counts = found
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+    def _make_room(self, count: int) -> None:
+        self.values = self.values.new_empty(count)
 
     @property
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -44,7 +44,63 @@ class KnownTable(NamedTuple):
     shape: torch.Size  # of values: the data of a Parameter may be exchanged
 
 
-class SparseTable(TracedWhole):
+class PackedState(nn.Module):
+    """The state of a packed table, which is loaded from any that keeps entries of as many rows and dimensions."""
+
+    values: Tensor
+    kept: Tensor
+    base: Tensor
+    counts: Tensor
+    embedding_dim: int
+
+    def _make_room(self, count: int) -> None:
+        """Give ``values`` room for so many entries."""
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        notes = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if notes is not None:  # the tensors say how many words a row has, but not how many dimensions
+            notes["embedding_dim"] = self.embedding_dim
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *rest: Any) -> None:
+        values, kept = (state_dict.get(prefix + name) for name in ("values", "kept"))
+        if values is not None or kept is not None:
+            if wrong := self._what_is_wrong(values, kept, prefix, local_metadata):
+                rest[-1].append(wrong)
+                return
+            assert values is not None and kept is not None
+            self._make_room(values.shape[0])
+            self.base, self.counts = row_index(kept.to(self.kept.device))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    def _what_is_wrong(
+        self, values: Tensor | None, kept: Tensor | None, prefix: str, notes: Mapping[str, Any]
+    ) -> str | None:
+        """With the state of a table, in words."""
+        if values is None or kept is None:
+            there, missing = ("kept", "values") if values is None else ("values", "kept")
+            return (
+                f"{prefix}{there}: expected {prefix}{missing} beside it, of the same table, got a state without; leave "
+                "both out, or load both"
+            )
+        if kept.dtype != torch.int64 or kept.shape != self.kept.shape:
+            return (
+                f"{prefix}kept: expected int64 of shape {tuple(self.kept.shape)}, "
+                f"got {kept.dtype} of shape {tuple(kept.shape)}"
+            )
+        dim = notes.get("embedding_dim", self.embedding_dim)
+        if dim != self.embedding_dim:
+            return f"{prefix}kept: expected rows of {self.embedding_dim} dimensions, got those of a table with {dim}"
+        if _names_too_much(kept, self.embedding_dim):
+            return f"{prefix}kept: names dimensions beyond the {self.embedding_dim} of this table"
+        entries = int(count_kept(kept).sum())
+        if values.shape != (entries,):
+            return f"{prefix}values: kept names {entries} entries, got shape {tuple(values.shape)}"
+        return None
+
+
+class SparseTable(PackedState, TracedWhole):
     """The table of a layer, its making, its conversion and its state."""
 
     dense_type: ClassVar[type[nn.Module]]
@@ -245,56 +301,8 @@ class SparseTable(TracedWhole):
     def _adopt_options(self, dense: Any) -> None:
         """What a subclass takes over beside the table."""
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        note_dimensions(self, destination, prefix)
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *rest: Any) -> None:
-        """A state may keep other entries, and another number of them, than this layer does now."""
-        found = index_of_state(self, state_dict, prefix, local_metadata)
-        if isinstance(found, str):
-            rest[-1].append(found)
-            return
-        if found is not None:
-            replace_data(self.values, self.values.data.new_empty(state_dict[prefix + "values"].shape))
-            self.base, self.counts = found
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
-
-
-def note_dimensions(table: Any, destination: Any, prefix: str) -> None:
-    """Write the dimensions of a packed table beside its state, whose tensors say how many words a row has, no more."""
-    notes = getattr(destination, "_metadata", {}).get(prefix[:-1])
-    if notes is not None:
-        notes["embedding_dim"] = table.embedding_dim
-
-
-def index_of_state(
-    table: Any, state_dict: Mapping[str, Tensor], prefix: str, notes: Mapping[str, Any]
-) -> tuple[Tensor, Tensor] | str | None:
-    """Where the rows begin of a state that a packed table is about to load; what is wrong with the state, in words;
-    None where it has nothing of this table."""
-    values, kept = (state_dict.get(prefix + name) for name in ("values", "kept"))
-    if values is None and kept is None:
-        return None
-    if values is None or kept is None:
-        there, missing = ("kept", "values") if values is None else ("values", "kept")
-        return (
-            f"{prefix}{there}: expected {prefix}{missing} beside it, which names the entries of the same table, got a "
-            "state without; leave both out, or load both"
-        )
-    if kept.dtype != torch.int64 or kept.shape != table.kept.shape:
-        return (
-            f"{prefix}kept: expected int64 of shape {tuple(table.kept.shape)}, "
-            f"got {kept.dtype} of shape {tuple(kept.shape)}"
-        )
-    dim = notes.get("embedding_dim", table.embedding_dim)
-    if dim != table.embedding_dim:
-        return f"{prefix}kept: expected rows of {table.embedding_dim} dimensions, got those of a table with {dim}"
-    if _names_too_much(kept, table.embedding_dim):
-        return f"{prefix}kept: names dimensions beyond the {table.embedding_dim} of this table"
-    if values.shape != (int(count_kept(kept).sum()),):
-        return f"{prefix}values: kept names {int(count_kept(kept).sum())} entries, got shape {tuple(values.shape)}"
-    return row_index(kept.to(table.kept.device))
+    def _make_room(self, count: int) -> None:
+        replace_data(self.values, self.values.data.new_empty(count))
 
 
 def _budget(kind: str, rows: int, dim: int, density: float | None) -> int:
