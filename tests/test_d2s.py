@@ -330,3 +330,21 @@ def test_an_output_that_is_no_tensor_is_refused():
         D2S(Plain(Two(), Click()), 0.5, exclude=["head"], example_inputs=(x,)).loss((x,), torch.ones(8))
     named = D2S(Plain(Two(), Click(), output=0), 0.5, exclude=["head"], example_inputs=(x,))
     assert torch.isfinite(named.loss((x,), torch.ones(8)).total)
+
+
+def test_mistakes_in_the_loop_are_named():
+    method = method_of()
+    x, target = torch.zeros(8, 24), torch.zeros(8)
+    with pytest.raises(TypeError, match=r"D2S\.loss: inputs must be a tuple, got Tensor; pass \(x,\)"):
+        method.loss(x, target)
+    method.attach(torch.optim.SGD(method.student.parameters(), lr=0.1))
+    batch = next(next(iter(clicks())).batches(100))
+    method.loss(*batch)
+    method.after_boundary(1)
+    with pytest.raises(RuntimeError, match="no batch has been learnt since the last one"):
+        method.after_boundary(2)  # no copy is due
+    method.loss(*batch)
+    with torch.no_grad():
+        method.student.deep[0].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"D2S\.after_boundary: expected finite .* NaN or infinity in deep\.0\.weight"):
+        method.after_boundary(3)

@@ -45,7 +45,7 @@ from ..tapped import TeacherTargets
 from .base import Method, PruneEvent, part_of
 from .rounds import Batch, in_turn, prune_event, prune_in_rounds, scored
 from .saliency import CRITERIA, Criterion, saliency
-from .sparse_copy import SparseCopy
+from .sparse_copy import SparseCopy, is_table
 
 __all__ = ["D2S"]
 
@@ -89,6 +89,7 @@ class D2S(Method):
             off, every new copy that ``accept`` lets pass serves at once, for good.
         criterion: what the blocks are judged by, see ``saliency``.
         share_tables: the copy reads the tables of ids of the full model while both learn, and has none of its own.
+            What else the model does with a table, such as ``x @ table.weight.T``, reads it without a gradient, too.
         serving: answers by the copy; swapped at a hand-over, and brought up to date at the end of every window.
         freezing: options of ``freeze`` for what serves; None serves the copy as it is.
         granularity to costs, example_inputs: as in ``Pruner``. Default scope "global".
@@ -173,7 +174,30 @@ class D2S(Method):
         return None if self.sparse is None else self.sparse.pruner
 
     def attach(self, optimizer: Optimizer) -> None:
-        """The optimizer of the full model; the copy learns by one of the same kind, at the same rate."""
+        """The optimizer of the full model; the copy learns by one of the same kind, with the same groups of parameters,
+        each at the rate that its group has at every step.
+
+        What the optimizer does not hold stays in the copy as it was in the full model. Raises ValueError where there is
+        a copy already and the groups hold other parameters than those that it was made with.
+        """
+        if any(one is not None and not one.follows(optimizer) for one in (self.sparse, self.beside)):
+            raise ValueError(
+                "D2S.attach: expected an optimizer with the groups of parameters of the one before, by which the "
+                f"sparse copy learns, got {len(optimizer.param_groups)} other group(s); attach it before the first "
+                "window"
+            )
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        left_out = [
+            name
+            for name, parameter in self.student.named_parameters()
+            if parameter.requires_grad and id(parameter) not in held and not self._is_shared(name)
+        ]
+        if left_out:
+            warnings.warn(
+                f"D2S.attach: the optimizer does not hold {', '.join(left_out)}, which the sparse copy will not learn "
+                "either; give it a group for them, or say so by requires_grad_(False)",
+                stacklevel=2,
+            )
         self._optimizer = optimizer
 
     def loss(self, inputs: Sequence[Any], target: Tensor, taught: TeacherTargets | None = None) -> Losses:
@@ -181,6 +205,8 @@ class D2S(Method):
 
         ``taught`` is not looked at: the teacher of the copy is the full model, which learns.
         """
+        if not isinstance(inputs, (tuple, list)):
+            raise TypeError(f"D2S.loss: inputs must be a tuple, got {type(inputs).__name__}; pass (x,)")
         full = self._output(self.student, inputs)
         task = self.distiller.goal.loss(full, target)
         self._recent.append((inputs, target))
@@ -203,12 +229,16 @@ class D2S(Method):
                 one.step(self._attached())
 
     def after_boundary(self, number: int) -> PruneEvent | None:
-        """At the end of a window: a new copy where it is time, and what serves is brought up to date."""
+        """At the end of a window: a new copy where it is time, and what serves is brought up to date.
+
+        Raises RuntimeError for a window without a batch, ValueError where weights of the full model are not finite.
+        """
+        if not self._recent:
+            raise RuntimeError("D2S.after_boundary: no batch has been learnt since the last one; call loss first")
         event = self._end_comparison(number)
         behind = self._falls_behind()
         if number >= self.start and ((number - self.start) % self.every == 0 or behind):
-            if not self._recent:
-                raise RuntimeError("D2S.after_boundary: no batch has been learnt since the last one; call loss first")
+            self._check_finite()
             event = self._hand_over(number, behind) or event
         self._serve()
         self._recent.clear()
@@ -297,6 +327,18 @@ class D2S(Method):
             raise RuntimeError("D2S: call attach(optimizer) before training; the copy learns as the full model does")
         return self._optimizer
 
+    def _is_shared(self, name: str) -> bool:
+        """Whether a parameter of the full model is that of a table which the copy has not got."""
+        return self.share_tables and is_table(self.student.get_submodule(name.rpartition(".")[0]))
+
+    def _check_finite(self) -> None:
+        for name, parameter in self.student.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise ValueError(
+                    f"D2S.after_boundary: expected finite weights of the full model, got NaN or infinity in {name}; no "
+                    "copy is made of it: lower the learning rate, and go on from a state before the divergence"
+                )
+
     # ---- a new copy
 
     def _new_copy(self) -> SparseCopy:
@@ -322,7 +364,8 @@ class D2S(Method):
         def scores() -> dict[str, Tensor]:
             model = candidate.model.train()
             losses = (lambda i=i, t=t: self.distiller.goal.loss(self._output(model, i), t) for i, t in scored(batches))
-            return saliency(candidate.pruner, losses, self.criterion)
+            with candidate.judged():
+                return saliency(candidate.pruner, losses, self.criterion)
 
         prune_in_rounds(candidate.pruner, self.budget, self.rounds, scores, learn, round(self.catch_up * len(batches)))
         if self.sparse is None or behind or self.newer_was_better or not self.compare:
