@@ -45,6 +45,14 @@ class Online:
     batch_size: int = 512
     optimizer: str = "adamw"
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay"):
+            number = getattr(self, name)
+            if not 0.0 <= number < math.inf:
+                raise ValueError(f"sparsekd.runs.stream.Online: {name} must be a finite number >= 0, got {number}")
+        if self.batch_size < 1:
+            raise ValueError(f"sparsekd.runs.stream.Online: batch_size must be at least 1, got {self.batch_size}")
+
 
 class Learner:
     """A method on a stream: scores a window as it comes, then learns it."""

@@ -121,10 +121,16 @@ class StreamConfig:
             if not 0.0 < share < 1.0:
                 raise ValueError(f"sparsekd run stream: remove takes shares between 0 and 1, got {share}")
         numbers = {"start": self.start, "batch_size": self.batch_size, "widths": min(self.widths, default=0)}
-        numbers |= {} if self.limit is None else {"limit": self.limit}
+        numbers |= {"dim": self.dim, "table_rows": self.table_rows}
+        numbers |= {name: of for name, of in (("limit", self.limit), ("threads", self.threads)) if of is not None}
         for name, number in numbers.items():
             if number < 1:
                 raise ValueError(f"sparsekd run stream: {name} must be at least 1, got {number}")
+        if not 0.0 < self.lr < math.inf or not 0.0 <= self.weight_decay < math.inf:
+            raise ValueError(
+                "sparsekd run stream: lr must be a finite number above 0, and weight_decay one of 0 or more, got "
+                f"{self.lr} and {self.weight_decay}"
+            )
         BlockPattern.parse(self.pattern)
 
     def settings(self) -> dict[str, Any]:
@@ -161,12 +167,17 @@ def run(config: StreamConfig, say: Callable[[str], None] = _print) -> tuple[dict
     source = _source(config)
     name = "files" if config.data else config.stream
     out = Path(config.out or f"runs/stream-{name}")
+    file = next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None)
+    if file is not None:
+        raise NotADirectoryError(f"sparsekd run stream: --out needs a folder, and {file} is a file; give another one")
     with claimed(out):
         arms = _arms(config, source)
         if config.fresh:
             _clear(out, [*arms])
         work = _Run(config, source, arms, out)
         number = work.resume()
+        if config.data and isinstance(source, EventStream):
+            say(f"sparsekd: columns: {source.columns_in_words()}")
         if number:
             say(f"sparsekd: going on after window {number} of {out}")
         with _bar(source, number, config.limit) as bar:

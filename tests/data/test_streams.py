@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from sparsekd import checkpoint
 from sparsekd.data import streams
 from sparsekd.data.streams import Columns, EventStream, drift, files
 
@@ -217,7 +218,7 @@ def test_a_state_of_other_columns_or_of_a_lost_file_is_refused(tmp_path):
     stream = EventStream([path], rows=8)
     next(iter(stream))
     state = stream.state_dict()
-    with pytest.raises(ValueError, match="the state is of a stream with the further columns"):
+    with pytest.raises(ValueError, match=r"with other columns: numeric \['price'\], now \[\]; .* begin anew"):
         EventStream([path], Columns(numeric=(), categorical=()), rows=8).load_state_dict(state)
     other = EventStream([write(tmp_path / "b.csv", rows_of(0, 40))], rows=8)
     other.load_state_dict(state)
@@ -225,10 +226,97 @@ def test_a_state_of_other_columns_or_of_a_lost_file_is_refused(tmp_path):
         list(other)
 
 
+def test_a_state_is_of_columns_that_mean_the_same(tmp_path):
+    path = write(tmp_path / "a.csv", rows_of(0, 40))
+    stream = EventStream([path], Columns(missing=0.0, of_item=("price",)), rows=8)
+    next(iter(stream))
+    checkpoint.save_state(stream.state_dict(), tmp_path / "state")
+    state = checkpoint.load_state(tmp_path / "state")
+    again = EventStream([path], Columns(missing=0.0, of_item=("price",)), rows=8)
+    again.load_state_dict(state)
+    assert same(list(stream), list(again))
+    for columns, message in (
+        (
+            Columns(missing=0.0, of_item=("price",), user="item", item="user"),
+            "user user, now item; item item, now user",
+        ),
+        (Columns(missing=9.0, of_item=("price",)), r"missing 0\.0, now 9\.0"),
+        (Columns(missing=0.0), r"of_item \['price'\], now \[\]"),
+        (Columns(missing=0.0, of_item=("price",), click_at=1.0), r"click_at None, now 1\.0"),
+    ):
+        other = EventStream([path], columns, rows=8)
+        assert other.describe() != stream.describe()  # which a run compares
+        with pytest.raises(ValueError, match=f"a stream with other columns: {message}; read the same"):
+            other.load_state_dict(state)
+    old = {name: value for name, value in state.items() if name != "columns"} | {"numeric": [], "categorical": []}
+    with pytest.raises(ValueError, match=r"of an earlier version of sparsekd, .* or begin anew"):
+        again.load_state_dict(old)
+
+
+@pytest.mark.parametrize("options", [{"rows": 8}, {"window": 10.0}, {"window": 1e6}])
+@pytest.mark.parametrize("grows", ["the folder", "the file"])
+def test_a_stream_goes_on_with_rows_of_the_very_time_at_which_it_ended(options, grows, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    days = [rows_of(0, 34), [f"1,{n},33,{n % 2},0.5,AT" for n in range(3)], ["1,1,33,0,0.5,AT", *rows_of(33, 9)]]
+    found, states = [], []
+    for number, rows in enumerate(days):
+        if grows == "the folder":
+            write(folder / f"{number}.csv", rows)
+        else:
+            write(folder / "0.csv", [row for day in days[: number + 1] for row in day])
+        stream = EventStream([folder], **options)
+        if states:
+            stream.load_state_dict(states[-1])
+        found += list(stream)
+        states.append(stream.state_dict())
+    assert sum(map(len, found)) == 34 + 3 + 10
+    assert all(after.start >= before.end and after.end >= after.start for before, after in pairwise(found))
+    write(folder / "3.csv", ["1,1,32.999,0,0.5,AT"] * 3)
+    stream = EventStream([folder], **options)
+    stream.load_state_dict(states[0])
+    if grows == "the folder":
+        (folder / "1.csv").unlink()
+        (folder / "2.csv").unlink()
+        with pytest.raises(ValueError, match=r"3\.csv row 1: time must not fall, got 32\.999\d* after 33;"):
+            list(stream)
+
+
+@pytest.mark.parametrize("kind", [".csv", ".csv.gz", ".parquet"])
+def test_a_file_that_was_cut_behind_what_has_been_read_is_refused(kind, tmp_path):
+    path = tmp_path / f"a{kind}"
+
+    def write_rows(count):
+        plain = write(tmp_path / "plain.csv.part", rows_of(0, count))
+        if kind == ".parquet":
+            pytest.importorskip("pyarrow")
+            from pyarrow import csv, parquet
+
+            parquet.write_table(csv.read_csv(plain), path, row_group_size=7)
+        else:
+            path.write_bytes(plain.read_bytes() if kind == ".csv" else gzip.compress(plain.read_bytes()))
+
+    write_rows(103)
+    stream = EventStream([path], rows=8)
+    assert sum(map(len, stream)) == 103
+    for rows in (103, 110):
+        write_rows(rows)
+        later = EventStream([path], rows=8)
+        later.load_state_dict(stream.state_dict())
+        assert sum(map(len, later)) == rows - 103
+    write_rows(19)
+    later = EventStream([path], rows=8)
+    later.load_state_dict(stream.state_dict())
+    with pytest.raises(ValueError, match=r"has 19 rows, and the stream has been read up to row 103 of it; put back"):
+        list(later)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ({}, "in seconds or in rows"),
+        ({"window": float("inf")}, "window must be at least 1e-06, got inf"),
+        ({"rows": 4, "follow": -1.0}, "follow must be seconds, 0 or more, got -1"),
         ({"rows": 1}, "rows must be at least 2"),
         ({"window": 0.0}, "window must be at least"),
     ],

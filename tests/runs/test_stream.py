@@ -217,3 +217,17 @@ def test_windows_of_one_class_of_no_row_and_of_nan():
     broken = dataclasses.replace(windows[1], rows=dataclasses.replace(windows[1].rows, inputs=(x,)))
     with pytest.raises(ValueError, match="window 2 has NaN or infinity in input 0 of row 7"):
         stream.learn(method_of("plain", goal), [windows[0], broken], goal, ONLINE)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"lr": -1.0}, "lr must be a finite number >= 0, got -1"),
+        ({"lr": float("nan")}, "lr must be a finite number >= 0, got nan"),
+        ({"lr": 0.1, "weight_decay": float("inf")}, "weight_decay must be a finite number"),
+        ({"lr": 0.1, "batch_size": 0}, "batch_size must be at least 1, got 0"),
+    ],
+)
+def test_rates_that_mean_nothing_are_refused(options, message):
+    with pytest.raises(ValueError, match=rf"Online: {message}"):
+        stream.Online(**options)

@@ -42,8 +42,9 @@ def untimed(results):
 def test_every_arm_is_scored_before_it_learns_and_the_report_says_so(file, tmp_path):
     lines = []
     results, folder = streaming.run(config(file, tmp_path / "out"), lines.append)
-    assert [line["rows"] for line in results["windows"]] == [300] * 4 and len(lines) == 4
-    assert lines[2].startswith("window 3  from 2  300 rows  NE of the full model ") and "once @ 0.8 " in lines[2]
+    assert [line["rows"] for line in results["windows"]] == [300] * 4 and len(lines) == 5
+    assert lines[0].startswith("sparsekd: columns: user (user), item (item), ") and "x0 (number), " in lines[0]
+    assert lines[3].startswith("window 3  from 2  300 rows  NE of the full model ") and "once @ 0.8 " in lines[3]
     first = [record["normalised_entropy"] for record in results["windows"][0]["arms"].values()]
     assert max(first) - min(first) < 1e-5  # nobody has learnt anything yet; one arm computes in blocks
     arms = results["arms"]
@@ -81,7 +82,7 @@ def test_resumes_to_the_same_bits_and_with_what_has_been_added(file, tmp_path, m
     torch.manual_seed(99)
     said = []
     again, _ = streaming.run(config(file, tmp_path / "stopped"), said.append)
-    assert said[0].startswith("sparsekd: going on after window 2") and untimed(again) == untimed(whole)
+    assert said[1].startswith("sparsekd: going on after window 2") and untimed(again) == untimed(whole)
     for arm in ("full", "once @ 0.8", "d2s-2 @ 0.8"):
         state, other = (load_serving(tmp_path / run / arm).state_dict() for run in ("whole", "stopped"))
         assert state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
@@ -103,6 +104,33 @@ def test_other_settings_are_refused_and_fresh_begins_anew(file, tmp_path):
     (tmp_path / "out" / "windows.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"has 0 windows and the state 1; put the file back"):
         streaming.run(config(file, tmp_path / "out", lr=0.01), str)
+
+
+def test_other_columns_are_refused(file, tmp_path):
+    streaming.run(config(file, tmp_path / "out", limit=1, arms=("full",), columns=Columns(missing=0.0)), str)
+    for columns in (Columns(user="item", item="user", missing=0.0), Columns(missing=9.0)):
+        with pytest.raises(ValueError, match=r"its stream is .* give another --out, or --fresh to begin anew"):
+            streaming.run(config(file, tmp_path / "out", arms=("full",), columns=columns), str)
+
+
+def test_a_run_goes_on_with_a_file_that_begins_when_the_last_one_ended(tmp_path):
+    (tmp_path / "in").mkdir()
+    days = {"day1": range(34), "day2": [33, 33, *range(34, 60)]}
+    found = []
+    for day, times in days.items():
+        rows = [f"{t % 9},{t % 7},{t},{int(t % 3 == 0)},{t % 5}" for t in times]
+        (tmp_path / "in" / f"{day}.csv").write_text("\n".join(["user,item,timestamp,label,x", *rows]) + "\n")
+        results, _ = streaming.run(config(tmp_path / "in", tmp_path / "out", window=20.0, arms=("full",)), str)
+        found.append([line["rows"] for line in results["windows"]])
+    assert found == [[20, 14], [20, 14, 8, 20]]
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(file):
+    for out in (file, file / "inside"):
+        with pytest.raises(
+            NotADirectoryError, match=r"--out needs a folder, and .*clicks\.csv is a file; give another"
+        ):
+            streaming.run(config(file, out), str)
 
 
 def test_a_process_that_is_killed_leaves_a_model_that_serves(file, tmp_path, capsys, monkeypatch):
@@ -141,7 +169,7 @@ def test_a_window_of_one_class_counts_in_the_sums_alone(tmp_path):
     results, _ = streaming.run(config(tmp_path / "a.csv", tmp_path / "out", window=50.0), lines.append)
     of_full = [line["arms"]["full"] for line in results["windows"]]
     assert [record["normalised_entropy"] is None for record in of_full] == [False, True, False]
-    assert of_full[1]["log_loss"] > 0 and "one class only" in lines[1]
+    assert of_full[1]["log_loss"] > 0 and "one class only" in lines[2]
     total = sum(record["log_loss"] for record in of_full) / 3
     assert of_full[2]["cumulated"]["log_loss"] == pytest.approx(total)
     assert results["arms"]["full"]["auc"] is not None
@@ -177,6 +205,11 @@ def test_the_command_takes_columns_by_other_names(tmp_path, capsys):
         ({"model": "x"}, "model must be one of dlrm, wide-deep"),
         ({"stream": "x"}, "the stream must be one of movietweetings"),
         ({"start": 0}, "start must be at least 1"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"table_rows": 0}, "table_rows must be at least 1, got 0"),
+        ({"lr": -1.0}, r"lr must be a finite number above 0, .* got -1\.0 and 0\.0"),
+        ({"lr": float("nan")}, "lr must be a finite number above 0"),
+        ({"weight_decay": -1.0}, "weight_decay one of 0 or more"),
     ],
 )
 def test_what_means_nothing_is_refused(options, message):

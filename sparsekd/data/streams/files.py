@@ -7,6 +7,7 @@ import gzip
 import io
 import lzma
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,8 @@ Table = dict[str, Column]
 def pieces(path: Path, skip: int = 0) -> Iterator[tuple[int, Table]]:
     """(number of the first row, from 1; columns by name) of at most PIECE rows at a time, but for the first `skip`.
 
-    Raises FileNotFoundError, ValueError for a file that is damaged, cut short or still being written.
+    Raises FileNotFoundError, ValueError for a file that is damaged, cut short or still being written, that has two
+    columns of one name, or that has fewer rows than `skip`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"sparsekd.data.EventStream: {path} does not exist; give files that do")
@@ -44,6 +46,7 @@ def _csv(path: Path, skip: int) -> Iterator[tuple[int, Table]]:
                 raise ValueError(
                     f"sparsekd.data.EventStream: {path} has no header line; it is empty, or still being written"
                 )
+            _check_names(path, header)
             reader = csv.reader(file, delimiter=delimiter)
             first, rows = 1, list[list[str]]()
             for row in reader:
@@ -60,11 +63,30 @@ def _csv(path: Path, skip: int) -> Iterator[tuple[int, Table]]:
                     first, rows = first + len(rows), []
             if rows:
                 yield first, dict(zip(header, zip(*rows, strict=True), strict=True))
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, UnicodeDecodeError, csv.Error) as error:
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(
             f"sparsekd.data.EventStream: {path} cannot be read to its end ({error}); it is damaged, or still "
             "being written"
         ) from error
+    _check_long_enough(path, first - 1, skip)
+
+
+def _check_names(path: Path, header: Sequence[str]) -> None:
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"sparsekd.data.EventStream: {path} has several columns of the name {', '.join(map(repr, twice))}, of "
+            "which only one could be read; give every column a name of its own"
+        )
+
+
+def _check_long_enough(path: Path, rows: int, lacking: int) -> None:
+    """`lacking`: rows that have been read before, and are not there any more."""
+    if lacking:
+        raise ValueError(
+            f"sparsekd.data.EventStream: {path} has {rows} rows, and the stream has been read up to row "
+            f"{rows + lacking} of it; put back what it had, or begin anew"
+        )
 
 
 def _wrong_row(path: Path, line: int, expected: int, got: int, is_last: bool) -> str:
@@ -79,7 +101,7 @@ def _opened(path: Path) -> io.TextIOBase:
 
 def _parquet(path: Path, skip: int) -> Iterator[tuple[int, Table]]:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException, parquet
     except ImportError:
         raise RuntimeError(
             f"sparsekd.data.EventStream: {path} is Parquet, which needs pyarrow: pip install 'sparsekd[stream]'"
@@ -87,6 +109,7 @@ def _parquet(path: Path, skip: int) -> Iterator[tuple[int, Table]]:
     try:
         with parquet.ParquetFile(path) as file:
             first = 1
+            _check_names(path, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=PIECE):
                 count = batch.num_rows
                 if skip >= count:
@@ -95,11 +118,14 @@ def _parquet(path: Path, skip: int) -> Iterator[tuple[int, Table]]:
                 batch, first, skip = batch.slice(skip), first + skip, 0
                 yield first, {name: _array(batch.column(name)) for name in batch.schema.names}
                 first += batch.num_rows
-    except ArrowInvalid as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the system, which names the file; a damaged page is one without a number
         raise ValueError(
             f"sparsekd.data.EventStream: {path} is no whole Parquet file ({error}); it is damaged, or still "
             "being written"
         ) from error
+    _check_long_enough(path, first - 1, skip)
 
 
 def _array(column: Any) -> Column:
@@ -129,6 +155,8 @@ class Files:
         for path in self.paths:
             if not path.exists():
                 raise FileNotFoundError(f"sparsekd.data.EventStream: {path} does not exist; give files that do")
+        if not follow >= 0:
+            raise ValueError(f"sparsekd.data.EventStream: follow must be seconds, 0 or more, got {follow}")
         if follow and not self.paths[-1].is_dir():
             raise ValueError(
                 f"sparsekd.data.EventStream: follow waits for new files in a directory, got {self.paths[-1]}; "

@@ -5,9 +5,11 @@ Names in this file: N rows, F numeric features, C columns of ids.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,10 +56,11 @@ class EventStream:
         follow: seconds to wait for further files in the last directory.
         seed: of the draws.
 
-    Windows without an event are left out. Rows at the end that are fewer than two are kept for the next call.
+    Windows without an event are left out. Rows at the end that are fewer than two are kept for the next call. What is
+    added later at the very time at which the last window ended comes in the next one.
 
     Raises ValueError, with the file and the row, for rows out of order, for numbers that are none, for labels other
-    than 0 and 1, and for columns that a file lacks.
+    than 0 and 1, for columns that a file lacks, and for one that was cut behind what has been read of it.
     """
 
     def __init__(
@@ -74,12 +77,13 @@ class EventStream:
         if (window is None) == (rows is None):
             raise ValueError("sparsekd.data.EventStream: give a window in seconds or in rows, one of them")
         for name, number, least in (("window", window, 1e-6), ("rows", rows, 2), ("negatives", negatives, 1)):
-            if number is not None and not number >= least:
+            if number is not None and not least <= number < math.inf:
                 raise ValueError(f"sparsekd.data.EventStream: {name} must be at least {least:g}, got {number}")
         self.files = Files(paths, follow)
         self.columns = columns or Columns()
         self.window, self.rows, self.negatives, self.seed = window, rows, negatives, seed
         self._settled: Columns | None = None
+        self._header: tuple[str, ...] = ()
         self._number, self._end = 0, -math.inf  # of the window that came last
         self._file: str | None = None  # what has been given out: the first `_row` rows of it
         self._row = 0
@@ -91,7 +95,7 @@ class EventStream:
         if self._settled is None:
             for name, path in self.files.after(None):
                 for _, table in pieces(path):
-                    self._settled = self.columns.settled(name, table)
+                    self._settled, self._header = self.columns.settled(name, table), tuple(table)
                     return self._settled
             raise ValueError("sparsekd.data.EventStream: there is no row in any of the files")
         return self._settled
@@ -100,28 +104,34 @@ class EventStream:
     def sizes(self) -> dict[str, int]:
         return {"numeric": max(1, len(self.settled.numeric or ())), "ids": 2 + len(self.settled.categorical or ())}
 
+    def columns_in_words(self) -> str:
+        """What every column of the first file is taken for."""
+        return self.settled.in_words(self._header)
+
     def describe(self) -> dict[str, Any]:
         columns = self.settled
         further = {"numeric": list(columns.numeric or ()), "categorical": list(columns.categorical or ())}
+        further |= {"of_item": list(columns.of_item)} if columns.of_item else {}
+        missing = {} if columns.missing is None else {"missing": columns.missing}
         drawn = {"negatives": self.negatives, "seed": self.seed} if columns.label is None else {}
         return {
             "files": [path.name for path in self.files.paths],
             "window": f"{self.window:g} s" if self.rows is None else f"{self.rows} rows",
+            **{name: getattr(columns, name) for name in ("user", "item", "timestamp")},
             "label": columns.label or "none",
             **({} if columns.click_at is None else {"click_at": columns.click_at}),
             **further,
+            **missing,
             **drawn,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        columns = self.settled
         return {
             "number": self._number,
             "end": self._end,
             "file": self._file,
             "row": self._row,
-            "numeric": list(columns.numeric or ()),
-            "categorical": list(columns.categorical or ()),
+            "columns": self._meanings(),
             "recent": {}
             if self._recent is None
             else {
@@ -132,12 +142,14 @@ class EventStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        then = (state["numeric"], state["categorical"])
-        now = (list(self.settled.numeric or ()), list(self.settled.categorical or ()))
+        then, now = state.get("columns"), self._meanings()
         if then != now:
+            which = "an earlier version of sparsekd, which did not say what its columns mean"
+            if then is not None:
+                others = (f"{name} {then.get(name)}, now {now[name]}" for name in now if then.get(name) != now[name])
+                which = f"a stream with other columns: {'; '.join(others)}"
             raise ValueError(
-                f"sparsekd.data.EventStream: the state is of a stream with the further columns {then}, got {now}; "
-                "read the same columns, or begin anew"
+                f"sparsekd.data.EventStream: the state is of {which}; read the same columns, or begin anew"
             )
         self._number, self._end = state["number"], state["end"]
         self._file, self._row = state["file"], state["row"]
@@ -146,6 +158,10 @@ class EventStream:
             times = recent["times"].numpy()
             clicks = np.ones(len(times), np.float32)
             self._recent = Events(times, clicks, recent["numeric"].numpy(), recent["ids"].numpy())
+
+    def _meanings(self) -> dict[str, Any]:
+        """The columns as a state file gives them back: of lists, not tuples."""
+        return dict(json.loads(json.dumps(asdict(self.settled))))
 
     def __iter__(self) -> Iterator[Period]:
         buffer: list[Events] = []
@@ -175,7 +191,8 @@ class EventStream:
     def _pieces(self) -> Iterator[tuple[str, Events]]:
         """What has not been given out yet, in the order of time."""
         columns = self.settled
-        latest, skip = self._end, self._row
+        # The window at the end of all files closed just behind its last row: others of that moment may still come.
+        latest, skip = float(np.nextafter(self._end, -math.inf)), self._row
         for name, path in self.files.after(self._file):
             for first, table in pieces(path, skip):
                 columns.check_header(name, table)
@@ -203,7 +220,7 @@ class EventStream:
 
     def _start(self, events: Events) -> float:
         first = float(events.times[0])
-        return first if self.window is None else max(first // self.window * self.window, self._end)
+        return max(first if self.window is None else first // self.window * self.window, self._end)
 
     def _cut(self, events: Events) -> tuple[int, float, float] | None:
         """(rows, start, end) of the first whole window; None as long as it is not known to be whole."""
