@@ -138,6 +138,9 @@ void Compiler::step(const std::vector<int>& reads, const std::vector<int>& write
     storage(write).first = storage(write).last = now;
     use.writes.push_back(operand(write).storage);
   }
+  // Whatever an op asks for: memory that the step reads as another operand too, or as a view of it, is not overwritten,
+  // since what is read at one place would be gone before it is read at another.
+  if (std::count(use.reads.begin(), use.reads.end(), use.overwrites) != 1) use.overwrites = -1;
   uses_.push_back(std::move(use));
   program_.steps.push_back(std::move(step));
 }

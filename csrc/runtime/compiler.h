@@ -30,7 +30,8 @@ class Compiler {
   int reinterpret(int operand, const Shape& shape);
   // What a value is, from now on. Throws where the file says otherwise.
   void give(int value, int operand);
-  // overwrites: an operand whose memory the first write may take if nothing reads it later, or -1.
+  // overwrites: an operand whose memory the first write may take, or -1. It does so where nothing reads that memory
+  // later, and the step itself reads it as this one operand alone; each number of it is read before it is written.
   void step(std::initializer_list<int> reads, std::initializer_list<int> writes, Step step, int overwrites = -1);
   void step(const std::vector<int>& reads, const std::vector<int>& writes, Step step, int overwrites = -1);
   // The step before may be done by rows as well: by `layer` on `images` images of every sample, which reads x and a

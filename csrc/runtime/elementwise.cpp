@@ -265,7 +265,7 @@ void binary_node(Compiler& compiler, const Node& node) {
         }
         run(walk, frame.threads, frame.at[a], frame.at[b], frame.at[y]);
       },
-      alike && a != b ? a : -1);
+      alike ? a : -1);
   compiler.give(node.outputs[0], y);
 }
 

@@ -70,7 +70,8 @@ TensorFile read_tensors(const std::string& path) {
   TensorFile file;
   file.mapping = std::make_shared<Mapping>(path);
   const Mapping& bytes = *file.mapping;
-  if (bytes.size() < 8) throw FormatError("it has " + std::to_string(bytes.size()) + " bytes and no header");
+  if (bytes.size() < 8)
+    throw FormatError("it was cut short: it has " + std::to_string(bytes.size()) + " bytes and no header");
   uint64_t length = 0;
   for (int i = 7; i >= 0; --i) length = length << 8 | static_cast<unsigned char>(bytes.data()[i]);
   if (length > kMostHeader || static_cast<int64_t>(length) > bytes.size() - 8)
@@ -85,7 +86,10 @@ TensorFile read_tensors(const std::string& path) {
     }
     const auto& offsets = entry.at("data_offsets").array();
     if (offsets.size() != 2) throw FormatError("the tensor " + name + " has no two offsets");
-    const Piece piece{offsets[0].integer(0, size), offsets[1].integer(0, size)};
+    const Piece piece{offsets[0].integer(0, INT64_MAX), offsets[1].integer(0, INT64_MAX)};
+    if (std::max(piece.begin, piece.end) > size)
+      throw FormatError("it was cut short, or is damaged: its tensor '" + name + "' ends at byte " +
+                        std::to_string(std::max(piece.begin, piece.end)) + " of " + std::to_string(size));
     pieces.push_back(piece);
     const DType* const dtype = stored_dtype(entry.at("dtype").string());
     if (dtype == nullptr) continue;
