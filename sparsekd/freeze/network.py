@@ -133,9 +133,11 @@ class FrozenModel(nn.Module):
         """
         from . import deploy
 
-        deploy.export(self._graph(), self.plan, self.call, self._graph_inputs(), self, path)
+        graph, guards = self._graph()
+        deploy.export(graph, self.plan, self.call, self._graph_inputs(), self, path, guards)
 
-    def _graph(self) -> fx.GraphModule:
+    def _graph(self) -> tuple[fx.GraphModule, Callable[..., Any] | None]:
+        """What a file is written of, and its guards."""
         if self.plan.device != "cpu":
             raise ValueError("sparsekd.export: the run time is for CPUs; move the model there and freeze it again")
         if self.plan.eager:
@@ -143,7 +145,7 @@ class FrozenModel(nn.Module):
 
             return frozen_graph(self.network, self.kept, self.call, self._graph_inputs(), assemble)
         if isinstance(self.network, fx.GraphModule):
-            return self.network
+            return self.network, self._guards
         raise ValueError(
             "sparsekd.export: this network could not be traced when it was frozen, and a file holds a graph; its plan "
             f"says why: {'; '.join(self.plan.notes)}"

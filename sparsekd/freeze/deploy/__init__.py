@@ -6,6 +6,6 @@ become, source.py finds the graph of a network that runs its own forward, loaded
 
 from .export import export
 from .graph import CannotExport
-from .loaded import LoadedNetwork, load
+from .loaded import LoadedNetwork, is_exported, load
 
-__all__ = ["CannotExport", "LoadedNetwork", "export", "load"]
+__all__ = ["CannotExport", "LoadedNetwork", "export", "is_exported", "load"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from ...checkpoint import write_atomically
 from ..call import Call
 from ..outputs import BF16_TOLERANCE, tensors
 from ..plan import Plan
-from ..trace import with_batch
+from ..trace import batch_of, with_batch
 from .graph import CannotExport
 from .lowering import BATCHES, Lowering, outside
 from .plain import lower_of
 
 _TOLERANCE = 1e-4  # of the largest number, as `freeze` allows its own network
+_THREADS = (1, 2, 3)  # besides those that torch has here
 
 
 def export(
@@ -32,14 +33,17 @@ def export(
     probe: tuple[Tensor, ...],
     frozen: Any,
     path: str | os.PathLike[str],
+    guards: Callable[..., Any] | None = None,
 ) -> None:
     """Write ``network``, the frozen graph, as a file for `sparsekd.runtime`.
 
     probe: a sample, as the graph takes it. frozen: the network as a function of a call, whose answers the file has to
-    give. Raises CannotExport (a ValueError) that names a node the run time does not know, RuntimeError where the file
-    would answer otherwise.
+    give. guards: of the graph, as in `Trace`. Raises CannotExport (a ValueError) that names a node the run time does
+    not know, or the guard of a batch size; RuntimeError where the file would answer otherwise.
     """
     given = tuple(frozen.record["probe"])
+    if guards is not None:
+        _check_guards(guards, given)
     result = frozen.result_of(with_batch(given, BATCHES[0]))
     try:
         lowering = Lowering(network, probe, lower_of)
@@ -51,6 +55,33 @@ def export(
     data = lowering.graph.encode(_plan(plan, {node["op"] for node in lowering.graph.nodes}), structure)
     _check(data, frozen, given, _TOLERANCE if plan_is_exact(frozen) else 2 * BF16_TOLERANCE)
     write_atomically(path, data)
+
+
+# Batch sizes that guards are asked about: they compare the batch with numbers, or divide it by them. So either a small
+# one fails, or one that is larger than whatever a model compares with.
+_ANY_BATCH = (*range(1, 1025), *(2**i + more for i in range(10, 32) for more in (0, 1)))
+
+
+def _check_guards(guards: Callable[..., Any], given: tuple[Tensor, ...]) -> None:
+    """A file keeps no guards, and fixes every size but the batch. So the graph has to hold for any batch."""
+    for batch in _ANY_BATCH:
+        try:
+            guards(*_resized(given, batch))
+        except (RuntimeError, AssertionError) as error:
+            raise CannotExport(
+                "sparsekd.export: the network takes another path for some batch sizes than the one that was frozen "
+                f"(for {batch}: {str(error).splitlines()[0]}), and a file answers any batch by one path; take what "
+                "depends on the batch size out of the model's forward, or use FrozenModel.save, which keeps the guard"
+            ) from error
+
+
+def _resized(given: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
+    """Of the sizes that `with_batch` makes, without memory."""
+    batch = batch_of(given)
+    return tuple(
+        torch.empty((size, *x.shape[1:]), dtype=x.dtype, device="meta") if x.dim() and x.shape[0] == batch else x
+        for x in given
+    )
 
 
 def plan_is_exact(frozen: Any) -> bool:
@@ -115,31 +146,44 @@ def _structure(result: Any, numbers: Any) -> Any:
 
 
 def _check(data: bytes, frozen: Any, given: tuple[Tensor, ...], tolerance: float) -> None:
-    """Raise RuntimeError unless the file answers as the frozen network does, for several batches."""
+    """Raise RuntimeError unless the file answers as the frozen network does, for several batches and any threads.
+
+    Threads share a layer in other pieces than one does, so that a layer which reads what it has written over may be
+    right on one thread alone."""
     from ...runtime import Session  # here, because it needs the compiled module, and `freeze` does not
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.skd"
         path.write_bytes(data)
-        session = Session(path, threads=max(1, torch.get_num_threads()))
-        for batch in (1, *BATCHES):
-            inputs = with_batch(given, batch)
-            got = session._run([x.contiguous().numpy() for x in inputs])
-            for port, y, want in zip(session.outputs, got, tensors(frozen.result_of(inputs)), strict=True):
-                _compare(port.name, y, want.float() if want.dtype == torch.bfloat16 else want, tolerance)
+        asked = [with_batch(given, batch) for batch in (1, *BATCHES)]
+        wanted = [tensors(frozen.result_of(inputs)) for inputs in asked]
+        for threads in sorted({*_THREADS, max(1, torch.get_num_threads())}):
+            try:
+                session = Session(path, threads=threads)
+            except ValueError as error:  # which names the node, and a file that nobody else knows
+                what = str(error).removeprefix(f"sparsekd.Session: {path}: ")
+                raise CannotExport(
+                    f"sparsekd.export: {what}; leave that out of the network and compute it around the session"
+                ) from error
+            for inputs, wants in zip(asked, wanted, strict=True):
+                got = session._run([x.contiguous().numpy() for x in inputs])
+                for port, y, want in zip(session.outputs, got, wants, strict=True):
+                    want = want.float() if want.dtype == torch.bfloat16 else want
+                    _compare(f"{port.name} with threads={threads}", y, want, tolerance)
 
 
 def _compare(name: str, got: np.ndarray[Any, Any], want: Tensor, tolerance: float) -> None:
-    expected = want.detach().numpy()
-    same = got.shape == expected.shape and got.dtype == expected.dtype
-    if same and expected.dtype.kind == "f":
+    expected, wrong = want.detach().numpy(), ""
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        wrong = f"{got.dtype} {list(got.shape)} where it gives {expected.dtype} {list(expected.shape)}"
+    elif expected.dtype.kind == "f":  # integers are places: others are as right where numbers are nearly equal
         scale = max(float(np.abs(expected).max(initial=0, where=np.isfinite(expected))), 1e-30)
-        same = np.allclose(got, expected, rtol=0, atol=tolerance * scale, equal_nan=True)
-    if not same and expected.dtype.kind == "f":
+        if not np.allclose(got, expected, rtol=0, atol=tolerance * scale, equal_nan=True):
+            wrong = f"up to {np.nanmax(np.abs(got - expected))}, largest {scale:.3g}"
+    if wrong:
         raise RuntimeError(
-            f"sparsekd.export: the file answers otherwise than the frozen network for {name}: up to "
-            f"{np.nanmax(np.abs(got - expected)) if got.shape == expected.shape else got.shape}, largest {scale:.3g}; "
-            "a network that is random or keeps a state cannot be exported, else report this"
+            f"sparsekd.export: the file answers otherwise than the frozen network for {name}: {wrong}; a network that "
+            "is random or keeps a state cannot be exported, else report this"
         )
 
 

@@ -31,7 +31,7 @@ class LoadedNetwork(nn.Module):
                 f"sparsekd.LoadedNetwork: expected the tensors {self._names}, got {len(args)} by position and "
                 f"{sorted(kwargs)} besides"
             )
-        outputs = self.session._run([_array(name, x) for name, x in zip(self._names, given, strict=True)])
+        outputs = self.session._run([_array(port, x) for port, x in zip(self.session.inputs, given, strict=True)])
         return _built(self.result, [torch.from_numpy(y) for y in outputs])
 
     def train(self, mode: bool = True) -> LoadedNetwork:
@@ -43,6 +43,21 @@ class LoadedNetwork(nn.Module):
 
     def extra_repr(self) -> str:
         return repr(self.session)
+
+    def __copy__(self) -> LoadedNetwork:
+        return self  # nothing in it ever changes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoadedNetwork:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "sparsekd.LoadedNetwork: an exported network is no data for pickle; hand its file's path to the other "
+            "process, and call sparsekd.load_frozen(path) there"
+        )
+
+
+_CASTS = {"float32": "float()", "int64": "long()", "int32": "int()"}
 
 
 def load(path: str | os.PathLike[str], threads: int | None) -> LoadedNetwork:
@@ -57,10 +72,25 @@ def load(path: str | os.PathLike[str], threads: int | None) -> LoadedNetwork:
         ) from error
 
 
-def _array(name: str, x: Any) -> Any:
+def is_exported(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a file of ``FrozenModel.export``, damaged or not."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return '"sparsekd-network"' in (file.metadata() or {}).get("sparsekd", "")
+    except (SafetensorError, OSError):
+        return False
+
+
+def _array(port: Any, x: Any) -> Any:
+    """port: of `Session.inputs`."""
     if not isinstance(x, Tensor) or not x.is_cpu:
         got = f"a tensor on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"sparsekd.LoadedNetwork: expected {name!r} to be a tensor on the CPU, got {got}")
+        raise TypeError(f"sparsekd.LoadedNetwork: expected {port.name!r} to be a tensor on the CPU, got {got}")
+    if str(x.dtype) != f"torch.{port.dtype}":
+        raise TypeError(
+            f"sparsekd.LoadedNetwork: expected {port.name!r} of the type {port.dtype}, got {x.dtype}; use "
+            f"x.{_CASTS.get(port.dtype, f'to(torch.{port.dtype})')}"
+        )
     return x.detach().contiguous().numpy()
 
 
@@ -86,4 +116,4 @@ def _built(pattern: Any, outputs: list[Tensor], depth: int = 0) -> Any:
     raise ValueError(f"sparsekd.load_frozen: the file says that the network returns {str(pattern)[:60]}")
 
 
-__all__ = ["LoadedNetwork", "load"]
+__all__ = ["LoadedNetwork", "is_exported", "load"]

@@ -333,16 +333,19 @@ def _bag(low: Lowering, node: fx.Node, module: nn.Module | None) -> int:
     assert module is not None
     padding = -1 if module.padding_idx is None else module.padding_idx
     table = _table_of(low, str(node.target), module)
-    return low.graph.node(
+    dense = low.graph.tensors[table["table"]]
+    low.graph.tensors[table["table"]] = dense.float()  # bags are summed in float32, also of bfloat16
+    bags = low.graph.node(
         "embedding_bag",
         node.name,
         [ids],
         low.shapes[node],
-        low.dtypes[node],
+        torch.float32,
         mode=module.mode,
         padding=padding,
         **table,
     )
+    return low.cast(node, bags, low.dtypes[node])
 
 
 def _sparse_tables() -> dict[Any, Lower]:

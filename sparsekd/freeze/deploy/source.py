@@ -24,17 +24,17 @@ Assemble = Callable[..., nn.Module]
 
 def frozen_graph(
     model: nn.Module, kept: Mapping[str, BlockSparse], call: Call, inputs: tuple[Tensor, ...], assemble: Assemble
-) -> fx.GraphModule:
-    """model: with dense layers, whose kept blocks are ``kept``. assemble: of network.py."""
+) -> tuple[fx.GraphModule, Callable[..., Any] | None]:
+    """The graph and its guards. model: with dense layers, whose kept blocks are ``kept``. assemble: of network.py."""
     failed: list[str] = []
     with LOCK:
         for method in METHODS:
             try:
-                traced = trace_by(method, prepare(model), call, inputs).network
+                found = trace_by(method, prepare(model), call, inputs)
             except Exception as error:  # of whatever the model does
                 failed.append(f"{method}: {type(error).__name__}: {error}".splitlines()[0])
                 continue
-            layers: dict[str, FrozenLayer] = {}
+            traced, layers = found.network, dict[str, FrozenLayer]()
             sites = find_sites(traced, inputs)
             for site in sites:
                 module: Any = traced.get_submodule(site.target)
@@ -49,7 +49,7 @@ def frozen_graph(
                 )
             network = assemble(traced, sites, layers)
             assert isinstance(network, fx.GraphModule)
-            return network
+            return network, found.guards
     raise CannotExport(
         f"sparsekd.export: the network cannot be traced ({'; '.join(failed)}); make its forward traceable"
     )
