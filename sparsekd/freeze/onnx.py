@@ -18,6 +18,7 @@ from ..convert import densify
 from .call import Call
 from .deploy.export import names_of
 from .network import FrozenModel
+from .outputs import tensors
 
 
 def export_onnx(
@@ -30,13 +31,15 @@ def export_onnx(
     """Write a block-sparse model, or a frozen one, as an ONNX file with dense weights and a dynamic batch.
 
     What is sparse is dense there: the file has zeros where no block is kept, and run times multiply by them. Inputs
-    have the names of the forward's parameters, outputs are "output", or "output_0" and so on.
+    have the names of the forward's parameters, outputs are "output", or "output_0" and so on, in the order in which
+    they are met in the result. A network that was frozen in bfloat16 or int8 computes in float32 there.
 
     Args:
         model: block-sparse, dense, or what `freeze` returned, which is folded. Left as it is.
         example_inputs: as of `freeze`; the first dimension of each is the batch.
 
-    Raises ImportError where the package onnx is missing, and what torch.onnx.export raises for a model it cannot take.
+    Raises ImportError where the package onnx is missing, ValueError for a network that asks for bfloat16 itself, and
+    what torch.onnx.export raises for a model it cannot take.
     """
     try:
         import onnx  # noqa: F401 - torch.onnx.export writes with it
@@ -45,13 +48,13 @@ def export_onnx(
     forward = model.forward if not isinstance(model, FrozenModel) else None
     call, inputs = Call.of(forward, example_inputs)
     if isinstance(model, FrozenModel):
-        call, plain = model.call, model.to_torch()
+        call = model.call
+        plain = _Flat(_in_float32(model) if model.record.get("in_bf16") else model.to_torch())
     else:
-        plain = _Called(densify(copy.deepcopy(model)).eval(), call)
+        plain = _Flat(densify(copy.deepcopy(model)).eval(), call)
     names = names_of(call)
     with torch.no_grad():
-        result = plain(*inputs)
-    outputs = [result] if isinstance(result, Tensor) else list(result.values() if isinstance(result, dict) else result)
+        outputs = _outputs(plain, inputs, model)
     made = ["output"] if len(outputs) == 1 else [f"output_{i}" for i in range(len(outputs))]
     axes = {name: {0: "batch"} for name, x in zip([*names, *made], [*inputs, *outputs], strict=True) if x.dim()}
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
@@ -64,17 +67,34 @@ def export_onnx(
         write_atomically(path, file.read_bytes())
 
 
-class _Called(nn.Module):
-    """A model as a function of the tensors of a call."""
+def _in_float32(model: FrozenModel) -> nn.Module:
+    """Run times have no convolutions in bfloat16. What was rounded to it stays, and is computed with in float32."""
+    return copy.deepcopy(model.to_torch()).float()  # a copy, since what is no layer is shared with the frozen network
 
-    def __init__(self, model: nn.Module, call: Call) -> None:
+
+def _outputs(plain: nn.Module, inputs: tuple[Tensor, ...], model: nn.Module) -> tuple[Tensor, ...]:
+    try:
+        return plain(*inputs)
+    except RuntimeError as error:
+        if isinstance(model, FrozenModel) and model.record.get("in_bf16"):
+            raise ValueError(
+                "sparsekd.export_onnx: this network was frozen in bfloat16, which its forward asks for itself, so that "
+                f"it does not run in float32 ({str(error).splitlines()[0]}); freeze it without dtype, and export that"
+            ) from error
+        raise
+
+
+class _Flat(nn.Module):
+    """A network as a function from the tensors of a call, or those of ``call``, to those of its result."""
+
+    def __init__(self, model: nn.Module, call: Call | None = None) -> None:
         super().__init__()
         self.model = model
         self._call = call
 
-    def forward(self, *inputs: Tensor) -> Any:
-        args, kwargs = self._call.build(inputs)
-        return self.model(*args, **kwargs)
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        args, kwargs = (inputs, dict[str, Any]()) if self._call is None else self._call.build(inputs)
+        return tuple(tensors(self.model(*args, **kwargs)))
 
 
 __all__ = ["export_onnx"]
