@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from . import checkpoint
 from .bench import load
@@ -36,11 +37,14 @@ def export(
         weights: a file of ``checkpoint.save``; the model is frozen here, for this machine, with random inputs of
             ``shapes`` (without the batch) and ``dtype`` ("bf16" or None).
 
-    Raises ValueError where neither or both files are given, or a file cannot hold the network.
+    Raises ValueError where neither or both files are given, the batch is no positive number, or a file cannot hold the
+    network.
     """
     if (frozen is None) is (weights is None):
         raise ValueError("sparsekd export: expected either --frozen FILE or --checkpoint FILE")
-    model = load(name).eval()
+    if batch < 1:
+        raise ValueError(f"sparsekd export: the batch must be at least 1, got {batch}")
+    model = _model(name).eval()
     if frozen is not None:
         network: Any = load_frozen(frozen, model, threads=threads)
     else:
@@ -53,6 +57,13 @@ def export(
     from .runtime import Session  # here, because it needs the compiled module
 
     return f"{Path(out)}: {Path(out).stat().st_size / 1e6:.2f} MB, {Session(out, threads=1)}"
+
+
+def _model(name: str) -> nn.Module:
+    try:
+        return load(name)
+    except ValueError as error:  # which speaks of the command that it was written for
+        raise ValueError(str(error).replace("sparsekd bench:", "sparsekd export:", 1)) from error
 
 
 __all__ = ["export"]

@@ -11,12 +11,13 @@ Nobody waits for a swap, and a swap waits for nobody: it is one assignment, afte
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .freeze.call import Example, call_arguments
 from .outputs import pick
 
 __all__ = ["ServingModel"]
@@ -62,23 +63,24 @@ class ServingModel:
         served = self._served
         return 0 if served is None else served.version
 
-    def swap(self, network: Callable[..., Any], example_inputs: Sequence[Any] | None = None) -> int:
+    def swap(self, network: Callable[..., Any], example_inputs: Example | None = None) -> int:
         """Let `network` answer every call that begins from now on; returns its version.
 
-        With example inputs it has to answer them first, with finite numbers, and in the shape of the answer of before.
-        Raises ValueError where it does not: then the old one stays.
+        With example inputs (as of `freeze`: a tensor, several, or a mapping of keyword arguments) it has to answer them
+        first, with finite numbers, and in the shape of the answer of before. Raises ValueError where it does not: then
+        the old one stays.
         """
         if isinstance(network, nn.Module):
             network.eval()
         with self._swapping:
             if example_inputs is not None:
-                self._check(network, tuple(example_inputs))
+                self._check(network, *call_arguments(example_inputs))
             self._served = _Served(network, self.version + 1)
             return self._served.version
 
-    def _check(self, network: Callable[..., Any], inputs: tuple[Any, ...]) -> None:
+    def _check(self, network: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with torch.no_grad():
-            answer = pick("ServingModel.swap", network(*inputs), None)
+            answer = pick("ServingModel.swap", network(*args, **kwargs), None)
             if isinstance(answer, Tensor) and not torch.isfinite(answer).all():
                 raise ValueError(
                     "sparsekd.ServingModel.swap: the new model answers NaN or infinity, so that the old one stays; "
@@ -86,7 +88,7 @@ class ServingModel:
                 )
             if self._served is None or not isinstance(answer, Tensor):
                 return
-            before = self._served.network(*inputs)
+            before = self._served.network(*args, **kwargs)
         if not isinstance(before, Tensor) or before.shape != answer.shape or before.dtype != answer.dtype:
             got, had = (f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else str(x) for x in (answer, before))
             raise ValueError(

@@ -277,6 +277,20 @@ def test_bench_says_what_is_wrong(capsys, arguments, message):
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["torch.nn:Identity", "--batch", "0"], "sparsekd export: the batch must be at least 1, got 0"),
+        (["Identity"], "sparsekd export: a model must be package.module:factory, got 'Identity'"),
+        (["torch.nn:Nothing"], "sparsekd export: expected 'torch.nn:Nothing' to name a function or class to call"),
+        (["torch.nn:Linear"], "sparsekd export: torch.nn:Linear must be callable without arguments"),
+    ],
+)
+def test_export_says_what_is_wrong(capsys, tmp_path, arguments, message):
+    given = ["--checkpoint", "absent.safetensors", "--input-shape", "5", "--out", str(tmp_path / "out.skd")]
+    assert message in failure(capsys, "export", *arguments, *given)
+
+
 def test_other_settings_do_not_mix(capsys, tmp_path, tiny, monkeypatch):
     arguments = ["run", "--quick", "--method", "sp-sad", "--out", str(tmp_path)]
     assert cli.main(arguments) == 0

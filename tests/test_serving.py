@@ -94,6 +94,24 @@ def test_a_call_is_not_held_up_by_the_check_of_a_slow_newcomer():
     assert serving.version == 2
 
 
+class TwoInputs(nn.Module):
+    def forward(self, x, y):
+        return x + y
+
+
+@pytest.mark.parametrize(
+    ("network", "example"),
+    [(Constant(1), X), (Constant(1), [X]), (TwoInputs(), (X, X)), (TwoInputs(), {"y": X, "x": X})],
+    ids=["tensor", "list", "tuple", "mapping"],
+)
+def test_example_inputs_are_what_freeze_takes(network, example):
+    serving = ServingModel()
+    assert [serving.swap(network, example) for _ in range(2)] == [1, 2]
+    with pytest.raises(TypeError, match="example_inputs must be a tensor or several, got int"):
+        serving.swap(network, 3)
+    assert serving.version == 2
+
+
 def test_what_does_not_answer_is_not_swapped_in():
     serving = ServingModel(Constant(1))
     broken = Constant(float("nan"))

@@ -24,7 +24,7 @@ from ..nn import BlockSparseLayer
 from ..nn.embedding_table import SparseTable
 from .call import Call
 from .checked import dataclass_of
-from .deploy import LoadedNetwork, load
+from .deploy import LoadedNetwork, is_exported, load
 from .file import Record, check_answer, check_same, nodes_of, read, record_of, weight_and_bias
 from .int8 import give_bytes
 from .kinds import is_conv, is_transposed, kind_of
@@ -66,6 +66,11 @@ def load_frozen(
     """
     if model is None:
         return load(path, threads)
+    if is_exported(path):
+        raise ValueError(
+            f"sparsekd.load_frozen: {path} is a file of FrozenModel.export, which holds the whole network; leave the "
+            "model out: load_frozen(path)"
+        )
     try:
         state = read(path)
     except RecursionError as error:

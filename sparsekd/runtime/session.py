@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -45,6 +46,10 @@ class Session:
     """
 
     def __init__(self, path: str | os.PathLike[str], threads: int | None = None) -> None:
+        try:
+            threads = None if threads is None else operator.index(threads)
+        except TypeError:
+            raise TypeError(f"sparsekd.Session: threads must be a whole number, 1 or more, got {threads!r}") from None
         if threads is not None and threads < 1:
             raise ValueError(f"sparsekd.Session: threads must be 1 or more, got {threads}")
         self._native = native.Session(os.fspath(path), threads or _processors())
@@ -77,6 +82,18 @@ class Session:
             raise KeyError(f"sparsekd.Session: expected inputs named {self._names}, got {list(inputs)}")
         results = self._run([inputs[name] for name in self._names])
         return {one.name: result for one, result in zip(self.outputs, results, strict=True)}
+
+    def __copy__(self) -> Session:
+        return self  # nothing in it ever changes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "sparsekd.Session: a session is no data for pickle; hand its file's path to the other process, and open a "
+            "session there"
+        )
 
     def __repr__(self) -> str:
         return f"Session({', '.join(map(str, self.inputs))} -> {', '.join(map(str, self.outputs))})"

@@ -1,6 +1,8 @@
 """Whatever a file or a caller gets wrong is an error that says so, and never a crash."""
 
+import copy
 import json
+import pickle
 import struct
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from torch import nn
 
 import sparsekd
 from sparsekd.backends import cpu
+from sparsekd.freeze.deploy import CannotExport
 
 from ..freeze.networks import ResNet, quick, trained
 from .files import graph, write
@@ -69,7 +72,7 @@ def test_a_missing_file_and_a_folder(tmp_path):
 def test_a_file_cut_short(share, exported, tmp_path):
     data = exported.read_bytes()
     (tmp_path / "short.skd").write_bytes(data[: share if isinstance(share, int) else int(share * len(data))])
-    with pytest.raises(ValueError, match=r"sparsekd.Session: .*short.skd: "):
+    with pytest.raises(ValueError, match=r"sparsekd.Session: .*short.skd: .*cut short"):
         open_session(tmp_path / "short.skd")
 
 
@@ -209,8 +212,31 @@ def test_wrong_inputs_are_named(exported):
         session(x, x)
     with pytest.raises(ValueError, match="threads must be 1 or more, got 0"):
         open_session(exported, threads=0)
+    for threads in (1.5, "2"):
+        with pytest.raises(TypeError, match=f"threads must be a whole number, 1 or more, got {threads!r}"):
+            open_session(exported, threads=threads)
     with pytest.raises(ValueError, match="dimensions"):
         session(np.zeros((1,) * 12, np.float32))
+
+
+def test_wrong_tensors_are_named(exported):
+    network = sparsekd.load_frozen(exported)
+    for dtype in (torch.float64, torch.bfloat16):
+        with pytest.raises(TypeError, match=rf"LoadedNetwork: expected 'x' .* float32, got {dtype}; use x.float\(\)"):
+            network(torch.zeros(2, 3, 8, 8, dtype=dtype))
+
+
+def test_a_network_of_a_file_is_no_data_for_pickle_and_is_its_own_copy(exported):
+    network = sparsekd.load_frozen(exported)
+    for one in (network, network.session):
+        with pytest.raises(TypeError, match=rf"sparsekd.{type(one).__name__}: .* no data for pickle; hand its file"):
+            pickle.dumps(one)
+        assert copy.deepcopy([one])[0] is one and copy.copy(one) is one
+
+
+def test_a_model_beside_an_exported_file_is_too_much(exported):
+    with pytest.raises(ValueError, match=r"leave the model out: load_frozen\(path\)"):
+        sparsekd.load_frozen(exported, ResNet())
 
 
 def test_an_empty_batch_has_an_empty_answer(exported):
@@ -285,3 +311,83 @@ def test_what_is_changed_in_place_and_read_again_is_refused(tmp_path):
     frozen = quick(Changed().eval(), torch.randn(2, 4))
     with pytest.raises(ValueError, match="in place"):
         frozen.export(tmp_path / "changed.skd")
+
+
+class ByBatch(nn.Module):
+    """What its forward does follows from the batch size."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.layer, self.other = nn.Linear(10, 30), other
+
+    def forward(self, x):
+        return self.layer(x) * (2 if self.other(x.shape[0]) else 1)
+
+
+BY_BATCH = {
+    "more than": (lambda n: n > 4, r"x.size\(\)\[0\] <= 4"),
+    "many more than": (lambda n: n > 100_000, r"x.size\(\)\[0\] <= 100000"),
+    "one of many": (lambda n: n % 32 == 31, r"x.size\(\)\[0\] % 32"),
+}
+
+
+class Centred(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(x) - self.layer(x).mean(0, keepdim=True)
+
+
+def test_what_mixes_the_batch_is_refused_by_the_name_of_its_node(tmp_path):
+    frozen = quick(Centred().eval(), torch.randn(2, 4))
+    with pytest.raises(CannotExport, match=r"^sparsekd.export: the node 'mean' \(mean\): it reduces the batch"):
+        frozen.export(tmp_path / "centred.skd")
+    assert not list(tmp_path.iterdir())
+
+
+def test_integers_of_another_shape_are_refused(monkeypatch, tmp_path):
+    class Best(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).topk(2)[1]
+
+    class Wrong(sparsekd.runtime.Session):
+        def __init__(self, path, threads):
+            super().__init__(path, threads)
+            right = self._run
+            self._run = lambda inputs: [y[:, :1] for y in right(inputs)]
+
+    frozen = quick(Best(nn.Linear(4, 3)).eval(), torch.randn(2, 4))
+    frozen.export(tmp_path / "right.skd")
+    monkeypatch.setattr(sparsekd.runtime, "Session", Wrong)
+    with pytest.raises(RuntimeError, match=r"int64 \[1, 1\] where it gives int64 \[1, 2\]"):
+        frozen.export(tmp_path / "wrong.skd")
+
+
+@pytest.mark.parametrize("name", BY_BATCH)
+@pytest.mark.parametrize("eager", [False, True])
+def test_another_path_for_another_batch_is_refused(name, eager, tmp_path, monkeypatch):
+    other, guard = BY_BATCH[name]
+    if eager:  # as if torch's own layers were faster
+        freezing = sys.modules["sparsekd.freeze.freeze"]
+        taken = lambda runs, *_: {run: 1.0 if run == freezing.DENSE else 100.0 for run in runs}  # noqa: E731
+        monkeypatch.setattr(freezing, "time_networks", taken)
+    frozen = quick(ByBatch(other).eval(), torch.randn(2, 10), min_gain=1.0 if eager else 0.0)
+    assert frozen.plan.eager is eager
+    with pytest.raises(ValueError, match=rf"sparsekd.export: .*{guard}.*FrozenModel.save"):
+        frozen.export(tmp_path / "network.skd")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_wrong_on_several_threads_is_refused(monkeypatch, tmp_path):
+    class Wrong(sparsekd.runtime.Session):
+        def __init__(self, path, threads):
+            super().__init__(path, threads)
+            right = self._run
+            self._run = lambda inputs: [y + (threads > 1) for y in right(inputs)]
+
+    monkeypatch.setattr(sparsekd.runtime, "Session", Wrong)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    with pytest.raises(RuntimeError, match=r"answers otherwise .* for output with threads=2"):
+        quick(nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4)).export(tmp_path / "network.skd")

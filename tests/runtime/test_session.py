@@ -245,6 +245,16 @@ def test_click_models_of_the_library(kind, table, tmp_path):
     np.testing.assert_allclose(got, frozen(numbers, ids).numpy(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_of_a_network_in_bfloat16(mode, tmp_path):
+    model = nn.Sequential(nn.EmbeddingBag(50, 16, mode=mode), nn.Linear(16, 4)).eval()
+    frozen = quick(model, torch.randint(50, (3, 5)), dtype="bf16")
+    frozen.export(tmp_path / "bags.skd")
+    ids = torch.randint(50, (7, 5))
+    got, want = torch.from_numpy(sparsekd.runtime.Session(tmp_path / "bags.skd")(ids.numpy())), frozen(ids)
+    assert float((got - want).abs().max()) < 0.02 * float(want.abs().max())
+
+
 def test_networks_of_the_library_for_small_images(tmp_path):
     """MobileNetV3's and EfficientNet's parts: squeeze and excitation, hardswish, hardsigmoid, SiLU."""
 
