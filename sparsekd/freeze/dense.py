@@ -81,8 +81,10 @@ def _onednn_conv2d(geometry: Geometry, weight: Tensor, bias: Tensor | None) -> R
     known = geometry.activation in _ONEDNN
     numbers = (*_ONEDNN[geometry.activation if known else "none"], "")
     rest = IN_PLACE["none" if known else geometry.activation]
-    # Behind an add only ReLU is fused; others follow in place.
+    # Behind an add only ReLU is fused; others follow in place. torch has none in bfloat16 for a new tensor where oneDNN
+    # does not do the add, as of grouped convolutions.
     relu, after = ("relu", IN_PLACE["none"]) if geometry.activation == "relu" else (None, IN_PLACE[geometry.activation])
+    new_relu, new_after = (relu, after) if weight.dtype == torch.float32 else (None, IN_PLACE[geometry.activation])
     pad, pad_mode, out = geometry.pad, geometry.pad_mode, (weight.shape[0], *geometry.output_image)
     image = (channels, *geometry.input[2:])
 
@@ -97,7 +99,7 @@ def _onednn_conv2d(geometry: Geometry, weight: Tensor, bias: Tensor | None) -> R
             residual = residual.expand(x.shape[0], *out)
         if reuse and residual.is_contiguous(memory_format=layout):
             return after(conv2d_add_to(residual, x, packed, bias, *sizes, "add", 1.0, relu, [], ""))
-        return after(conv2d_add(x, residual, packed, bias, *sizes, "add", 1.0, relu, [], ""))
+        return new_after(conv2d_add(x, residual, packed, bias, *sizes, "add", 1.0, new_relu, [], ""))
 
     return run
 

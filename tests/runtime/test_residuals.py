@@ -22,6 +22,7 @@ LAYERS = {
     "1x1": (lambda: nn.Conv2d(WIDTH, WIDTH, 1), (WIDTH, 12, 12)),
     "3x3": (lambda: nn.Conv2d(WIDTH, WIDTH, 3, padding=1), (WIDTH, 12, 12)),
     "depthwise": (lambda: nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH), (WIDTH, 12, 12)),
+    "grouped": (lambda: nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=2), (WIDTH, 12, 12)),
     "linear": (lambda: nn.Linear(WIDTH, WIDTH), (WIDTH,)),
     "rows": (lambda: nn.Linear(WIDTH, WIDTH), (20, WIDTH)),
     "conv1d": (lambda: nn.Conv1d(WIDTH, WIDTH, 3, padding=1), (WIDTH, 40)),
@@ -37,7 +38,7 @@ class Around(nn.Module):
 
     def forward(self, x):
         y = self.first(x)
-        y = F.silu(self.second(y) + y)
+        y = F.relu(self.second(y) + y)
         return self.third(y) + y
 
 
