@@ -29,24 +29,26 @@ from .pruning import Budget, count_macs, count_weights, sparsify
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load(name: str) -> nn.Module:
-    """The network that `package.module:factory` makes. Raises ValueError for a name of anything else."""
+def load(name: str, command: str = "bench") -> nn.Module:
+    """The network that `package.module:factory` makes for a command. Raises ValueError for a name of anything else."""
     module, colon, factory = name.partition(":")
     if not colon:
-        raise ValueError(f"sparsekd bench: a model must be package.module:factory, got {name!r}")
+        raise ValueError(f"sparsekd {command}: a model must be package.module:factory, got {name!r}")
     try:
         make: Callable[[], Any] = getattr(importlib.import_module(module), factory)
     except (ModuleNotFoundError, AttributeError) as error:
-        raise ValueError(f"sparsekd bench: expected {name!r} to name a function or class to call: {error}") from error
+        raise ValueError(
+            f"sparsekd {command}: expected {name!r} to name a function or class to call: {error}"
+        ) from error
     try:
         inspect.signature(make).bind()
     except TypeError as error:
-        raise ValueError(f"sparsekd bench: {name} must be callable without arguments: {error}") from error
+        raise ValueError(f"sparsekd {command}: {name} must be callable without arguments: {error}") from error
     except ValueError:
         pass  # what is compiled does not say what it takes
     model = make()
     if not isinstance(model, nn.Module):
-        raise ValueError(f"sparsekd bench: {name} must make an nn.Module, got {type(model).__name__}")
+        raise ValueError(f"sparsekd {command}: {name} must make an nn.Module, got {type(model).__name__}")
     return model
 
 

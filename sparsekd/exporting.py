@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from . import checkpoint
 from .bench import load
@@ -44,7 +43,7 @@ def export(
         raise ValueError("sparsekd export: expected either --frozen FILE or --checkpoint FILE")
     if batch < 1:
         raise ValueError(f"sparsekd export: the batch must be at least 1, got {batch}")
-    model = _model(name).eval()
+    model = load(name, "export").eval()
     if frozen is not None:
         network: Any = load_frozen(frozen, model, threads=threads)
     else:
@@ -57,13 +56,6 @@ def export(
     from .runtime import Session  # here, because it needs the compiled module
 
     return f"{Path(out)}: {Path(out).stat().st_size / 1e6:.2f} MB, {Session(out, threads=1)}"
-
-
-def _model(name: str) -> nn.Module:
-    try:
-        return load(name)
-    except ValueError as error:  # which speaks of the command that it was written for
-        raise ValueError(str(error).replace("sparsekd bench:", "sparsekd export:", 1)) from error
 
 
 __all__ = ["export"]
