@@ -23,7 +23,7 @@ DENSE_ABLATIONS = ("kd", "at")  # the two that prune nothing
 KNOWN_METHODS = (*METHODS, *ABLATIONS)
 # What a task of rankings trains beside its dense model (see rankings.py), each at equal bytes.
 RANKING_METHODS = ("small", "random-mask", "one-shot", "imp", "rigl", "pep", "sparserec")
-_VARIANTS = ("kd", "random", "normal", "last", "absolute", "sampled", "adam")
+_VARIANTS = ("kd", "random", "normal", "static", "last", "absolute", "sampled", "adam")
 RANKING_ABLATIONS = tuple(f"sparserec-{what}" for what in _VARIANTS)
 RANKING_METHODS_ALL = (*RANKING_METHODS, *RANKING_ABLATIONS)
 # The weight of AT: that of its authors' code for a mean over positions.

@@ -8,8 +8,8 @@ The teacher is the dense model, and its row is that of "dense"; students of `spa
     imp              the same in many rounds, a tenth of the entries at once
     rigl             dynamic, random start, growth by the gradient of the last batch (RigL; DSL for recommenders)
     pep              learnt thresholds, then trained again from the same start
-    sparserec        SparseRec; -random starts from random masks, -normal from random values, -last grows by the last
-                     batch alone, -absolute by sums of magnitudes, -sampled learns half of the rows of a batch, -kd
+    sparserec        SparseRec; -random starts from random masks, -normal from random values, -static keeps its masks,
+                     -last grows by the last batch alone, -absolute by sums of magnitudes, -sampled learns half of the rows of a batch, -kd
                      the teacher's scores too, and -adam by `sparsekd.optim.SparseAdam`: no row moves or decays but
                      those of the batch
 """
@@ -69,6 +69,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "sparserec-adam": {},
     "sparserec-random": {"init": "random"},
     "sparserec-normal": {"values": "normal"},
+    "sparserec-static": {"exchanged": 0.0},
     "sparserec-last": {"accumulate": "last"},
     "sparserec-absolute": {"accumulate": "absolute"},
     "sparserec-sampled": {"sample": 0.5},
