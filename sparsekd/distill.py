@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from .features import Features, selected
 from .goals import Batches, Goal, Metric, evaluating
 from .losses import SAD
+from .modes import evaluation_mode
 from .outputs import Pick
-from .tapped import TappedNetwork, TeacherTargets
+from .tapped import TappedNetwork, TeacherSource, TeacherTargets
 
 __all__ = ["Custom", "Distiller", "Losses", "Plain"]
 
@@ -133,6 +134,7 @@ class Distiller(nn.Module):
     of 3 dimensions are told apart by the modules that are tapped, and all others have them second.
 
     The teacher is put into eval mode and runs without gradients in every call, and not at all if alpha and beta are 0.
+    Layers that it has in common with the student are back in their own mode afterwards.
     Both networks stay the caller's: `parameters()`, `state_dict()`, `.to()` and `.train()` of this module concern the
     SAD meta-network alone (`.sad`). Give its parameters to the optimizer beside the student's. The weights `alpha` and
     `beta` may be changed between calls; a term of weight 0 costs nothing.
@@ -182,6 +184,10 @@ class Distiller(nn.Module):
             TappedNetwork("Distiller", network, output=output, takes_tensor=self.goal.takes_tensor)
             for network in (teacher, student)
         )
+        learning = set(student.modules())
+        # Held in a list of its own, since they stay the caller's.
+        self._common = [nn.ModuleList(module for module in teacher.modules() if module in learning)]
+        self._known: TeacherSource | None = None  # whose targets were found to be of this teacher
         self.sad: nn.Module | None = None
         if beta > 0:
             if not isinstance(example_inputs, (tuple, list)):
@@ -207,7 +213,7 @@ class Distiller(nn.Module):
         taught: what the teacher says and sees of these rows, out of a `TeacherCache`; without it the teacher is run.
 
         Raises what the goal, `FeatureTap` and `SAD` do for outputs and features that do not fit, and ValueError for
-        `taught` of other taps, or where `matching` needs whole features.
+        `taught` of another teacher or other taps, or where `matching` needs whole features.
         """
         _check_inputs("Distiller.loss", inputs)
         if self.beta and self.sad is None:
@@ -235,12 +241,15 @@ class Distiller(nn.Module):
 
     def _ask(self, inputs: Sequence[Any]) -> tuple[Any, Features]:
         """Output and features of the teacher, which is run."""
-        self.teacher.eval()  # each time: whoever holds the teacher may have called .train() on it
-        with torch.no_grad():
+        with torch.no_grad(), evaluation_mode(self._common[0]):
+            self.teacher.eval()  # each time: whoever holds the teacher may have called .train() on it
             return self._teacher.run(inputs, tapped=bool(self.beta))
 
     def _told(self, taught: TeacherTargets) -> tuple[Any, Features]:
         """Output of the teacher and statistics of its features, which are known."""
+        if taught.source is not None and taught.source != self._known:
+            self._check_is_of_teacher(taught.source, taught.taps)
+            self._known = taught.source
         if not self.beta:
             return taught.output, []
         if not getattr(self.sad, "takes_stats", False):
@@ -255,6 +264,22 @@ class Distiller(nn.Module):
                 f"of {', '.join(taught.taps) or 'no taps'}; make one of {list(self._teacher.taps)}"
             )
         return taught.output, selected(taught.stats, [taught.taps.index(name) for name in self._teacher.taps])
+
+    def _check_is_of_teacher(self, source: TeacherSource, taps: Sequence[str]) -> None:
+        """What was known of a teacher once is not looked at again."""
+        own = self._teacher.source()
+        wrong = own.otherwise(source)
+        theirs = dict(zip(taps, source.channels_last, strict=True))
+        for name, last in zip(self._teacher.taps, own.channels_last, strict=True):
+            if theirs.get(name, last) != last:
+                wrong = (
+                    f"it has the channels of {name} {'second' if last else 'last'}, not {'last' if last else 'second'}"
+                )
+        if wrong:
+            raise ValueError(
+                f"sparsekd.Distiller.loss: expected a TeacherCache of this distiller's teacher, got one of another: "
+                f"{wrong}; make one with the same teacher, output= and channels_last="
+            )
 
     def _check_graph(self, features: list[Tensor]) -> None:
         """Raise ValueError where SAD could train nothing of the student."""

@@ -1,7 +1,8 @@
 """Training on several ranks: one mask everywhere, one gradient everywhere.
 
     torch.distributed.init_process_group("nccl")                # torchrun starts one process for each GPU
-    distributed.broadcast(teacher), distributed.broadcast(student)          # before anything prunes or rewinds
+    for module in (teacher, student, distiller):                # the last has SAD's parameters
+        distributed.broadcast(module)                           # before anything prunes or rewinds
     method = sparsekd.LTHSAD(distiller, schedule, epochs=60)
     ...
     method.loss(inputs, target).total.backward()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ from .nn import BlockSparseLayer, SparseLinear
 from .outputs import Pick, check_tensor, pick
 from .taps import FeatureTap
 
-__all__ = ["TappedNetwork", "TeacherTargets", "has_channels_last"]
+__all__ = ["TappedNetwork", "TeacherSource", "TeacherTargets", "has_channels_last"]
 
 _CHANNELS_LAST = (
     nn.Linear,
@@ -38,24 +40,52 @@ _CHANNELS_FIRST = (
 )
 
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class TeacherSource(NamedTuple):
+    """Whose targets they are, as far as it can be told without running the teacher.
+
+    dtypes, weights  of all its parameters and buffers: SHA-256 of what they are, and of the sums of their bits, which
+                     are the same on every device; "" where some have no data.
+    picked           `output` of who ran it.
+    channels_last    of every tap.
+    """
+
+    dtypes: str
+    weights: str
+    picked: Pick
+    channels_last: tuple[bool, ...]
+
+    def otherwise(self, other: TeacherSource) -> str:
+        """What tells the other teacher from this one, in words; "" where nothing does."""
+        if self.dtypes == other.dtypes and self.weights and other.weights and self.weights != other.weights:
+            return "its weights are others"
+        plain = (str, int)  # of functions it cannot be told, and a network that returns one tensor needs no name for it
+        if isinstance(self.picked, plain) and isinstance(other.picked, plain) and self.picked != other.picked:
+            return f"output={other.picked!r} of it was kept, not output={self.picked!r}"
+        return ""
+
+
 class TeacherTargets(NamedTuple):
     """What a student is to match of a teacher in one batch, known before the step: see `TeacherCache`.
 
     output  [B, ...], what the goal takes of the teacher's output.
     stats   of its tapped features, in the order of `taps`.
     taps    their names.
+    source  whose they are; None where nobody says.
     """
 
     output: Tensor
     stats: FeatureStats
     taps: tuple[str, ...]
+    source: TeacherSource | None = None
 
     def to(self, device: torch.device | str) -> TeacherTargets:
         """The same on another device."""
         means, energy = (part.to(device, non_blocking=True) for part in self.stats[:2])
-        return TeacherTargets(
-            self.output.to(device, non_blocking=True), FeatureStats(means, energy, self.stats.shapes), self.taps
-        )
+        output, stats = self.output.to(device, non_blocking=True), FeatureStats(means, energy, self.stats.shapes)
+        return self._replace(output=output, stats=stats)
 
 
 class TappedNetwork:
@@ -94,6 +124,14 @@ class TappedNetwork:
         output, features = self.tap(*inputs)
         return self.picked(output), self._turned(features)
 
+    def source(self) -> TeacherSource:
+        """What this network says and sees now is of this teacher."""
+        tensors = [tensor.detach() for tensor in self.network.state_dict().values() if isinstance(tensor, Tensor)]
+        kinds = [f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in tensors]
+        sums = [] if any(tensor.is_meta for tensor in tensors) else [_sum_of_bits(tensor) for tensor in tensors]
+        weights = _digest(sums) if sums else ""
+        return TeacherSource(_digest(kinds), weights, self.output, tuple(self._channels_last))
+
     def picked(self, output: Any) -> Any:
         """The part of the network's output that the goal takes."""
         part = pick(self.caller, output, self.output)
@@ -112,6 +150,18 @@ class TappedNetwork:
                 "dimension holds the channels; give channels_last=True for [B, T, C], False for [B, C, T]"
             )
         return last
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.dtype.is_floating_point:
+        tensor = tensor.contiguous().view(_INTEGERS[tensor.element_size()])
+    return int(tensor.sum(dtype=torch.int64))
+
+
+def _digest(parts: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()
 
 
 def has_channels_last(model: nn.Module, name: str) -> bool | None:

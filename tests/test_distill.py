@@ -44,6 +44,17 @@ def test_distiller_classification_is_the_sum_of_its_terms():
     assert not any(t.requires_grad for t in (losses.task, losses.kd, losses.sad))
 
 
+def test_layers_in_common_with_the_teacher_go_on_training():
+    shared = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    teacher, student = (nn.Sequential(shared, nn.Flatten(), nn.Linear(512, 5)) for _ in range(2))
+    d = Distiller(teacher, student, [], [], goal=Classification(), beta=0.0)
+    student.train()
+    for _ in range(3):
+        d.loss(*batch())
+    assert int(shared[1].num_batches_tracked) == 3 and all(module.training for module in student.modules())
+    assert not teacher[2].training and "_common" not in dict(d.named_children()) and not list(d.parameters())
+
+
 def test_distiller_regression():
     def regressor(channels):
         return nn.Sequential(network(channels), nn.Linear(5, 1), nn.Flatten(0))

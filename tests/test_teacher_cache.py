@@ -243,6 +243,56 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     assert filled(teacher, x, path=path, data="mine").holds(torch.arange(ROWS))
 
 
+class Heads(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.body = network(channels)
+
+    def forward(self, x):
+        said = self.body(x)
+        return said, said.flip(1)
+
+
+def test_what_was_kept_of_another_teacher_is_refused():
+    """Of other weights, another output or features with other channels: the losses would be wrong, and nothing said."""
+    x, target = images()
+    torch.manual_seed(1)
+    teacher, other, student = Heads(6), Heads(6), Heads(4)
+    taps = [f"body.{name}" for name in TAPS]
+
+    def cache(of, **options):
+        return filled(of, x, taps, output=0, **options)[torch.arange(4)]
+
+    options = {"goal": Classification(), "example_inputs": (x[:2],), "dim": 8}
+    distiller = Distiller(teacher, student, taps, taps, output=0, **options)
+    same = cache(copy.deepcopy(teacher))
+    torch.testing.assert_close(distiller.loss((x[:4],), target[:4], same).kd, distiller.loss((x[:4],), target[:4]).kd)
+    for taught, says in (
+        (cache(other), "its weights are others"),
+        (filled(teacher, x, taps, output=1)[torch.arange(4)], "output=1 of it was kept, not output=0"),
+        (cache(teacher, channels_last=True), r"it has the channels of body\.1\.2 last, not second"),
+    ):
+        with pytest.raises(ValueError, match=f"got one of another: {says}"):
+            distiller.loss((x[:4],), target[:4], taught)
+    # Weights that are cast, or gone because nobody runs them any more, tell nothing.
+    for changed in (copy.deepcopy(teacher).double(), copy.deepcopy(teacher).to("meta")):
+        Distiller(changed, student, [], [], output=0, goal=Classification(), beta=0.0).loss((x[:4],), target[:4], same)
+
+
+def test_a_file_of_another_output_is_refused(tmp_path):
+    x, _ = images()
+    teacher = Heads(6)
+    for first, second in (({"output": 0}, {"output": 1}), ({"output": 0}, {"output": 0, "channels_last": True})):
+        path = tmp_path / f"{len(second)}.cache"
+        taps = [f"body.{name}" for name in TAPS]
+        filled(teacher, x, taps, path=path, **first)
+        options = {"rows": len(x), "example_inputs": (x[:2],), "path": path, "max_bytes": 1 << 30}
+        with pytest.raises(ValueError, match=r"belongs to something else|is damaged"):
+            TeacherCache(teacher, taps, **second, **options).holds(torch.arange(4))
+    with pytest.raises(ValueError, match="is a folder; give the path of a file in it"):
+        filled(teacher, x, [], output=0, path=tmp_path)
+
+
 def test_bad_calls_are_refused():
     x, labels = images()
     teacher, _ = pair()

@@ -19,10 +19,10 @@ from .. import distributed
 from ..features import FeatureStats, feature_stats, stats_widths
 from ..modes import evaluation_mode
 from ..outputs import Pick
-from ..tapped import TappedNetwork, TeacherTargets
+from ..tapped import TappedNetwork, TeacherSource, TeacherTargets
 from .file import Arrays, in_memory, mapped, num_bytes
 
-VERSION = 1
+VERSION = 2
 _EXCHANGED = 1 << 24  # bytes that ranks send at once
 
 
@@ -59,7 +59,8 @@ class TeacherCache:
     it will be.
 
     Raises ValueError for more than ``max_bytes``, a file that is damaged or of another teacher (by the hash of its
-    state), other rows or other taps, and TypeError for an output that is not one tensor.
+    state, and not by what its modules do with it), other rows, taps, ``output`` or ``channels_last``, and TypeError for
+    an output that is not one tensor.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class TeacherCache:
         self._output, self._shapes, self._dtype = tuple(said.shape[1:]), seen.shapes, _kept_dtype(said, seen)
         self._arrays = self._lay_out()
         self._kept: dict[str, Tensor] | None = None
+        self._source: TeacherSource | None = None  # of the teacher as it is when the first row is asked for
         if self.num_bytes > max_bytes:
             raise ValueError(
                 f"sparsekd.TeacherCache: {rows} rows in {views} view{'s' * (views > 1)} take {self.num_bytes} bytes, "
@@ -151,7 +153,7 @@ class TeacherCache:
                 "added; run the teacher over all rows first: cache.add(rows, inputs)"
             )
         output, means, energy = (self._array(name).index_select(0, places) for name in ("output", "means", "energy"))
-        return TeacherTargets(output, FeatureStats(means, energy, self._shapes), self.taps)
+        return TeacherTargets(output, FeatureStats(means, energy, self._shapes), self.taps, self._source)
 
     def holds(self, rows: Tensor, view: int = 0) -> bool:
         """Whether all of these rows, int64 [B], are there."""
@@ -204,6 +206,7 @@ class TeacherCache:
 
     def _array(self, name: str) -> Tensor:
         if self._kept is None:
+            self._source = self._teacher.source()
             self._kept = in_memory(self._arrays) if self.path is None else self._mapped(self.path)
         return self._kept[name]
 
@@ -215,6 +218,8 @@ class TeacherCache:
             "rows": self.rows,
             "views": self.views,
             "taps": self.taps,
+            "channels_last": self._source.channels_last if self._source else (),
+            "picked": _in_words(self._source.picked if self._source else None),
             "output": self._output,
             "features": self._shapes,
             "dtype": str(self._dtype),
@@ -240,6 +245,10 @@ def _kept_dtype(said: Tensor, seen: FeatureStats) -> torch.dtype:
     """Wide enough to lose nothing."""
     wide = torch.float64 in (said.dtype, seen.means.dtype)
     return torch.float64 if wide else torch.float32
+
+
+def _in_words(which: Pick) -> str:
+    return getattr(which, "__qualname__", type(which).__qualname__) if callable(which) else repr(which)
 
 
 def _state_hash(model: nn.Module) -> str:

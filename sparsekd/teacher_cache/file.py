@@ -46,6 +46,8 @@ def mapped(path: Path, description: Mapping[str, Any], arrays: Arrays) -> dict[s
 
     Raises ValueError for a file of something else, of another `description`, or one that is damaged.
     """
+    if path.is_dir():
+        raise ValueError(f"sparsekd.TeacherCache: {path} is a folder; give the path of a file in it")
     if not path.exists():
         _create(path, description, arrays)
     begin = _check(path, description)

@@ -9,9 +9,9 @@ The teacher is the dense model, and its row is that of "dense"; students of `spa
     rigl             dynamic, random start, growth by the gradient of the last batch (RigL; DSL for recommenders)
     pep              learnt thresholds, then trained again from the same start
     sparserec        SparseRec; -random starts from random masks, -normal from random values, -static keeps its masks,
-                     -last grows by the last batch alone, -absolute by sums of magnitudes, -sampled learns half of the rows of a batch, -kd
-                     the teacher's scores too, and -adam by `sparsekd.optim.SparseAdam`: no row moves or decays but
-                     those of the batch
+                     -last grows by the last batch alone, -absolute by sums of magnitudes, -sampled learns half of the
+                     rows of a batch, -kd the teacher's scores too, and -adam by `sparsekd.optim.SparseAdam`: no row
+                     moves or decays but those of the batch
 """
 
 from __future__ import annotations
