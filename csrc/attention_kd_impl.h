@@ -37,6 +37,11 @@ void kd_loss(const KdLoss& args) {
     const float* teacher = args.teacher + image * args.classes;
     const float sum_q = softmax_terms(student, args.classes, padded, 1.0f / t, x, q);
     const float sum_p = softmax_terms(teacher, args.classes, padded, 1.0f / t, y, p);
+    // A class that the teacher rules out (-inf) adds nothing, whatever the student says of it.
+    for (int64_t i = 0; i < args.classes; ++i) {
+      y[i] = p[i] == 0.0f ? 0.0f : y[i];
+      x[i] = p[i] == 0.0f ? 0.0f : x[i];
+    }
     Vec16 cross = Vec16::zero();
     for (int64_t i = 0; i < padded; i += 16)
       cross = Vec16::fma(Vec16::load(p + i), Vec16::sub(Vec16::load(y + i), Vec16::load(x + i)), cross);

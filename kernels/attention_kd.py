@@ -31,7 +31,8 @@ def kd_kernel(
     y = tl.where(mask, (y - tl.reduce(y, 0, MAX)) / temperature, 0.0)
     q, p = tl.where(mask, tl.exp(x), 0.0), tl.where(mask, tl.exp(y), 0.0)
     sum_q, sum_p = tl.reduce(q, 0, ADD), tl.reduce(p, 0, ADD)
-    divergence = tl.reduce(p * (y - x), 0, ADD) / sum_p + tl.log(sum_q) - tl.log(sum_p)
+    # A class that the teacher rules out (-inf) adds nothing, whatever the student says of it; NaN stays.
+    divergence = tl.reduce(tl.where(p == 0, 0.0, p * (y - x)), 0, ADD) / sum_p + tl.log(sum_q) - tl.log(sum_p)
     tl.store(loss_ptr + tl.program_id(0), divergence * temperature * temperature * per_image)
     tl.store(grad_ptr + row + c, (q / sum_q - p / sum_p) * (temperature * per_image), mask=mask)
 

@@ -353,6 +353,14 @@ def test_kd_kernel(isa, classes):
         torch.testing.assert_close(ours.double(), reference, rtol=1e-5, atol=1e-6)
     loss, grad = torch.ops.sparsekd.kd(student, student, 1.0)
     assert loss == 0 and not grad.any()
+    ruled_out = teacher.clone().index_fill_(1, torch.tensor([0]), float("-inf")) if classes > 1 else teacher
+    for both in (False, True):
+        says = student.clone().index_fill_(1, torch.tensor([0]), float("-inf")) if both and classes > 1 else student
+        got = torch.ops.sparsekd.kd(says, ruled_out, 4.0)
+        want = kd_reference(says.double(), ruled_out.double(), 4.0)
+        assert torch.isfinite(got[0])
+        for ours, reference in zip(got, want, strict=True):
+            torch.testing.assert_close(ours.double(), reference, rtol=1e-5, atol=1e-6)
     assert torch.ops.sparsekd.kd(student, teacher.fill_(float("nan")), 4.0)[0].isnan()
 
 

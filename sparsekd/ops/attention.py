@@ -144,8 +144,11 @@ def kd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 def kd_reference(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(loss, its gradient to student), both of them differentiable."""
     log_q, log_p = (F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher))
-    loss = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature**2
-    return loss, (log_q.exp() - log_p.exp()) * (temperature / max(student.shape[0], 1))
+    p = log_p.exp()
+    # A class that the teacher rules out (-inf) adds nothing, whatever the student says of it.
+    terms = p * (log_p.masked_fill(p == 0, 0) - log_q.masked_fill(p == 0, 0))
+    loss = terms.sum() / student.shape[0] * temperature**2  # of no rows NaN, as every mean in torch
+    return loss, (log_q.exp() - p) * (temperature / max(student.shape[0], 1))
 
 
 def _with_grads(features: Sequence[Tensor], grad_means: Tensor, grad_energy: Tensor) -> list[tuple[Tensor, ...]]:
