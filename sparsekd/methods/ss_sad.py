@@ -23,13 +23,14 @@ class SSSAD(Staged):
             With ``initial``, or with a ``start`` above 0, it is the second stage's, counted from its beginning, and 0
             raises ValueError: to prune before training give ``initial`` a ``first`` of 0.
         initial: schedule of the first stage; default: the same rate (listed: one prune) and interval, up to
-            ``schedule.start``.
+            ``schedule.start``. For a student that is pruned already give one whose ``start`` is the share that is gone.
         initial_epochs: length of the first stage; default: one interval of training after its last prune, or, of a
             schedule that is shared out, what the second stage leaves of ``epochs``.
         epochs: both stages together; the rest as in :class:`Staged`.
     """
 
     name = "ss-sad"
+    _first_schedule = "initial"
 
     def __init__(
         self,

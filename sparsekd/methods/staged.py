@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -56,8 +56,9 @@ class Staged(Method):
     Args:
         distiller: as in ``Method``; its student's layers are replaced in place: make the optimizer after the method.
         schedule: what is removed when, in the unit that it counts, multiply-adds by default; ``final`` must be reached
-            before the last epoch. One with absolute numbers needs to know what the dense student costs: of ``macs``
-            give ``example_inputs``, of ``latency_us`` ``costs``.
+            before the last epoch. For a student that is pruned already its ``start`` is the share that is gone. One
+            with absolute numbers needs to know what the dense student costs: of ``macs`` give ``example_inputs``, of
+            ``latency_us`` ``costs``.
         epochs: length of the whole training, in boundaries: of a stream, its windows.
         granularity, pattern, grouping, include, exclude, score, seed, floor, costs: as in ``Pruner``.
         scope: as in ``Pruner``, but ``"cost"`` by default. The paper removes the same share of every ``"layer"`` in
@@ -72,6 +73,8 @@ class Staged(Method):
 
     A loop that changes the learning rate asks ``round(epoch)``; ``stage`` says whether the teacher takes part.
     """
+
+    _first_schedule: ClassVar[str] = "the schedule"  # the argument that says what the first stage removes
 
     def __init__(
         self,
@@ -201,7 +204,7 @@ class Staged(Method):
         self.boundary = number
         if number == self.rewind_to:
             self.pruner.snapshot()
-        target = stage.schedule.removed_after(number - first + 1)
+        target = _target_after(stage, number - first + 1)
         return self._prune(number, stage, target) if target > self._target else None
 
     def _prune(self, number: int, stage: Stage, target: float, scores: dict[str, Tensor] | None = None) -> PruneEvent:
@@ -242,7 +245,7 @@ class Staged(Method):
             planned.append((0, removed))
         for epoch in range(1, self.epochs + 1):
             stage, first = self._stage_of(epoch)
-            target = stage.schedule.removed_after(epoch - first + 1)
+            target = _target_after(stage, epoch - first + 1)
             if target > removed:
                 planned.append((epoch, target))
                 removed = target
@@ -309,13 +312,34 @@ class Staged(Method):
         """Refuses before the training what a prune would refuse in it; ``macs`` are known with the first example."""
         for stage in self.stages:
             target = Budget(stage.schedule.unit, stage.schedule.removed_after(stage.epochs), removed=True)
-            if target.number and (target.unit != "macs" or self.pruner.has_seen_example):
-                self.pruner.check_reachable(target)
+            if target.unit == "macs" and not self.pruner.has_seen_example:
+                return
+            self.pruner.check_reachable(target)
+        self._check_first_target()
+
+    def _check_first_target(self) -> None:
+        """Refuses a next prune to less than is gone already, of a student that was pruned before the training."""
+        unit = self.stages[0].schedule.unit
+        epoch, share = next(((epoch, share) for epoch, share in self.prunes() if share > self._target), (0, 0.0))
+        target = Budget(unit, share, removed=True)
+        if share and self.pruner.is_past(target):
+            dense, now = self.pruner.cost(unit)
+            raise ValueError(
+                f"{type(self).__name__}: the student is at {target.amount(now, dense)} already, and the first prune, "
+                f"after epoch {epoch}, is to {share:.4g}: what is gone does not come back; give "
+                f"{self._first_schedule} start={1.0 - now / dense:.4g} and targets above that, or a student of which "
+                "less is gone"
+            )
 
     def _describe_plan(self) -> dict[str, Any]:
         stages = [{**vars(stage), "schedule": described(stage.schedule)} for stage in self.stages]
         plan = {**super()._describe_plan(), "rewind": self.rewind, "rewind_to": self.rewind_to, "stages": stages}
         return plan if self.first_score is None else {**plan, "first_score": self.first_score}
+
+
+def _target_after(stage: Stage, epoch: int) -> float:
+    """Share that the prunes of a stage have removed by its ``epoch``; 0 before the first, which ``start`` is not."""
+    return stage.schedule.removed_after(epoch) if epoch >= stage.schedule.first_prune else 0.0
 
 
 def _prune_epochs(stage: Stage, first: int) -> list[int]:

@@ -99,6 +99,18 @@ class Budget:
             return f"{self.unit}={cost:.6g}"
         return f"{self.unit}={1 - cost / dense if self.removed else cost / dense:.4g}"
 
+    def describe_past(self, now: float, dense: float) -> str:
+        """Why a network that costs ``now``, less than this, cannot be pruned to it."""
+        if not self.is_share and self.number > dense:
+            return (
+                f"{self} is to stay, but the dense network has only {dense:.6g} {UNITS[self.unit]}; ask for less, or "
+                "prune nothing"
+            )
+        return (
+            f"the network is at {self.amount(now, dense)}, and {UNITS[self.unit]} that are gone do not come back, got "
+            f"{self.number:g}; grow_to brings some back, or load an earlier checkpoint"
+        )
+
     def __str__(self) -> str:
         return f"{self.unit}={self.number:g}"
 

@@ -235,12 +235,8 @@ class Pruner:
         numbers = {"weights": weights, "macs": macs, "bytes": bytes, "latency_us": latency_us}
         budget, meter, now = self._read("prune_to", removed_share, numbers)
         remove = budget.excess(meter.dense, now)
-        if remove < 0 and remove < -meter.grain(self._layers):
-            raise ValueError(
-                f"Pruner.prune_to: the network is at {budget.amount(now, meter.dense)}, and {UNITS[budget.unit]} that "
-                f"are gone do not come back, got {budget.number:g}; grow_to brings some back, or load an earlier "
-                "checkpoint"
-            )
+        if self.is_past(budget):
+            raise ValueError(f"Pruner.prune_to: {budget.describe_past(now, meter.dense)}")
         if remove > 0:
             try:
                 keep = self._rule.kept(self._layers, meter, remove, scores)
@@ -256,6 +252,12 @@ class Pruner:
             self._rule.check(self._layers, meter, budget.excess(meter.dense, meter.total(self._layers)))
         except Unreachable as error:
             raise ValueError(f"Pruner.check_reachable: {error.describe(budget, meter.dense)}") from None
+
+    def is_past(self, budget: Budget) -> bool:
+        """Whether the network costs less already, by more than one unit: :meth:`prune_to` refuses such a budget."""
+        meter = self._meters.of("Pruner.is_past", budget.unit)
+        excess = budget.excess(meter.dense, meter.total(self._layers))
+        return excess < 0 and excess < -meter.grain(self._layers)
 
     @torch.no_grad()
     def grow_to(
@@ -288,10 +290,8 @@ class Pruner:
         budget, meter, now = self._read("grow_to", removed_share, numbers)
         add = -budget.excess(meter.dense, now)
         if add < 0 and add < -meter.grain(self._layers):
-            raise ValueError(
-                f"Pruner.grow_to: the network is at {budget.amount(now, meter.dense)}, got {budget.number:g}; "
-                "prune_to removes more"
-            )
+            at = budget.amount(now, meter.dense)
+            raise ValueError(f"Pruner.grow_to: the network is at {at}, got {budget.number:g}; prune_to removes more")
         if add > 0:
             growth, dead = self._growth(meter, add, scores), self._held.dead()
             grow(self._layers, growth, self._optimizers)
@@ -356,9 +356,9 @@ class Pruner:
     def rewind(self, *, weights_only: bool = False) -> None:
         """Set the model back to theta0, bit for bit, without what was pruned; its momentum to 0.
 
-        Everything goes back: surviving weights, biases, batch norm with its running statistics, embeddings: what a
-        lottery ticket is (Frankle & Carbin, arXiv 1803.03635). With ``weights_only`` only the surviving weights of the
-        pruned layers do.
+        Everything in ``model.state_dict()`` goes back, batch norm with its running statistics too: what a lottery
+        ticket is (Frankle & Carbin, arXiv 1803.03635). Buffers with ``persistent=False`` stay as they are. With
+        ``weights_only`` only the surviving weights of the pruned layers go back.
         """
         self._theta0.restore(weights_only)
         self.reset_momentum()

@@ -14,7 +14,11 @@ from .units import Units
 
 
 class Theta0:
-    """Values of a whole model at one moment: of the pruned weights in ``units.theta0``, of all else by name."""
+    """Values of a whole model at one moment: of the pruned weights in ``units.theta0``, of all else by name.
+
+    Buffers with ``persistent=False`` are not among them: a saved training has none of them to go on from, and what they
+    hold may belong to the blocks that are left.
+    """
 
     def __init__(self, model: nn.Module, layers: Sequence[Units]) -> None:
         self._model, self._layers = model, layers

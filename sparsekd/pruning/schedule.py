@@ -54,18 +54,22 @@ class _Rhythm:
 class LinearSchedule(_Rhythm):
     """Every ``every`` epochs, remove another ``rate`` of the ORIGINAL cost, from ``start`` until ``final`` is gone.
 
+    The first prune comes after epoch ``first``, by default ``every``; 0 is before the first step, see
+    ``Staged.before_training``. ``start`` is the share that the schedule finds gone, removed by an earlier stage or from
+    a student that was pruned before: the first prune goes on from there, to ``start + rate``, and nothing is removed
+    before it. Where less than ``start`` is gone by then, the first prune removes the rest of it too.
+
     Linear in the original count because that is the only reading under which the paper reaches its 60 % (arXiv
     2401.10484, Table 2, which counts weights). All shares lie in (0, 1), ``start`` may be 0. They are shares of what
     ``unit`` names: multiply-adds (``"macs"``), ``"weights"``, ``"bytes"`` or predicted time (``"latency_us"``). A
     ``final`` above 1 is absolute and says what stays: ``LinearSchedule(0.2, 5, final=80, unit="latency_us")``.
 
-    The first prune comes after epoch ``first``, by default ``every``; 0 is before the first step, see
-    ``Staged.before_training``.
-
     >>> LinearSchedule(rate=0.05, every=75, final=0.6).removed_after(epoch=160)
     0.1
     >>> LinearSchedule(rate=0.05, every=75, final=0.6, first=0).removed_after(epoch=0)
     0.05
+    >>> [LinearSchedule(rate=0.25, every=4, final=0.75, start=0.25).removed_after(epoch) for epoch in (1, 3, 4)]
+    [0.25, 0.25, 0.5]
     """
 
     rate: float
@@ -101,10 +105,11 @@ class LinearSchedule(_Rhythm):
     @property
     def prunes(self) -> int:
         """How many prunes it takes to reach ``final``; of one in shares."""
-        return math.ceil(round((self.final - self.start) / self.rate, 6))
+        return max(1, math.ceil(round((self.final - self.start) / self.rate, 6)))
 
     def removed_after(self, epoch: int) -> float:
-        """Share of the original count that is to be gone after ``epoch`` (counted from 1; 0: before training)."""
+        """Share of the original count that is gone after ``epoch`` (counted from 1; 0: before training); before the
+        first prune ``start``, which is no prune's."""
         done = self._passed(epoch)
         return self.final if done >= self.prunes else self.start + self.rate * done
 
@@ -121,8 +126,9 @@ class LinearSchedule(_Rhythm):
 @dataclass(frozen=True)
 class ListedSchedule(_Rhythm):
     """Every ``every`` epochs, prune to the next of ``targets``: shares of the ORIGINAL that are then gone, of what
-    ``unit`` names, as in :class:`LinearSchedule`. Numbers above 1 are absolute, fall, and say what stays. ``first`` is
-    as there: ``ListedSchedule((0.9,), every=1, first=0)`` removes everything at once, before the first step.
+    ``unit`` names, as in :class:`LinearSchedule`. Numbers above 1 are absolute, fall, and say what stays. ``first`` and
+    ``start`` are as there: ``ListedSchedule((0.9,), every=1, first=0)`` removes everything at once, before the first
+    step, and ``ListedSchedule((0.7, 0.9), every=10, start=0.5)`` prunes a student further of which half is gone.
 
     >>> ListedSchedule((0.3, 0.5, 0.6), every=10).removed_after(epoch=25)
     0.5
@@ -165,7 +171,7 @@ class ListedSchedule(_Rhythm):
         return len(self.targets)
 
     def removed_after(self, epoch: int) -> float:
-        """Share of the original count that is to be gone after ``epoch`` (counted from 1; 0: before training)."""
+        """As of :class:`LinearSchedule`: before the first prune ``start``, which is no prune's."""
         return (self.start, *self.targets)[min(self._passed(epoch), self.prunes)]
 
     def check_reaches(self, epochs: int) -> None:

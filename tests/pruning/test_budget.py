@@ -210,6 +210,9 @@ def test_a_state_knows_the_work():
         ({}, lambda p: p.prune_to(latency_us=0.5), "latency_us needs the costs of layers; give Pruner"),
         ({"granularity": "unstructured"}, lambda p: p.prune_to(bytes=0.5), "masks on dense layers save no bytes"),
         ({}, lambda p: (p.prune_to(macs=0.5), p.prune_to(macs=0.2)), r"at macs=0.5\d*, .* do not come back, got 0.2"),
+        ({}, lambda p: p.prune_to(macs=1e9), r"macs=1e\+09 is to stay, but the dense network has only \d+ mult"),
+        ({}, lambda p: (p.prune_to(macs=0.5), p.prune_to(weights=1e9)), r"but the dense network has only \d+ weights;"),
+        ({}, lambda p: (p.prune_to(weights=0.5), p.prune_to(weights=2000)), "do not come back, got 2000; grow_to"),
         ({}, lambda p: p.grow_to(macs=0.5), "at macs=0, got 0.5; prune_to removes more"),
     ],
 )

@@ -54,6 +54,26 @@ def test_the_first_prune_may_come_at_any_epoch_or_before_training():
             ListedSchedule((0.3,), 2, first=first)
 
 
+@pytest.mark.parametrize("first", [None, 0, 7])
+@pytest.mark.parametrize(
+    ("kind", "to", "shares"),
+    [(LinearSchedule, (0.1, 4, 0.8), [0.6, 0.7, 0.8]), (ListedSchedule, ((0.7, 0.8), 4), None)],
+)
+def test_what_a_schedule_finds_gone_is_no_prune(kind, to, shares, first):
+    schedule = kind(*to, start=0.5, first=first)
+    shares, begin = shares or [0.7, 0.8], 4 if first is None else first
+    assert schedule.first_prune == begin
+    assert schedule.prune_epochs == [begin + 4 * place for place in range(len(shares))]
+    assert all(schedule.removed_after(epoch) == 0.5 for epoch in range(begin))
+    assert [schedule.removed_after(epoch) for epoch in schedule.prune_epochs] == pytest.approx(shares)
+
+
+def test_a_schedule_that_starts_close_to_its_end_prunes_once():
+    schedule = LinearSchedule(0.1, 4, final=0.5 + 1e-9, start=0.5)
+    assert schedule.prune_epochs == [4]
+    assert (schedule.removed_after(3), schedule.removed_after(4)) == (0.5, schedule.final)
+
+
 def test_rounding_adds_no_prune():
     final = 1 - 0.7  # a little over 0.3
     schedule = LinearSchedule(rate=final / 3, every=2, final=final)
