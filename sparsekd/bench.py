@@ -82,7 +82,8 @@ def bench(
     ``eager_ms`` (the faster of contiguous and channels_last), ``dense_frozen_ms`` and ``frozen_ms``, of the convolution
     and linear layers, how many run ``sparse``, and in ``left_out`` what could not be timed, with the reason.
 
-    Raises ValueError for bad arguments, RuntimeError where the network does not take such inputs.
+    Raises ValueError for bad arguments, and for a network without a layer to prune or with one that is never called,
+    which ``exclude`` leaves out; RuntimeError where the network does not take such inputs.
     """
     for density in densities:
         check_density("sparsekd bench", density)
@@ -125,6 +126,11 @@ def _pruned(
     for asked, network in networks.items():
         dense, now = count_macs(network, inputs, exclude)
         weights, kept = count_weights(network, exclude)
+        if not dense:
+            raise ValueError(
+                "sparsekd bench: the network calls no layer that can be block-sparse; look at exclude, and at "
+                "sparsekd.conversion_report(model), which says what stays dense and why"
+            )
         pruned[asked] = (network, kept / weights, now / dense)
     return pruned
 

@@ -9,6 +9,7 @@ from torch import nn
 from .budget import UNITS, Linear
 from .choice import Meter
 from .cost import CostTable, Timed
+from .observe import check_called
 from .units import Units
 
 
@@ -54,10 +55,5 @@ class Meters:
     def _called(self, caller: str) -> dict[str, float]:
         if self.uses is None:
             raise ValueError(f"{caller}: macs are counted on an example; give Pruner(example_inputs=(x,))")
-        for units in self._layers:
-            if units.name not in self.uses:
-                raise ValueError(
-                    f"{caller}: the example never called layer {units.name!r}, so its multiply-adds are unknown; give "
-                    f"an example that does, or leave it dense with exclude=[{units.name!r}]"
-                )
+        check_called(caller, [units.name for units in self._layers], self.uses)
         return self.uses
