@@ -187,7 +187,7 @@ class Distiller(nn.Module):
         learning = set(student.modules())
         # Held in a list of its own, since they stay the caller's.
         self._common = [nn.ModuleList(module for module in teacher.modules() if module in learning)]
-        self._known: TeacherSource | None = None  # whose targets were found to be of this teacher
+        self._known: tuple[TeacherSource, ...] = ()  # of whose targets it was found that they are of this teacher
         self.sad: nn.Module | None = None
         if beta > 0:
             if not isinstance(example_inputs, (tuple, list)):
@@ -247,9 +247,9 @@ class Distiller(nn.Module):
 
     def _told(self, taught: TeacherTargets) -> tuple[Any, Features]:
         """Output of the teacher and statistics of its features, which are known."""
-        if taught.source is not None and taught.source != self._known:
+        if taught.source is not None and taught.source not in self._known:
             self._check_is_of_teacher(taught.source, taught.taps)
-            self._known = taught.source
+            self._known = (*self._known, taught.source)
         if not self.beta:
             return taught.output, []
         if not getattr(self.sad, "takes_stats", False):

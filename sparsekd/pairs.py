@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["checked", "once"]
+__all__ = ["check_numbers", "checked", "once"]
 
 
 def checked(what: str, users: Tensor, items: Tensor, num_users: int, num_items: int) -> tuple[Tensor, Tensor]:
@@ -26,6 +26,7 @@ def checked(what: str, users: Tensor, items: Tensor, num_users: int, num_items: 
 def check_numbers(what: str, name: str, values: Tensor, end: int) -> None:
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise TypeError(f"sparsekd.{what}: {name} must be integers, got {values.dtype}; use .long()")
+    values = values.long()  # torch has no min of most unsigned ones
     if len(values) and not 0 <= int(values.min()) <= int(values.max()) < end:
         raise ValueError(
             f"sparsekd.{what}: {name} must lie in 0..{end - 1}, got {int(values.min())}..{int(values.max())}; number "

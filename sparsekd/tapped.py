@@ -46,12 +46,13 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class TeacherSource(NamedTuple):
     """Whose targets they are, as far as it can be told without running the teacher.
 
-    dtypes, weights  of all its parameters and buffers: SHA-256 of what they are, and of the sums of their bits, which
-                     are the same on every device; "" where some have no data.
-    picked           `output` of who ran it.
-    channels_last    of every tap.
+    shapes, dtypes, weights  of all its parameters and buffers: SHA-256 of their shapes, of their types, and of the sums
+                             of their bits, which are the same on every device; "" where some have no data.
+    picked                   `output` of who ran it.
+    channels_last            of every tap.
     """
 
+    shapes: str
     dtypes: str
     weights: str
     picked: Pick
@@ -59,6 +60,9 @@ class TeacherSource(NamedTuple):
 
     def otherwise(self, other: TeacherSource) -> str:
         """What tells the other teacher from this one, in words; "" where nothing does."""
+        if self.shapes != other.shapes:
+            return "its weights have other shapes"
+        # Of weights that were cast, or are gone since nobody runs them any more, it cannot be told.
         if self.dtypes == other.dtypes and self.weights and other.weights and self.weights != other.weights:
             return "its weights are others"
         plain = (str, int)  # of functions it cannot be told, and a network that returns one tensor needs no name for it
@@ -127,10 +131,10 @@ class TappedNetwork:
     def source(self) -> TeacherSource:
         """What this network says and sees now is of this teacher."""
         tensors = [tensor.detach() for tensor in self.network.state_dict().values() if isinstance(tensor, Tensor)]
-        kinds = [f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in tensors]
-        sums = [] if any(tensor.is_meta for tensor in tensors) else [_sum_of_bits(tensor) for tensor in tensors]
-        weights = _digest(sums) if sums else ""
-        return TeacherSource(_digest(kinds), weights, self.output, tuple(self._channels_last))
+        shapes, dtypes = [tuple(tensor.shape) for tensor in tensors], [str(tensor.dtype) for tensor in tensors]
+        known = all(tensor.layout == torch.strided and not tensor.is_meta for tensor in tensors)
+        weights = _digest([_sum_of_bits(tensor) for tensor in tensors]) if known else ""
+        return TeacherSource(_digest(shapes), _digest(dtypes), weights, self.output, tuple(self._channels_last))
 
     def picked(self, output: Any) -> Any:
         """The part of the network's output that the goal takes."""

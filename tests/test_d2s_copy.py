@@ -5,10 +5,12 @@ import torch
 from torch import nn
 
 import sparsekd
-from sparsekd import Click
+from sparsekd import BlockPattern, Click
+from sparsekd.blocks import BlockSparse
 from sparsekd.data.streams import DriftingClicks
 from sparsekd.distill import Plain
 from sparsekd.methods import D2S
+from sparsekd.methods.sparse_copy import SparseCopy
 
 from .runs.made_up import same
 
@@ -106,6 +108,22 @@ def test_a_copy_with_groups_begins_with_the_momentum_of_the_full_model():
         assert momentum.shape == parameter.shape
         if name in full:
             assert torch.equal(momentum, method._optimizer.state[full[name]]["momentum_buffer"])
+
+
+def test_state_is_cut_into_blocks_where_the_weight_is_even_if_both_have_one_shape():
+    """Conv1d(16, 32, 1) has a weight [32, 16, 1], as many numbers in each direction as 32 blocks of 16x1."""
+    torch.manual_seed(0)
+    full = nn.Sequential(nn.Conv1d(16, 32, 1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 4, 1), nn.Flatten(0))
+    optimizer = torch.optim.SGD(full.parameters(), lr=0.01, momentum=0.9)
+    full(torch.randn(3, 16, 4)).sum().backward()
+    optimizer.step()
+    made = SparseCopy(full, optimizer, False, {"pattern": BlockPattern(16, 1), "exclude": ["3"], "costs": None})
+    layer = made.model[0]
+    assert layer.values.shape == full[0].weight.shape
+    momentum = optimizer.state[full[0].weight]["momentum_buffer"]
+    blocks = BlockSparse.from_dense(momentum.reshape(layer.matrix_shape), layer.pattern).values
+    assert torch.equal(made.optimizer.state[layer.values]["momentum_buffer"], blocks)
+    assert not torch.equal(blocks, momentum)
 
 
 def test_groups_resume(tmp_path):

@@ -118,6 +118,9 @@ def test_a_cast_of_the_model_is_one_of_what_it_gives_out(dtype):
     assert torch.equal(copy.deepcopy(bags).to(dtype)(ids.view(30, 10)), pooled.to(dtype))
     assert all(map(torch.equal, model[0].top_k(torch.ones(2, 70), 5), best))
     assert torch.equal(model.float()[0](ids), rows)
+    empty = copy.deepcopy(served).to(dtype).to("meta").to_empty(device="cpu")
+    assert empty.row_scale.dtype == torch.float32 and empty.dtype == dtype
+    assert copy.deepcopy(served).to(dtype).share_memory().row_scale.is_shared()
     # Straight from the op, too, which knows of no module.
     cast = list(served._tensors)
     cast[1] = cast[1].half()

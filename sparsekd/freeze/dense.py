@@ -84,7 +84,8 @@ def _onednn_conv2d(geometry: Geometry, weight: Tensor, bias: Tensor | None) -> R
     # Behind an add only ReLU is fused; others follow in place. torch has none in bfloat16 for a new tensor where oneDNN
     # does not do the add, as of grouped convolutions.
     relu, after = ("relu", IN_PLACE["none"]) if geometry.activation == "relu" else (None, IN_PLACE[geometry.activation])
-    new_relu, new_after = (relu, after) if weight.dtype == torch.float32 else (None, IN_PLACE[geometry.activation])
+    fuses = weight.dtype == torch.float32 or geometry.groups == 1
+    new_relu, new_after = (relu, after) if fuses else (None, IN_PLACE[geometry.activation])
     pad, pad_mode, out = geometry.pad, geometry.pad_mode, (weight.shape[0], *geometry.output_image)
     image = (channels, *geometry.input[2:])
 

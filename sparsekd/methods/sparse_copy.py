@@ -44,6 +44,9 @@ class SparseCopy:
             costs.check(full)
             options = {**options, "costs": replace(costs, network=network_of(model))}
         self.pruner = Pruner(model, **options, rewindable=False)
+        self._cut: set[Tensor] = (
+            set()
+        )  # blocks of what is a dense weight in the full model; others lie as they do there
         self._sources = self._sources_in(full)
         self._places = self._divide(optimizer)
         self.optimizer = _like(optimizer, self._places)
@@ -124,9 +127,11 @@ class SparseCopy:
         for name, parameter in self.model.named_parameters():
             owner, _, leaf = name.rpartition(".")
             dense = f"{owner}.weight".lstrip(".") if leaf == "values" and owner in layers else name
-            source = theirs.get(dense, theirs.get(name))  # a layer of the full model may be sparse as well
+            source = theirs.get(dense, theirs.get(name))
             if source is not None:
                 sources[parameter] = source
+                if dense != name and dense in theirs:
+                    self._cut.add(parameter)
         return sources
 
     def _divide(self, optimizer: Optimizer) -> dict[int, list[Tensor]]:
@@ -152,7 +157,8 @@ class SparseCopy:
         for parameter in (one for ours in self._places.values() for one in ours):
             source = self._sources[parameter]
             for key, value in optimizer.state.get(source, {}).items():
-                self.optimizer.state[parameter][key] = _in_blocks(value, layers.get(parameter), source)
+                layer = layers[parameter] if parameter in self._cut else None
+                self.optimizer.state[parameter][key] = _in_blocks(value, layer, source)
 
 
 def is_table(module: nn.Module) -> bool:
@@ -163,7 +169,7 @@ def is_table(module: nn.Module) -> bool:
 def _in_blocks(value: Any, layer: BlockSparseLayer | None, source: Tensor) -> Any:
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
-    if layer is None or value.shape != source.shape or source.shape == layer.values.shape:  # sparse already
+    if layer is None or value.shape != source.shape:
         return value.clone()
     return BlockSparse.from_dense(value.reshape(layer.matrix_shape), layer.pattern).values
 

@@ -185,19 +185,32 @@ class SparseRec(TableMethod):
                 score[table.padding_idx] = 0  # it learns nothing, so that one entry is enough
         for table, mask, score in zip(self.tables, largest(scores, self.budget), scores, strict=True):
             rekeep(table, pack_mask(mask), self.optimizers)
-            start = score[mask] if values == "factors" else torch.randn(table.values.shape, generator=self._generator)
+            start = score[mask]
+            if values == "normal":
+                start = torch.randn(table.values.shape, generator=self._generator).to(score.device)
             if table.padding_idx is not None:
                 start[mask.nonzero()[:, 0] == table.padding_idx] = 0
             table.values.copy_(START * start / start.square().mean().sqrt())
 
     @torch.no_grad()
     def _resize(self) -> None:
-        """Drop entries by chance down to the budget, or let absent ones come by chance, as zeros."""
+        """Drop entries by chance down to the budget, or let absent ones come, as zeros. Frozen tables stay."""
+        learning = [table for table in self.tables if table.values.requires_grad]
+        budget = self.budget - (self.num_kept - sum(table.values.shape[0] for table in learning))
+        least, most = (
+            sum(table.num_embeddings * each for table, each in zip(learning, numbers, strict=True))
+            for numbers in ([1] * len(learning), [table.embedding_dim for table in learning])
+        )
+        if not least <= budget <= most:
+            raise ValueError(
+                f"SparseRec: {budget} of {self.budget} entries are left for the tables that learn, which hold {least} "
+                f"to {most}; give another density, or let the frozen ones learn"
+            )
         scores = []
-        for table in self.tables:
+        for table in learning:
             mask = table.mask()
-            scores.append(torch.rand(mask.shape).to(mask.device) + mask)
-        for table, mask in zip(self.tables, largest(scores, self.budget), strict=True):
+            scores.append(torch.rand(mask.shape, generator=self._generator).to(mask.device) + mask)
+        for table, mask in zip(learning, largest(scores, budget), strict=True):
             rekeep(table, pack_mask(mask), self.optimizers)
 
     def _checked(self, interactions: tuple[Tensor, Tensor], init: str) -> tuple[Tensor, Tensor]:
@@ -335,7 +348,9 @@ class _Absent:
         self.sums = sums.new_zeros(len(self.rows), self._dim).index_add_(0, of_row, sums)
 
     def candidates(self, table: SparseTable) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """What absent entries are worth, those of 0 left out; and their rows and dimensions."""
+        """What absent entries are worth, those of 0 left out; and their rows and dimensions. None of a frozen table."""
+        if not table.values.requires_grad:
+            self.clear()
         place, dims = self.sums.nonzero(as_tuple=True)
         return self.sums[place, dims].abs(), (self.rows[place], dims)
 

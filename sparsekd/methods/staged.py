@@ -103,6 +103,7 @@ class Staged(Method):
             self._set_plan(schedule)
         self.boundary = 0  # number of the latest boundary that was passed
         self._target = 0.0  # share of the latest prune
+        self._begun = False  # whether a step or a boundary has been, here or before the state that was loaded
         self.pruner = Pruner(
             distiller.student,
             granularity=granularity,
@@ -162,6 +163,7 @@ class Staged(Method):
     def _loss(self, inputs: Sequence[Any], target: Tensor, taught: TeacherTargets | None = None) -> Losses:
         if not self.pruner.has_seen_example and isinstance(inputs, (tuple, list)):
             self._observe(inputs)
+        self._begin()
         learner = self.distiller
         return learner.loss(inputs, target, taught) if self.stage == "distil" else learner.task_loss(inputs, target)
 
@@ -190,6 +192,7 @@ class Staged(Method):
         if not self.pruner.has_seen_example and (example := next(batches, None)) is not None:
             self._observe(example[0])
             batches = chain([example], batches)
+        self._begin()
         if self.first_score is not None:
             scores = first_scores(self.pruner, self.distiller, self._loss, batches, self.first_score)
         return self._prune(0, stage, stage.schedule.removed_after(0), scores)
@@ -201,6 +204,7 @@ class Staged(Method):
         """
         stage, first = self._stage_of(number)
         self._check_attached("after_boundary")
+        self._begin()
         self.boundary = number
         if number == self.rewind_to:
             self.pruner.snapshot()
@@ -260,7 +264,7 @@ class Staged(Method):
         # The pruner first: it checks before it changes anything.
         self.pruner.load_state_dict(part_of(state, "pruner."))
         super().load_state_dict(state)
-        self.boundary, self._target = state["boundary"], state["target"]
+        self.boundary, self._target, self._begun = state["boundary"], state["target"], True
 
     @property
     def _prunes_first(self) -> bool:
@@ -315,11 +319,14 @@ class Staged(Method):
             if target.unit == "macs" and not self.pruner.has_seen_example:
                 return
             self.pruner.check_reachable(target)
-        self._check_first_target()
 
-    def _check_first_target(self) -> None:
-        """Refuses a next prune to less than is gone already, of a student that was pruned before the training."""
+    def _begin(self) -> None:
+        """Refuses a next prune to less than is gone already, of a student that was pruned before the training. Asked
+        when a training begins and not when it goes on from a state."""
         unit = self.stages[0].schedule.unit
+        if self._begun or (unit == "macs" and not self.pruner.has_seen_example):
+            return
+        self._begun = True
         epoch, share = next(((epoch, share) for epoch, share in self.prunes() if share > self._target), (0, 0.0))
         target = Budget(unit, share, removed=True)
         if share and self.pruner.is_past(target):

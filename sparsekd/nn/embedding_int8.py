@@ -23,6 +23,7 @@ class _Int8Table(PackedState):
     packed_type: ClassVar[type[SparseTable]]
 
     row_scale: Tensor
+    dtype = torch.float32  # of what it gives out
 
     def __init__(self, table: Any) -> None:
         super().__init__()
@@ -32,7 +33,7 @@ class _Int8Table(PackedState):
         if not bool(torch.isfinite(table.values).all()):
             raise ValueError(f"{kind}: expected finite values, got NaN or infinity")
         self.num_embeddings, self.embedding_dim = table.num_embeddings, table.embedding_dim
-        self.padding_idx, self.dtype = table.padding_idx, torch.float32
+        self.padding_idx = table.padding_idx
         kept = table.kept.clone()
         values, row_scale = quantize_rows(table.values.detach(), kept)
         base, counts = row_index(kept)
@@ -66,9 +67,10 @@ class _Int8Table(PackedState):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """A cast of the model is one of the rows that are given out. The scales stay float32, as kernels read them."""
         scale = self.row_scale
-        self.row_scale = scale.to(self.dtype)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         super()._apply(fn, recurse)
-        self.dtype, self.row_scale = self.row_scale.dtype, scale.to(self.values.device)
+        if self.row_scale.dtype != torch.float32:
+            self.row_scale = scale.to(self.row_scale.device)
         return self
 
     def _make_room(self, count: int) -> None:

@@ -272,10 +272,10 @@ def check_excluded(begin: Tensor | None, excluded: Tensor | None, rows: int) -> 
     if begin is None or excluded is None:
         return
     check_offsets(begin, excluded.shape[0], "embedding_top_k: the begin of excluded")
-    _check_range(excluded, rows, "embedding_top_k: excluded ids")
-    falls = excluded[1:] < excluded[:-1]
-    falls[begin[(begin > 0) & (begin < excluded.shape[0])] - 1] = False  # from one query to the next they may
-    if bool(falls.any()):
+    first = excluded.new_zeros(excluded.shape[0] + 1, dtype=torch.bool).index_fill_(0, begin, True)
+    falls = (excluded[1:] < excluded[:-1]) & ~first[1:-1]  # from one query to the next they may
+    if bool(falls.any() | ((excluded < 0) | (excluded >= rows)).any()):  # asked once: a GPU has to be waited for
+        _check_range(excluded, rows, "embedding_top_k: excluded ids")
         at = int(falls.nonzero()[0, 0])
         raise ValueError(
             f"sparsekd.embedding_top_k: the excluded ids of a query must ascend, got {int(excluded[at])} before "

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd as Transposed
+from torch.nn.utils.rnn import PackedSequence
 
 from ..conversion import DENSE_TYPES, SPARSE_TYPES, named_layers, report, survey
 from ..freeze.call import Example, call_arguments, tensors_in
@@ -55,9 +56,10 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Module], args: Sequence[An
         moves_over = given if _is_transposed(layer) else output
         uses[name] = uses.get(name, 0.0) + moves_over.numel() / weight_shape(layer)[0]
 
-    def tell(layer: Any, given: Any) -> None:
+    def tell(layer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         if not told:
-            told.append(_examples(layer, given, first))
+            packed = next((x for x in (*args, *kwargs.values()) if isinstance(x, PackedSequence)), None)
+            told.append(_examples(layer, _given(args, kwargs), first) if packed is None else int(packed.batch_sizes[0]))
 
     fed = FedBatchNorms(model, layers)
     hooks = [
@@ -70,9 +72,7 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Module], args: Sequence[An
             for name, layer in layers.items()
         ),
         *(
-            module.register_forward_pre_hook(
-                lambda module, args, kwargs: tell(module, _given(args, kwargs)), with_kwargs=True
-            )
+            module.register_forward_pre_hook(lambda module, args, kwargs: tell(module, args, kwargs), with_kwargs=True)
             for module in model.modules()
             if isinstance(module, (*DENSE_TYPES, *SPARSE_TYPES, *_SEQUENCES))
         ),
@@ -161,15 +161,15 @@ def _calling_every_layer(model: nn.Module) -> Iterator[None]:
     What is dense would otherwise multiply with the weights of its layers in one fused call, past all hooks.
     """
     before: list[tuple[Any, str, Any]] = []
-    for module in model.modules():
-        if type(module) is nn.MultiheadAttention:
-            before.append((module, "__class__", nn.MultiheadAttention))
-            module.__class__ = SparseMultiheadAttention
-        for kind, name, off in _FUSED:
-            if isinstance(module, kind) and name in vars(module):
-                before.append((module, name, vars(module)[name]))
-                setattr(module, name, off)
     try:
+        for module in model.modules():
+            if type(module) is nn.MultiheadAttention:
+                before.append((module, "__class__", nn.MultiheadAttention))
+                module.__class__ = SparseMultiheadAttention
+            for kind, name, off in _FUSED:
+                if isinstance(module, kind) and name in vars(module):
+                    before.append((module, name, vars(module)[name]))
+                    setattr(module, name, off)
         yield
     finally:
         for module, name, value in before:

@@ -270,6 +270,24 @@ def test_a_frozen_table_keeps_its_entries():
     assert method.num_kept == method.budget and not torch.equal(model.users.kept, users)
     with pytest.raises(ValueError, match="one is frozen; give init='random'"):
         SparseRec(method.distiller, CHOSEN, steps=5)
+    # Frozen before, and where the budget is another one than what the tables keep; or with sums that wait.
+    for density in (0.2, 0.35):
+        again = SparseRec(method.distiller, init="random", density=density, steps=5)
+        assert torch.equal(model.items.to_dense().weight, before) and again.num_kept == round(density * 54 * 8)
+        again.close()
+    with pytest.raises(ValueError, match="entries are left for the tables that learn, which hold 24 to 192"):
+        SparseRec(method.distiller, init="random", density=0.9, steps=5)
+    model, method, optimizer = sparserec(every=3)
+    for number in range(3):
+        if number == 2:
+            model.items.values.requires_grad_(False)
+            kept = model.items.kept.clone()
+        inputs, target = next(iter(PART.batches(16, torch.Generator().manual_seed(number))))
+        optimizer.zero_grad()
+        method.loss(inputs, target).total.backward()
+        optimizer.step()
+        method.after_step()
+    assert torch.equal(model.items.kept, kept)
 
 
 @pytest.mark.parametrize("broken", [float("inf"), float("nan")])

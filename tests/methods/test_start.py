@@ -125,12 +125,10 @@ def test_a_prune_before_the_first_step_goes_on_from_the_start(name):
 def test_a_student_of_which_more_is_gone_is_refused_before_the_training(name, known):
     remedy = "initial" if name == "ss-sad" else "the schedule"
     says = rf"is at macs=0\.\d+ already, and the first prune, after epoch 3, is to 0\.2: .*; give {remedy} start=0\.\d+"
-    method = None
+    given = {} if known else {"example_inputs": None}
+    method = build(name, LinearSchedule(0.2, 3, 0.8), 14, **given)[0]
     with pytest.raises(ValueError, match=says):
-        given = {} if known else {"example_inputs": None}
-        method = build(name, LinearSchedule(0.2, 3, 0.8), 14, **given)[0]
         method.loss(*next(batches(1)))
-    assert (method is None) == known
 
 
 def test_what_is_gone_is_asked_for_in_the_unit_of_the_schedule():
@@ -141,8 +139,23 @@ def test_what_is_gone_is_asked_for_in_the_unit_of_the_schedule():
         LinearSchedule(0.3, 3, 0.9, unit="weights"),
         ListedSchedule((0.8 * dense, 0.2 * dense), 3, unit="weights"),
     ):
+        method = METHODS["sp-sad"](Plain(student, Regression()), schedule, epochs=10, pattern=SMALL)
         with pytest.raises(ValueError, match=r"is at weights=0\.4\d* already"):
-            METHODS["sp-sad"](Plain(student, Regression()), schedule, epochs=10, pattern=SMALL)
+            method.loss(*next(batches(1)))
+
+
+def test_a_training_goes_on_with_a_student_that_its_own_prunes_have_left():
+    """From a copy of the pruned student, of which more is gone than the first prune takes."""
+    method, _, optimizer = build("sp-sad", LinearSchedule(0.2, 3, 0.6), 14, gone=0.0)
+    train(method, optimizer, range(1, 7))
+    again = METHODS["sp-sad"](
+        Plain(copy.deepcopy(method.student), Regression()), LinearSchedule(0.2, 3, 0.6), epochs=14, pattern=SMALL,
+        example_inputs=EXAMPLE,
+    )  # fmt: skip
+    again_by = SGD(again.student.parameters(), lr=0.01)
+    again.attach(again_by)
+    again.load_state_dict(method.state_dict())
+    assert [event.boundary for event in train(again, again_by, range(7, 11))] == [9]
 
 
 def test_what_the_method_removed_itself_is_no_reason_to_refuse():

@@ -221,3 +221,16 @@ def test_a_layer_that_is_left_out_still_shows_that_there_is_no_batch():
     assert count_macs(model, (x,), ["0"])[0] == 35 * 32 * 8
     sparsekd.sparsify(model, sparsekd.BlockPattern(1, 1), macs=4000, exclude=["0"], example_inputs=(x,))
     assert count_macs(model, (x,), ["0"])[1] == pytest.approx(4000, abs=35)
+
+
+def test_sequences_that_are_packed_count_their_examples():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 16)
+
+        def forward(self, packed):
+            return self.head(self.rnn(packed)[1][0][0])
+
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(4, 5, 6), torch.tensor([5, 4, 2, 1]), batch_first=True)
+    assert count_macs(Recurrent(), (packed,))[0] == 8 * 16
