@@ -25,7 +25,7 @@ from .goals import Batches, Goal, Metric, evaluating
 from .losses import SAD
 from .modes import evaluation_mode
 from .outputs import Pick
-from .tapped import TappedNetwork, TeacherSource, TeacherTargets
+from .tapped import TappedNetwork, TeacherSource, TeacherTargets, check_inputs
 
 __all__ = ["Custom", "Distiller", "Losses", "Plain"]
 
@@ -106,7 +106,7 @@ class Plain(nn.Module):
 
         `taught` is for loops that train with a teacher and without: nothing is looked at in it.
         """
-        _check_inputs("Plain.loss", inputs)
+        check_inputs("Plain.loss", inputs)
         return _task_alone(self.goal, self._student.run(inputs)[0], target)
 
     def task_loss(self, inputs: Sequence[Any], target: Tensor) -> Losses:
@@ -215,7 +215,7 @@ class Distiller(nn.Module):
         Raises what the goal, `FeatureTap` and `SAD` do for outputs and features that do not fit, and ValueError for
         `taught` of another teacher or other taps, or where `matching` needs whole features.
         """
-        _check_inputs("Distiller.loss", inputs)
+        check_inputs("Distiller.loss", inputs)
         if self.beta and self.sad is None:
             raise ValueError("sparsekd.Distiller: made with beta=0, so without SAD, got beta > 0 later; make a new one")
         student_output, student_features = self._student.run(inputs, tapped=bool(self.beta))
@@ -233,7 +233,7 @@ class Distiller(nn.Module):
 
     def task_loss(self, inputs: Sequence[Any], target: Tensor) -> Losses:
         """The task alone: the teacher is not run, whatever alpha and beta are."""
-        _check_inputs("Distiller.task_loss", inputs)
+        check_inputs("Distiller.task_loss", inputs)
         return _task_alone(self.goal, self._student.run(inputs, tapped=False)[0], target)
 
     def extra_repr(self) -> str:
@@ -306,8 +306,3 @@ def _checked_goal(where: str, goal: Goal | Callable[[Any, Any], Tensor]) -> Goal
         f"sparsekd.{where}: goal must be a Goal, got {type(goal).__name__} {goal!r}; "
         "pass sparsekd.Regression(), Classification(), Click(), Ranking(), or a function (output, target) -> scalar"
     )
-
-
-def _check_inputs(function: str, inputs: Sequence[Any]) -> None:
-    if not isinstance(inputs, (tuple, list)):
-        raise TypeError(f"sparsekd.{function}: inputs must be a tuple, got {type(inputs).__name__}; pass (x,)")

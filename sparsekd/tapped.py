@@ -16,7 +16,7 @@ from .nn import BlockSparseLayer, SparseLinear
 from .outputs import Pick, check_tensor, pick
 from .taps import FeatureTap
 
-__all__ = ["TappedNetwork", "TeacherSource", "TeacherTargets", "has_channels_last"]
+__all__ = ["TappedNetwork", "TeacherSource", "TeacherTargets", "check_inputs", "has_channels_last"]
 
 _CHANNELS_LAST = (
     nn.Linear,
@@ -154,6 +154,11 @@ class TappedNetwork:
                 "dimension holds the channels; give channels_last=True for [B, T, C], False for [B, C, T]"
             )
         return last
+
+
+def check_inputs(function: str, inputs: Any) -> None:
+    if not isinstance(inputs, (tuple, list)):
+        raise TypeError(f"sparsekd.{function}: inputs must be a tuple, got {type(inputs).__name__}; pass (x,)")
 
 
 def _sum_of_bits(tensor: Tensor) -> int:

@@ -402,7 +402,7 @@ def test_every_pair_of_views_and_rows_has_a_place_of_its_own():
 def test_a_single_tensor_is_no_tuple_of_inputs():
     x, _ = images()
     cache = TeacherCache(network(2), (), rows=3, example_inputs=(x[:2],))
-    with pytest.raises(TypeError, match=r"TeacherCache.add: inputs must be a tuple, got a tensor; pass \(x,\)"):
+    with pytest.raises(TypeError, match=r"TeacherCache.add: inputs must be a tuple, got Tensor; pass \(x,\)"):
         cache.add(torch.arange(2), x[:2])
 
 

@@ -41,7 +41,7 @@ from ..modes import evaluation_mode
 from ..outputs import check_tensor, pick
 from ..pruning import Budget, CostTable, Grouping, Pruner
 from ..serving import ServingModel
-from ..tapped import TeacherTargets
+from ..tapped import TeacherTargets, check_inputs
 from .base import Method, PruneEvent, part_of
 from .rounds import Batch, in_turn, prune_event, prune_in_rounds, scored
 from .saliency import CRITERIA, Criterion, saliency
@@ -205,8 +205,7 @@ class D2S(Method):
 
         ``taught`` is not looked at: the teacher of the copy is the full model, which learns.
         """
-        if not isinstance(inputs, (tuple, list)):
-            raise TypeError(f"D2S.loss: inputs must be a tuple, got {type(inputs).__name__}; pass (x,)")
+        check_inputs("D2S.loss", inputs)
         full = self._output(self.student, inputs)
         task = self.distiller.goal.loss(full, target)
         self._recent.append((inputs, target))

@@ -19,7 +19,7 @@ from .. import distributed
 from ..features import FeatureStats, feature_stats, stats_widths
 from ..modes import evaluation_mode
 from ..outputs import Pick
-from ..tapped import TappedNetwork, TeacherSource, TeacherTargets
+from ..tapped import TappedNetwork, TeacherSource, TeacherTargets, check_inputs
 from .file import Arrays, in_memory, mapped, num_bytes
 
 VERSION = 2
@@ -121,8 +121,7 @@ class TeacherCache:
         inputs: of the teacher, for these rows in this view. Raises ValueError for rows or a view that there are not,
         and for features or outputs of other shapes than those of ``example_inputs``.
         """
-        if isinstance(inputs, Tensor):
-            raise TypeError("sparsekd.TeacherCache.add: inputs must be a tuple, got a tensor; pass (x,)")
+        check_inputs("TeacherCache.add", inputs)
         places = self._places(rows, view)
         if bool(self._array("there").index_select(0, places).all()):
             return
