@@ -35,8 +35,8 @@ def far(tmp_path):
 
 @pytest.fixture
 def in_two_parts():
-    """The best rows are found in as many parts as there are threads: with two, the second begins at the second base. The
-    gap before it is of these tests alone."""
+    """The best rows are found in as many parts as there are threads: with two, the second begins at the second base.
+    The gap before it is of these tests alone."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
