@@ -72,7 +72,7 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Module], args: Sequence[An
             for name, layer in layers.items()
         ),
         *(
-            module.register_forward_pre_hook(lambda module, args, kwargs: tell(module, args, kwargs), with_kwargs=True)
+            module.register_forward_pre_hook(tell, with_kwargs=True)
             for module in model.modules()
             if isinstance(module, (*DENSE_TYPES, *SPARSE_TYPES, *_SEQUENCES))
         ),

@@ -206,10 +206,10 @@ class TeacherCache:
     def _array(self, name: str) -> Tensor:
         if self._kept is None:
             self._source = self._teacher.source()
-            self._kept = in_memory(self._arrays) if self.path is None else self._mapped(self.path)
+            self._kept = in_memory(self._arrays) if self.path is None else self._mapped(self.path, self._source)
         return self._kept[name]
 
-    def _mapped(self, path: Path) -> dict[str, Tensor]:
+    def _mapped(self, path: Path, source: TeacherSource) -> dict[str, Tensor]:
         description = {
             "version": VERSION,
             "teacher": _state_hash(self._teacher.network),
@@ -217,8 +217,8 @@ class TeacherCache:
             "rows": self.rows,
             "views": self.views,
             "taps": self.taps,
-            "channels_last": self._source.channels_last if self._source else (),
-            "picked": _in_words(self._source.picked if self._source else None),
+            "channels_last": source.channels_last,
+            "picked": _in_words(source.picked),
             "output": self._output,
             "features": self._shapes,
             "dtype": str(self._dtype),

@@ -165,8 +165,9 @@ class Columns:
             )
 
     def _number(self, where: str, first: int, name: str, column: Column) -> np.ndarray:
-        remedy = "correct the file, say what stands for it: Columns(missing=0.0), --missing 0"
-        values = _floats(where, first, name, column, self.missing, "a number", f"{remedy}, or {_OF_IDS}")
+        stands = "say what stands for it: Columns(missing=0.0), --missing 0"
+        remedy = f"correct the file, {stands}, or {_OF_IDS}"
+        values = _floats(where, first, name, column, self.missing, "a number", remedy)
         if self.missing is not None:
             values = np.where(np.isnan(values), self.missing, values)
         wrong = np.flatnonzero(~(np.abs(values) < 3e38))  # what float32 holds
@@ -174,7 +175,7 @@ class Columns:
             row = int(wrong[0])
             raise ValueError(
                 f"sparsekd.data.EventStream: {where} row {first + row}: {name} must be a finite number, got "
-                f"{_shown(column[row])}; {remedy.replace(', say', ', or say')}"
+                f"{_shown(column[row])}; correct the file, or {stands}"
             )
         return values
 
